@@ -1,0 +1,38 @@
+# make demo: set up a fresh machine and run the main job.  make test: set up and run what CI runs.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+.PHONY: setup test lint types demo readme benchmarks claims clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt tools/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash tools/setup.sh
+	touch $@
+
+test: setup lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+demo: setup
+	$(BIN)/saccade compare softmax lightning moba mosa --task text --budget quick --seed 0 --out runs/demo
+
+readme: setup
+	$(BIN)/python tools/readme.py
+
+benchmarks: setup
+	$(BIN)/python benchmarks/run.py
+
+claims: setup
+	$(BIN)/saccade claim --all
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,4 @@
+from saccade.cli import main
+
+if __name__ == "__main__":
+    main()

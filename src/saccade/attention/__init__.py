@@ -1,0 +1,1 @@
+"""Sequence mechanisms, a file a paper."""

@@ -1,0 +1,52 @@
+"""What there is: 119 papers, the parts built from them, and each part's evidence.
+
+This package knows names and paths; it imports a part only when it is asked for one. `papers()` lists the papers,
+`parts()` those that have a room, `part(slug)` is the full registration, `create(slug, **arguments)` builds.
+"""
+
+from saccade.catalogue.authors import load_authors as load_authors
+from saccade.catalogue.cards import (
+    AXES as AXES,
+)
+from saccade.catalogue.cards import (
+    AuthorsPort as AuthorsPort,
+)
+from saccade.catalogue.cards import (
+    Claim as Claim,
+)
+from saccade.catalogue.cards import (
+    ClaimResult as ClaimResult,
+)
+from saccade.catalogue.cards import (
+    Paper as Paper,
+)
+from saccade.catalogue.cards import (
+    Part as Part,
+)
+from saccade.catalogue.cards import (
+    Summary as Summary,
+)
+from saccade.catalogue.registry import (
+    create as create,
+)
+from saccade.catalogue.registry import (
+    paper as paper,
+)
+from saccade.catalogue.registry import (
+    papers as papers,
+)
+from saccade.catalogue.registry import (
+    part as part,
+)
+from saccade.catalogue.registry import (
+    parts as parts,
+)
+from saccade.catalogue.registry import (
+    port as port,
+)
+from saccade.catalogue.registry import (
+    register as register,
+)
+from saccade.catalogue.registry import (
+    select as select,
+)

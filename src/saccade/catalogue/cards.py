@@ -1,0 +1,131 @@
+"""The cards: a paper, a part built from it, how the authors' own code maps to it, and its claim."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from saccade.bench.lab import Lab
+
+Kind = Literal["sequence", "gate", "fusion", "model", "compressor", "analysis"]
+
+#: what a part may say that it supports; "teacher-forced" is causal attention whose *selection* looks ahead (MoSA)
+CAPABILITIES = (
+    "causal",
+    "teacher-forced",
+    "bidirectional",
+    "cross",
+    "padding",
+    "decoding",
+    "grouped-heads",
+    "training-free",
+    "missing-modality",
+)
+
+#: the four axes of Chaudhari et al. (arXiv 1904.02874); one value each for every mechanism
+AXES: dict[str, tuple[str, ...]] = {
+    "sequences": ("self", "distinctive", "co-attention"),
+    "levels": ("single", "multi"),
+    "positions": ("soft", "hard", "local"),
+    "representations": ("single", "multi-representational", "multi-dimensional"),
+}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper of the basis. `state` is "ready" where its room exists, "planned" where it does not yet."""
+
+    number: int
+    slug: str
+    title: str
+    family: str
+    arxiv: str
+    state: Literal["ready", "planned"]
+    room: str | None
+
+    @property
+    def url(self) -> str:
+        return f"arXiv:{self.arxiv}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a room says of itself in literals, readable without importing it."""
+
+    slug: str
+    title: str
+    arxiv: str
+    family: str
+    kind: Kind
+    summary: str
+    supports: tuple[str, ...] = ()
+    taxonomy: Mapping[str, str] = field(default_factory=dict)
+    efficiency: str = ""
+    complexity: str = ""
+    note: str = ""
+    invariants: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class AuthorsPort:
+    """How one module of the authors' code maps to ours; proved on `golden/<slug>/<module>.*.safetensors`.
+
+    Attributes:
+        module: the recording's name.
+        build: authors' constructor arguments ({} for a function) -> our module (an `nn.Identity` for a function).
+        convert: authors' state dict -> ours.
+        run: (module, the authors' named inputs, their arguments) -> the authors' named outputs.
+        tolerance: largest error relative to the output's scale in fp32; `reason` says why where it is above 1e-5.
+        compare: (name, ours, recorded, inputs, arguments) -> the two tensors to be compared; for outputs of which only
+            a part is defined.
+    """
+
+    module: str
+    build: Callable[[dict[str, Any]], nn.Module]
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    run: Callable[[Any, dict[str, Tensor], dict[str, Any]], dict[str, Tensor]]
+    tolerance: float = 1e-5
+    reason: str = ""
+    compare: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """What came out of a claim: `measured` by name, with units in the names, and whether the claim shows."""
+
+    measured: Mapping[str, float]
+    holds: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A paper's central claim as a small experiment.
+
+    `run(lab)` gets a `saccade.bench.lab.Lab` (data, training, timing, seed, progress) and returns a ClaimResult.
+    """
+
+    paper: str
+    expected: str
+    run: Callable[[Lab], ClaimResult]
+
+
+@dataclass(frozen=True)
+class Part(Summary):
+    """A full registration.
+
+    `build` is the constructor that `create` calls. `example` are constructor arguments of a tiny instance; `inputs`
+    maps (a tiny instance, a size) to its call's positional arguments, where the default of its kind does not do.
+    `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
+    """
+
+    build: Callable[..., nn.Module] | None = None
+    example: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Callable[[nn.Module, int], tuple[Any, ...]] | None = None
+    data_dependent: bool = False
+    ports: tuple[AuthorsPort, ...] = ()
+    claim: Claim | None = None

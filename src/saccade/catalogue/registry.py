@@ -1,0 +1,196 @@
+"""Finding papers, rooms and parts."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saccade.catalogue.cards import AXES, CAPABILITIES, AuthorsPort, Paper, Part, Summary
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_PACKAGE = Path(__file__).parent.parent
+#: the floors on which rooms stand
+_FLOORS = ("attention", "vision", "fusion", "compress", "models", "explain")
+#: what every comparison is measured against; not one of the 119
+_BASELINES = (
+    {
+        "number": 0,
+        "slug": "softmax",
+        "title": "Attention Is All You Need",
+        "family": "baseline",
+        "arxiv": "1706.03762",
+    },
+)
+
+_registered: dict[str, Part] = {}
+
+
+@lru_cache(maxsize=1)
+def _all() -> dict[str, Paper]:
+    rows = [*_BASELINES, *json.loads((_PACKAGE / "catalogue" / "papers.json").read_text(encoding="utf-8"))]
+    found = {}
+    for row in rows:
+        path = _room_path(row["slug"])
+        room = None if path is None else ".".join(("saccade", *path.relative_to(_PACKAGE).with_suffix("").parts))
+        found[row["slug"]] = Paper(**row, state="ready" if room else "planned", room=room)
+    return found
+
+
+def _room_path(slug: str) -> Path | None:
+    name = slug.replace("-", "_")
+    for floor in _FLOORS:
+        if (_PACKAGE / floor / f"{name}.py").is_file():
+            return _PACKAGE / floor / f"{name}.py"
+        if (_PACKAGE / floor / name / "__init__.py").is_file():
+            return _PACKAGE / floor / name
+    return None
+
+
+def papers() -> list[Paper]:
+    """The 119 papers, by number."""
+    return [paper for paper in _all().values() if paper.number]
+
+
+def paper(slug: str) -> Paper:
+    """One paper (or the baseline `softmax`).
+
+    Raises:
+        ValueError: if there is none of that name; the nearest names are in the message.
+    """
+    try:
+        return _all()[slug]
+    except (KeyError, TypeError):
+        near = difflib.get_close_matches(str(slug), _all(), n=3, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `saccade list` names all"
+        raise ValueError(f"no part is called {slug!r}{hint}") from None
+
+
+def parts() -> list[Summary]:
+    """What each existing room says of itself, read without importing it."""
+    return [_summary(entry) for entry in _all().values() if entry.room]
+
+
+def select(
+    *,
+    family: str | None = None,
+    kind: str | None = None,
+    supports: str | None = None,
+    **taxonomy: str,
+) -> list[Summary]:
+    """The parts of a family, kind, capability or place in the taxonomy.
+
+    >>> from saccade import catalogue
+    >>> [part.slug for part in catalogue.select(kind="sequence", supports="training-free")][:1]
+    ['moba']
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    if supports is not None and supports not in CAPABILITIES:
+        raise ValueError(f"supports must be one of {', '.join(CAPABILITIES)}, got {supports!r}")
+    for axis, value in taxonomy.items():
+        if value not in AXES.get(axis, ()):
+            raise ValueError(f"{axis}={value!r} is not in the taxonomy {AXES}")
+    return [
+        part
+        for part in parts()
+        if (family is None or part.family == family)
+        and (kind is None or part.kind == kind)
+        and (supports is None or supports in part.supports)
+        and all(part.taxonomy.get(axis) == value for axis, value in taxonomy.items())
+    ]
+
+
+@cache
+def _summary(entry: Paper) -> Summary:
+    path = _room_path(entry.slug)
+    assert path is not None
+    source = path / "__init__.py" if path.is_dir() else path
+    literals: dict[str, Any] = {}
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _is_register(node.value, entry.slug):
+            for keyword in node.value.keywords:
+                if keyword.arg in Summary.__dataclass_fields__:
+                    literals[keyword.arg] = ast.literal_eval(keyword.value)
+    if "kind" not in literals:
+        raise RuntimeError(f"{source} has no register({entry.slug!r}, kind=..., ...) at its bottom")
+    return Summary(entry.slug, entry.title, entry.arxiv, entry.family, **literals)
+
+
+def _is_register(call: ast.Call, slug: str) -> bool:
+    return (
+        isinstance(call.func, ast.Name)
+        and call.func.id == "register"
+        and bool(call.args)
+        and isinstance(call.args[0], ast.Constant)
+        and call.args[0].value == slug
+    )
+
+
+def register(slug: str, **fields: Any) -> Part:
+    """Enter a part; stands at the bottom of its room. Fields are those of `Part`, less what the paper's list knows.
+
+    The fields of `Summary` (kind, summary, supports, taxonomy, efficiency, complexity, note, invariants) must be literals.
+    """
+    entry = paper(slug)
+    for capability in fields.get("supports", ()):
+        if capability not in CAPABILITIES:
+            raise ValueError(f"supports must be among {', '.join(CAPABILITIES)}, got {capability!r}")
+    for axis, value in fields.get("taxonomy", {}).items():
+        if value not in AXES.get(axis, ()):
+            raise ValueError(f"taxonomy {axis}={value!r} is not in {AXES}")
+    part = Part(slug, entry.title, entry.arxiv, entry.family, **fields)
+    _registered[slug] = part
+    return part
+
+
+def part(slug: str) -> Part:
+    """The full registration of a part; imports its room.
+
+    Raises:
+        ValueError: if the name is unknown, or the paper has no room yet.
+    """
+    entry = paper(slug)
+    if entry.room is None:
+        raise ValueError(f"{slug!r} ({entry.title}) is planned and not built yet; `saccade list` shows what is ready")
+    if slug not in _registered:
+        importlib.import_module(entry.room)
+    return _registered[slug]
+
+
+def create(slug: str, **arguments: Any) -> nn.Module:
+    """Build a part.
+
+    >>> import saccade
+    >>> saccade.create("moba", dim=32, num_heads=4).num_heads
+    4
+
+    Raises:
+        ValueError: if the name is unknown (the nearest names are in the message) or an argument is wrong.
+    """
+    entry = part(slug)
+    if entry.build is None:
+        raise ValueError(f"{slug!r} is a function, not a module: import it from {paper(slug).room}")
+    try:
+        return entry.build(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{slug}: {error}") from error
+
+
+def port(slug: str, module: str) -> AuthorsPort:
+    """The authors' port of one module.
+
+    Raises:
+        ValueError: if the part has no port of that name.
+    """
+    ports = {entry.module: entry for entry in part(slug).ports}
+    if module not in ports:
+        raise ValueError(f"{slug!r} has ports for {', '.join(ports) or 'nothing'}, not for {module!r}")
+    return ports[module]

@@ -1,0 +1,1 @@
+"""Multimodal and image fusion, a file a paper."""

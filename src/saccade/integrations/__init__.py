@@ -1,0 +1,1 @@
+"""Into transformers and other libraries."""

@@ -1,0 +1,1 @@
+"""Computational patterns: tensors in, tensors out, no papers."""

@@ -1,0 +1,249 @@
+"""The front door of everything of the form score, mask, normalise, aggregate: `attend`, and `plan`, its forecast.
+
+    s_ij = scale * q_i . k_j            or  score(q, k)_ij
+    s_ij = score_mod(s_ij, b, h, i, j)
+    w_i  = normalize_j(s_ij, over the j that mask allows)
+    out_i = sum_j w_ij v_j              lse_i = log sum_j exp(s_ij)
+
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim of q and k,
+E head dim of v.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.ops import masks
+from saccade.ops.masks import Mask
+from saccade.ops.planning import (
+    Plan,
+    Problem,
+    ScoreFunction,
+    ScoreMod,
+    choose,
+    make_plan,
+)
+from saccade.ops.planning import (
+    backend as _backend,
+)
+
+__all__ = ["attend", "plan"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@overload
+def attend(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    mask: Tensor | Mask | None = None,
+    score: ScoreFunction | None = None,
+    score_mod: ScoreMod | None = None,
+    normalize: Any = "softmax",
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+    memory_mb: float = 64.0,
+) -> Tensor: ...
+
+
+@overload
+def attend(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    mask: Tensor | Mask | None = None,
+    score: ScoreFunction | None = None,
+    score_mod: ScoreMod | None = None,
+    normalize: Any = "softmax",
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: Literal[True],
+    backend: str | None = None,
+    memory_mb: float = 64.0,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attend(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    mask: Tensor | Mask | None = None,
+    score: ScoreFunction | None = None,
+    score_mod: ScoreMod | None = None,
+    normalize: Any = "softmax",
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+    memory_mb: float = 64.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention by the path that `plan` names for the same arguments.
+
+    A query that may attend to nothing gives zeros, and -inf as its LSE. Memory is linear in N + M on every path but
+    `reference`. NaN in an input reaches the rows that attend to it, as in SDPA.
+
+    Args:
+        q_BHND: queries.
+        k_BKMD: keys; K divides H, query head h reads key head h // (H / K).
+        v_BKME: values; E may differ from D.
+        mask: bool tensor that broadcasts to (B, H, N, M), True = may attend, or a mask of `saccade.masks`.
+        score: another pairwise score than the dot product, called on a tile of queries (B, H, n, D) and a tile of
+            keys (B, H, m, D), returns (B, H, n, m). May own parameters. `scale` multiplies it only where given.
+        score_mod: FlexAttention's `(score, b, h, q_idx, kv_idx) -> score`, on broadcastable index tensors.
+        normalize: "softmax", "sigmoid", "relu", "abs-sum", or a `saccade.ops.normalizers.Normalizer`.
+        scale: factor of the dot product, D ** -0.5 where None.
+        dropout: probability that a weight is dropped.
+        return_lse: also return the natural log of the sum of the exponentials, (B, H, N), softmax only.
+        backend: "reference", "sdpa", "blocksparse", "stream" or "flex"; None lets the planner choose.
+        memory_mb: bound of the extra memory of tiled paths, in MiB.
+
+    Returns:
+        out (B, H, N, E), or (out, lse) with `return_lse`.
+
+    Raises:
+        ValueError: if shapes, dtypes or options do not fit, or the backend asked for cannot do this.
+
+    >>> import torch, saccade
+    >>> q = k = v = torch.randn(1, 2, 8, 4)
+    >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
+    torch.Size([1, 2, 8, 4])
+    """
+    if (
+        score is None
+        and score_mod is None
+        and dropout == 0.0
+        and not return_lse
+        and backend is None
+        and (mask is None or (type(mask) is masks.Band and mask.low is None and mask.high == 0))
+        and type(normalize) is str
+        and normalize == "softmax"
+        and q_BHND.shape == k_BKMD.shape == v_BKME.shape
+        and q_BHND.dtype == k_BKMD.dtype == v_BKME.dtype
+        and q_BHND.ndim == 4
+        and 0 not in q_BHND.shape
+        and q_BHND.dtype in _FLOATS
+    ):
+        return F.scaled_dot_product_attention(q_BHND, k_BKMD, v_BKME, is_causal=mask is not None, scale=scale)
+    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    out, lse = _backend(choose(problem, backend)).run(problem, q_BHND, k_BKMD, v_BKME)
+    return (out, lse) if return_lse else out
+
+
+def plan(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    mask: Tensor | Mask | None = None,
+    score: ScoreFunction | None = None,
+    score_mod: ScoreMod | None = None,
+    normalize: Any = "softmax",
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    backend: str | None = None,
+    memory_mb: float = 64.0,
+) -> Plan:
+    """What `attend` would do with the same arguments: path, reason, FLOPs, bytes, density. Computes nothing.
+
+    The tensors may lie on the "meta" device.
+
+    Raises:
+        ValueError: where `attend` would.
+    """
+    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    return make_plan(problem, backend)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | Mask | None,
+    score: ScoreFunction | None,
+    score_mod: ScoreMod | None,
+    normalize: Any,
+    scale: float | None,
+    dropout: float,
+    return_lse: bool,
+    memory_mb: float,
+) -> Problem:
+    from saccade.ops.normalizers import check_normalizer
+
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
+    B, H, N, D = q.shape
+    K, M, E = k.shape[1], k.shape[2], v.shape[3]
+    if k.shape[0] != B or v.shape[0] != B:
+        raise ValueError(f"query, key and value must have one batch size, got {B}, {k.shape[0]} and {v.shape[0]}")
+    if v.shape[1] != K or v.shape[2] != M:
+        raise ValueError(f"key and value must agree in heads and tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
+    if K == 0 or H % K:
+        raise ValueError(f"the key heads must divide the query heads ({H}), got {K}")
+    if score is None and k.shape[3] != D:
+        raise ValueError(f"query and key must have one head_dim, got {D} and {k.shape[3]}")
+    if D == 0:
+        raise ValueError("head_dim must be at least 1, got 0")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if memory_mb <= 0:
+        raise ValueError(f"memory_mb must be positive, got {memory_mb}")
+    check_normalizer(normalize)
+    if return_lse and normalize != "softmax":
+        raise ValueError(f"return_lse needs normalize='softmax', got {normalize!r}")
+    return Problem(
+        B=B,
+        H=H,
+        K=K,
+        N=N,
+        M=M,
+        D=D,
+        E=E,
+        dtype=q.dtype,
+        device=q.device,
+        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        mask=_as_mask(mask, B, H, N, M, q.device),
+        score=score,
+        score_mod=score_mod,
+        normalize=normalize,
+        scale=(D**-0.5 if score is None else 1.0) if scale is None else float(scale),
+        dropout=float(dropout),
+        return_lse=return_lse,
+        memory_mb=float(memory_mb),
+    )
+
+
+def _as_mask(mask: Tensor | Mask | None, B: int, H: int, N: int, M: int, device: torch.device) -> Mask | None:
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        mask = masks.dense(mask)
+    if not isinstance(mask, Mask):
+        raise ValueError(f"mask must be a bool tensor or a mask of saccade.masks, got {type(mask).__name__}")
+    if mask.batch not in (1, B) or mask.heads not in (1, H):
+        raise ValueError(f"mask is for {mask.batch} batch rows and {mask.heads} heads, got {B} and {H}")
+    mask.check(N, M)
+    if device.type == "meta":
+        return mask
+    if any(t.device != device for t in mask.tensors()):
+        raise ValueError(
+            f"mask is on {mask.tensors()[0].device}, but query is on {device}: use mask.to({str(device)!r})"
+        )
+    return mask

@@ -1,0 +1,1 @@
+"""The paths that `attend` can take; `saccade.ops.planning` says what a backend is."""

@@ -1,0 +1,66 @@
+"""The oracle: the definition of `attend`, line by line, on the full N x M scores."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from saccade.ops.normalizers import Normalizer
+from saccade.ops.planning import Problem
+
+
+def refusal(problem: Problem) -> str | None:
+    return None
+
+
+def share(problem: Problem) -> float:
+    return 3.0
+
+
+def extra_bytes(problem: Problem) -> int:
+    return 2 * problem.B * problem.H * problem.N * problem.M * max(4, problem.dtype.itemsize)
+
+
+def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    out_dtype = q.dtype
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, v = q.to(dtype), v.repeat_interleave(problem.H // problem.K, 1).to(dtype)
+    k = k.repeat_interleave(problem.H // problem.K, 1).to(dtype)
+
+    scores = q @ k.mT if problem.score is None else problem.score(q, k)
+    scores = scores * problem.scale
+    if problem.score_mod is not None:
+        scores = problem.score_mod(scores, *_indices(scores))
+    allowed = torch.ones_like(scores, dtype=torch.bool)
+    if problem.mask is not None:
+        allowed = problem.mask.dense(problem.N, problem.M, q.device).expand_as(scores)
+
+    lse = None
+    if isinstance(problem.normalize, Normalizer):
+        weights = problem.normalize.dense(scores, allowed)
+    elif problem.normalize == "softmax":
+        scores = scores.masked_fill(~allowed, float("-inf"))
+        empty = (scores == float("-inf")).all(-1, keepdim=True)
+        safe = scores.masked_fill(empty, 0.0)
+        weights = safe.softmax(-1).masked_fill(empty, 0.0)
+        lse = (
+            safe.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
+            if problem.M
+            else scores.sum(-1) - torch.inf
+        )
+    elif problem.normalize == "sigmoid":
+        weights = scores.sigmoid().masked_fill(~allowed, 0.0)
+    elif problem.normalize == "relu":
+        weights = scores.relu().masked_fill(~allowed, 0.0)
+    else:
+        scores = scores.masked_fill(~allowed, 0.0)
+        weights = scores / scores.abs().sum(-1, keepdim=True).clamp(min=1.0)
+    if problem.dropout:
+        weights = torch.nn.functional.dropout(weights, problem.dropout)
+    return (weights @ v).to(out_dtype), lse
+
+
+def _indices(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, N, M = scores.shape
+    b, h, q, k = (torch.arange(length, device=scores.device) for length in (B, H, N, M))
+    return b[:, None, None, None], h[:, None, None], q[:, None], k

@@ -1,0 +1,118 @@
+"""torch's own fused attention. On the CPU its flash kernel is called directly where the LSE is asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.ops.masks import Band
+from saccade.ops.planning import Problem
+
+
+def refusal(problem: Problem) -> str | None:
+    if problem.score is not None or problem.score_mod is not None:
+        return "scores are dot products here"
+    if problem.normalize != "softmax":
+        return f"softmax only, not {problem.normalize!r}"
+    if problem.dropout and problem.device.type == "cpu":
+        return "torch has no fused dropout on the CPU"
+    if problem.return_lse and problem.device.type == "cuda":
+        return "torch's fused kernels keep the LSE to themselves on CUDA"
+    if not _is_causal(problem) and mask_bytes(problem) > problem.memory_mb * 2**20:
+        return f"the mask as a tensor would take {mask_bytes(problem) / 2**20:.0f} MiB (memory_mb={problem.memory_mb:g})"
+    return None
+
+
+def share(problem: Problem) -> float:
+    if _is_causal(problem):
+        return 0.55
+    return 1.0 if problem.mask is None else 1.15
+
+
+def extra_bytes(problem: Problem) -> int:
+    return 0 if _is_causal(problem) else mask_bytes(problem)
+
+
+def mask_bytes(problem: Problem) -> int:
+    """What the kernel needs of a mask: a float tensor, broadcast over batch and heads where the mask is."""
+    if problem.mask is None:
+        return 0
+    pairs = problem.mask.batch * problem.mask.heads * problem.N * problem.M
+    return pairs * (1 + problem.dtype.itemsize)
+
+
+def _is_causal(problem: Problem) -> bool:
+    mask = problem.mask
+    return type(mask) is Band and mask.low is None and mask.high == 0
+
+
+def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    if 0 in (problem.B, problem.H, problem.N, problem.M):
+        nothing = q.new_zeros(problem.B, problem.H, problem.N, problem.E) + 0 * (q.sum() + k.sum() + v.sum())
+        return nothing, q.new_full((problem.B, problem.H, problem.N), float("-inf"), dtype=torch.float32)
+    causal = _is_causal(problem)
+    allowed = None
+    if problem.mask is not None and not causal:
+        allowed = problem.mask.dense(problem.N, problem.M, q.device)
+    width = max(problem.D, problem.E)
+    if problem.E != problem.D:
+        # the fused kernel wants one width; zeros add nothing to a dot product or to a sum
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    if problem.return_lse:
+        bias = None
+        if allowed is not None:
+            bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
+            bias = bias.expand(problem.B, problem.H, -1, -1)
+        group = problem.H // problem.K
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, problem.scale)
+        if allowed is not None:
+            empty = ~allowed.any(-1)
+            lse = lse.masked_fill(empty, float("-inf"))
+    else:
+        lse = None
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed,
+            is_causal=causal,
+            scale=problem.scale,
+            dropout_p=problem.dropout,
+            enable_gqa=problem.K != problem.H,
+        )
+    return out[..., : problem.E], lse
+
+
+class _FlashWithLSE(torch.autograd.Function):
+    """The CPU flash kernel with a differentiable LSE.
+
+    d s = P * (dP - rowsum(dO * O) + dLSE). The kernel's backward knows no dLSE, but computes rowsum(dO * O) itself:
+    one more column, 0 in v, 1 in out and -dLSE in d out, puts it there and changes nothing else.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, scale: float
+    ) -> Any:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=bias, scale=scale
+        )
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.causal, ctx.scale = causal, scale
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        width = q.shape[-1]
+        q, k, v = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(v, (0, 1))
+        out = torch.cat([out, torch.ones_like(out[..., :1])], -1)
+        grad_out = torch.cat([grad_out, -grad_lse[..., None].to(grad_out.dtype)], -1)
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale
+        )
+        return (*(grad[..., :width] for grad in grads), None, None, None)

@@ -1,0 +1,47 @@
+"""What a mechanism keeps of the past while it decodes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """All keys and values so far, in buffers that double when they are full. For inference.
+
+    Attributes:
+        length: tokens seen.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+
+    def append(self, k_BKND: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:
+        """Add N tokens; returns views of all keys (B, K, length, D) and values (B, K, length, E)."""
+        self._keys = self._grown(self._keys, k_BKND)
+        self._values = self._grown(self._values, v_BKNE)
+        end = self.length + k_BKND.shape[2]
+        self._keys[:, :, self.length : end] = k_BKND.detach()
+        self._values[:, :, self.length : end] = v_BKNE.detach()
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+    def _grown(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        need = self.length + new.shape[2]
+        if buffer is not None and buffer.shape[0] != new.shape[0]:
+            raise ValueError(f"the cache holds {buffer.shape[0]} sequences, got {new.shape[0]}")
+        if buffer is not None and buffer.shape[2] >= need:
+            return buffer
+        room = max(need, 2 * (0 if buffer is None else buffer.shape[2]), 64)
+        grown = torch.empty(*new.shape[:2], room, new.shape[3], dtype=new.dtype, device=new.device)
+        if buffer is not None:
+            grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held (not of the room to grow)."""
+        held = [buffer[:, :, : self.length] for buffer in (self._keys, self._values) if buffer is not None]
+        return sum(part.numel() * part.element_size() for part in held)

@@ -1,0 +1,723 @@
+"""Masks as objects: who may attend to whom, without an N x M tensor.
+
+A mask answers two questions. `allowed(b, h, q, k)` says, for broadcastable index tensors, whether query `q` of
+head `h` in batch row `b` may attend to key `k` (FlexAttention's `mask_mod` signature). `block_map(n, m, size)` says,
+for each (query block, key block), whether it is EMPTY, PARTIAL or FULL; it is computed from intervals, so its cost is
+the number of blocks. PARTIAL may be said of a block that is in truth empty or full, never the other way round.
+
+Masks compose with `&`, `|` and `~`, and `print(mask.picture(n, m))` draws them.
+
+Positions are absolute: query 0 stands at key 0 also where N != M (the upper-left alignment of SDPA's `is_causal`).
+When the queries are the last N of M tokens, as in decoding with a cache, say `causal(offset=M - N)`.
+
+Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+__all__ = [
+    "EMPTY",
+    "FULL",
+    "PARTIAL",
+    "Mask",
+    "blocks",
+    "causal",
+    "dense",
+    "documents",
+    "neighborhood",
+    "padding",
+    "prefix",
+    "window",
+]
+
+
+def _pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
+    query, key = (size, size) if isinstance(size, int) else tuple(size)
+    if query < 1 or key < 1:
+        raise ValueError(f"{name} must be positive, got {size}")
+    return query, key
+
+
+def _edges(length: int, size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """First and last position of each block of `size` in `length`."""
+    first = torch.arange(0, length, size, device=device)
+    return first, (first + size - 1).clamp(max=length - 1)
+
+
+def _state(some: Tensor, every: Tensor) -> Tensor:
+    """Block states from 'some pair may be allowed' and 'every pair is allowed'."""
+    return some.to(torch.int8) + every.to(torch.int8)
+
+
+class Mask:
+    """Base of all masks; see the module's docstring for the two questions it answers."""
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Bool tensor, True where the pair may attend; the four index tensors broadcast."""
+        raise NotImplementedError
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """States (B', H', ceil(n / block), ceil(m / block)), int8; B' and H' are 1 where the mask does not vary."""
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        """1, or the only batch size that the mask fits."""
+        return 1
+
+    @property
+    def heads(self) -> int:
+        """1, or the only number of heads that the mask fits."""
+        return 1
+
+    def check(self, n: int, m: int) -> None:
+        """Raise ValueError if the mask cannot be for `n` queries and `m` keys."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the mask holds."""
+        return []
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on `device`."""
+        return self
+
+    def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        """The bool tensor (B', H', n, m) that this mask stands for. Quadratic: for small sizes and for tests."""
+        self.check(n, m)
+        b = torch.arange(self.batch, device=device)[:, None, None, None]
+        h = torch.arange(self.heads, device=device)[:, None, None]
+        q = torch.arange(n, device=device)[:, None]
+        k = torch.arange(m, device=device)
+        mask = self.to(device).allowed(b, h, q, k)
+        return mask.expand(self.batch, self.heads, n, m)
+
+    def density(self, n: int, m: int, block_size: int | Sequence[int] = 64) -> float:
+        """Share of the n x m pairs that lie in blocks with work to do."""
+        block_q, block_k = _pair(block_size, "block_size")
+        states = self.block_map(n, m, (block_q, block_k))
+        first_q, last_q = _edges(n, block_q, states.device)
+        first_k, last_k = _edges(m, block_k, states.device)
+        area = (last_q - first_q + 1)[:, None] * (last_k - first_k + 1)
+        work = ((states != EMPTY) * area).sum().item()
+        return work / (states.shape[0] * states.shape[1] * n * m) if n and m else 0.0
+
+    def picture(self, n: int, m: int | None = None, *, width: int = 32, b: int = 0, h: int = 0) -> str:
+        """The mask as text, one character a block: `#` full, `+` partial, `.` empty."""
+        m = n if m is None else m
+        size = max(1, ceil(max(n, m) / width))
+        states = self.block_map(n, m, size)
+        grid = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)].tolist()
+        return "\n".join("".join(".+#"[state] for state in row) for row in grid)
+
+    def figure(self, n: int, m: int | None = None, *, width: int = 128, b: int = 0, h: int = 0) -> Figure:
+        """The mask as a matplotlib figure (extra `saccade[plots]`)."""
+        from matplotlib.figure import Figure
+
+        m = n if m is None else m
+        states = self.block_map(n, m, max(1, ceil(max(n, m) / width)))
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axes = figure.subplots()
+        grid = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
+        axes.imshow(grid.cpu().numpy(), cmap="Blues", vmin=0, vmax=2, extent=(0, m, n, 0), aspect="auto")
+        axes.set(xlabel="key", ylabel="query", title=repr(self))
+        return figure
+
+    def __and__(self, other: Mask) -> Mask:
+        return _And(self, _as_operand(other))
+
+    def __or__(self, other: Mask) -> Mask:
+        return _Or(self, _as_operand(other))
+
+    def __invert__(self) -> Mask:
+        return _Not(self)
+
+
+def _as_operand(other: Any) -> Mask:
+    if not isinstance(other, Mask):
+        raise TypeError(
+            f"a mask composes with masks only, got {type(other).__name__}; wrap a bool tensor in dense()"
+        )
+    return other
+
+
+def _agree(a: int, b: int, what: str) -> int:
+    if a != b and 1 not in (a, b):
+        raise ValueError(f"masks for {a} and {b} {what} cannot be combined")
+    return max(a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairwise(Mask):
+    left: Mask
+    right: Mask
+
+    @property
+    def batch(self) -> int:
+        return _agree(self.left.batch, self.right.batch, "batch rows")
+
+    @property
+    def heads(self) -> int:
+        return _agree(self.left.heads, self.right.heads, "heads")
+
+    def check(self, n: int, m: int) -> None:
+        self.left.check(n, m)
+        self.right.check(n, m)
+
+    def tensors(self) -> list[Tensor]:
+        return self.left.tensors() + self.right.tensors()
+
+    def to(self, device: torch.device | str) -> Mask:
+        return type(self)(self.left.to(device), self.right.to(device))
+
+
+class _And(_Pairwise):
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        left = self.left.block_map(n, m, block_size, device)
+        return torch.minimum(left, self.right.block_map(n, m, block_size, device))
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+class _Or(_Pairwise):
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        left = self.left.block_map(n, m, block_size, device)
+        return torch.maximum(left, self.right.block_map(n, m, block_size, device))
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class _Not(Mask):
+    inner: Mask
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch
+
+    @property
+    def heads(self) -> int:
+        return self.inner.heads
+
+    def check(self, n: int, m: int) -> None:
+        self.inner.check(n, m)
+
+    def tensors(self) -> list[Tensor]:
+        return self.inner.tensors()
+
+    def to(self, device: torch.device | str) -> Mask:
+        return _Not(self.inner.to(device))
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.inner.allowed(b, h, q, k)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        return FULL - self.inner.block_map(n, m, block_size, device)
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class Band(Mask):
+    """Keys from q + low to q + high, inclusive; None is no bound."""
+
+    low: int | None
+    high: int | None
+    name: str
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        distance = k - q
+        if self.low is None:
+            assert self.high is not None
+            return distance <= self.high
+        inside = distance >= self.low
+        return inside if self.high is None else inside & (distance <= self.high)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        first_q, last_q = _edges(n, block_q, device)
+        first_k, last_k = _edges(m, block_k, device)
+        nearest, farthest = first_k - last_q[:, None], last_k - first_q[:, None]
+        some = torch.ones_like(nearest, dtype=torch.bool)
+        every = some
+        if self.low is not None:
+            some, every = some & (farthest >= self.low), every & (nearest >= self.low)
+        if self.high is not None:
+            some, every = some & (nearest <= self.high), every & (farthest <= self.high)
+        return _state(some, every)[None, None]
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def causal(offset: int = 0) -> Mask:
+    """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key."""
+    return Band(None, offset, f"causal({offset})" if offset else "causal()")
+
+
+def window(left: int, right: int = 0, *, offset: int = 0) -> Mask:
+    """Keys from q - left to q + right, inclusive, where q counts from `offset`: left + 1 + right keys a query.
+
+    Raises:
+        ValueError: if the window would hold no key (left + right < 0).
+    """
+    if left + right < 0:
+        raise ValueError(
+            f"a window holds left + 1 + right keys: left + right must be at least 0, got {left} and {right}"
+        )
+    return Band(offset - left, offset + right, f"window({left}, {right})")
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix(Mask):
+    """Keys before `length`."""
+
+    length: int | Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.length.numel() if isinstance(self.length, Tensor) else 1
+
+    def tensors(self) -> list[Tensor]:
+        return [self.length] if isinstance(self.length, Tensor) else []
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Prefix(self.length.to(device)) if isinstance(self.length, Tensor) else self
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        length = self.length[b] if isinstance(self.length, Tensor) else self.length
+        return (k < length) & (q >= 0)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        first_k, last_k = _edges(m, block_k, device)
+        length = torch.as_tensor(self.length, device=device).reshape(-1, 1, 1, 1)
+        states = _state(first_k < length, last_k < length)
+        return states.expand(-1, -1, ceil(n / block_q), -1)
+
+    def __repr__(self) -> str:
+        return f"prefix({self.length if isinstance(self.length, int) else self.length.tolist()})"
+
+
+def prefix(length: int | Tensor) -> Mask:
+    """Keys before `length` (an int, or one per batch row), for every query: `prefix(p) | causal()` is a prefix LM."""
+    if isinstance(length, Tensor) and length.ndim != 1:
+        raise ValueError(f"length must be an int or a tensor of shape (B,), got shape {tuple(length.shape)}")
+    return Prefix(length)
+
+
+@dataclass(frozen=True, eq=False)
+class Padding(Mask):
+    """Keys that are real tokens."""
+
+    valid_BM: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.valid_BM.shape[0]
+
+    def check(self, n: int, m: int) -> None:
+        if self.valid_BM.shape[1] != m:
+            raise ValueError(f"the padding mask is for {self.valid_BM.shape[1]} keys, got {m}")
+
+    def tensors(self) -> list[Tensor]:
+        return [self.valid_BM]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Padding(self.valid_BM.to(device))
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.valid_BM[b, k] & (q >= 0)
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        counts_Bm = _block_sums(self.valid_BM.to(device).to(torch.int32), block_k)
+        sizes_m = _block_sums(torch.ones(1, m, dtype=torch.int32, device=device), block_k)
+        states = _state(counts_Bm > 0, counts_Bm == sizes_m)
+        return states[:, None, None].expand(-1, -1, ceil(n / block_q), -1)
+
+    def __repr__(self) -> str:
+        return f"padding({self.valid_BM.shape[0]} rows of {self.valid_BM.shape[1]})"
+
+
+def _block_sums(x: Tensor, size: int) -> Tensor:
+    """Sums over consecutive pieces of `size` along the last axis; the last piece may be short."""
+    length = x.shape[-1]
+    pad = -length % size
+    return torch.nn.functional.pad(x, (0, pad)).unflatten(-1, (-1, size)).sum(-1)
+
+
+def padding(valid_BM: Tensor) -> Mask:
+    """Keys marked True in `valid_BM` (B, M), for every query."""
+    if valid_BM.dtype != torch.bool or valid_BM.ndim != 2:
+        raise ValueError(
+            f"valid must be a bool tensor of shape (B, M), got {valid_BM.dtype} of shape {tuple(valid_BM.shape)}"
+        )
+    return Padding(valid_BM)
+
+
+@dataclass(frozen=True, eq=False)
+class Documents(Mask):
+    """Pairs in the same document."""
+
+    query_BN: Tensor
+    key_BM: Tensor
+
+    @property
+    def batch(self) -> int:
+        return _agree(self.query_BN.shape[0], self.key_BM.shape[0], "batch rows")
+
+    def check(self, n: int, m: int) -> None:
+        if (self.query_BN.shape[1], self.key_BM.shape[1]) != (n, m):
+            raise ValueError(
+                f"documents() was given ids of {self.query_BN.shape[1]} queries and {self.key_BM.shape[1]} keys, "
+                f"but there are {n} queries and {m} keys"
+            )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.query_BN, self.key_BM]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Documents(self.query_BN.to(device), self.key_BM.to(device))
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query = self.query_BN[b if self.query_BN.shape[0] > 1 else torch.zeros_like(b), q]
+        return query == self.key_BM[b if self.key_BM.shape[0] > 1 else torch.zeros_like(b), k]
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        low_q, high_q = _block_range(self.query_BN.to(device), block_q)
+        low_k, high_k = _block_range(self.key_BM.to(device), block_k)
+        low_q, high_q, low_k, high_k = low_q[..., None], high_q[..., None], low_k[:, None], high_k[:, None]
+        some = (low_q <= high_k) & (low_k <= high_q)
+        every = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
+        return _state(some, every)[:, None]
+
+    def __repr__(self) -> str:
+        return f"documents({int(self.key_BM.max()) - int(self.key_BM.min()) + 1} of {self.key_BM.shape[1]} tokens)"
+
+
+def _block_range(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest id in each block of `size`."""
+    pad = -ids.shape[-1] % size
+    pieces = torch.cat([ids, ids[..., -1:].expand(*ids.shape[:-1], pad)], -1).unflatten(-1, (-1, size))
+    return pieces.amin(-1), pieces.amax(-1)
+
+
+def documents(ids_BN: Tensor, key_ids_BM: Tensor | None = None) -> Mask:
+    """Pairs whose document ids are equal. Sorted ids (packed sequences) give an exact block structure.
+
+    Args:
+        ids_BN: integer ids (B, N), or (1, N) for all rows, or (N,).
+        key_ids_BM: ids of the keys where they differ from the queries'.
+    """
+    query = torch.atleast_2d(ids_BN)
+    key = query if key_ids_BM is None else torch.atleast_2d(key_ids_BM)
+    for ids in (query, key):
+        if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(
+                f"ids must be integers of shape (B, N), got {ids.dtype} of shape {tuple(ids.shape)}"
+            )
+    return Documents(query, key)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks(Mask):
+    """Pairs in the blocks kept."""
+
+    keep_BHnm: Tensor
+    block_q: int
+    block_k: int
+
+    @property
+    def batch(self) -> int:
+        return self.keep_BHnm.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.keep_BHnm.shape[1]
+
+    def check(self, n: int, m: int) -> None:
+        need = (ceil(n / self.block_q), ceil(m / self.block_k))
+        if tuple(self.keep_BHnm.shape[2:]) != need:
+            raise ValueError(
+                f"{n} queries and {m} keys make {need[0]} x {need[1]} blocks of {self.block_q} x {self.block_k}, "
+                f"got a block mask of {self.keep_BHnm.shape[2]} x {self.keep_BHnm.shape[3]}"
+            )
+
+    def tensors(self) -> list[Tensor]:
+        return [self.keep_BHnm]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Blocks(self.keep_BHnm.to(device), self.block_q, self.block_k)
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        b = b if self.batch > 1 else torch.zeros_like(b)
+        h = h if self.heads > 1 else torch.zeros_like(h)
+        return self.keep_BHnm[b, h, q // self.block_q, k // self.block_k]
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        keep = self.keep_BHnm.to(device)
+        if (block_q, block_k) == (self.block_q, self.block_k):
+            return keep.to(torch.int8) * FULL
+        # a summed-area table counts the kept blocks that each asked-for block touches
+        first_q, last_q = (edge // self.block_q for edge in _edges(n, block_q, device))
+        first_k, last_k = (edge // self.block_k for edge in _edges(m, block_k, device))
+        table = torch.nn.functional.pad(keep.to(torch.int64).cumsum(-1).cumsum(-2), (1, 0, 1, 0))
+        rows_low, rows_high = table[..., first_q, :], table[..., last_q + 1, :]
+        rows = rows_high - rows_low
+        count = rows[..., last_k + 1] - rows[..., first_k]
+        area = (last_q - first_q + 1)[:, None] * (last_k - first_k + 1)
+        return _state(count > 0, count == area)
+
+    def __repr__(self) -> str:
+        share = self.keep_BHnm.float().mean().item()
+        return f"blocks({share:.0%} of {self.keep_BHnm.shape[2]} x {self.keep_BHnm.shape[3]} kept)"
+
+
+def blocks(keep_BHnm: Tensor, block_size: int | Sequence[int]) -> Mask:
+    """Pairs in the kept blocks.
+
+    Args:
+        keep_BHnm: bool (B, H, n, m), True = the block is attended; B and H may be 1. (n, m) alone is for all.
+        block_size: tokens per block, an int or (query, key).
+    """
+    if keep_BHnm.dtype != torch.bool or keep_BHnm.ndim not in (2, 4):
+        raise ValueError(
+            f"keep must be a bool tensor (B, H, n, m), got {keep_BHnm.dtype} of shape {tuple(keep_BHnm.shape)}"
+        )
+    keep = keep_BHnm if keep_BHnm.ndim == 4 else keep_BHnm[None, None]
+    return Blocks(keep, *_pair(block_size, "block_size"))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """A bool tensor as a mask."""
+
+    mask_BHNM: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.mask_BHNM.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.mask_BHNM.shape[1]
+
+    def check(self, n: int, m: int) -> None:
+        shape = self.mask_BHNM.shape
+        if shape[2] not in (1, n) or shape[3] not in (1, m):
+            raise ValueError(f"mask must broadcast to (..., {n}, {m}), got shape {tuple(shape)}")
+
+    def tensors(self) -> list[Tensor]:
+        return [self.mask_BHNM]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Dense(self.mask_BHNM.to(device))
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        index = [b, h, q, k]
+        for axis, i in enumerate(index):
+            if self.mask_BHNM.shape[axis] == 1:
+                index[axis] = torch.zeros_like(i)
+        return self.mask_BHNM[index[0], index[1], index[2], index[3]]
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        block_q, block_k = _pair(block_size, "block_size")
+        mask = self.mask_BHNM.to(device).expand(self.batch, self.heads, n, m)
+        count = _block_sums(_block_sums(mask.to(torch.int32), block_k).mT, block_q).mT
+        ones_q = _block_sums(torch.ones(n, dtype=torch.int32, device=device), block_q)
+        ones_k = _block_sums(torch.ones(m, dtype=torch.int32, device=device), block_k)
+        return _state(count > 0, count == ones_q[:, None] * ones_k)
+
+    def __repr__(self) -> str:
+        return f"dense{tuple(self.mask_BHNM.shape)}"
+
+
+def dense(mask: Tensor) -> Mask:
+    """A bool tensor that broadcasts to (B, H, N, M), True = may attend, so that it can be combined with other masks."""
+    if mask.dtype != torch.bool or mask.ndim > 4 or mask.ndim < 2:
+        raise ValueError(
+            f"mask must be a bool tensor of 2 to 4 axes, got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+    return Dense(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)))
+
+
+@dataclass(frozen=True, eq=False)
+class Neighborhood(Mask):
+    """Neighbours on every axis of a 1-D, 2-D or 3-D grid of tokens in row-major order (card `neighborhood`)."""
+
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    dilation: tuple[int, ...]
+    stride: tuple[int, ...]
+    causal: tuple[bool, ...]
+
+    def check(self, n: int, m: int) -> None:
+        if n != prod(self.size) or m != prod(self.size):
+            raise ValueError(
+                f"a grid of {self.size} has {prod(self.size)} tokens, got {n} queries and {m} keys"
+            )
+
+    def axis_window(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Dilation group, first and last (inclusive) neighbour *within the group* of each position on `axis`."""
+        n, w = self.size[axis], self.kernel[axis]
+        d, g = self.dilation[axis], self.stride[axis]
+        group, inner = position % d, position // d
+        length = (n - group + d - 1) // d
+        if self.causal[axis]:
+            leader = torch.minimum(inner // g * g + g - 1, length - 1)
+            return group, (leader - w + 1).clamp(min=0), inner
+        leader = torch.minimum(inner // g * g + g // 2, length - 1)
+        start = torch.minimum((leader - w // 2).clamp(min=0), length - w)
+        return group, start, start + w - 1
+
+    def _coordinates(self, index: Tensor) -> list[Tensor]:
+        coordinates = []
+        for n in reversed(self.size):
+            coordinates.append(index % n)
+            index = index // n
+        return coordinates[::-1]
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mask: Tensor | None = None
+        for axis, (i, j) in enumerate(zip(self._coordinates(q), self._coordinates(k))):
+            group, first, last = self.axis_window(axis, i)
+            inner = j // self.dilation[axis]
+            near = (j % self.dilation[axis] == group) & (inner >= first) & (inner <= last)
+            mask = near if mask is None else mask & near
+        assert mask is not None
+        return mask
+
+    def block_map(
+        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Exact along the first axis on which a block's tokens differ; further axes count as 'anywhere'."""
+        block_q, block_k = _pair(block_size, "block_size")
+        some = torch.ones(ceil(n / block_q), ceil(m / block_k), dtype=torch.bool, device=device)
+        one_token = block_q == block_k == 1
+        low_q, high_q = self._coordinate_ranges(n, block_q, device)
+        low_k, high_k = self._coordinate_ranges(m, block_k, device)
+        for axis in range(len(self.size)):
+            position = torch.arange(self.size[axis], device=device)
+            group, first, last = self.axis_window(axis, position)
+            d = self.dilation[axis]
+            # windows move right as the position does, so the ends of a range of queries bound all their windows
+            reach_low, reach_high = first * d + group, last * d + group
+            if d > 1:
+                reach_low = reach_low.flip(0).cummin(0).values.flip(0)
+                reach_high = reach_high.cummax(0).values
+            some = some & (high_k[axis] >= reach_low[low_q[axis]][:, None])
+            some = some & (low_k[axis] <= reach_high[high_q[axis]][:, None])
+        if one_token:
+            every = self.allowed(
+                *(torch.zeros(1, dtype=torch.long, device=device),) * 2,
+                torch.arange(n, device=device)[:, None],
+                torch.arange(m, device=device),
+            )
+            return _state(every, every)[None, None]
+        return _state(some, torch.zeros_like(some))[None, None]
+
+    def _coordinate_ranges(
+        self, n: int, block: int, device: torch.device | str
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Smallest and largest coordinate on each axis within each block of consecutive tokens."""
+        first, last = _edges(n, block, device)
+        low, high = self._coordinates(first), self._coordinates(last)
+        same = torch.ones_like(first, dtype=torch.bool)
+        for axis, length in enumerate(self.size):
+            same_here = same & (low[axis] == high[axis])
+            low[axis] = torch.where(same, low[axis], 0)
+            high[axis] = torch.where(same, high[axis], length - 1)
+            same = same_here
+        return low, high
+
+    def __repr__(self) -> str:
+        extra = "".join(
+            f", {name}={value}"
+            for name, value in (("dilation", self.dilation), ("stride", self.stride), ("causal", self.causal))
+            if any(x not in (1, False) for x in value)
+        )
+        return f"neighborhood({self.size}, {self.kernel}{extra})"
+
+
+def _per_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
+    values = (value,) * axes if isinstance(value, (int, bool)) else tuple(value)
+    if len(values) != axes:
+        raise ValueError(f"{name} must have one entry per axis ({axes}), got {value}")
+    return values
+
+
+def neighborhood(
+    size: int | Sequence[int],
+    kernel: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    *,
+    stride: int | Sequence[int] = 1,
+) -> Mask:
+    """Each query's `kernel` nearest keys per axis, shifted inwards at the borders (Hassani et al., arXiv 2403.04690).
+
+    Args:
+        size: the token grid (row-major), an int or a tuple of up to three.
+        kernel: neighbours per axis, 1 <= kernel and kernel * dilation <= size.
+        dilation: step between neighbours per axis.
+        causal: per axis, no neighbour after the query (fewer than `kernel` near the start).
+        stride: queries that share a window, per axis, 1 <= stride <= kernel; stride = kernel is window partitioning.
+
+    Raises:
+        ValueError: if an argument is out of these ranges.
+    """
+    grid = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(grid) <= 3:
+        raise ValueError(f"size must have one to three axes, got {len(grid)}")
+    kernels, dilations = _per_axis(kernel, len(grid), "kernel"), _per_axis(dilation, len(grid), "dilation")
+    strides, causals = _per_axis(stride, len(grid), "stride"), _per_axis(causal, len(grid), "causal")
+    for n, w, d, g in zip(grid, kernels, dilations, strides):
+        if w < 1 or d < 1 or w * d > n:
+            raise ValueError(f"kernel * dilation must be between 1 and the axis length {n}, got {w} * {d}")
+        if not 1 <= g <= w:
+            raise ValueError(f"stride must be between 1 and the kernel {w}, got {g}")
+    return Neighborhood(grid, kernels, dilations, strides, tuple(bool(c) for c in causals))

@@ -1,0 +1,200 @@
+"""What is asked of the engine (`Problem`), what it answers (`Plan`), and the choice between backends.
+
+A backend is a module in `saccade.ops.backends` with four functions:
+
+    refusal(problem) -> str | None        why it cannot do this, or None
+    share(problem) -> float               expected time as a share of dense SDPA's
+    extra_bytes(problem) -> int           memory beyond inputs and outputs
+    run(problem, q, k, v) -> (out, lse | None)
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.ops.masks import EMPTY, Mask
+
+#: all backends, in the order in which ties are broken
+BACKENDS = ("sdpa", "blocksparse", "flex", "stream", "reference")
+
+#: tokens per block in which the planner looks at a mask, unless the mask brings its own
+PLANNING_BLOCK = 64
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(eq=False)
+class Problem:
+    """One call of `attend`, without the tensors' contents."""
+
+    B: int
+    H: int
+    K: int
+    N: int
+    M: int
+    D: int
+    E: int
+    dtype: torch.dtype
+    device: torch.device
+    needs_grad: bool
+    mask: Mask | None = None
+    score: ScoreFunction | None = None
+    score_mod: ScoreMod | None = None
+    normalize: Any = "softmax"
+    scale: float = 1.0
+    dropout: float = 0.0
+    return_lse: bool = False
+    memory_mb: float = 64.0
+
+    @cached_property
+    def block_size(self) -> tuple[int, int]:
+        """Tokens per (query, key) block of `block_map`: the mask's own where it is made of blocks."""
+        size = own_block_size(self.mask)
+        return size or (PLANNING_BLOCK, PLANNING_BLOCK)
+
+    @cached_property
+    def block_map(self) -> Tensor | None:
+        """The mask's block states on its own device, or None without a mask."""
+        if self.mask is None:
+            return None
+        return self.mask.block_map(self.N, self.M, self.block_size, self.device)
+
+    @cached_property
+    def density(self) -> float:
+        """Share of the N x M pairs in blocks with work to do."""
+        if self.block_map is None:
+            return 1.0
+        return float((self.block_map != EMPTY).float().mean().item()) if self.block_map.numel() else 0.0
+
+    @property
+    def flops(self) -> int:
+        """Multiply-adds counted as two, forward, over the blocks with work to do."""
+        return int(2 * self.B * self.H * self.N * self.M * (self.D + self.E) * self.density)
+
+    @property
+    def io_bytes(self) -> int:
+        """Inputs and outputs."""
+        elements = self.B * self.H * self.N * (self.D + self.E) + self.B * self.K * self.M * (self.D + self.E)
+        return elements * self.dtype.itemsize
+
+
+def own_block_size(mask: Mask | None) -> tuple[int, int] | None:
+    """The block size of the coarsest block mask inside `mask`, if it has one between 16 and 256."""
+    from saccade.ops import masks
+
+    if isinstance(mask, masks.Blocks):
+        size = (mask.block_q, mask.block_k)
+        return size if all(16 <= s <= 256 for s in size) else None
+    if isinstance(mask, masks._Pairwise):
+        return own_block_size(mask.left) or own_block_size(mask.right)
+    if isinstance(mask, masks._Not):
+        return own_block_size(mask.inner)
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which path `attend` takes for the same arguments, why, and what it costs.
+
+    Attributes:
+        backend: name of the path.
+        reason: why this one.
+        flops: floating-point operations of the forward pass.
+        bytes: inputs, outputs and extra memory, in bytes.
+        density: share of the query-key pairs that are computed.
+        share: expected time as a share of dense SDPA's on the same shapes.
+        refused: what the other paths answered, by name.
+    """
+
+    backend: str
+    reason: str
+    flops: int
+    bytes: int
+    density: float
+    share: float
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"backend   {self.backend}: {self.reason}",
+            f"FLOPs     {self.flops:.3g}",
+            f"bytes     {self.bytes:.3g}",
+            f"density   {self.density:.1%}",
+            f"time      {self.share:.0%} of dense SDPA's (expected)",
+        ]
+        lines += [f"not {name:<12}{why}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def backend(name: str) -> ModuleType:
+    """The backend's module."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return import_module(f"saccade.ops.backends.{name}")
+
+
+def choose(problem: Problem, asked: str | None) -> str:
+    """The backend that runs `problem`.
+
+    Raises:
+        ValueError: if the backend asked for, or every backend, refuses.
+    """
+    if asked is not None:
+        refusal = backend(asked).refusal(problem)
+        if refusal:
+            raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
+        return asked
+    candidates = willing(problem)
+    if not candidates:
+        reasons = "; ".join(f"{name}: {backend(name).refusal(problem)}" for name in BACKENDS)
+        raise ValueError(f"no backend can do this: {reasons}")
+    return min(candidates, key=lambda name: backend(name).share(problem)) if len(candidates) > 1 else candidates[0]
+
+
+def willing(problem: Problem) -> list[str]:
+    """The backends that the planner may choose: linear in memory, and no refusal."""
+    names = [name for name in BACKENDS if name != "reference" and (name != "flex" or problem.device.type == "cuda")]
+    return [name for name in names if backend(name).refusal(problem) is None]
+
+
+def make_plan(problem: Problem, asked: str | None) -> Plan:
+    name = choose(problem, asked)
+    module = backend(name)
+    refused = {}
+    for other in BACKENDS:
+        if other == name:
+            continue
+        why = backend(other).refusal(problem)
+        if why is None and other == "reference":
+            why = "quadratic memory: for tests, by name only"
+        elif why is None and other == "flex" and problem.device.type != "cuda":
+            why = "on the CPU by name only (compiles for half a minute, inference only)"
+        elif why is None:
+            why = f"expected at {backend(other).share(problem):.0%} of dense SDPA's time"
+        refused[other] = why
+    if asked is not None:
+        reason = "asked for"
+    elif len(willing(problem)) == 1:
+        reason = "the only path with linear memory that can do this"
+    else:
+        reason = "the fastest expected of " + ", ".join(willing(problem))
+    return Plan(
+        backend=name,
+        reason=reason,
+        flops=problem.flops,
+        bytes=problem.io_bytes + module.extra_bytes(problem),
+        density=problem.density,
+        share=module.share(problem),
+        refused=refused,
+    )

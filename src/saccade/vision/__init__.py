@@ -1,0 +1,1 @@
+"""Feature-map attention and backbone blocks, a file a paper."""

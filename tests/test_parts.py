@@ -1,0 +1,274 @@
+"""The checks that every registered part passes: one body, parametrised over the catalogue."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from saccade import catalogue
+from saccade.bench.lab import Lab
+
+GOLDEN = Path(__file__).parent / "golden"
+SLUGS = [part.slug for part in catalogue.parts()]
+SEQUENCES = [part.slug for part in catalogue.parts() if part.kind == "sequence"]
+RECORDINGS = sorted(
+    path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*.safetensors") if path.parent.name in SLUGS
+)
+
+
+def supporting(capability: str) -> list[str]:
+    return [part.slug for part in catalogue.parts() if part.kind == "sequence" and capability in part.supports]
+
+
+def build(slug: str, **changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    module = catalogue.create(slug, **{**catalogue.part(slug).example, **changes})
+    for parameter in module.parameters():  # zero initialisations would hide errors
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return module.eval()
+
+
+def call_arguments(slug: str, module: nn.Module, size: int) -> tuple[object, ...]:
+    part = catalogue.part(slug)
+    torch.manual_seed(size)
+    if part.inputs is not None:
+        return part.inputs(module, size)
+    if part.kind == "sequence":
+        return (torch.randn(2, size, part.example["dim"]),)
+    return (torch.randn(2, part.example["channels"], size, max(1, size - 2)),)
+
+
+def tensors(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        return [t for value in output.values() for t in tensors(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in tensors(value)]
+    if dataclasses.is_dataclass(output):
+        return [t for field in dataclasses.fields(output) for t in tensors(getattr(output, field.name))]
+    return []
+
+
+def convert(value: object, dtype: torch.dtype) -> object:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: convert(item, dtype) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(convert(item, dtype) for item in value)
+    return value
+
+
+def floats(output: object) -> list[Tensor]:
+    return [t for t in tensors(output) if t.is_floating_point()]
+
+
+def relative(ours: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    scale = expected.double().abs().max().clamp(min=1e-12)
+    return ((ours.double() - expected.double()).abs().max() / scale).item()
+
+
+def test_every_paper_is_in_the_catalogue() -> None:
+    papers = catalogue.papers()
+    assert len(papers) == len({paper.slug for paper in papers}) == 119
+    assert {paper.state for paper in papers} <= {"ready", "planned"}
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_registration_is_complete(slug: str) -> None:
+    part, summary = catalogue.part(slug), next(p for p in catalogue.parts() if p.slug == slug)
+    for field in dataclasses.fields(summary):
+        assert getattr(part, field.name) == getattr(summary, field.name)
+    assert part.summary and part.complexity and part.invariants and part.claim
+    assert set(part.taxonomy) == set(catalogue.AXES)
+    assert part.kind != "sequence" or part.efficiency
+    assert (
+        (Path(__file__).parent / catalogue.paper(slug).room.split(".")[1])
+        .joinpath(f"test_{slug.replace('-', '_')}.py")
+        .is_file()
+    )
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_each_port_has_a_recording_and_each_recording_a_port(slug: str) -> None:
+    recorded = {path.name.split(".")[0] for path in (GOLDEN / slug).glob("*.safetensors")}
+    assert recorded == {port.module for port in catalogue.part(slug).ports}
+
+
+@pytest.mark.parametrize("recording", RECORDINGS)
+def test_golden(recording: str) -> None:
+    slug, name = recording.split("/")
+    port = catalogue.port(slug, name.split(".")[0])
+    with safe_open(GOLDEN / recording, "pt") as file:
+        arguments = json.loads(file.metadata()["args"])
+    groups: dict[str, dict[str, Tensor]] = {"input": {}, "param": {}, "output": {}}
+    for key, tensor in load_file(GOLDEN / recording).items():
+        group, _, rest = key.partition(".")
+        groups[group][rest] = tensor
+    module = port.build(arguments)
+    module.load_state_dict(port.convert(groups["param"]))
+    module.eval()
+    with torch.no_grad():
+        ours = port.run(module, groups["input"], arguments)
+    assert set(ours) == set(groups["output"])
+    for key, expected in groups["output"].items():
+        got = ours[key]
+        if port.compare is not None:
+            got, expected = port.compare(key, got, expected, groups["input"], arguments)
+        assert got.shape == expected.shape, key
+        assert relative(got, expected) <= port.tolerance, key
+    assert port.tolerance <= 1e-5 or port.reason
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+@pytest.mark.parametrize("size", [1, 7, 33])
+def test_odd_sizes(slug: str, size: int) -> None:
+    module = build(slug)
+    arguments = call_arguments(slug, module, size)
+    out = floats(module(*arguments))
+    assert out and all(t.isfinite().all() for t in out)
+    if catalogue.part(slug).kind in ("sequence", "gate"):
+        assert out[0].shape == arguments[0].shape
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_gradient_is_the_derivative(slug: str) -> None:
+    module = build(slug).double()
+    arguments = convert(call_arguments(slug, module, 9), torch.float64)
+    leaves = [p for p in module.parameters() if p.requires_grad]
+    leaves += [t.requires_grad_() for t in floats(arguments)]
+
+    def loss() -> Tensor:
+        return sum(
+            (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in floats(module(*arguments))
+        )
+
+    gradients = torch.autograd.grad(loss(), leaves, allow_unused=True)
+    directions = [torch.randn_like(leaf) for leaf in leaves]
+    slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
+    step = 1e-6
+    values = []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for leaf, direction in zip(leaves, directions, strict=True):
+                leaf += sign * step * direction
+            values.append(loss())
+    measured = (values[0] - values[1]) / (2 * step)
+    assert abs(slope - measured) <= 1e-5 * max(abs(measured), 1.0)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_bfloat16(slug: str) -> None:
+    module = build(slug).bfloat16()
+    arguments = convert(call_arguments(slug, module, 12), torch.bfloat16)
+    for t in floats(arguments):
+        t.requires_grad_()
+    out = floats(module(*arguments))
+    assert out[0].dtype == torch.bfloat16
+    sum(t.float().square().sum() for t in out).backward()
+    touched = [p.grad for p in module.parameters() if p.grad is not None] + [t.grad for t in floats(arguments)]
+    assert touched and all(g is None or g.isfinite().all() for g in touched)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_compiles(slug: str) -> None:
+    module = build(slug)
+    arguments = call_arguments(slug, module, 12)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=not catalogue.part(slug).data_dependent)
+    for ours, expected in zip(floats(compiled(*arguments)), floats(module(*arguments)), strict=True):
+        assert relative(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_serialises(slug: str, tmp_path: Path) -> None:
+    module = build(slug)
+    arguments = call_arguments(slug, module, 8)
+    save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, tmp_path / "part.safetensors")
+    other = build(slug)
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter)
+    other.load_state_dict(load_file(tmp_path / "part.safetensors"))
+    for twin in (other, copy.deepcopy(module)):
+        for ours, expected in zip(floats(twin(*arguments)), floats(module(*arguments)), strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("slug", SEQUENCES)
+def test_rows_of_a_batch_do_not_meet(slug: str) -> None:
+    module = build(slug)
+    (x,) = call_arguments(slug, module, 11)
+    assert relative(module(x)[1:], module(x[1:])) <= 1e-5
+    assert module(x[:0]).shape == x[:0].shape
+
+
+@pytest.mark.parametrize("slug", supporting("causal"))
+def test_the_past_does_not_see_the_future(slug: str) -> None:
+    module = build(slug, causal=True)
+    (x,) = call_arguments(slug, module, 21)
+    changed = x.clone()
+    changed[:, 13:] = torch.randn_like(changed[:, 13:])
+    assert relative(module(changed)[:, :13], module(x)[:, :13]) <= 1e-6
+
+
+@pytest.mark.parametrize("slug", supporting("decoding"))
+def test_decoding_equals_the_parallel_form(slug: str) -> None:
+    module = build(slug, causal=True)
+    (x,) = call_arguments(slug, module, 21)
+    with torch.no_grad():
+        expected = module(x)
+        cache = module.new_cache(2)
+        pieces = [module(x[:, :7], cache=cache)] + [module(x[:, i : i + 1], cache=cache) for i in range(7, 21)]
+    assert relative(torch.cat(pieces, 1), expected) <= 1e-5
+    assert cache.length == 21 and cache.nbytes > 0
+
+
+@pytest.mark.parametrize("slug", supporting("padding"))
+def test_padding_at_the_end_changes_nothing(slug: str) -> None:
+    module = build(slug)
+    (x,) = call_arguments(slug, module, 21)
+    mask = torch.ones(2, 21, dtype=torch.bool)
+    mask[:, 15:] = False
+    assert relative(module(x, mask=mask)[:, :15], module(x[:, :15], mask=mask[:, :15])) <= 1e-5
+    mask[:] = False
+    assert module(x, mask=mask).isfinite().all()
+
+
+@pytest.mark.parametrize("slug", supporting("cross"))
+def test_cross_attention(slug: str) -> None:
+    module = build(slug, causal=False)
+    (x,), (context,) = call_arguments(slug, module, 5), call_arguments(slug, module, 11)
+    out = module(x, context)
+    assert out.shape == x.shape and out.isfinite().all()
+    assert not torch.allclose(out, module(x, context.flip(0)))
+
+
+@pytest.mark.parametrize("slug", SEQUENCES)
+def test_bad_arguments(slug: str) -> None:
+    module = build(slug)
+    dim = catalogue.part(slug).example["dim"]
+    for bad in (torch.randn(2, 5, dim + 1), torch.randn(5, dim)):
+        with pytest.raises(ValueError, match=r"x must be|expected|got"):
+            module(bad)
+    with pytest.raises(ValueError):
+        catalogue.create(slug, dim=dim, num_heads=0)
+    with pytest.raises(ValueError):
+        catalogue.create(slug, no_such_argument=1)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_claim_runs(slug: str) -> None:
+    result = catalogue.part(slug).claim.run(Lab(smoke=True))
+    assert result.measured and all(isinstance(value, float) for value in result.measured.values())
