@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
+from saccade.ops.backends import BACKENDS, choose, make_plan
 from saccade.ops.masks import Mask
 from saccade.ops.planning import (
     Plan,
@@ -26,9 +27,6 @@ from saccade.ops.planning import (
     ScoreMod,
     choose,
     make_plan,
-)
-from saccade.ops.planning import (
-    backend as _backend,
 )
 
 __all__ = ["attend", "plan"]
@@ -135,7 +133,7 @@ def attend(
     ):
         return F.scaled_dot_product_attention(q_BHND, k_BKMD, v_BKME, is_causal=mask is not None, scale=scale)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
-    out, lse = _backend(choose(problem, backend)).run(problem, q_BHND, k_BKMD, v_BKME)
+    out, lse = BACKENDS[choose(problem, backend)].run(problem, q_BHND, k_BKMD, v_BKME)
     return (out, lse) if return_lse else out
 
 
@@ -178,8 +176,6 @@ def _problem(
     return_lse: bool,
     memory_mb: float,
 ) -> Problem:
-    from saccade.ops.normalizers import check_normalizer
-
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")

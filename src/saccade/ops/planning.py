@@ -1,11 +1,4 @@
-"""What is asked of the engine (`Problem`), what it answers (`Plan`), and the choice between backends.
-
-A backend is a module in `saccade.ops.backends` with four functions:
-
-    refusal(problem) -> str | None        why it cannot do this, or None
-    share(problem) -> float               expected time as a share of dense SDPA's
-    extra_bytes(problem) -> int           memory beyond inputs and outputs
-    run(problem, q, k, v) -> (out, lse | None)
+"""What is asked of the engine (`Problem`) and what it forecasts (`Plan`).
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
 """
@@ -15,17 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.ops.masks import EMPTY, Mask
-
-#: all backends, in the order in which ties are broken
-BACKENDS = ("sdpa", "blocksparse", "flex", "stream", "reference")
 
 #: tokens per block in which the planner looks at a mask, unless the mask brings its own
 PLANNING_BLOCK = 64
@@ -135,66 +123,3 @@ class Plan:
         ]
         lines += [f"not {name:<12}{why}" for name, why in self.refused.items()]
         return "\n".join(lines)
-
-
-def backend(name: str) -> ModuleType:
-    """The backend's module."""
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    return import_module(f"saccade.ops.backends.{name}")
-
-
-def choose(problem: Problem, asked: str | None) -> str:
-    """The backend that runs `problem`.
-
-    Raises:
-        ValueError: if the backend asked for, or every backend, refuses.
-    """
-    if asked is not None:
-        refusal = backend(asked).refusal(problem)
-        if refusal:
-            raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
-        return asked
-    candidates = willing(problem)
-    if not candidates:
-        reasons = "; ".join(f"{name}: {backend(name).refusal(problem)}" for name in BACKENDS)
-        raise ValueError(f"no backend can do this: {reasons}")
-    return min(candidates, key=lambda name: backend(name).share(problem)) if len(candidates) > 1 else candidates[0]
-
-
-def willing(problem: Problem) -> list[str]:
-    """The backends that the planner may choose: linear in memory, and no refusal."""
-    names = [name for name in BACKENDS if name != "reference" and (name != "flex" or problem.device.type == "cuda")]
-    return [name for name in names if backend(name).refusal(problem) is None]
-
-
-def make_plan(problem: Problem, asked: str | None) -> Plan:
-    name = choose(problem, asked)
-    module = backend(name)
-    refused = {}
-    for other in BACKENDS:
-        if other == name:
-            continue
-        why = backend(other).refusal(problem)
-        if why is None and other == "reference":
-            why = "quadratic memory: for tests, by name only"
-        elif why is None and other == "flex" and problem.device.type != "cuda":
-            why = "on the CPU by name only (compiles for half a minute, inference only)"
-        elif why is None:
-            why = f"expected at {backend(other).share(problem):.0%} of dense SDPA's time"
-        refused[other] = why
-    if asked is not None:
-        reason = "asked for"
-    elif len(willing(problem)) == 1:
-        reason = "the only path with linear memory that can do this"
-    else:
-        reason = "the fastest expected of " + ", ".join(willing(problem))
-    return Plan(
-        backend=name,
-        reason=reason,
-        flops=problem.flops,
-        bytes=problem.io_bytes + module.extra_bytes(problem),
-        density=problem.density,
-        share=module.share(problem),
-        refused=refused,
-    )

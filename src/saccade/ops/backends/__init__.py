@@ -1,1 +1,94 @@
-"""The paths that `attend` can take; `saccade.ops.planning` says what a backend is."""
+"""The paths that `attend` can take, and the choice between them.
+
+A backend is a module here with four functions:
+
+    refusal(problem) -> str | None        why it cannot do this, or None
+    share(problem) -> float               expected time as a share of dense SDPA's
+    extra_bytes(problem) -> int           memory beyond inputs and outputs
+    run(problem, q, k, v) -> (out, lse | None)
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
+from saccade.ops.planning import Plan, Problem
+
+#: in the order in which ties are broken
+BACKENDS: dict[str, ModuleType] = {
+    "sdpa": sdpa,
+    "blocksparse": blocksparse,
+    "flex": flex,
+    "stream": stream,
+    "reference": reference,
+}
+
+
+def choose(problem: Problem, asked: str | None) -> str:
+    """The backend that runs `problem`.
+
+    Raises:
+        ValueError: if the backend asked for, or every backend, refuses.
+    """
+    if asked is not None:
+        if asked not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {asked!r}")
+        refusal = BACKENDS[asked].refusal(problem)
+        if refusal:
+            raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
+        return asked
+    if sdpa.is_plain(problem) and sdpa.refusal(problem) is None:
+        return "sdpa"  # nothing to weigh: spares the density
+    candidates = willing(problem)
+    if not candidates:
+        reasons = "; ".join(f"{name}: {module.refusal(problem)}" for name, module in BACKENDS.items())
+        raise ValueError(f"no backend with linear memory can do this: {reasons}")
+    if len(candidates) == 1:
+        return candidates[0]
+    return min(candidates, key=lambda name: BACKENDS[name].share(problem))
+
+
+def willing(problem: Problem) -> list[str]:
+    """The backends that the planner may choose: linear in memory, and no refusal."""
+    return [
+        name
+        for name, module in BACKENDS.items()
+        if name != "reference" and (name != "flex" or problem.device.type == "cuda") and module.refusal(problem) is None
+    ]
+
+
+def make_plan(problem: Problem, asked: str | None) -> Plan:
+    """The forecast for `problem`.
+
+    Raises:
+        ValueError: where `choose` does.
+    """
+    name = choose(problem, asked)
+    candidates = willing(problem)
+    if asked is not None:
+        reason = "asked for"
+    elif len(candidates) == 1:
+        reason = "the only path with linear memory that can do this"
+    else:
+        reason = "expected to be the fastest of " + ", ".join(candidates)
+    return Plan(
+        backend=name,
+        reason=reason,
+        flops=problem.flops,
+        bytes=problem.io_bytes + BACKENDS[name].extra_bytes(problem),
+        density=problem.density,
+        share=BACKENDS[name].share(problem),
+        refused={other: _why_not(other, problem) for other in BACKENDS if other != name},
+    )
+
+
+def _why_not(name: str, problem: Problem) -> str:
+    refusal = BACKENDS[name].refusal(problem)
+    if refusal:
+        return refusal
+    if name == "reference":
+        return "quadratic memory: for tests, by name only"
+    if name == "flex" and problem.device.type != "cuda":
+        return "on the CPU by name only (compiles for half a minute, inference only)"
+    return f"expected at {BACKENDS[name].share(problem):.0%} of dense SDPA's time"

@@ -21,19 +21,19 @@ def refusal(problem: Problem) -> str | None:
         return "torch has no fused dropout on the CPU"
     if problem.return_lse and problem.device.type == "cuda":
         return "torch's fused kernels keep the LSE to themselves on CUDA"
-    if not _is_causal(problem) and mask_bytes(problem) > problem.memory_mb * 2**20:
+    if not is_causal(problem) and mask_bytes(problem) > problem.memory_mb * 2**20:
         return f"the mask as a tensor would take {mask_bytes(problem) / 2**20:.0f} MiB (memory_mb={problem.memory_mb:g})"
     return None
 
 
 def share(problem: Problem) -> float:
-    if _is_causal(problem):
+    if is_causal(problem):
         return 0.55
     return 1.0 if problem.mask is None else 1.15
 
 
 def extra_bytes(problem: Problem) -> int:
-    return 0 if _is_causal(problem) else mask_bytes(problem)
+    return 0 if is_causal(problem) else mask_bytes(problem)
 
 
 def mask_bytes(problem: Problem) -> int:
@@ -44,7 +44,12 @@ def mask_bytes(problem: Problem) -> int:
     return pairs * (1 + problem.dtype.itemsize)
 
 
-def _is_causal(problem: Problem) -> bool:
+def is_plain(problem: Problem) -> bool:
+    """Dense or causal softmax of dot products."""
+    return problem.mask is None or is_causal(problem)
+
+
+def is_causal(problem: Problem) -> bool:
     mask = problem.mask
     return type(mask) is Band and mask.low is None and mask.high == 0
 
@@ -53,7 +58,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if 0 in (problem.B, problem.H, problem.N, problem.M):
         nothing = q.new_zeros(problem.B, problem.H, problem.N, problem.E) + 0 * (q.sum() + k.sum() + v.sum())
         return nothing, q.new_full((problem.B, problem.H, problem.N), float("-inf"), dtype=torch.float32)
-    causal = _is_causal(problem)
+    causal = is_causal(problem)
     allowed = None
     if problem.mask is not None and not causal:
         allowed = problem.mask.dense(problem.N, problem.M, q.device)
