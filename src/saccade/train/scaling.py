@@ -1,0 +1,196 @@
+"""How time and memory grow with length: a sweep, and a power law through it.
+
+y = a N^p,    log y = log a + p log N   by least squares
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class ScalingPoint:
+    """One length of a sweep, on one sequence.
+
+    Attributes:
+        length: tokens (positions, for feature maps).
+        forward_seconds: median time of a forward pass without gradients.
+        seconds: median time of forward and backward.
+        bytes: peak of the tensors that forward and backward keep alive beyond parameters and input, as torch's
+            allocator counts them.
+    """
+
+    length: int
+    forward_seconds: float
+    seconds: float
+    bytes: int
+
+
+@dataclass
+class Fit:
+    """The power law `factor * length ** exponent`; `r2` says how much of the variance (in logs) it explains.
+
+    `from_length` is the shortest length in the fit: short ones measure overhead.
+    """
+
+    exponent: float
+    factor: float
+    r2: float
+    from_length: int
+
+    def __call__(self, length: float) -> float:
+        return self.factor * length**self.exponent
+
+
+def fit_power(lengths: Sequence[float], values: Sequence[float], last: int | None = None) -> Fit | None:
+    """Least squares in logs over the `last` longest lengths (all, where None); None with fewer than two usable points.
+
+    >>> round(fit_power([1, 2, 4], [3, 12, 48]).exponent, 6)
+    2.0
+    """
+    pairs = sorted((n, y) for n, y in zip(lengths, values) if n > 0 and y > 0)
+    pairs = pairs[-last:] if last else pairs
+    if len({n for n, _ in pairs}) < 2:
+        return None
+    xs, ys = [math.log(n) for n, _ in pairs], [math.log(y) for _, y in pairs]
+    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    exponent = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / spread
+    intercept = mean_y - exponent * mean_x
+    total = sum((y - mean_y) ** 2 for y in ys)
+    residual = sum((y - intercept - exponent * x) ** 2 for x, y in zip(xs, ys))
+    return Fit(exponent, math.exp(intercept), 1.0 - residual / total if total > 0 else 1.0, int(pairs[0][0]))
+
+
+def sweep(
+    part: nn.Module,
+    inputs: Callable[[int], tuple[object, ...]],
+    lengths: Sequence[int],
+    *,
+    seconds_per_point: float = 0.5,
+    limit_seconds: float = 5.0,
+    on_point: Callable[[ScalingPoint], None] | None = None,
+) -> list[ScalingPoint]:
+    """Measure `part` alone against length.
+
+    Args:
+        inputs: length -> the call's positional arguments; floating tensors among them get gradients.
+        lengths: ascending.
+        seconds_per_point: repeat each measurement for about so long, at least twice.
+        limit_seconds: stop before a length at which one forward and backward would take longer (extrapolated from the
+            last two lengths).
+        on_point: called with each point.
+    """
+    part.train()
+    points: list[ScalingPoint] = []
+    for length in lengths:
+        if len(points) > 1:
+            law = fit_power([p.length for p in points[-2:]], [p.seconds for p in points[-2:]])
+            if law is not None and law(length) > limit_seconds:
+                break
+        arguments = tuple(
+            x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs(length)
+        )
+
+        def forward(arguments: tuple[object, ...] = arguments) -> None:
+            with torch.no_grad():
+                part(*arguments)
+
+        def both(arguments: tuple[object, ...] = arguments) -> None:
+            total = sum(t.float().sum() for t in floats(part(*arguments)))
+            assert isinstance(total, Tensor)
+            total.backward()
+            clear_gradients(part, arguments)
+
+        both()
+        point = ScalingPoint(
+            length, timed(forward, seconds_per_point / 3), timed(both, seconds_per_point), peak_bytes(both)
+        )
+        points.append(point)
+        if on_point is not None:
+            on_point(point)
+    return points
+
+
+def fits(points: Sequence[ScalingPoint], last: int = 4) -> dict[str, Fit]:
+    """Power laws through the `last` longest lengths of a sweep, by name of the figure."""
+    lengths = [point.length for point in points]
+    found = {
+        name: fit_power(lengths, [getattr(point, name) for point in points], last)
+        for name in ("forward_seconds", "seconds", "bytes")
+    }
+    return {name: fit for name, fit in found.items() if fit is not None}
+
+
+def clear_gradients(part: nn.Module, arguments: Sequence[object] = ()) -> None:
+    """Drop the gradients of a module's parameters and of tensors among `arguments`."""
+    part.zero_grad(set_to_none=True)
+    for x in arguments:
+        if isinstance(x, Tensor):
+            x.grad = None
+
+
+def floats(output: object) -> list[Tensor]:
+    """The floating tensors that carry gradients in whatever a module returned."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() and output.requires_grad else []
+    if isinstance(output, dict):
+        return [t for value in output.values() for t in floats(value)]
+    if isinstance(output, (tuple, list)):
+        return [t for value in output for t in floats(value)]
+    if hasattr(output, "__dataclass_fields__"):
+        return [t for value in vars(output).values() for t in floats(value)]
+    return []
+
+
+def timed(function: Callable[[], object], seconds: float) -> float:
+    """Median time of calls repeated for about `seconds`: at least two, at most a hundred."""
+    times: list[float] = []
+    while len(times) < 2 or (sum(times) < seconds and len(times) < 100):
+        synchronize()
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Peak of the tensor memory that `function` allocates beyond what is alive before it.
+
+    Counted from the allocator's own events (CPU) or statistics (CUDA), so it is exact and repeatable, and leaves out
+    what never becomes a tensor: the interpreter, library workspaces, fragmentation.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    events = [event for event in results.events() if event.name() == "[memory]"] if results is not None else []
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
