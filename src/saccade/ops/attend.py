@@ -20,14 +20,8 @@ from torch import Tensor
 from saccade.ops import masks
 from saccade.ops.backends import BACKENDS, choose, make_plan
 from saccade.ops.masks import Mask
-from saccade.ops.planning import (
-    Plan,
-    Problem,
-    ScoreFunction,
-    ScoreMod,
-    choose,
-    make_plan,
-)
+from saccade.ops.normalizers import check_normalizer
+from saccade.ops.planning import Plan, Problem, ScoreFunction, ScoreMod
 
 __all__ = ["attend", "plan"]
 

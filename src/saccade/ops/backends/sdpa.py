@@ -22,7 +22,8 @@ def refusal(problem: Problem) -> str | None:
     if problem.return_lse and problem.device.type == "cuda":
         return "torch's fused kernels keep the LSE to themselves on CUDA"
     if not is_causal(problem) and mask_bytes(problem) > problem.memory_mb * 2**20:
-        return f"the mask as a tensor would take {mask_bytes(problem) / 2**20:.0f} MiB (memory_mb={problem.memory_mb:g})"
+        need = mask_bytes(problem) / 2**20
+        return f"the mask as a tensor would take {need:.0f} MiB (memory_mb={problem.memory_mb:g})"
     return None
 
 
