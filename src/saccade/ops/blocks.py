@@ -1,0 +1,240 @@
+"""Block-sparse work lists: which key blocks each query block visits, in pieces that dense batched products can eat.
+
+A query block that visits `c` key blocks is one *row* of width `c`. Rows of equal width are put into one piece: their
+key blocks are gathered into a contiguous batch (rows, c * key block, D), so that scores, softmax and the weighted sum
+are three dense operations without padding. Pieces are small enough for their buffers to stay in cache. A row too wide
+for the memory allowed is cut into several rows, which the caller merges by their LSE.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys; n, m blocks of queries and keys; R rows of a
+list; P (row, key block) pairs of a list, in the order of the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from saccade.ops import masks
+from saccade.ops.masks import EMPTY, PARTIAL, Mask
+
+#: (query block, key block) states that are turned into a work list at once; bounds the index tensors
+STATES_PER_LIST = 2**20
+
+#: elements of the elementwise mask that are evaluated at once
+PAIRS_PER_EVALUATION = 2**20
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `first` to `last` of a work list, all of one width.
+
+    Attributes:
+        first, last: range of rows.
+        width: key blocks per row.
+        pair: the first (row, key block) pair; the piece has (last - first) * width.
+        partial: range in the work list's partial blocks.
+        cut: the rows hold only some of their query blocks' key blocks.
+    """
+
+    first: int
+    last: int
+    width: int
+    pair: int
+    partial: tuple[int, int]
+    cut: bool
+
+    @property
+    def rows(self) -> int:
+        return self.last - self.first
+
+    @property
+    def has_partial(self) -> bool:
+        return self.partial[0] < self.partial[1]
+
+
+@dataclass(frozen=True)
+class WorkList:
+    """Rows sorted by width, their pairs, and the pieces that they are computed in.
+
+    Attributes:
+        query_R: flat index (b, h, query block) of each row.
+        key_P: flat index (b, key head, key block) of each pair.
+        map_P: flat index (b, h, query block, key block) of each pair.
+        partial: positions in P of the pairs whose elementwise mask matters, ascending.
+    """
+
+    query_R: Tensor
+    key_P: Tensor
+    map_P: Tensor
+    partial: Tensor
+    pieces: list[Piece]
+
+    def rows(self, piece: Piece) -> Tensor:
+        """Which query block each row of the piece is."""
+        return self.query_R[piece.first : piece.last]
+
+    def pairs(self, piece: Piece) -> Tensor:
+        """Which key block each pair of the piece is, row by row."""
+        return self.key_P[piece.pair : piece.pair + piece.rows * piece.width]
+
+
+@dataclass(frozen=True)
+class BlockStructure:
+    """The block structure of one attention problem; iterating gives its work lists.
+
+    Attributes:
+        states: (B', H', n, m) int8 of EMPTY, PARTIAL, FULL; B' and H' may be 1.
+        mask: elementwise truth of the PARTIAL blocks; None where there are none.
+        widest: most key blocks in a row.
+        pairs_per_piece: aim for the pairs of a piece.
+    """
+
+    states: Tensor
+    mask: Mask | None
+    B: int
+    H: int
+    K: int
+    N: int
+    M: int
+    block_q: int
+    block_k: int
+    widest: int
+    pairs_per_piece: int
+
+    @property
+    def n(self) -> int:
+        return ceil(self.N / self.block_q)
+
+    @property
+    def m(self) -> int:
+        return ceil(self.M / self.block_k)
+
+    @property
+    def is_one_list(self) -> bool:
+        return self.B * self.H * self.n * self.m <= STATES_PER_LIST
+
+    def work_lists(self) -> Iterator[WorkList]:
+        """The work lists, each of as many query blocks as STATES_PER_LIST allows."""
+        total = self.B * self.H * self.n
+        step = max(1, STATES_PER_LIST // max(1, self.m))
+        for first in range(0, total, step):
+            yield self._work_list(first, min(first + step, total))
+
+    def _work_list(self, first: int, last: int) -> WorkList:
+        states = self._rows_of_states(first, last)
+        kept = states != EMPTY
+        count = kept.sum(-1)
+        row_P, block_P = kept.nonzero(as_tuple=True)
+        state_P = states[row_P, block_P]
+
+        # cut what is too wide, sort by (which cut, width, is it cut); equal keys keep their order: heads stay together
+        cuts = (count + self.widest - 1) // self.widest
+        row_R = torch.repeat_interleave(cuts)
+        cut_R = torch.arange(len(row_R), device=row_R.device) - (cuts.cumsum(0) - cuts)[row_R]
+        width_R = (count[row_R] - cut_R * self.widest).clamp(max=self.widest)
+        key_R = (cut_R * (self.widest + 1) + width_R) * 2 + (cuts[row_R] > 1)
+        key_R, order = key_R.sort(stable=True)
+        start_R = width_R.cumsum(0) - width_R
+        row_R, width_R, start_R = row_R[order], width_R[order], start_R[order]
+        shift_R = start_R - (width_R.cumsum(0) - width_R)
+        position_P = torch.arange(len(row_P), device=row_P.device) + shift_R.repeat_interleave(width_R)
+        row_P, block_P, state_P = row_P[position_P] + first, block_P[position_P], state_P[position_P]
+
+        needs_mask = state_P == PARTIAL
+        if self.M % self.block_k:
+            needs_mask |= block_P == self.m - 1
+        partial = needs_mask.nonzero()[:, 0]
+        head_P = row_P // self.n
+        key_head_P = head_P // self.H * self.K + head_P % self.H // (self.H // self.K)
+        return WorkList(
+            query_R=row_R + first,
+            key_P=key_head_P * self.m + block_P,
+            map_P=row_P * self.m + block_P,
+            partial=partial,
+            pieces=self._pieces(key_R, partial),
+        )
+
+    def _rows_of_states(self, first: int, last: int) -> Tensor:
+        states = self.states
+        if states.shape[:2] == (self.B, self.H):
+            return states.reshape(-1, self.m)[first:last]
+        row = torch.arange(first, last, device=states.device)
+        head = row // self.n
+        b = head // self.H if states.shape[0] > 1 else torch.zeros_like(head)
+        h = head % self.H if states.shape[1] > 1 else torch.zeros_like(head)
+        return states[b, h, row % self.n]
+
+    def _pieces(self, key_R: Tensor, partial: Tensor) -> list[Piece]:
+        keys, sizes = key_R.unique_consecutive(return_counts=True)
+        bounds: list[tuple[int, int, int, int, bool]] = []
+        row = pair = 0
+        for key, size in zip(keys.tolist(), sizes.tolist()):
+            width, cut = key // 2 % (self.widest + 1), bool(key % 2)
+            most = max(1, self.pairs_per_piece // width)
+            step = ceil(size / ceil(size / most))
+            # two threads share the batch: an odd one leaves one of them idle
+            step += step % 2 if step > 1 else 0
+            for start in range(0, size, step):
+                rows = min(step, size - start)
+                bounds.append((row + start, row + start + rows, width, pair + start * width, cut))
+            row, pair = row + size, pair + size * width
+        starts = torch.tensor([b[3] for b in bounds] + [pair], device=partial.device)
+        edges = torch.searchsorted(partial, starts).tolist()
+        return [
+            Piece(first, last, width, start, (edges[i], edges[i + 1]), cut)
+            for i, (first, last, width, start, cut) in enumerate(bounds)
+        ]
+
+    def forbid(self, work: WorkList, piece: Piece, scores_RqSk: Tensor, fill: float) -> None:
+        """Put `fill` where the elementwise mask of the piece's partial blocks says no.
+
+        Args:
+            scores_RqSk: (rows, block_q, width, block_k), changed in place.
+        """
+        start, stop = piece.partial
+        step = max(1, PAIRS_PER_EVALUATION // (self.block_q * self.block_k))
+        by_block = scores_RqSk.permute(0, 2, 1, 3)
+        for low in range(start, stop, step):
+            position = work.partial[low : min(low + step, stop)]
+            row, slot = (position - piece.pair) // piece.width, (position - piece.pair) % piece.width
+            tile = by_block[row, slot].masked_fill_(~self._allowed(work.map_P[position]), fill)
+            by_block[row, slot] = tile
+
+    def _allowed(self, map_P: Tensor) -> Tensor:
+        """The elementwise mask of chosen blocks, broadcastable to (P, block_q, block_k)."""
+        j, rest = map_P % self.m, map_P // self.m
+        i, head = rest % self.n, rest // self.n
+        q = (i * self.block_q)[:, None] + torch.arange(self.block_q, device=i.device)
+        k = (j * self.block_k)[:, None] + torch.arange(self.block_k, device=j.device)
+        real = (k < self.M)[:, None]
+        if self.mask is None:
+            return real
+        # positions past the end are forbidden (keys) or thrown away (queries): any valid index will do for them
+        q, k = q.clamp(max=self.N - 1)[:, :, None], k.clamp(max=self.M - 1)[:, None]
+        b, h = (head // self.H)[:, None, None], (head % self.H)[:, None, None]
+        return self._evaluate(self.mask, b, h, i, j, q, k) & real
+
+    def _evaluate(
+        self, mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, q: Tensor, k: Tensor
+    ) -> Tensor:
+        """`mask.allowed`, but constant within a block where the mask is made of the same blocks."""
+        if isinstance(mask, masks._And):
+            left = self._evaluate(mask.left, b, h, i, j, q, k)
+            return left & self._evaluate(mask.right, b, h, i, j, q, k)
+        if isinstance(mask, masks._Or):
+            left = self._evaluate(mask.left, b, h, i, j, q, k)
+            return left | self._evaluate(mask.right, b, h, i, j, q, k)
+        if isinstance(mask, masks._Not):
+            return ~self._evaluate(mask.inner, b, h, i, j, q, k)
+        if isinstance(mask, masks.Blocks) and (mask.block_q, mask.block_k) == (self.block_q, self.block_k):
+            return mask.allowed(b, h, q[:, :1], k[:, :, :1])
+        if isinstance(mask, masks.Dense) and not (self.N % self.block_q or self.M % self.block_k):
+            tensor = mask.mask_BHNM.expand(-1, -1, self.N, self.M)
+            tiles = tensor.unflatten(3, (-1, self.block_k)).unflatten(2, (-1, self.block_q))
+            b, h = b[:, 0, 0] * (mask.batch > 1), h[:, 0, 0] * (mask.heads > 1)
+            return tiles.permute(0, 1, 2, 4, 3, 5)[b, h, i, j]
+        return mask.allowed(b, h, q, k)
