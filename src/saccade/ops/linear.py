@@ -1,0 +1,783 @@
+"""Linear attention: feature maps instead of a softmax, optional decay, time linear in the number of tokens.
+
+    o_i = sum_{j<=i} (prod_{t=j+1..i} decay_t) (q_i . k_j) v_j                       causal
+    o_i = sum_j (q_i . k_j) v_j                                                      not causal
+    normalised: o_i divided by the same sum with v_j = 1
+
+The causal form runs by chunks: inside a chunk a masked product with the decays between its tokens, between chunks a
+state S = sum_j (decays after j) k_j^T v_j. Decays only ever multiply, over spans that begin after j and end at i, so
+that nothing is divided by a cumulative product and any decay in (0, 1] is safe over any length:
+
+- one factor per head and token: exp of differences <= 0 of cumulative logarithms (kept in double) within a chunk;
+- one factor per channel: the chunk's score matrix is built by halving. The lower left block of a span of 2s tokens is
+  (q * products from the middle) (k * products to the middle)^T; then s doubles.
+
+Backward recomputes each piece from its inputs and from the state before it; nothing of size N x N or N x D x E exists.
+Gradients of decays are sums of the very terms in which the decay occurs, never differences of large sums.
+
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
+(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
+
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FeatureMap = Callable[[Tensor], Tensor]
+
+
+class LinearState(NamedTuple):
+    """What normalised linear attention keeps of the past: kv (B, H, D, E) = sum k^T v, and z (B, H, D) = sum k."""
+
+    kv: Tensor
+    z: Tensor
+
+
+def linear_attend(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    feature_map: FeatureMap | None = None,
+    decay: float | Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = False,
+    scale: float | None = None,
+    state: Tensor | LinearState | None = None,
+    return_state: bool = False,
+    chunk_size: int | None = None,
+) -> Any:
+    """Linear attention, see the equations at the top of this file.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: queries, keys, values; K divides H; N = M where causal.
+        feature_map: applied to queries and keys, D -> any width; None leaves them as they are.
+        decay: factors in (0, 1]: None, a float, (H,), (H, D); or per token (B, H, N), (B, H, N, D), where an axis may
+            be 1. D is the width after the feature map. A 0 forgets all that came before (and gets no gradient).
+        causal: token i sees tokens j <= i; otherwise all see all, and there is no decay.
+        normalize: divide by the sum of the weights; a row whose sum is 0 gives zeros.
+        scale: factor of q . k; None is 1 (it matters only where not normalised).
+        state: what came before these tokens, as returned by an earlier call: a tensor (B, H, D, E), or a `LinearState`
+            where normalised. It decays with the tokens like all that came before.
+        return_state: also return the state after the last token: float32 (float64 for float64 inputs), of the same
+            type as `state`.
+        chunk_size: tokens of a chunk in the causal form (a power of two where decay is per channel); the result does
+            not depend on it. None: 128, or 64 where decays vary.
+
+    Returns:
+        out (B, H, N, E), or (out, state).
+
+    Raises:
+        ValueError: if shapes, dtypes or decay do not fit, or a decay is given where not causal.
+
+    >>> import torch
+    >>> q, k, v = torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
+    >>> linear_attend(q, k, v, decay=0.5).flatten().tolist()
+    [1.0, 1.5, 1.75, 1.875]
+    """
+    _check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
+    if feature_map is not None:
+        q_BHND, k_BKMD = _features(feature_map, q_BHND, k_BKMD)
+    scale = 1.0 if scale is None else float(scale)
+    (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
+    state = _enter_state(state, (B, H, D, E), normalize, q_BHND)
+    factors = _as_factors(decay, (B, H, N, D), q_BHND)
+    if not causal:
+        out, state = _all_to_all(q_BHND, k_BKMD, v_BKME, state, scale, normalize)
+    else:
+        inputs = (q_BHND, k_BKMD, v_BKME, state, factors)
+        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        if chunk_size is None:
+            chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
+        out, _, _, state = _chunked(*inputs, scale, normalize, chunk_size, keep)
+    return (out, _leave_state(state, normalize)) if return_state else out
+
+
+def linear_step(
+    q_BH1D: Tensor,
+    k_BK1D: Tensor,
+    v_BK1E: Tensor,
+    state: Tensor | LinearState | None = None,
+    *,
+    feature_map: FeatureMap | None = None,
+    decay: float | Tensor | None = None,
+    normalize: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Any]:
+    """One token: S <- decay S + k^T v, o = q S. Arguments as in `linear_attend` with N = 1.
+
+    Returns:
+        out (B, H, 1, E) and the new state; cost and memory do not depend on how many tokens came before.
+
+    Raises:
+        ValueError: as `linear_attend`, or if there is not exactly one token.
+    """
+    _check(q_BH1D, k_BK1D, v_BK1E, True, decay, None)
+    if q_BH1D.shape[2] != 1:
+        raise ValueError(f"linear_step takes one token, got {q_BH1D.shape[2]}")
+    if feature_map is not None:
+        q_BH1D, k_BK1D = _features(feature_map, q_BH1D, k_BK1D)
+    (B, H, _, D), E = q_BH1D.shape, v_BK1E.shape[3]
+    state = _enter_state(state, (B, H, D, E), normalize, q_BH1D)
+    factors = _as_factors(decay, (B, H, 1, D), q_BH1D)
+    q, k, v = (x.to(state.dtype) for x in (q_BH1D, k_BK1D, v_BK1E))
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    new = _to_heads(k.transpose(2, 3) * v, H)
+    state = new + (state if factors is None else factors.transpose(2, 3) * state)
+    out = (q * (1.0 if scale is None else scale)) @ state
+    if normalize:
+        out = _divide(out)[0]
+    return out.to(q_BH1D.dtype), _leave_state(state, normalize)
+
+
+def linear_attend_reference(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    feature_map: FeatureMap | None = None,
+    decay: float | Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = False,
+    scale: float | None = None,
+    state: Tensor | LinearState | None = None,
+    return_state: bool = False,
+) -> Any:
+    """`linear_attend`, slow and obvious: token after token. The oracle of the tests."""
+    _check(q_BHND, k_BKMD, v_BKME, causal, decay, None)
+    if feature_map is not None:
+        q_BHND, k_BKMD = _features(feature_map, q_BHND, k_BKMD)
+    B, H, N, D = q_BHND.shape
+    E = v_BKME.shape[3]
+    S = _enter_state(state, (B, H, D, E), normalize, q_BHND)
+    factors = _as_factors(decay, (B, H, N, D), q_BHND)
+    q = q_BHND.to(S.dtype) * (1.0 if scale is None else scale)
+    k, v = _to_heads(k_BKMD.to(S.dtype), H), _to_heads(v_BKME.to(S.dtype), H)
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    rows = []
+    if not causal:
+        S = S + k.transpose(2, 3) @ v
+        rows = [q[:, :, i] for i in range(N)]
+        rows = [torch.einsum("bhd,bhde->bhe", row, S) for row in rows]
+    else:
+        for i in range(N):
+            if factors is not None:
+                S = S * factors[:, :, min(i, factors.shape[2] - 1), :, None]
+            S = S + k[:, :, i, :, None] * v[:, :, i, None, :]
+            rows.append(torch.einsum("bhd,bhde->bhe", q[:, :, i], S))
+    out = torch.stack(rows, 2) if rows else q.new_zeros(B, H, 0, S.shape[3])
+    if normalize:
+        out = _divide(out)[0]
+    out = out.to(q_BHND.dtype)
+    return (out, _leave_state(S, normalize)) if return_state else out
+
+
+# The front door
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, decay: float | Tensor | None, chunk_size: int | None) -> None:
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
+    if k.shape[:3] != v.shape[:3]:
+        raise ValueError(f"key and value must agree in batch, heads and tokens, got {tuple(k.shape)}, {tuple(v.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(f"query and key must agree in batch and head_dim, got {tuple(q.shape)} and {tuple(k.shape)}")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
+    if causal and k.shape[2] != q.shape[2]:
+        raise ValueError(f"causal linear attention needs as many keys as queries, got {q.shape[2]} and {k.shape[2]}")
+    if not causal and decay is not None:
+        raise ValueError("decay needs causal=True: without an order of tokens nothing decays")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
+def _features(feature_map: FeatureMap, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    mapped = feature_map(q), feature_map(k)
+    for before, after in zip((q, k), mapped, strict=True):
+        if after.shape[:-1] != before.shape[:-1]:
+            raise ValueError(
+                f"feature_map must keep all axes but the last, got {tuple(after.shape)} from {tuple(before.shape)}"
+            )
+    return mapped
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _enter_state(
+    state: Tensor | LinearState | None, shape: tuple[int, int, int, int], normalize: bool, q: Tensor
+) -> Tensor:
+    """(B, H, D, E) in the accumulator's dtype; where normalised z stands in one more column."""
+    dtype = _accumulator(q.dtype)
+    if state is None:
+        return q.new_zeros(*shape[:3], shape[3] + normalize, dtype=dtype)
+    if normalize != isinstance(state, LinearState):
+        wanted = "a LinearState(kv, z) where normalised" if normalize else "a tensor (B, H, D, E) where not normalised"
+        raise ValueError(f"state must be {wanted}, got {type(state).__name__}")
+    kv = state.kv if isinstance(state, LinearState) else state
+    if kv.shape != shape or (isinstance(state, LinearState) and state.z.shape != shape[:3]):
+        raise ValueError(f"state must be (B, H, D, E) = {tuple(shape)}, got {tuple(kv.shape)}")
+    kv = kv.to(dtype)
+    return torch.cat([kv, state.z.to(dtype)[..., None]], -1) if isinstance(state, LinearState) else kv
+
+
+def _leave_state(state: Tensor, normalize: bool) -> Tensor | LinearState:
+    return LinearState(state[..., :-1], state[..., -1]) if normalize else state
+
+
+def _as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
+    """Decay as (1, H, 1, 1), (1, H, 1, D), (B, H, N, 1) or (B, H, N, D) in the accumulator's dtype."""
+    B, H, N, D = shape
+    dtype = _accumulator(q.dtype)
+    if decay is None:
+        return None
+    if not isinstance(decay, Tensor):
+        if not 0.0 < decay <= 1.0:
+            raise ValueError(f"decay must be in (0, 1], got {decay}")
+        return torch.full((1, H, 1, 1), float(decay), dtype=dtype, device=q.device)
+    if not decay.is_floating_point():
+        raise ValueError(f"decay must be floating point, got {decay.dtype}")
+    if decay.device != q.device:
+        raise ValueError(f"decay is on {decay.device}, but query is on {q.device}")
+    allowed: dict[int, tuple[int, ...]] = {0: (), 1: (H,), 2: (H, D), 3: (B, H, N), 4: (B, H, N, D)}
+    full = allowed.get(decay.ndim)
+    if full is None or any(
+        got not in ((1, want) if decay.ndim > 2 else (want,)) for got, want in zip(decay.shape, full, strict=True)
+    ):
+        raise ValueError(
+            f"decay must be a number, (H,) = {(H,)}, (H, D) = {(H, D)}, (B, H, N) = {(B, H, N)} or (B, H, N, D), "
+            f"got shape {tuple(decay.shape)}"
+        )
+    decay = decay.to(dtype)
+    if decay.ndim == 0:
+        return decay.expand(1, H, 1, 1)
+    if decay.ndim < 3:
+        return decay.view(1, H, 1, -1)
+    return (decay[..., None] if decay.ndim == 3 else decay).expand(B, H, N, -1)
+
+
+def _to_heads(x_BKNE: Tensor, H: int) -> Tensor:
+    return x_BKNE if x_BKNE.shape[1] == H else x_BKNE.repeat_interleave(H // x_BKNE.shape[1], 1)
+
+
+def _divide(out: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerators over the denominators in the last column, and 1 / denominator; both 0 where that is 0."""
+    total = out[..., -1:]
+    inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+    return out[..., :-1] * inverse, inverse
+
+
+def _all_to_all(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    values = v.to(state.dtype)
+    if normalize:
+        values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
+    state = state + _to_heads(k.to(state.dtype).transpose(2, 3) @ values, q.shape[1])
+    out = q.to(state.dtype) @ (scale * state)
+    if normalize:
+        out = _divide(out)[0]
+    return out.to(q.dtype), state
+
+
+# The causal form, in pieces
+
+
+class _Piece(NamedTuple):
+    """Batch rows `first_row` to `last_row`, tokens `start` to `stop`, as `chunks` chunks of `size`."""
+
+    first_row: int
+    last_row: int
+    start: int
+    stop: int
+    chunks: int
+    size: int
+
+
+def _pieces(B: int, H: int, N: int, chunk_size: int, factors: Tensor | None, on_cpu: bool) -> list[list[_Piece]]:
+    """Per group of batch rows its pieces in order: few enough chunks at a time to stay in cache (to fill a GPU)."""
+    if factors is not None and factors.shape[3] > 1:
+        chunk_size = 1 << (chunk_size - 1).bit_length()
+    size = max(1, min(chunk_size, N))
+    together = max(1, (_CACHE_ELEMENTS if on_cpu else _DEVICE_ELEMENTS) // (size * size))
+    rows = max(1, min(B, together // max(1, H)))
+    chunks = max(1, min(N // size, together // max(1, rows * H)))
+    groups = []
+    for row in range(0, B, rows):
+        group, start = [], 0
+        while start < N:
+            many = min(chunks, (N - start) // size)
+            stop = start + many * size if many else N
+            group.append(_Piece(row, min(B, row + rows), start, stop, max(1, many), size if many else stop - start))
+            start = stop
+        groups.append(group)
+    return groups
+
+
+#: scores of the chunks that are worked on together
+_CACHE_ELEMENTS = 1 << 19
+_DEVICE_ELEMENTS = 1 << 26
+
+
+class _Scratch:
+    """Buffers that are used again for piece after piece, so that they stay in cache."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        need = prod(shape)
+        if name not in self.buffers or self.buffers[name].numel() < need:
+            self.buffers[name] = torch.empty(need, dtype=self.dtype, device=self.device)
+        return self.buffers[name][:need].view(shape)
+
+    def load(
+        self, name: str, x: Tensor, piece: _Piece, H: int, *, size: int, ones: bool = False, pad: float = 0
+    ) -> Tensor:
+        """A piece of x (B, K, N, D) as (b, H, T, size, D), copied in the accumulator's dtype and padded."""
+        K, D = x.shape[1], x.shape[3]
+        out = self(name, piece.last_row - piece.first_row, H, piece.chunks, size, D + ones)
+        if size > piece.size:
+            out[..., piece.size :, :] = pad
+        part = _view(x, piece)
+        target = out[..., : piece.size, :D]
+        if K == H:
+            target.copy_(part)
+        else:
+            target.unflatten(1, (K, H // K)).copy_(part.unsqueeze(2))
+        if ones:
+            out[..., D] = 1.0
+        return out
+
+    def matmul(self, name: str, a: Tensor, b: Tensor) -> Tensor:
+        out = self(name, *a.shape[:-1], b.shape[-1])
+        torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+        return out
+
+    def multiply(self, name: str, a: Tensor, b: Tensor | None) -> Tensor:
+        return a if b is None else torch.mul(a, b, out=self(name, *a.shape))
+
+
+def _view(x_BHND: Tensor, piece: _Piece) -> Tensor:
+    """(b, H, T, c, D) of the piece."""
+    part = x_BHND[piece.first_row : piece.last_row, :, piece.start : piece.stop]
+    return part.unflatten(2, (piece.chunks, piece.size))
+
+
+def _store(x_BKND: Tensor, value: Tensor, piece: _Piece) -> None:
+    """Write a piece (b, H, T, >= c, >= D); heads that share a key head are summed."""
+    K, D = x_BKND.shape[1], x_BKND.shape[3]
+    value = value[..., : piece.size, :D]
+    if value.shape[1] != K:
+        value = value.unflatten(1, (K, -1)).sum(2)
+    _view(x_BKND, piece).copy_(value)
+
+
+def _add_matmul(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    torch.baddbmm(out.flatten(0, -3), a.flatten(0, -3), b.flatten(0, -3), out=out.flatten(0, -3))
+    return out
+
+
+class _Decays(NamedTuple):
+    """Products of the decays inside chunks: (b, H, T, c, D'), where D' is 1 for a factor per head.
+
+    `between`: (b, H, T, c, c) from key to query, 0 above the diagonal; None where per channel, see `_halving`.
+    `before`: from the chunk's start to each token, inclusive. `after`: from each token, exclusive, to the chunk's end.
+    `whole`: (b, H, T, D', 1) of the chunk. The last three are None where nothing decays.
+    """
+
+    between: Tensor | None
+    before: Tensor | None
+    after: Tensor | None
+    whole: Tensor | None
+
+
+def _head_decays(factors: Tensor | None, piece: _Piece, scratch: _Scratch, cached: dict[int, _Decays]) -> _Decays:
+    """Of one factor per head: None, (1, H, 1, 1), or (B, H, N, 1)."""
+    c = piece.size
+    if c in cached:
+        return cached[c]
+    if factors is None:
+        lower = torch.ones(c, c, dtype=scratch.dtype, device=scratch.device).tril()
+        cached[c] = _Decays(lower, None, None, None)
+        return cached[c]
+    varies = _varies(factors)
+    part = _view(factors, piece)[..., 0] if varies else factors.expand(-1, -1, -1, c)
+    # log 0 would give inf - inf; the smallest normal number is as good as 0
+    logs = part.clamp_min(torch.finfo(scratch.dtype).tiny).double().log().cumsum(-1)
+    above = torch.full((c, c), float("-inf"), dtype=scratch.dtype, device=scratch.device).triu(1)
+    between = scratch("between" if varies else f"between {c}", *logs.shape, c)
+    between.copy_(logs.unsqueeze(-1) - logs.unsqueeze(-2)).add_(above).exp_()
+    last = logs[..., -1:]
+    before, after, whole = (x.exp().to(scratch.dtype).unsqueeze(-1) for x in (logs, last - logs, last))
+    decays = _Decays(between, before, after, whole)
+    if not varies:
+        cached[c] = decays
+    return decays
+
+
+class _HalvingGrads(NamedTuple):
+    """Gradients that a halving passes on: of the scores (given), of q and k (added to), and by level, for decays."""
+
+    scores: Tensor
+    q: Tensor
+    k: Tensor
+    levels: list[tuple[Tensor, Tensor]]
+
+
+def _halving(
+    q: Tensor, k: Tensor, factors: Tensor, scratch: _Scratch, grads: _HalvingGrads | None
+) -> tuple[Tensor, _Decays]:
+    """Scores (b, H, T, c, c) and decays of a chunk with one factor per channel (b, H, T, c, D); c is a power of two.
+
+    Spans of 2s tokens are built of two of s: the queries of the later one reach the keys of the earlier one through
+    the middle, with the products `before` of the later and `after` of the earlier, both local to their span.
+    """
+    c = q.shape[-2]
+    before = scratch("before", *factors.shape).copy_(factors)
+    after = scratch("after", *factors.shape).fill_(1.0)
+    scores = scratch("scores", *q.shape[:-1], c).zero_()
+    scores.diagonal(0, -2, -1).copy_(torch.mul(q, k, out=scratch("product", *q.shape)).sum(-1))
+    if grads is not None:
+        diagonal = grads.scores.diagonal(0, -2, -1).unsqueeze(-1)
+        torch.mul(diagonal, k, out=grads.q)
+        torch.mul(diagonal, q, out=grads.k)
+    s = 1
+    while s < c:
+        _, later_q = _spans(q, s)
+        earlier_k, _ = _spans(k, s)
+        earlier_before, later_before = _spans(before, s)
+        earlier_after, _ = _spans(after, s)
+        later, earlier = later_q * later_before, earlier_k * earlier_after
+        _corners(scores, s).copy_(_pairs(later, earlier))
+        if grads is not None:
+            corner = _corners(grads.scores, s).contiguous()
+            later_grad, earlier_grad = corner @ earlier, corner.transpose(-1, -2) @ later
+            _spans(grads.q, s)[1].addcmul_(later_grad, later_before)
+            _spans(grads.k, s)[0].addcmul_(earlier_grad, earlier_after)
+            grads.levels.append((later_grad.mul_(later), earlier_grad.mul_(earlier)))
+        first, second = earlier_before[..., -1:, :].clone(), later_before[..., -1:, :].clone()
+        later_before.mul_(first)
+        earlier_after.mul_(second)
+        s *= 2
+    return scores, _Decays(None, before, after, before[..., -1, :, None])
+
+
+def _halving_back(before: Tensor, after: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Gradient of the logarithms of the decays, from those of the logarithms of `before` and `after` (overwritten)."""
+    for later_grad, earlier_grad in reversed(levels):
+        s = later_grad.shape[-2]
+        earlier_before, later_before = _spans(before, s)
+        earlier_after, _ = _spans(after, s)
+        earlier_before[..., -1, :] += later_before.sum(-2)
+        later_before[..., -1, :] += earlier_after.sum(-2)
+        later_before += later_grad
+        earlier_after += earlier_grad
+    return before
+
+
+def _spans(x: Tensor, s: int) -> tuple[Tensor, Tensor]:
+    """The earlier and the later halves (b, H, T, n, s, D) of the spans of 2s tokens."""
+    halves = x.unflatten(-2, (-1, 2, s))
+    return halves[..., 0, :, :], halves[..., 1, :, :]
+
+
+def _corners(scores: Tensor, s: int) -> Tensor:
+    """The lower left blocks (b, H, T, n, s, s) of the spans of 2s tokens, as a view."""
+    spans = scores.unflatten(-1, (-1, 2, s)).unflatten(-4, (-1, 2, s))
+    return spans.diagonal(0, -6, -3)[..., 1, :, 0, :, :].movedim(-1, -3)
+
+
+def _pairs(later: Tensor, earlier: Tensor) -> Tensor:
+    if later.shape[-2] == 1:
+        return (later * earlier).sum(-1, keepdim=True)
+    return later @ earlier.transpose(-1, -2)
+
+
+def _scan(
+    name: str, state: Tensor, new: Tensor, whole: Tensor | None, scratch: _Scratch, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """State before each chunk (b, H, T, D, E), and after all: state <- whole * state + new, from either end."""
+    states = scratch(name, *new.shape)
+    order = range(new.shape[2])
+    for t in reversed(order) if reverse else order:
+        states[:, :, t] = state
+        if whole is None:
+            state = state + new[:, :, t]
+        else:
+            state = torch.addcmul(new[:, :, t], state, whole[:, :, t if whole.shape[2] > 1 else 0])
+    return states, state
+
+
+def _padded(factors: Tensor | None, size: int) -> int:
+    """Tokens of a chunk in the buffers: the next power of two where decay is per channel."""
+    return 1 << (size - 1).bit_length() if factors is not None and factors.shape[3] > 1 else size
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    scale: float,
+    normalize: bool,
+    chunk_size: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, H, N, _), E = q.shape, v.shape[3]
+    out = torch.empty(B, H, N, E, dtype=q.dtype, device=q.device)
+    inverse = torch.empty(B, H, N if normalize else 0, 1, dtype=state.dtype, device=q.device)
+    final = state.clone()
+    groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu")
+    starts = state.new_empty(max(map(len, groups), default=0) if keep else 0, *state.shape)
+    scratch, cached = _Scratch(q.device, state.dtype), dict[int, _Decays]()
+    for group in groups:
+        for index, piece in enumerate(group):
+            rows = slice(piece.first_row, piece.last_row)
+            if keep:
+                starts[index, rows] = final[rows]
+            size = _padded(factors, piece.size)
+            q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
+            v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
+            if scale != 1.0:
+                q_ *= scale
+            scores, decays = _scores(q_, k_, factors, piece, scratch, cached, None)
+            new = scratch.matmul("new", scratch.multiply("k after", k_, decays.after).transpose(-1, -2), v_)
+            states, final[rows] = _scan("states", final[rows], new, decays.whole, scratch)
+            out_ = scratch.matmul("out", scores, v_)
+            _add_matmul(out_, scratch.multiply("q before", q_, decays.before), states)
+            if normalize:
+                out_, inverse_ = _divide(out_)
+                _store(inverse, inverse_, piece)
+            _store(out, out_, piece)
+    return out, inverse, starts, final
+
+
+def _scores(
+    q: Tensor,
+    k: Tensor,
+    factors: Tensor | None,
+    piece: _Piece,
+    scratch: _Scratch,
+    cached: dict[int, _Decays],
+    grads: _HalvingGrads | None,
+) -> tuple[Tensor, _Decays]:
+    """Decayed scores inside the chunks (b, H, T, c, c), 0 above the diagonal, and the decays of q and k beyond them."""
+    if factors is not None and factors.shape[3] > 1:
+        return _halving(q, k, _load_factors(factors, piece, q.shape[-2], scratch), scratch, grads)
+    decays = _head_decays(factors, piece, scratch, cached)
+    assert decays.between is not None
+    return scratch.matmul("scores", q, k.transpose(-1, -2)).mul_(decays.between), decays
+
+
+def _varies(factors: Tensor) -> bool:
+    """By batch row or token, else by head and channel only."""
+    return factors.shape[0] != 1 or factors.shape[2] != 1
+
+
+def _load_factors(factors: Tensor, piece: _Piece, size: int, scratch: _Scratch) -> Tensor:
+    """(b, H, T, size, D'); the same for every token where the decay does not vary."""
+    _, H, _, D = factors.shape
+    if not _varies(factors):
+        factors = factors.expand(piece.last_row, H, piece.stop, D)
+    return scratch.load("factors", factors, piece, H, size=size, pad=1.0)
+
+
+def _backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factors: Tensor | None,
+    out: Tensor,
+    inverse: Tensor,
+    starts: Tensor,
+    grad_out: Tensor,
+    grad_final: Tensor,
+    scale: float,
+    normalize: bool,
+    chunk_size: int,
+    of_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    B, H, N, _ = q.shape
+    grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grad_state = grad_final.clone()
+    grad_factors = grad_final.new_zeros(factors.shape if factors is not None and of_decay else 0)
+    scratch, cached = _Scratch(q.device, grad_final.dtype), dict[int, _Decays]()
+    channel = factors is not None and factors.shape[3] > 1
+    for group in _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu"):
+        for index, piece in reversed(list(enumerate(group))):
+            rows = slice(piece.first_row, piece.last_row)
+            size = _padded(factors, piece.size)
+            q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
+            v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
+            grad = scratch.load("grad", grad_out, piece, H, size=size, ones=normalize)
+            if scale != 1.0:
+                q_ *= scale
+            if normalize:
+                # out = numerator / total: d numerator = grad / total, d total = -(grad . out) / total
+                out_ = scratch.load("out", out, piece, H, size=size)
+                torch.linalg.vecdot(grad[..., :-1], out_, out=grad[..., -1]).neg_()
+                grad *= scratch.load("inverse", inverse, piece, H, size=size)
+
+            grad_scores = scratch.matmul("grad scores", grad, v_.transpose(-1, -2))
+            grad_q_, grad_k_ = scratch("grad q", *q_.shape), scratch("grad k", *k_.shape)
+            halving = _HalvingGrads(grad_scores, grad_q_, grad_k_, [])
+            scores, decays = _scores(q_, k_, factors, piece, scratch, cached, halving)
+            grad_v_ = scratch.matmul("grad v", scores.transpose(-1, -2), grad)
+            inside = None
+            if not channel:
+                assert decays.between is not None
+                if of_decay:
+                    inside = _occurrences(scores.mul_(grad_scores))
+                grad_scores.mul_(decays.between)
+                scratch.matmul("grad q", grad_scores, k_)
+                scratch.matmul("grad k", grad_scores.transpose(-1, -2), q_)
+
+            q_before = scratch.multiply("q before", q_, decays.before)
+            k_after = scratch.multiply("k after", k_, decays.after)
+            new = scratch.matmul("new", k_after.transpose(-1, -2), v_)
+            states, _ = _scan("states", starts[index, rows], new, decays.whole, scratch)
+            new = scratch.matmul("new", q_before.transpose(-1, -2), grad)
+            grad_states, grad_state[rows] = _scan(
+                "grad states", grad_state[rows], new, decays.whole, scratch, reverse=True
+            )
+            _add_matmul(grad_v_, k_after, grad_states)
+            grad_q_before = scratch.matmul("grad q before", grad, states.transpose(-1, -2))
+            grad_k_after = scratch.matmul("grad k after", v_, grad_states.transpose(-1, -2))
+            if decays.before is None or decays.after is None or decays.whole is None:
+                grad_q_ += grad_q_before
+                grad_k_ += grad_k_after
+            else:
+                grad_q_.addcmul_(grad_q_before, decays.before)
+                grad_k_.addcmul_(grad_k_after, decays.after)
+                if of_decay:
+                    before, after = grad_q_before.mul_(q_before), grad_k_after.mul_(k_after)
+                    whole = states.mul_(grad_states).mul_(decays.whole).sum(-1)
+                    if channel:
+                        before[..., -1, :] += whole
+                        logs = _halving_back(before, after, halving.levels)
+                    else:
+                        assert inside is not None
+                        ones = torch.ones(size, size, dtype=before.dtype, device=q.device)
+                        logs = inside + before.sum(-1) @ ones.tril() + after.sum(-1) @ ones.triu(1)
+                        logs = (logs + whole.sum(-1, keepdim=True)).unsqueeze(-1)
+                    _store_decay(grad_factors, logs, factors, piece, scratch)
+            if scale != 1.0:
+                grad_q_ *= scale
+            for target, value in ((grad_q, grad_q_), (grad_k, grad_k_), (grad_v, grad_v_)):
+                _store(target, value, piece)
+    return grad_q, grad_k, grad_v, grad_state, grad_factors
+
+
+def _occurrences(terms: Tensor) -> Tensor:
+    """For each token t of a chunk the sum of the terms (i, j) in which its decay occurs: j < t <= i."""
+    ones = torch.ones(terms.shape[-1], terms.shape[-1], dtype=terms.dtype, device=terms.device)
+    return (terms @ ones.triu(1)).mul_(ones.tril()).sum(-2)
+
+
+def _store_decay(grad: Tensor, logs: Tensor, factors: Tensor | None, piece: _Piece, scratch: _Scratch) -> None:
+    """From the gradient of the logarithm to that of the factor, which is taken as 0 where the factor is 0."""
+    assert factors is not None
+    part = _load_factors(factors, piece, logs.shape[-2], scratch)
+    value = torch.where(part > 0, logs / part, 0.0)[..., : piece.size, :]
+    if not _varies(factors):
+        grad += value.sum((0, 2, 3))[None, :, None]
+    else:
+        _view(grad, piece).copy_(value)
+
+
+# Custom operators: opaque to torch.compile, which would otherwise unroll the loop over pieces
+
+
+@torch.library.custom_op("saccade::linear_chunked", mutates_args=())
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    factors: Tensor | None,
+    scale: float,
+    normalize: bool,
+    chunk_size: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, 1 / denominators, the states before the pieces (where `keep`), and the state after all."""
+    return _forward(q, k, v, state, factors, scale, normalize, chunk_size, keep)
+
+
+@_chunked.register_fake
+def _(q, k, v, state, factors, scale, normalize, chunk_size, keep):  # type: ignore[no-untyped-def]
+    (B, H, N, _), E = q.shape, v.shape[3]
+    groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu") if keep else []
+    return (
+        q.new_empty(B, H, N, E),
+        state.new_empty(B, H, N if normalize else 0, 1),
+        state.new_empty(max(map(len, groups), default=0), *state.shape),
+        torch.empty_like(state, memory_format=torch.contiguous_format),
+    )
+
+
+@torch.library.custom_op("saccade::linear_chunked_backward", mutates_args=())
+def _chunked_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factors: Tensor | None,
+    out: Tensor,
+    inverse: Tensor,
+    starts: Tensor,
+    grad_out: Tensor,
+    grad_final: Tensor,
+    scale: float,
+    normalize: bool,
+    chunk_size: int,
+    of_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _backward(
+        q, k, v, factors, out, inverse, starts, grad_out, grad_final, scale, normalize, chunk_size, of_decay
+    )
+
+
+@_chunked_backward.register_fake
+def _(q, k, v, factors, out, inverse, starts, grad_out, grad_final, scale, normalize, chunk_size, of_decay):  # type: ignore[no-untyped-def]
+    return (
+        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, grad_final)),
+        grad_final.new_empty(factors.shape if factors is not None and of_decay else 0),
+    )
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, _, factors, *ctx.settings, _ = inputs
+    out, inverse, starts, _ = output
+    ctx.save_for_backward(q, k, v, factors, out, inverse, starts)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, _inverse: Any, _starts: Any, grad_final: Tensor) -> tuple[Any, ...]:
+    q, k, v, factors, out, inverse, starts = ctx.saved_tensors
+    of_decay = ctx.needs_input_grad[4]
+    *grads, grad_factors = _chunked_backward(
+        q, k, v, factors, out, inverse, starts, grad_out, grad_final, *ctx.settings, of_decay
+    )
+    return (*grads, grad_factors if of_decay else None, None, None, None, None)
+
+
+_chunked.register_autograd(_differentiate, setup_context=_remember)
