@@ -1,0 +1,156 @@
+"""Windows and neighbourhoods against dense SDPA, in one run: `python benchmarks/ops_windows.py [--quick]`.
+
+`ideal` is N x M over the pairs that the mask allows; `speed-up` is dense SDPA's time over ours. Dense SDPA at the
+longest length is timed on one head and multiplied by the heads: it is linear in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from saccade.ops import masks, windows
+from saccade.ops.masks import Mask
+from saccade.ops.planning import Problem
+
+H, D = 4, 64
+
+#: name, mask, tokens, goal of the forward pass as a speed-up over dense SDPA (None: reported only)
+CASES: list[tuple[str, Mask, int, float | None]] = [
+    ("causal window 512, N=16384", masks.window(511), 16384, 22.4),
+    ("13 x 13 on 64 x 64", masks.neighborhood((64, 64), (13, 13)), 4096, 4.0),
+    ("window 256 both sides, N=8192", masks.window(256, 256), 8192, None),
+    ("7 x 7 on 56 x 56", masks.neighborhood((56, 56), (7, 7)), 3136, None),
+    ("7 x 7, dilation 4, on 64 x 64", masks.neighborhood((64, 64), (7, 7), 4), 4096, None),
+    ("16 x 16, stride 8, on 64 x 64", masks.neighborhood((64, 64), (16, 16), stride=8), 4096, None),
+    ("5 x 9 x 9 on 12 x 24 x 24", masks.neighborhood((12, 24, 24), (5, 9, 9)), 6912, None),
+    (
+        "causal time, 4 x 7 x 7 on 16 x 20 x 20",
+        masks.neighborhood((16, 20, 20), (4, 7, 7), causal=(True, False, False)),
+        6400,
+        None,
+    ),
+]
+
+
+def seconds(function: Callable[[], object], repeats: int) -> float:
+    """The fastest of some calls, after one that is not counted."""
+    function()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def allowed_pairs(mask: Mask, n: int) -> int:
+    """Pairs that the mask allows, counted in stretches of queries."""
+    zero, k = torch.zeros(1, 1, dtype=torch.long), torch.arange(n)
+    rows = torch.arange(n)[:, None].split(256)
+    return sum(int(mask.allowed(zero, zero, q, k).sum()) for q in rows)
+
+
+def problem(q: Tensor, mask: Mask, needs_grad: bool) -> Problem:
+    B, heads, N, width = q.shape
+    return Problem(
+        B=B, H=heads, K=heads, N=N, M=N, D=width, E=width, dtype=q.dtype, device=q.device, needs_grad=needs_grad,
+        mask=mask, scale=width**-0.5,
+    )  # fmt: skip
+
+
+def measure(mask: Mask, n: int, dtype: torch.dtype, repeats: int, backward: bool) -> dict[str, float]:
+    torch.manual_seed(0)
+    q, k, v, g = (torch.randn(1, H, n, D).to(dtype) for _ in range(4))
+    asked = problem(q, mask, False)
+    heads = 1 if n > 8192 else H
+    few = [x[:, :heads].contiguous() for x in (q, k, v, g)]
+    result = {"ideal": n * n / allowed_pairs(mask, n), "box": 1 / windows.density(asked)}
+    ours = seconds(lambda: windows.run(asked, q, k, v), repeats)
+    dense = seconds(lambda: F.scaled_dot_product_attention(*few[:3]), max(1, repeats // 2)) * H / heads
+    ours = min(ours, seconds(lambda: windows.run(asked, q, k, v), repeats))
+    result |= {"forward_ms": 1e3 * ours, "speedup": dense / ours}
+    if backward:
+        result["speedup_both"] = _both(mask, (q, k, v, g), few, repeats) * H / heads
+    return result
+
+
+def _both(mask: Mask, ours: tuple[Tensor, ...], dense: list[Tensor], repeats: int) -> float:
+    """Forward and backward: dense time of the heads given over our time."""
+    q, k, v = (x.requires_grad_() for x in ours[:3])
+    dense_q, dense_k, dense_v = (x.detach().requires_grad_() for x in dense[:3])
+    asked = problem(q, mask, True)
+
+    def step() -> None:
+        torch.autograd.grad(windows.run(asked, q, k, v)[0], (q, k, v), ours[3])
+
+    def dense_step() -> None:
+        out = F.scaled_dot_product_attention(dense_q, dense_k, dense_v)
+        torch.autograd.grad(out, (dense_q, dense_k, dense_v), dense[3])
+
+    return seconds(dense_step, 1) / seconds(step, repeats)
+
+
+def shifted_windows(repeats: int) -> dict[str, float]:
+    """Swin-T's first stage: 7 x 7 windows on 56 x 56, 96 channels in 3 heads, batch 8, shifted by 3."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(8, 3, 3136, 32) for _ in range(3))
+    bias = torch.randn(3, 49, 49)
+    ours = seconds(lambda: windows.window_attend(q, k, v, (56, 56), 7, 3, bias), repeats)
+    batched = [x.view(8, 3, 8, 7, 8, 7, 32).permute(0, 2, 4, 1, 3, 5, 6).reshape(512, 3, 49, 32) for x in (q, k, v)]
+    sdpa = seconds(lambda: F.scaled_dot_product_attention(*batched, attn_mask=bias[None]), repeats)
+    dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v), 1)
+    return {"ideal": 64.0, "forward_ms": 1e3 * ours, "speedup": dense / ours, "speedup_batched_sdpa": sdpa / ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="forward of the cases with a goal, few repeats")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    arguments = parser.parse_args()
+    repeats = 3 if arguments.quick else 5
+    table = Table(title=f"Windows against dense SDPA: H={H}, D={D}, {torch.get_num_threads()} threads")
+    for column in ("case", "dtype", "ideal", "computed", "ms", "speed-up", "of ideal", "with backward", "goal", "met"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    rows = {}
+    for name, mask, n, goal in CASES:
+        if arguments.quick and goal is None:
+            continue
+        for dtype in (torch.float32,) if arguments.quick or goal is None else (torch.float32, torch.bfloat16):
+            r = measure(mask, n, dtype, repeats, not arguments.quick)
+            target = goal if dtype == torch.float32 else None
+            rows[f"{name}, {dtype}"] = r | ({"goal": target, "met": r["speedup"] >= target} if target else {})
+            table.add_row(
+                name,
+                str(dtype).removeprefix("torch."),
+                f"{r['ideal']:.1f} x",
+                f"{r['box']:.1f} x",
+                f"{r['forward_ms']:.1f}",
+                f"{r['speedup']:.1f} x",
+                f"{r['speedup'] / r['ideal']:.0%}",
+                f"{r['speedup_both']:.1f} x" if "speedup_both" in r else "",
+                f"{target:.1f} x" if target else "",
+                ("yes" if r["speedup"] >= target else "NO") if target else "",
+            )
+    Console(width=150).print(table)
+    if not arguments.quick:
+        r = rows["shifted windows"] = shifted_windows(repeats)
+        print(
+            f"shifted windows 7 x 7 on 56 x 56, B=8, 3 heads of 32, with bias: {r['forward_ms']:.1f} ms, "
+            f"{r['speedup']:.1f} x dense SDPA, {r['speedup_batched_sdpa']:.2f} x SDPA on ready-made windows"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

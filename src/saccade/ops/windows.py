@@ -1,0 +1,732 @@
+"""Windows and neighbourhoods on 1-D, 2-D and 3-D grids of tokens, exactly, without N x M work.
+
+Queries are cut into tiles (a block of positions on every axis). The keys that a tile's queries may see lie in a
+box, the tile plus a halo; all boxes have one size, those at the borders are moved inwards. A tile is then one small
+dense attention over its box, and the pairs of the box that the mask forbids get a bias of -inf:
+
+    S = scale * Q K_box^T + bias,   P = softmax(S),   O = P V_box,   lse = log sum exp(S)
+    dS = P * (dO V_box^T - rowsum(dO * O) + dlse),   dQ = scale * dS K_box,   dK_box += scale * dS^T Q,   dV_box += P^T dO
+
+Three things make it fast. Boxes are not copied: along the first axis they are a strided view of the keys; the other
+axes are cut into overlapping strips, once. Tiles that look the same (all but those near a border) share one bias.
+Tiles are taken in pieces whose scores stay in the cache; the backward pass computes them again.
+
+Dilation d is d separate grids (card `neighborhood`: residue classes), and query heads that share a key head are
+further rows of a tile.
+
+Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
+C independent grids (batch x key heads x residue classes), P strips per grid, m tiles along the first axis,
+T rows of a tile (positions x G), L keys of a box, R keys of a strip, S strips at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import product
+from math import ceil, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.ops.masks import Band, Neighborhood
+from saccade.ops.planning import Problem
+
+__all__ = ["density", "extra_bytes", "regular", "relative_bias", "run", "share", "window_attend"]
+
+#: bytes of scores per thread that stay in a CPU's second-level cache
+_PIECE_BYTES = 2 * 2**20
+
+#: bytes of key and value strips copied at a time
+_STRIP_BYTES = 8 * 2**20
+
+#: bytes of biases that a layout keeps from call to call
+_BIAS_BYTES = 8 * 2**20
+
+#: runs of equal tiles shorter than this are taken tile by tile, many strips at a time
+_SHORT = 4
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of a grid, cut into tiles."""
+
+    queries: int
+    keys: int
+    tile: int
+    box: int
+    starts: tuple[int, ...]
+    kinds: tuple[int, ...]  #: tiles whose windows look the same from the box's start have one number
+    allowed: tuple[Tensor, ...] = field(repr=False)  #: per kind, bool (tile, box)
+
+    @property
+    def tiles(self) -> int:
+        return len(self.starts)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """(first tile, number of tiles) of stretches in which kind and step do not change; short ones one by one."""
+        m = 0
+        while m < self.tiles:
+            end = m + 1
+            while (
+                end < self.tiles
+                and self.kinds[end] == self.kinds[m]
+                and self.starts[end] - self.starts[end - 1] == self.tile
+            ):
+                end += 1
+            if end - m >= _SHORT:
+                yield m, end - m
+            else:
+                yield from ((single, 1) for single in range(m, end))
+            m = end
+
+
+def _box(first: Tensor, last: Tensor, keys: int, tile: int) -> int:
+    """Keys from the first to the last that a tile sees, at most over all tiles."""
+    rows = _tile_rows(first.numel(), tile)
+    return min(keys, int((last[rows].amax(1) - first[rows].amin(1)).max()) + 1)
+
+
+def _tile_rows(queries: int, tile: int) -> Tensor:
+    """Positions of each tile (tiles, tile); those past the end repeat the last."""
+    return torch.arange(ceil(queries / tile) * tile).clamp(max=queries - 1).view(-1, tile)
+
+
+def _axis(first: Tensor, last: Tensor, keys: int, tile: int, box: int) -> _Axis:
+    rows = _tile_rows(first.numel(), tile)
+    low, high = first[rows], last[rows]
+    starts = low.amin(1).clamp(max=keys - box)
+    bounds = torch.cat([low, high], 1) - starts[:, None]
+    distinct, kinds = torch.unique(bounds, dim=0, return_inverse=True)
+    j = torch.arange(box)
+    allowed = tuple((j >= b[:tile, None]) & (j <= b[tile:, None]) for b in distinct)
+    return _Axis(first.numel(), keys, tile, box, tuple(starts.tolist()), tuple(kinds.tolist()), allowed)
+
+
+@dataclass(eq=False)
+class _Grid:
+    """One grid with three axes (those that are not needed have length 1), and how it is cut."""
+
+    axes: tuple[_Axis, _Axis, _Axis]
+    group: int
+    residues: tuple[tuple[int, int, int], ...]  #: per axis: first residue class, number of classes, dilation
+    empty: Tensor | None = None  #: bool (N,), queries that see nothing
+    biases: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    bias_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        _, second, third = self.axes
+        places = list(product(range(second.tiles), range(third.tiles)))
+        kind = [(second.kinds[a], third.kinds[b]) for a, b in places]
+        #: strips in the order in which they are taken, equal kinds together
+        self.order = sorted(range(len(places)), key=lambda p: (kind[p], p))
+        self.places = [(second.starts[places[p][0]], third.starts[places[p][1]]) for p in self.order]
+        self.kinds = [kind[p] for p in self.order]
+        self.runs = list(self.axes[0].runs())
+
+    @property
+    def tile(self) -> tuple[int, ...]:
+        return tuple(axis.tile for axis in self.axes)
+
+    @property
+    def rows(self) -> int:
+        return prod(self.tile) * self.group
+
+    @property
+    def inner(self) -> int:
+        """Keys of a strip per step along the first axis."""
+        return self.axes[1].box * self.axes[2].box
+
+    @property
+    def box(self) -> int:
+        return self.axes[0].box * self.inner
+
+    @property
+    def strip(self) -> int:
+        return self.axes[0].keys * self.inner
+
+    @property
+    def whole(self) -> bool:
+        """One strip is all keys, so nothing needs to be copied."""
+        return self.inner == self.axes[1].keys * self.axes[2].keys
+
+    @property
+    def classes(self) -> int:
+        return prod(count for _, count, _ in self.residues)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs computed per key head and batch row."""
+        return self.classes * len(self.places) * self.axes[0].tiles * self.rows * self.box
+
+    def bias(self, strip_kind: tuple[int, int], tile: int, like: Tensor) -> Tensor:
+        """0 or -inf, (1, T, L)."""
+        key = (strip_kind, self.axes[0].kinds[tile], like.dtype, like.device)
+        known = self.biases.get(key)
+        if known is not None:
+            return known
+        one = self.axes[0].allowed[key[1]].to(like.device)
+        two = self.axes[1].allowed[strip_kind[0]].to(like.device)
+        three = self.axes[2].allowed[strip_kind[1]].to(like.device)
+        allowed = (
+            one[:, None, None, :, None, None]
+            & two[None, :, None, None, :, None]
+            & three[None, None, :, None, None, :]
+        ).reshape(-1, self.box)
+        forbidden = (~allowed).repeat_interleave(self.group, 0)[None]
+        bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
+        if self.bias_bytes + bias.nbytes <= _BIAS_BYTES:
+            self.biases[key] = bias
+            self.bias_bytes += bias.nbytes
+        return bias
+
+
+def _rate(rows: int) -> float:
+    """Time of a pair in a tile of so many rows, in that of a pair of dense SDPA (two cores, fp32, D = E = 64)."""
+    return 0.95 + 6.8 / rows
+
+
+#: time to copy a key and a value into a strip, in pairs
+_COPY = 35.0
+
+#: time of the calls for one piece, in pairs
+_CALL = 15_000.0
+
+
+def _cost(windows: Sequence[tuple[Tensor, Tensor, int]], tile: Sequence[int], box: Sequence[int], group: int) -> float:
+    tiles = [ceil(first.numel() / t) for (first, _, _), t in zip(windows, tile)]
+    rows = prod(tile) * group
+    compute = prod(tiles) * rows * prod(box) * _rate(rows)
+    whole = all(b == keys for b, (_, _, keys) in zip(box[1:], windows[1:]))
+    copies = 0.0 if whole else tiles[1] * tiles[2] * windows[0][2] * box[1] * box[2] * _COPY
+    return compute + copies
+
+
+def _cut(
+    windows: Sequence[tuple[Tensor, Tensor, int]], steps: Sequence[int], group: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tile, and its box, that is expected to be fastest. `steps`: queries that share a window, per axis."""
+    flat = all(first.numel() == 1 for first, _, _ in windows[1:])
+    options: list[list[tuple[int, int]]] = []
+    for (first, last, keys), step in zip(windows, steps):
+        n = first.numel()
+        sizes = {16, 32, 64, 128, 256} if flat else {1, 2, 4, 8, 16}
+        sizes |= {step, 2 * step} if step > 1 else set()
+        sizes |= {n} if n <= 16 else set()
+        options.append([(t, _box(first, last, keys, t)) for t in sorted(sizes) if t <= n])
+    best: tuple[float, Any] = (float("inf"), None)
+    for choice in product(*options):
+        tile, box = [t for t, _ in choice], [b for _, b in choice]
+        if prod(tile) * group > 512 and prod(tile) > 1:
+            continue
+        box[0] = _round_up(box[0], prod(box[1:]), windows[0][2])
+        cost = _cost(windows, tile, box, group)
+        if cost < best[0]:
+            best = (cost, (tuple(tile), tuple(box)))
+    tile, box = best[1]
+    return tile, box
+
+
+def _round_up(box: int, inner: int, keys: int) -> int:
+    """A longer box whose number of keys is a multiple of 16, where that costs little: matrix products like it."""
+    for more in range(box, min(keys, box + max(1, box // 12) + 16 * (inner == 1)) + 1):
+        if more * inner % 16 == 0:
+            return more
+    return box
+
+
+_Spec = tuple[int, ...]
+
+
+def _spec(problem: Problem) -> _Spec | None:
+    """The mask in integers, or None where it is not regular."""
+    mask = problem.mask
+    if type(mask) is Band and mask.low is not None and mask.high is not None:
+        return (0, mask.low, mask.high)
+    if type(mask) is Neighborhood:
+        return (len(mask.size), *mask.size, *mask.kernel, *mask.dilation, *mask.stride, *map(int, mask.causal))
+    return None
+
+
+@lru_cache(maxsize=16)
+def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
+    """The grids that the mask falls into: one, or one for each combination of long and short residue classes."""
+    one = (torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), 1)
+    if spec[0] == 0:
+        i = torch.arange(N)
+        first, last = i + spec[1], i + spec[2]
+        empty = (first >= M) | (last < 0)
+        windows = [(first.clamp(0, M - 1), last.clamp(0, M - 1), M), one, one]
+        return (_make_grid(windows, (1, 1, 1), group, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
+    axes = spec[0]
+    size, kernel, dilation, stride, causal = (spec[1 + a * axes : 1 + (a + 1) * axes] for a in range(5))
+    classes = []
+    for n, d in zip(size, dilation):
+        # residues below n % d have one position more
+        both = [(0, n % d, n // d + 1), (n % d, d - n % d, n // d)]
+        classes.append([c for c in both if c[1]])
+    grids = []
+    for combination in product(*classes):
+        windows = []
+        for (_, _, n), w, g, c in zip(combination, kernel, stride, causal):
+            axis = Neighborhood((n,), (w,), (1,), (g,), (bool(c),))
+            _, first, last = axis.axis_window(0, torch.arange(n))
+            windows.append((first, last, n))
+        windows += [one] * (3 - axes)
+        residues = tuple((r, count, d) for (r, count, _), d in zip(combination, dilation))
+        grids.append(_make_grid(windows, (*stride, 1, 1)[:3], group, residues + ((0, 1, 1),) * (3 - axes)))
+    return tuple(grids)
+
+
+def _make_grid(
+    windows: Sequence[tuple[Tensor, Tensor, int]],
+    steps: Sequence[int],
+    group: int,
+    residues: tuple[tuple[int, int, int], ...],
+    empty: Tensor | None = None,
+) -> _Grid:
+    tile, box = _cut(windows, steps, group)
+    axes = [_axis(first, last, keys, t, b) for (first, last, keys), t, b in zip(windows, tile, box)]
+    return _Grid((axes[0], axes[1], axes[2]), group, residues, empty)
+
+
+# ---------------------------------------------------------------------------- what a backend asks
+
+
+def regular(problem: Problem) -> tuple[_Grid, ...] | None:
+    """How the problem is cut, or None where this file cannot run it: mask, score or normaliser are not regular."""
+    spec = _spec(problem)
+    if spec is None or problem.score is not None or problem.score_mod is not None:
+        return None
+    if problem.normalize != "softmax" or problem.dropout:
+        return None
+    if 0 in (problem.B, problem.H, problem.N, problem.M, problem.E):
+        return None
+    return _layout(spec, problem.N, problem.M, problem.H // problem.K)
+
+
+def density(problem: Problem) -> float:
+    """Share of the N x M pairs that are computed, boxes and padded rows included."""
+    grids = _regular(problem)
+    return sum(grid.pairs for grid in grids) / (problem.N * problem.M * (problem.H // problem.K))
+
+
+def share(problem: Problem) -> float:
+    """Expected time as a share of dense SDPA's."""
+    grids, C = _regular(problem), problem.B * problem.K
+    time = 0.0
+    for grid in grids:
+        time += C * grid.pairs * _rate(grid.rows)
+        if not grid.whole:
+            time += C * grid.classes * len(grid.places) * grid.strip * _COPY
+        pieces = C * grid.pairs * 4 / (_PIECE_BYTES * 2) + len(grid.runs) * len(set(grid.kinds))
+        time += _CALL * pieces
+    return time / (problem.B * problem.H * problem.N * problem.M)
+
+
+def extra_bytes(problem: Problem) -> int:
+    """Copies of the inputs in tile order and the scores of a piece."""
+    itemsize = 8 if problem.dtype == torch.float64 else 4
+    rows = problem.B * problem.H * problem.N + problem.B * problem.K * problem.M
+    return rows * (problem.D + problem.E) * itemsize + _piece_bytes(problem.memory_mb) + _STRIP_BYTES
+
+
+def _regular(problem: Problem) -> tuple[_Grid, ...]:
+    grids = regular(problem)
+    if grids is None:
+        raise ValueError(f"the mask must be a window or a neighbourhood, got {problem.mask!r}")
+    return grids
+
+
+def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`."""
+    _regular(problem)
+    spec = _spec(problem)
+    assert spec is not None
+    out, lse = _window_forward(q, k, v, list(spec), problem.scale, problem.return_lse, problem.memory_mb)
+    return out, (lse if problem.return_lse else None)
+
+
+# ---------------------------------------------------------------------------- pieces
+
+
+def _piece_bytes(memory_mb: float) -> int:
+    return int(min(_PIECE_BYTES * torch.get_num_threads(), memory_mb * 2**20 / 3))
+
+
+class _Scratch:
+    """Buffers that are used again from piece to piece."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        need = prod(shape)
+        buffer = self.buffers.get(name)
+        if buffer is None or buffer.numel() < need:
+            self.buffers[name] = buffer = self.like.new_empty(need)
+        return buffer[:need].view(shape)
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: Scratch, lse: Tensor | None) -> Tensor:
+    """softmax(scale q k^T + bias), (c, T, L); its log-sum-exp is written to `lse` (c, T) where given."""
+    scores = scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
+    torch.baddbmm(bias.expand_as(scores), q, k.mT, alpha=scale, out=scores)
+    top = scores.amax(-1) if lse is not None else None
+    torch.softmax(scores, -1, out=scores)
+    if lse is not None:
+        # the largest weight is exp(top - lse)
+        torch.sub(top, scores.amax(-1).log_(), out=lse)
+    return scores
+
+
+def _piece_forward(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, scratch: Scratch, out: Tensor, lse: Tensor | None
+) -> None:
+    torch.bmm(_probabilities(q, k, bias, scale, scratch, lse), v, out=out)
+
+
+def _piece_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    scratch: Scratch,
+    grad_out: Tensor,
+    delta: Tensor,
+    grad_q: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes dQ; returns dK and dV of the boxes and dS. `delta` is rowsum(dO * O) - dlse, (c, T, 1), negated."""
+    weights = _probabilities(q, k, bias, scale, scratch, None)
+    grad_v = scratch.take("grad_v", *v.shape)
+    torch.bmm(weights.mT, grad_out, out=grad_v)
+    grad_scores = scratch.take("grad_scores", *weights.shape)
+    torch.baddbmm(delta.expand_as(grad_scores), grad_out, v.mT, out=grad_scores)
+    grad_scores.mul_(weights)
+    torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=scale, out=grad_q)
+    grad_k = scratch.take("grad_k", *k.shape)
+    torch.baddbmm(grad_k, grad_scores.mT, q, beta=0, alpha=scale, out=grad_k)
+    return grad_k, grad_v, grad_scores
+
+
+@dataclass
+class _Piece:
+    """Some tiles along the first axis of one strip, or one tile of several strips."""
+
+    strips: slice  #: among all strips of the grid
+    local: slice  #: among those at hand
+    first: int
+    count: int
+    start: int  #: first key of the (first) box within the strip
+    step: int  #: keys from box to box
+    box: int
+    bias: Tensor
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(c, T, X) of a tensor in tile order (P C, m, T, X)."""
+        if self.count > 1:
+            return x[self.strips.start, self.first : self.first + self.count]
+        return x[self.strips, self.first]
+
+    def boxes(self, source: Tensor) -> Tensor:
+        """(c, L, X) of the strips at hand (S, R, X), without a copy."""
+        if self.count == 1:
+            return source[self.local, self.start : self.start + self.box]
+        strip = source[self.local.start]
+        token = strip.stride(0)
+        return strip.as_strided(
+            (self.count, self.box, strip.shape[1]),
+            (self.step * token, token, 1),
+            strip.storage_offset() + self.start * token,
+        )
+
+    def fold(self, boxes: Tensor, source: Tensor) -> None:
+        """Add boxes (c, L, X), which overlap, to the strips at hand."""
+        if self.count == 1:
+            source[self.local, self.start : self.start + self.box].add_(boxes)
+            return
+        strip = source[self.local.start]
+        token = strip.stride(0)
+        for a in range(0, self.box, self.step):
+            b = min(a + self.step, self.box)
+            strip.as_strided(
+                (self.count, b - a, strip.shape[1]),
+                (self.step * token, token, 1),
+                strip.storage_offset() + (self.start + a) * token,
+            ).add_(boxes[:, a:b])
+
+
+def _pieces(grid: _Grid, kind: tuple[int, int], first: int, S: int, like: Tensor, limit: int) -> Iterator[_Piece]:
+    """All tiles of the strips from `first` to `first + S`, which are of one kind; scores fit into `limit` bytes."""
+    axis = grid.axes[0]
+    most = max(1, limit // (grid.rows * grid.box * like.element_size()))
+    for tile, count in grid.runs:
+        bias = grid.bias(kind, tile, like)
+        step = axis.tile * grid.inner
+        if count == 1:
+            start = axis.starts[tile] * grid.inner
+            for a in range(0, S, most):
+                b = min(a + most, S)
+                yield _Piece(slice(first + a, first + b), slice(a, b), tile, 1, start, step, grid.box, bias)
+            continue
+        for a, m in product(range(S), range(tile, tile + count, most)):
+            c = min(most, tile + count - m)
+            start = axis.starts[m] * grid.inner
+            yield _Piece(slice(first + a, first + a + 1), slice(a, a + 1), m, c, start, step, grid.box, bias)
+
+
+def _portions(grid: _Grid, C: int, strip_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Strips to take at a time: places [p0, p1) of one kind, grids [c0, c1), all of them where there are two places."""
+    if grid.whole:
+        yield 0, 1, 0, C
+        return
+    most = max(1, _STRIP_BYTES // strip_bytes)
+    P, p = len(grid.places), 0
+    while p < P:
+        if most < C:
+            yield from ((p, p + 1, c, min(c + most, C)) for c in range(0, C, most))
+            p += 1
+            continue
+        end = p + 1
+        while end < P and grid.kinds[end] == grid.kinds[p] and (end + 1 - p) * C <= most:
+            end += 1
+        yield p, end, 0, C
+        p = end
+
+
+def _strip_views(grid: _Grid, x: Tensor, portion: tuple[int, int, int, int]) -> Iterator[Tensor]:
+    """(c, n1, L2, L3, X) of keys (C, n1, n2, n3, X), per place."""
+    p0, p1, c0, c1 = portion
+    _, second, third = grid.axes
+    for a, b in grid.places[p0:p1]:
+        yield x[c0:c1, :, a : a + second.box, b : b + third.box]
+
+
+def _strips(grid: _Grid, x: Tensor, portion: tuple[int, int, int, int], name: str, scratch: _Scratch) -> Tensor:
+    """The keys of some strips, (S, R, X): a view where nothing needs to be copied."""
+    p0, p1, c0, c1 = portion
+    if grid.whole:
+        return x[c0:c1].flatten(1, 3)
+    strips = scratch.take(name, p1 - p0, c1 - c0, *x.shape[1:2], grid.axes[1].box, grid.axes[2].box, x.shape[-1])
+    for strip, view in zip(strips, _strip_views(grid, x, portion)):
+        strip.copy_(view)
+    return strips.flatten(2, 4).flatten(0, 1)
+
+
+# ---------------------------------------------------------------------------- token order <-> tile order
+
+
+def _residue_view(grid: _Grid, x: Tensor, sizes: Sequence[int], axis: int) -> Tensor:
+    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view."""
+    x = x.unflatten(axis, tuple(sizes))
+    for offset, ((first, count, d), n) in enumerate(zip(grid.residues, sizes)):
+        length = (n - first + d - 1) // d
+        x = x.narrow(axis + offset, first, (length - 1) * d + count).unfold(axis + offset, count, d)
+    lead = range(x.ndim - 3)
+    return x.permute(x.ndim - 3, x.ndim - 2, x.ndim - 1, *lead)
+
+
+def _to_tiles(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Queries (B, K, G, N, X) in tile order (P C, m, T, X)."""
+    x = _residue_view(grid, x, sizes, 3)
+    x = x.flatten(0, 4)  # C, G, n1, n2, n3, X
+    pad = [(-n % axis.tile) for n, axis in zip(x.shape[2:5], grid.axes)]
+    if any(pad):
+        x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
+    t1, t2, t3 = grid.tile
+    C, G, n1, n2, n3, X = x.shape
+    x = x.view(C, G, n1 // t1, t1, n2 // t2, t2, n3 // t3, t3, X).permute(4, 6, 0, 2, 3, 5, 7, 1, 8)
+    x = x.reshape(len(grid.order), C, n1 // t1, t1 * t2 * t3 * G, X)
+    if grid.order != sorted(grid.order):
+        x = x[grid.order]
+    return x.flatten(0, 1).contiguous()
+
+
+def _from_tiles(grid: _Grid, x: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
+    """Write a tensor in tile order (P C, m, T, X) to the grid's places of `out` (B, K, G, N, X)."""
+    view = _residue_view(grid, out, sizes, 3)  # r1, r2, r3, B, K, G, n1, n2, n3, X
+    G, X = view.shape[5], view.shape[-1]
+    (t1, t2, t3), (m1, m2, m3) = grid.tile, (axis.tiles for axis in grid.axes)
+    x = x.view(m2 * m3, -1, m1, x.shape[-2], X)
+    if grid.order != sorted(grid.order):
+        back = torch.empty_like(x)
+        back[grid.order] = x
+        x = back
+    x = x.view(m2, m3, -1, m1, t1, t2, t3, G, X).permute(2, 7, 3, 4, 0, 5, 1, 6, 8)
+    x = x.reshape(-1, G, m1 * t1, m2 * t2, m3 * t3, X)[:, :, : view.shape[6], : view.shape[7], : view.shape[8]]
+    view.copy_(x.unflatten(0, view.shape[:5]))
+
+
+def _sizes(spec: Sequence[int], N: int) -> tuple[int, int, int]:
+    """Lengths of the three axes of N tokens."""
+    return (N, 1, 1) if spec[0] == 0 else (*spec[1 : 1 + spec[0]], 1, 1)[:3]  # type: ignore[return-value]
+
+
+def _keys(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Keys or values (B, K, M, X) as (C, n1, n2, n3, X)."""
+    return _residue_view(grid, x, sizes, 2).flatten(0, 4).contiguous()
+
+
+# ---------------------------------------------------------------------------- the operator
+
+
+def _working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Scores and sums are kept in single precision at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("saccade::window_attend", mutates_args=())
+def _window_forward(
+    q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float
+) -> tuple[Tensor, Tensor]:
+    B, H, N, _ = q.shape
+    K, M, E = k.shape[1], k.shape[2], v.shape[3]
+    dtype = _working_dtype(q.dtype)
+    q_BKGND = q.to(dtype).unflatten(1, (K, H // K))
+    k, v = k.to(dtype), v.to(dtype)
+    out = q.new_empty(B, K, H // K, N, E)
+    lse = q.new_empty((B, K, H // K, N, 1) if return_lse else (0,), dtype=dtype)
+    sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
+    limit = _piece_bytes(memory_mb)
+    for grid in _layout(tuple(spec), N, M, H // K):
+        q_tiles = _to_tiles(grid, q_BKGND, sizes_q)
+        keys, values = _keys(grid, k, sizes_k), _keys(grid, v, sizes_k)
+        out_tiles = q_tiles.new_empty(*q_tiles.shape[:-1], E)
+        lse_tiles = q_tiles.new_empty(q_tiles.shape[:-1]) if return_lse else None
+        C, scratch = keys.shape[0], _Scratch(q_tiles)
+        for portion in _portions(grid, C, grid.strip * (q.shape[3] + E) * q_tiles.element_size()):
+            p0, p1, c0, c1 = portion
+            k_strips = _strips(grid, keys, portion, "keys", scratch)
+            v_strips = _strips(grid, values, portion, "values", scratch)
+            for piece in _pieces(grid, grid.kinds[p0], p0 * C + c0, (p1 - p0) * (c1 - c0), q_tiles, limit):
+                _piece_forward(
+                    piece.rows(q_tiles),
+                    piece.boxes(k_strips),
+                    piece.boxes(v_strips),
+                    piece.bias,
+                    scale,
+                    scratch,
+                    piece.rows(out_tiles),
+                    None if lse_tiles is None else piece.rows(lse_tiles),
+                )
+        _from_tiles(grid, out_tiles, out, sizes_q)
+        if lse_tiles is not None:
+            _from_tiles(grid, lse_tiles[..., None], lse, sizes_q)
+        if grid.empty is not None:
+            empty = grid.empty.to(q.device)
+            out.masked_fill_(empty[:, None], 0.0)
+            if return_lse:
+                lse.masked_fill_(empty[:, None], float("-inf"))
+    return out.view(B, H, N, E), lse.view(B, H, N) if return_lse else lse
+
+
+@_window_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float) -> Any:
+    dtype = _working_dtype(q.dtype)
+    lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=dtype)
+    return q.new_empty(*q.shape[:3], v.shape[3]), lse
+
+
+@torch.library.custom_op("saccade::window_attend_backward", mutates_args=())
+def _window_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    spec: list[int],
+    scale: float,
+    memory_mb: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, D = q.shape
+    K, M, E = k.shape[1], k.shape[2], v.shape[3]
+    G, dtype = H // K, _working_dtype(q.dtype)
+    grids = _layout(tuple(spec), N, M, G)
+    empty = grids[0].empty
+    if empty is not None:
+        grad_out = grad_out.masked_fill(empty.to(q.device)[:, None], 0.0)
+        grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty.to(q.device), 0.0)
+    delta = -(grad_out.to(dtype) * out.to(dtype)).sum(-1)
+    if grad_lse is not None:
+        delta = delta + grad_lse
+    heads = (K, G)
+    sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
+    rows = [x.to(dtype).unflatten(1, heads) for x in (q, grad_out, delta[..., None])]
+    k_all, v_all = k.to(dtype), v.to(dtype)
+    grad_q, grad_k, grad_v = q.new_empty(B, K, G, N, D), torch.empty_like(k), torch.empty_like(v)
+    limit = _piece_bytes(memory_mb) // 2
+    for grid in grids:
+        q_tiles, grad_out_tiles, delta_tiles = (_to_tiles(grid, x, sizes_q) for x in rows)
+        keys, values = _keys(grid, k_all, sizes_k), _keys(grid, v_all, sizes_k)
+        grad_q_tiles = torch.empty_like(q_tiles)
+        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
+        C, scratch = keys.shape[0], _Scratch(q_tiles)
+        for portion in _portions(grid, C, 2 * grid.strip * (D + E) * q_tiles.element_size()):
+            p0, p1, c0, c1 = portion
+            k_strips = _strips(grid, keys, portion, "keys", scratch)
+            v_strips = _strips(grid, values, portion, "values", scratch)
+            if grid.whole:
+                grad_k_strips, grad_v_strips = grad_keys[c0:c1].flatten(1, 3), grad_values[c0:c1].flatten(1, 3)
+            else:
+                grad_k_strips = scratch.take("grad_keys", *k_strips.shape).zero_()
+                grad_v_strips = scratch.take("grad_values", *v_strips.shape).zero_()
+            for piece in _pieces(grid, grid.kinds[p0], p0 * C + c0, (p1 - p0) * (c1 - c0), q_tiles, limit):
+                grad_k_boxes, grad_v_boxes, _ = _piece_backward(
+                    piece.rows(q_tiles),
+                    piece.boxes(k_strips),
+                    piece.boxes(v_strips),
+                    piece.bias,
+                    scale,
+                    scratch,
+                    piece.rows(grad_out_tiles),
+                    piece.rows(delta_tiles),
+                    piece.rows(grad_q_tiles),
+                )
+                piece.fold(grad_k_boxes, grad_k_strips)
+                piece.fold(grad_v_boxes, grad_v_strips)
+            if not grid.whole:
+                for grads, strips in ((grad_keys, grad_k_strips), (grad_values, grad_v_strips)):
+                    shape = (p1 - p0, c1 - c0, grid.axes[0].keys, grid.axes[1].box, grid.axes[2].box, -1)
+                    for strip, view in zip(strips.view(shape), _strip_views(grid, grads, portion)):
+                        view.add_(strip)
+        _from_tiles(grid, grad_q_tiles, grad_q, sizes_q)
+        for grads, target in ((grad_keys, grad_k), (grad_values, grad_v)):
+            view = _residue_view(grid, target, sizes_k, 2)
+            view.copy_(grads.view(view.shape))
+    return grad_q.view(B, H, N, D), grad_k, grad_v
+
+
+@_window_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    spec: list[int],
+    scale: float,
+    memory_mb: float,
+) -> Any:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, ctx.spec, ctx.scale, ctx.return_lse, ctx.memory_mb = inputs
+    ctx.save_for_backward(q, k, v, output[0])
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
+    q, k, v, out = ctx.saved_tensors
+    grad_lse = grad_lse if ctx.return_lse else None
+    grads = _window_backward(grad_out, grad_lse, q, k, v, out, ctx.spec, ctx.scale, ctx.memory_mb)
+    return (*grads, None, None, None, None)
+
+
+_window_forward.register_autograd(_differentiate, setup_context=_setup)
