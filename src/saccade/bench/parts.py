@@ -1,0 +1,127 @@
+"""Speed and memory of parts against the plain alternative, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from saccade import catalogue
+from saccade.bench.machine import describe
+from saccade.ops.measure import peak_bytes, seconds
+
+#: seconds that one measurement may take before longer lengths are left out
+PATIENCE = 20.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One part at one length: times in seconds, memory in bytes, `speedup` against the baseline's same column."""
+
+    slug: str
+    length: int
+    forward: float
+    backward: float
+    memory: int
+    tokens_per_second: float
+    matmul_share: float
+    speedup: float
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def measure(
+    slugs: Sequence[str],
+    *,
+    lengths: Sequence[int] = (512, 2048, 8192),
+    dim: int = 256,
+    num_heads: int = 4,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Iterator[Row]:
+    """Each sequence mechanism at each length, after `softmax` (torch's fused SDPA) at the same length.
+
+    `matmul_share` is the rate at which the *dense* layer's FLOPs would have been done, over the machine's matmul rate:
+    above 1 means faster than any dense attention can be. A mechanism whose last length took longer than 20 seconds is
+    not measured at longer ones.
+
+    Raises:
+        ValueError: if a name is unknown, no sequence mechanism, or an argument is wrong.
+    """
+    if not slugs or not lengths:
+        raise ValueError("bench needs at least one mechanism and one length")
+    if min(lengths) < 1 or dim < 1 or batch < 1:
+        raise ValueError(f"lengths, dim and batch must be positive, got {list(lengths)}, {dim} and {batch}")
+    for slug in slugs:
+        if catalogue.part(slug).kind != "sequence":
+            raise ValueError(f"bench measures sequence mechanisms; {slug!r} is a {catalogue.part(slug).kind}")
+    order = ["softmax", *(slug for slug in slugs if slug != "softmax")]
+    rate = describe().matmul_flops
+    tired: set[str] = set()
+    for length in sorted(lengths):
+        baseline = 0.0
+        for slug in order:
+            if slug in tired:
+                continue
+            torch.manual_seed(seed)
+            causal = bool({"causal", "teacher-forced"} & set(catalogue.part(slug).supports))
+            module = catalogue.create(slug, dim=dim, num_heads=num_heads, **({"causal": True} if causal else {}))
+            module = module.to(dtype)
+            x = torch.randn(batch, length, dim, dtype=dtype)
+            forward, both, memory = cost(module, x)
+            if slug == "softmax":
+                baseline = both
+            dense_flops = 3 * batch * (8 * length * dim**2 + 2 * length**2 * dim)
+            yield Row(
+                slug=slug,
+                length=length,
+                forward=forward,
+                backward=both - forward,
+                memory=memory,
+                tokens_per_second=batch * length / both,
+                matmul_share=dense_flops / both / rate,
+                speedup=baseline / both,
+            )
+            if both > PATIENCE:
+                tired.add(slug)
+
+
+def cost(module: nn.Module, *inputs: Tensor) -> tuple[float, float, int]:
+    """Seconds forward without gradients, seconds forward and backward, peak bytes of the latter."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(*inputs)
+
+    def both() -> None:
+        _first(module(*inputs)).sum().backward()
+        module.zero_grad(set_to_none=True)
+
+    return seconds(forward, repeats=3), seconds(both, repeats=3), peak_bytes(both)
+
+
+def _first(output: object) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):
+        return _first(next(iter(output.values())))
+    if isinstance(output, (tuple, list)):
+        return _first(output[0])
+    return _first(next(iter(vars(output).values())))
+
+
+def overhead(function: Callable[[], object], plain: Callable[[], object], *, calls: int = 200) -> float:
+    """Seconds that one call of `function` takes more than one of `plain`, at sizes where both are quick."""
+
+    def many(call: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(calls):
+                call()
+
+        return run
+
+    return (seconds(many(function)) - seconds(many(plain))) / calls

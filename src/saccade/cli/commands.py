@@ -1,0 +1,303 @@
+"""The commands. Heavy imports stand inside them, so that `saccade --help` answers at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from saccade import __version__, catalogue
+
+app = typer.Typer(
+    name="saccade",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Every published attention system as one kind of part: faithful, fast, inspectable, proved.\n\n"
+    "Start with `saccade compare softmax lightning moba mosa --task text`, or `saccade list`.\n\n"
+    "`--debug` after any command shows the traceback of an error.",
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"saccade {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+@app.command("list")
+def list_parts(
+    family: Annotated[str | None, typer.Option(help="Only this family, e.g. 'sequence: sparse'.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind: sequence, gate, fusion, model ...")] = None,
+    supports: Annotated[str | None, typer.Option(help="Only parts that support this, e.g. decoding.")] = None,
+    ready: Annotated[bool, typer.Option("--ready", help="Only what is built.")] = False,
+    taxonomy: Annotated[bool, typer.Option("--taxonomy", help="Show each part's place in the surveys.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the 119 papers and the parts built from them."""
+    chosen = {part.slug: part for part in catalogue.select(kind=kind, supports=supports)}
+    only_built = ready or kind is not None or supports is not None
+    families = {paper.family for paper in catalogue.papers()}
+    if family is not None and family not in families:
+        raise ValueError(f"family must be one of {', '.join(sorted(families))}, got {family!r}")
+    papers = [catalogue.paper("softmax"), *catalogue.papers()]
+    rows = [
+        (paper, chosen.get(paper.slug))
+        for paper in papers
+        if (family is None or paper.family == family) and (paper.slug in chosen or not only_built)
+    ]
+    if as_json:
+        _print_json(
+            [
+                {
+                    **{name: value for name, value in vars(paper).items() if name != "room"},
+                    **(
+                        {"kind": part.kind, "supports": list(part.supports), "taxonomy": dict(part.taxonomy)}
+                        | {"efficiency": part.efficiency, "complexity": part.complexity, "summary": part.summary}
+                        if part
+                        else {}
+                    ),
+                }
+                for paper, part in rows
+            ]
+        )
+        return
+    table = Table("id", "family", "state", "arXiv")
+    if taxonomy:
+        for column in (*catalogue.AXES, "efficiency"):
+            table.add_column(column)
+    else:
+        table.add_column("title" if not only_built else "what it is")
+    for paper, part in rows:
+        cells = [paper.slug, paper.family, paper.state, paper.arxiv]
+        if taxonomy:
+            cells += [part.taxonomy.get(axis, "") if part else "" for axis in catalogue.AXES]
+            cells.append(part.efficiency if part else "")
+        else:
+            cells.append(part.summary if part and only_built else paper.title)
+        table.add_row(*cells)
+    Console().print(table)
+    ready_count = sum(paper.state == "ready" for paper, _ in rows)
+    Console().print(f"{ready_count} ready, {len(rows) - ready_count} planned", highlight=False)
+
+
+@app.command()
+def show(
+    slug: Annotated[str, typer.Argument(help="The part, e.g. moba.")],
+    cost: Annotated[bool, typer.Option("--cost/--no-cost", help="Measure it on this machine.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Show a part: its card, its evidence, what it costs on this machine."""
+    from saccade.report.card import card, card_text
+
+    found = card(slug, measure=cost)
+    if as_json:
+        _print_json(found)
+    else:
+        Console().print(card_text(found))
+
+
+@app.command()
+def plan(
+    shape: Annotated[str, typer.Option(help="B,H,N,D of the queries.")] = "1,8,4096,64",
+    keys: Annotated[int | None, typer.Option(help="Number of keys; as many as queries where not given.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key heads, a divisor of H.")] = None,
+    mask: Annotated[
+        str | None, typer.Option(help="e.g. 'causal & window(512)' or 'neighborhood((64,64), 13)'.")
+    ] = None,
+    normalize: Annotated[str, typer.Option(help="softmax, sigmoid, relu or abs-sum.")] = "softmax",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[str | None, typer.Option(help="Ask for a path by name.")] = None,
+    picture: Annotated[bool, typer.Option("--picture", help="Draw the mask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast a call of saccade.attend: path, reason, FLOPs, bytes, density."""
+    from dataclasses import asdict
+
+    import torch
+
+    import saccade
+    from saccade.cli.masks import parse_mask
+
+    sizes = _integers(shape, "shape", 4)
+    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
+        raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch sees none here")
+    B, H, N, D = sizes
+    heads, M = kv_heads or H, N if keys is None else keys
+    # strided views of one number: shapes without memory
+    query = torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(B, H, N, D)
+    key = torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(B, heads, M, D)
+    parsed = parse_mask(mask) if mask else None
+    forecast = saccade.plan(query, key, key, mask=parsed, normalize=normalize, backend=backend)
+    if as_json:
+        _print_json(asdict(forecast))
+        return
+    print(forecast)
+    if picture and parsed is not None:
+        print(parsed.picture(N, M))
+
+
+@app.command()
+def bench(
+    slugs: Annotated[list[str], typer.Argument(help="Sequence mechanisms, e.g. moba lightning.")],
+    lengths: Annotated[str, typer.Option(help="Comma-separated sequence lengths.")] = "512,2048,8192",
+    dim: Annotated[int, typer.Option(help="Channels.")] = 256,
+    num_heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    batch: Annotated[int, typer.Option(help="Sequences a batch.")] = 1,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory of layers against SDPA, with the share of the machine's matmul rate."""
+    import torch
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from saccade.bench.machine import describe
+    from saccade.bench.parts import measure
+
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    rows = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as progress:
+        progress.add_task("measuring")
+        for row in measure(
+            slugs,
+            lengths=_integers(lengths, "lengths"),
+            dim=dim,
+            num_heads=num_heads,
+            batch=batch,
+            dtype=getattr(torch, dtype),
+            seed=seed,
+        ):
+            rows.append(row)
+            progress.update(progress.task_ids[0], description=f"{row.slug} at {row.length} done")
+    if as_json:
+        _print_json({"machine": describe().as_dict(), "rows": [row.as_dict() for row in rows]})
+        return
+    table = Table(title=str(describe()))
+    for name in ("part", "length", "forward", "backward", "memory", "tokens/s", "dense FLOPs / matmul", "x softmax"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for row in rows:
+        table.add_row(
+            row.slug,
+            f"{row.length:,}",
+            f"{row.forward * 1e3:.1f} ms",
+            f"{row.backward * 1e3:.1f} ms",
+            f"{row.memory / 2**20:.1f} MiB",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.matmul_share:.2f}",
+            f"{row.speedup:.2f}",
+        )
+    Console().print(table)
+
+
+@app.command()
+def claim(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Parts, e.g. moba.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every part that is built.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A step or two only: shows that it runs, measures nothing.")
+    ] = False,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured."""
+    from saccade.train.lab import Lab, run_claim
+
+    if bool(slugs) == everything:
+        raise ValueError("say which claims: names, or --all")
+    names = [part.slug for part in catalogue.parts()] if everything else list(slugs or ())
+    lab = Lab(seed=seed, smoke=smoke, show_progress=not as_json and Console().is_terminal)
+    outcomes = []
+    for name in names:
+        outcome = run_claim(name, lab)
+        outcomes.append(outcome)
+        if not as_json:
+            print(outcome.text())
+    if as_json:
+        _print_json([outcome.as_dict() for outcome in outcomes])
+
+
+@app.command()
+def compare(
+    mechanisms: Annotated[
+        list[str], typer.Argument(help="Parts to compare; options as in moba:block_size=32,top_k=3.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="text, digits, recall, listops, digits-cnn (gates) or paired (fusion).")
+    ] = "text",
+    budget: Annotated[str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism.")] = "quick",
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run folder; an interrupted run in it is resumed.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text; repeat for several.")] = None,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the same small model with each mechanism and answer: which attention should I use here?
+
+    Writes a run folder with config, metrics, checkpoints, and report.html, which opens offline.
+    """
+    import saccade
+    from saccade.report.html import write_report
+
+    folder = out or Path("runs") / f"{task}-{'-'.join(name.split(':')[0] for name in mechanisms)}"
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    result = saccade.compare(
+        mechanisms,
+        task=task,
+        budget=budget,
+        seeds=list(range(seed, seed + seeds)),
+        out=folder,
+        data=data or None,
+        progress=not as_json,
+    )
+    report = write_report(result, folder)
+    if as_json:
+        print(result.to_json())
+        return
+    print(result.table())
+    for sentence in result.answer():
+        print(sentence)
+    print(f"report: {report}")
+    if open_report:
+        typer.launch(str(report))
+
+
+def _integers(text: str, name: str, count: int | None = None) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} must be comma-separated integers, got {text!r}") from None
+    if count is not None and len(numbers) != count:
+        raise ValueError(f"{name} must be {count} integers, got {len(numbers)}")
+    if min(numbers) < 1:
+        raise ValueError(f"{name} must be positive, got {text!r}")
+    return numbers

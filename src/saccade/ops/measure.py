@@ -1,0 +1,59 @@
+"""Time and memory of a call on this machine."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(function: Callable[[], object], *, repeats: int = 5, budget: float = 5.0) -> float:
+    """Median time of a call after one to warm up; fewer repeats where they would take longer than `budget` seconds."""
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    first = time.perf_counter() - start
+    times = []
+    for _ in range(max(1, min(repeats, int(budget / max(first, 1e-9))))):
+        start = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where one is in use."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Peak of the tensor memory that `function` allocates beyond what is alive before it.
+
+    Counted from the allocator's own events (CPU) or statistics (CUDA), so it is exact and repeatable, and leaves out
+    what never becomes a tensor: the interpreter, library workspaces, fragmentation.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
+    events = [event for event in results.events() if event.name() == "[memory]"] if results is not None else []
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

@@ -1,0 +1,67 @@
+"""The card of a part: what it is, what proves it, what it costs here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from saccade import catalogue
+
+
+def card(slug: str, *, measure: bool) -> dict[str, Any]:
+    """Everything known of a part; of a planned one, what the paper's list knows.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    paper = catalogue.paper(slug)
+    found: dict[str, Any] = {"id": slug, "title": paper.title, "arXiv": paper.arxiv, "family": paper.family}
+    found["state"] = paper.state
+    if paper.room is None:
+        return found
+    part = catalogue.part(slug)
+    found |= {
+        "kind": part.kind,
+        "summary": part.summary,
+        "room": paper.room,
+        "supports": list(part.supports),
+        "taxonomy": dict(part.taxonomy),
+        "efficiency": part.efficiency,
+        "complexity": part.complexity,
+        "note": part.note,
+        "equal to the authors' code": [
+            f"{port.module} (to {port.tolerance:g}{': ' + port.reason if port.reason else ''})" for port in part.ports
+        ],
+        "invariants": list(part.invariants),
+    }
+    if part.claim:
+        found["claim"] = {"the paper says": part.claim.paper, "expected here": part.claim.expected}
+    if measure and part.kind == "sequence":
+        from saccade.bench.parts import measure as measure_parts
+
+        found["cost here"] = [
+            row.as_dict() for row in measure_parts([slug], lengths=(256, 1024), dim=256) if row.slug == slug
+        ]
+    return {key: value for key, value in found.items() if value not in ("", [], {})}
+
+
+def card_text(found: dict[str, Any]) -> Table:
+    """The card as a table of two columns."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for key, value in found.items():
+        if key == "cost here":
+            value = "\n".join(
+                f"{row['length']} tokens: {row['forward'] * 1e3:.1f} ms forward, "
+                f"{row['backward'] * 1e3:.1f} ms backward, "
+                f"{row['memory'] / 2**20:.1f} MiB, {row['speedup']:.2f} x softmax's speed"
+                for row in value
+            )
+        elif isinstance(value, dict):
+            value = "\n".join(f"{name}: {item}" for name, item in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value))
+        table.add_row(key, str(value))
+    return table

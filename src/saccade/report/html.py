@@ -1,0 +1,149 @@
+"""One self-contained page of a comparison: opens offline, needs no script, carries its pictures in itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from saccade import __version__, catalogue
+from saccade.train.files import folder_name, write_bytes
+from saccade.train.plotting import PANELS, attention_maps, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from saccade.train.result import CompareResult, MechanismRecord
+
+_STYLE = """
+:root { color-scheme: light; --line: #d8dce2; --soft: #f5f7f9; --ink: #1c2430; --muted: #5b6675; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink); margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
+.muted { color: var(--muted); font-size: .9rem; }
+.answer { background: var(--soft); border-left: 4px solid #0072B2; padding: .8rem 1.1rem; margin: 1.4rem 0; }
+.answer p { margin: .25rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
+tbody tr:first-child { background: var(--soft); }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.2rem; }
+figure { margin: 0; } figcaption { color: var(--muted); font-size: .88rem; } img { max-width: 100%; height: auto; }
+pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+
+def write_report(result: CompareResult, folder: str | Path) -> Path:
+    """Write `report.html`, and its pictures as PNG files beside it; returns the page's path.
+
+    Files are written whole or not at all.
+
+    Raises:
+        OSError: if the folder cannot be written.
+        ValueError: if matplotlib is not installed.
+    """
+    folder = Path(folder)
+    pictures = {name: _png(_panel(result, name)) for name in PANELS}
+    maps = {}
+    for record in result.mechanisms:
+        figure = attention_maps(record)
+        if figure is not None:
+            maps[record.name] = _png(figure)
+    for name, png in pictures.items():
+        write_bytes(folder / f"{name}.png", png)
+    for name, png in maps.items():
+        write_bytes(folder / f"maps-{folder_name(name)}.png", png)
+    path = folder / "report.html"
+    write_bytes(path, page(result, pictures, maps).encode())
+    return path
+
+
+def page(result: CompareResult, pictures: dict[str, bytes], maps: dict[str, bytes]) -> str:
+    """The page as HTML."""
+    machine = result.machine
+    sections = [
+        f"<h1>Which attention? {escape(result.title)}</h1>",
+        f'<p class="muted">saccade {escape(__version__)} · {escape(_machine_line(machine))}</p>',
+        '<div class="answer">' + "".join(f"<p>{escape(line)}</p>" for line in result.answer()) + "</div>",
+        "<h2>All figures</h2>",
+        _table(result),
+        _notes(result),
+        "<h2>Pictures</h2>",
+        '<div class="pictures">'
+        + "".join(_picture(png, (PANELS[name].__doc__ or name).splitlines()[0]) for name, png in pictures.items())
+        + "</div>",
+    ]
+    if maps:
+        sections += [
+            "<h2>Where they attend</h2>",
+            '<p class="muted">Effective weights on one held-out sample: rows are queries, columns keys, '
+            "brightness the square root of the weight.</p>",
+            *(_picture(png, name) for name, png in maps.items()),
+        ]
+    sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">'
+        f"<title>saccade compare: {escape(result.title)}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _panel(result: CompareResult, name: str) -> Figure:
+    figure = new_figure(5.6, 4.0)
+    PANELS[name](result, figure.subplots())
+    return figure
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _picture(png: bytes, caption: str) -> str:
+    data = base64.b64encode(png).decode()
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption, quote=True)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _table(result: CompareResult) -> str:
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in ("mechanism", *result.headings()))
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (record.name, *result.cells(record))) + "</tr>"
+        for record in result.ranked
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _notes(result: CompareResult) -> str:
+    notes = [f"{record.name}: {note}" for record in result.mechanisms for note in record.notes]
+    return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
+
+
+def _mechanisms(result: CompareResult) -> str:
+    return "<ul>" + "".join(f"<li>{escape(_description(record))}</li>" for record in result.mechanisms) + "</ul>"
+
+
+def _description(record: MechanismRecord) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in record.options.items())
+    text = f"{record.name}" + (f" ({options})" if options else "")
+    if record.slug is None:
+        return f"{text}: the caller's own"
+    part = catalogue.part(record.slug)
+    return f"{text}: {part.summary} {part.title}, arXiv {part.arxiv}. {part.complexity}."
+
+
+def _settings(result: CompareResult) -> str:
+    rows = "\n".join(f"{name}: {value}" for name, value in {**result.config, **result.machine}.items())
+    return f"<pre>{escape(rows)}</pre>"
+
+
+def _machine_line(machine: dict[str, object]) -> str:
+    return ", ".join(str(value) for value in machine.values() if value not in ("", None))

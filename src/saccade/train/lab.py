@@ -1,0 +1,142 @@
+"""The bench on which a claim is measured: data, training, timing, one seed, one progress display."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from saccade import catalogue
+from saccade.catalogue import ClaimResult
+from saccade.ops import measure
+
+T = TypeVar("T")
+
+
+@dataclass
+class Lab:
+    """What `Claim.run` gets.
+
+    Attributes:
+        seed: of everything random.
+        smoke: True runs each claim at its smallest for a step or two; what comes out then means nothing.
+        show_progress: draw progress bars.
+    """
+
+    seed: int = 0
+    smoke: bool = False
+    show_progress: bool = False
+
+    def steps(self, number: int) -> int:
+        """`number`, or 2 in a smoke run."""
+        return min(number, 2) if self.smoke else number
+
+    def size(self, full: T, smoke: T) -> T:
+        """`full`, or `smoke` in a smoke run; for lengths, batch sizes, widths."""
+        return smoke if self.smoke else full
+
+    def generator(self) -> torch.Generator:
+        """A generator at the seed."""
+        return torch.Generator().manual_seed(self.seed)
+
+    @contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Torch's global generator at the seed, and back as it was afterwards."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield
+
+    @property
+    def data(self) -> ModuleType:
+        """`saccade.train.data`: text_bytes(), digits(), recall(...), listops(...), paired(...)."""
+        from saccade.train import data
+
+        return data
+
+    def seconds(self, function: Callable[[], object], repeats: int = 5) -> float:
+        """Median time of a call after one to warm up; one call alone in a smoke run."""
+        if not self.smoke:
+            return measure.seconds(function, repeats=repeats)
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def progress(self, items: Iterable[T], description: str) -> Iterable[T]:
+        """`items`, with a bar where bars are shown."""
+        if not self.show_progress:
+            return items
+        from rich.progress import track
+
+        return track(list(items), description=description, transient=True)
+
+    def train(
+        self,
+        model: nn.Module,
+        batches: Iterator[T],
+        loss: Callable[[nn.Module, T], Tensor],
+        steps: int,
+        *,
+        lr: float = 1e-3,
+        description: str = "training",
+    ) -> list[float]:
+        """Train in place with AdamW (warm-up, cosine); returns the loss of each step."""
+        from saccade.train.loop import fit
+
+        return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description if self.show_progress else None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A claim that was run: the paper's words, what was expected, what came, how long it took."""
+
+    slug: str
+    title: str
+    paper: str
+    expected: str
+    measured: dict[str, float]
+    holds: bool
+    note: str
+    seconds: float
+    smoke: bool
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    def text(self) -> str:
+        """The outcome in a few lines."""
+        verdict = "smoke run, no verdict" if self.smoke else "shows" if self.holds else "does NOT show at this size"
+        lines = [f"{self.slug}: {verdict} ({self.seconds:.0f} s)", f"  {self.title}"]
+        lines += [f"  the paper says   {self.paper}", f"  expected here    {self.expected}"]
+        lines += [f"  measured         {name} = {value:.4g}" for name, value in self.measured.items()]
+        return "\n".join(lines + ([f"  note             {self.note}"] if self.note else []))
+
+
+def run_claim(slug: str, lab: Lab) -> Outcome:
+    """Run the claim of one part.
+
+    Raises:
+        ValueError: if the part is unknown, not built, or has none.
+    """
+    part = catalogue.part(slug)
+    if part.claim is None:
+        raise ValueError(f"{slug!r} has no claim")
+    start = time.perf_counter()
+    with lab.seeded():
+        result: ClaimResult = part.claim.run(lab)
+    return Outcome(
+        slug=slug,
+        title=part.title,
+        paper=part.claim.paper,
+        expected=part.claim.expected,
+        measured=dict(result.measured),
+        holds=bool(result.holds),
+        note=result.note,
+        seconds=time.perf_counter() - start,
+        smoke=lab.smoke,
+    )
