@@ -1,0 +1,266 @@
+"""The mask that a transformers model hands to its attention layers, without an N x M tensor where that is possible.
+
+transformers asks a mask function, once a forward pass, for a mask of given lengths and a given pattern, and passes what
+it gets to every layer. Ours answers None (nothing to hide), or a `HandedMask`: a tensor to all the world, which holds
+the pattern in closed form and becomes a bool tensor (B, 1, N, M) only if someone computes with it.
+
+Shape letters: B batch, N queries, M keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+from transformers import masking_utils
+
+from saccade.ops import masks
+from saccade.ops.masks import Mask
+
+__all__ = ["HandedMask", "Pattern", "hand_over", "read"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Who may attend to whom in a layer: every field hides more.
+
+    Attributes:
+        causal: keys after the query are hidden. Query 0 stands at key `offset`.
+        left, right: a window of the model's own, keys q - left to q + right; None is no bound.
+        valid_BM: real tokens among the keys.
+        ids_BN: sequences packed into one row, by number.
+        pairs: any other mask.
+    """
+
+    causal: bool = False
+    offset: int = 0
+    left: int | None = None
+    right: int | None = None
+    valid_BM: Tensor | None = None
+    ids_BN: Tensor | None = None
+    pairs: Mask | None = None
+
+    def mask(self) -> Mask | None:
+        """All of it as one mask object; None where nothing is hidden."""
+        parts: list[Mask] = []
+        if self.left is not None or self.right is not None:
+            left = 2**31 if self.left is None else self.left
+            right = 2**31 if self.right is None else self.right
+            parts.append(masks.window(left, 0 if self.causal else right, offset=self.offset))
+        elif self.causal:
+            parts.append(masks.causal(self.offset))
+        if self.valid_BM is not None:
+            parts.append(masks.padding(self.valid_BM))
+        if self.ids_BN is not None:
+            parts.append(masks.documents(self.ids_BN))
+        if self.pairs is not None:
+            parts.append(self.pairs)
+        whole = parts[0] if parts else None
+        for part in parts[1:]:
+            whole = part if whole is None else whole & part
+        return whole
+
+    def simplify(self, n: int, m: int) -> Pattern:
+        """The same for `n` queries and `m` keys, without the fields that hide nothing there."""
+        valid = self.valid_BM
+        if valid is not None and bool(valid.all()):
+            valid = None
+        left = None if self.left is not None and self.left >= n - 1 + self.offset else self.left
+        right = None if self.right is not None and self.right >= m - 1 - self.offset else self.right
+        causal = self.causal and self.offset < m - 1
+        return replace(self, causal=causal, left=left, right=right, valid_BM=valid)
+
+    def crop(self, n: int, m: int) -> tuple[Pattern, int]:
+        """Without the keys at the end that lie in the future of every query (a static cache that is still empty)."""
+        if not self.causal or self.pairs is not None or self.offset + n >= m:
+            return self, m
+        keys = self.offset + n
+        valid = None if self.valid_BM is None else self.valid_BM[:, :keys]
+        return replace(self, valid_BM=valid).simplify(n, keys), keys
+
+    @property
+    def is_whole_sequences(self) -> bool:
+        """Nothing is hidden but the future, padding, and other sequences packed into the row."""
+        return self.offset == 0 and self.left is None and self.right is None and self.pairs is None
+
+
+class HandedMask(torch.Tensor):
+    """A `Pattern` as a tensor: shape (B, 1, N, M), bool, no memory; any computation sees the dense mask."""
+
+    pattern: Pattern
+
+    @staticmethod
+    def of(pattern: Pattern, batch: int, n: int, m: int, device: torch.device | str) -> HandedMask:
+        handed = torch.zeros((), dtype=torch.bool, device=device).expand(batch, 1, n, m).as_subclass(HandedMask)
+        handed.pattern = pattern
+        return handed
+
+    def dense(self) -> Tensor:
+        """The bool tensor (B, 1, N, M) that this mask stands for."""
+        batch, _, n, m = self.shape
+        mask = self.pattern.mask()
+        if mask is None:
+            return torch.ones(batch, 1, n, m, dtype=torch.bool, device=self.device)
+        return mask.dense(n, m, self.device).expand(batch, 1, n, m)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _SAME and isinstance(args[0], HandedMask):
+            return args[0]
+        if func not in _ABOUT:
+            args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, HandedMask) else x, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+
+#: what gives back the mask that it was given
+_SAME = {torch.Tensor.contiguous, torch.Tensor.detach}
+#: what may be asked of a tensor without computing with it
+_ABOUT = {
+    torch.Tensor.dim,
+    torch.Tensor.size,
+    torch.Tensor.numel,
+    torch.Tensor.is_floating_point,
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn")
+    ),
+}
+
+
+def hand_over(**request: Any) -> Tensor | None:
+    """The mask function that is registered for every mechanism; arguments are those of transformers' own.
+
+    A pattern that it does not know (an overlay of the model's own, chunks) becomes a bool tensor (B, 1, N, M), made by
+    transformers' function for SDPA; so does every pattern while a graph is traced.
+    """
+    known = None
+    if not torch.compiler.is_compiling() and not request.get("use_vmap"):
+        known = _pattern(request["mask_function"], request.get("local_size"))
+    if known is None:
+        return masking_utils.sdpa_mask(**request)
+    n, first_query = _queries(request)
+    m, first_key = int(request["kv_length"]), int(request.get("kv_offset") or 0)
+    valid = request.get("attention_mask")
+    if valid is not None:
+        # columns count from the first token ever seen; a static cache has more keys than tokens so far
+        missing = max(first_key + m - valid.shape[-1], 0)
+        valid = torch.nn.functional.pad(valid.to(torch.bool), (0, missing))[:, first_key : first_key + m]
+    pattern = replace(known, offset=first_query - first_key, valid_BM=valid).simplify(n, m)
+    causal = known.causal
+    if request.get("allow_is_causal_skip" if causal else "allow_is_bidirectional_skip", causal):
+        # `read` makes the same of no mask at all
+        plain, _ = pattern.crop(n, m)
+        if plain.is_whole_sequences and plain.valid_BM is None and plain.ids_BN is None:
+            if plain.causal == (causal and n > 1):
+                return None
+    return HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
+
+
+def read(mask: Tensor | None, *, causal: bool, n: int, m: int) -> tuple[Pattern, int]:
+    """The pattern behind what a layer was given, and how many of its keys count.
+
+    Args:
+        mask: from `hand_over`, or from the user: 2 axes (real tokens) or 4 axes, bool or additive.
+        causal: what the layer is where it is given no mask, or one that speaks of tokens only.
+        n, m: queries and keys.
+
+    Raises:
+        ValueError: if the mask is of another form, or adds a bias.
+    """
+    if isinstance(mask, HandedMask):
+        if tuple(mask.shape[-2:]) == (n, m):
+            return mask.pattern.crop(n, m)
+        mask = mask.dense()
+    if mask is None:
+        return Pattern(causal=causal and n > 1).crop(n, m)
+    if mask.ndim == 2:
+        valid = mask[:, :m].to(torch.bool)
+        return Pattern(causal=causal, offset=m - n if causal else 0, valid_BM=valid).simplify(n, m), m
+    if mask.ndim != 4:
+        raise ValueError(f"an attention mask must have 2 or 4 axes, got shape {tuple(mask.shape)}")
+    mask = _as_bool(mask)[..., :m]
+    if not torch.compiler.is_compiling() and mask.shape[1] == 1 and bool((mask == mask[:, :, :1]).all()):
+        valid = mask[:, 0, 0].expand(-1, m)
+        return Pattern(valid_BM=valid).simplify(n, m), m
+    return Pattern(pairs=masks.dense(mask)), m
+
+
+def _as_bool(mask: Tensor) -> Tensor:
+    """An additive mask of zeros and minus infinities as True and False."""
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    lowest = torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else -1
+    if not bool((allowed | (mask <= lowest)).all()):
+        raise ValueError("an additive attention mask must hold 0 and -inf (or the least float) only, got other numbers")
+    return allowed
+
+
+def _queries(request: dict[str, Any]) -> tuple[int, int]:
+    """Number of queries and position of the first; transformers 4 says it as a tensor of positions."""
+    if request.get("cache_position") is not None:
+        positions = request["cache_position"]
+        return int(positions.shape[0]), int(positions[0])
+    return int(request["q_length"]), int(request.get("q_offset", 0))
+
+
+def _pattern(function: Callable[..., Any], size: int | None) -> Pattern | None:
+    """What a mask function of transformers draws; None if it is not one of those known here.
+
+    Composed functions are told apart by their code and by what they close over, compared with what transformers' own
+    public factories make: whatever differs counts as unknown.
+    """
+    if function is masking_utils.causal_mask_function:
+        return Pattern(causal=True)
+    if function is getattr(masking_utils, "bidirectional_mask_function", None):
+        return Pattern()
+    if size is not None:
+        if _same(function, masking_utils.sliding_window_causal_mask_function(size)):
+            return Pattern(causal=True, left=size - 1, right=0)
+        both = getattr(masking_utils, "sliding_window_bidirectional_mask_function", None)
+        if both is not None and _same(function, both(size)):
+            return Pattern(left=size, right=size)
+    return _packed(function, size)
+
+
+def _packed(function: Callable[..., Any], size: int | None) -> Pattern | None:
+    """A known pattern within each of the sequences that are packed into a row."""
+    factory = getattr(masking_utils, "packed_sequence_compatibility_function", None)
+    if factory is None:
+        return None
+    like = factory(masking_utils.causal_mask_function, torch.zeros(1, 1), torch.zeros(1, 1))
+    parts, parts_like = (_closed_over(f, like).get("mask_functions", ()) for f in (function, like))
+    if len(parts) != 2:
+        return None
+    ids = _closed_over(parts[0], parts_like[0]).get("packed_sequence_mask")
+    inner = _closed_over(parts[1], parts_like[1]).get("mask_function")
+    pattern = None if ids is None or inner is None else _pattern(inner, size)
+    return None if pattern is None else replace(pattern, ids_BN=ids)
+
+
+def _closed_over(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, Any]:
+    """The closed-over values of `function` by name, if its code is that of `like`."""
+    if not isinstance(function, FunctionType) or not isinstance(like, FunctionType):
+        return {}
+    if function.__code__ is not like.__code__ or function.__closure__ is None:
+        return {}
+    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, function.__closure__)}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two functions have the same code and close over the same things."""
+    if isinstance(a, FunctionType) and isinstance(b, FunctionType):
+        cells_a, cells_b = _closed_over(a, b), _closed_over(b, a)
+        return a is b or (bool(cells_a) and all(_same(cells_a[name], cells_b[name]) for name in cells_b))
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return a is b or (type(a) is type(b) is int and a == b)

@@ -1,0 +1,400 @@
+"""Mechanisms inside transformers models: `attn_implementation="saccade_moba"`, and `switch` on a loaded model.
+
+Importing this module registers every mechanism of `saccade.integrations.mechanisms` with transformers'
+`AttentionInterface`, and one mask function with its `AttentionMaskInterface`. What a layer then does:
+
+- A prefill or an encoder's pass, as many queries as keys: the mechanism. Padded and packed rows are taken apart, so
+  that each sequence gives what it would give alone; grouped key heads are not repeated.
+- Decoding, or a prompt that continues a cache (fewer queries than keys), cross-attention, and layers whose own mask is
+  another pattern (a sliding window that is shorter than the sequence, chunks, image blocks): dense attention under
+  the layer's mask, unless the mechanism takes masks (`window`).
+
+Options come from `switch`, else from the model's config (`config.saccade = {"top_k": 4}`, saved with the model), else
+they are the mechanism's defaults.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, S sequences, L their length.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from saccade.integrations.handed_masks import Pattern, hand_over, read
+from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+from saccade.ops.attend import attend
+
+__all__ = ["LayerReport", "Report", "register", "switch"]
+
+#: what a layer may ask of its attention function that would change the result, and that no mechanism here knows
+_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
+
+
+def register() -> None:
+    """Make `attn_implementation="saccade_<mechanism>"` valid; done when this module is imported."""
+    for entry in MECHANISMS.values():
+        AttentionInterface.register(entry.implementation, _attention_function(entry))
+        AttentionMaskInterface.register(entry.implementation, hand_over)
+
+
+@dataclass
+class LayerReport:
+    """What a mechanism did in one layer, over the inputs seen.
+
+    Attributes:
+        layer: its number in the model.
+        name: its module path.
+        density: share of dense attention's query-key pairs that were computed, where the mechanism ran.
+        relative_error: sum |out - dense| / sum |dense| of the layer's output before its output projection, on its own
+            inputs (the measure on which SpargeAttn calibrates).
+        calls: times that the mechanism ran.
+        dense_calls: times that the layer ran dense attention instead (decoding, cross-attention, its own window).
+    """
+
+    layer: int
+    name: str
+    density: float = 1.0
+    relative_error: float = 0.0
+    calls: int = 0
+    dense_calls: int = 0
+    _sums: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("kept", "pairs", "off", "size"), 0.0), repr=False
+    )
+
+    def add(self, kept: float, pairs: float, out: Tensor, dense: Tensor) -> None:
+        for name, value in (
+            ("kept", kept),
+            ("pairs", pairs),
+            ("off", float((out - dense).abs().sum(dtype=torch.float64))),
+            ("size", float(dense.abs().sum(dtype=torch.float64))),
+        ):
+            self._sums[name] += value
+        self.density = self._sums["kept"] / max(self._sums["pairs"], 1.0)
+        self.relative_error = self._sums["off"] / max(self._sums["size"], 1e-30)
+
+
+@dataclass
+class Report:
+    """What `switch` yields.
+
+    Attributes:
+        slug, options: what was switched on.
+        layers: one entry per layer that was switched; measured with `report=True`, else empty.
+    """
+
+    slug: str
+    options: dict[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Over all layers."""
+        pairs = sum(layer._sums["pairs"] for layer in self.layers)
+        return sum(layer._sums["kept"] for layer in self.layers) / pairs if pairs else 1.0
+
+    def table(self) -> str:
+        """One line per layer."""
+        lines = [f"{'layer':>5}  {'density':>8}  {'deviation':>9}  {'calls':>5}  {'dense':>5}  module"]
+        for row in self.layers:
+            lines.append(
+                f"{row.layer:>5}  {row.density:>8.1%}  {row.relative_error:>9.2e}  {row.calls:>5}  "
+                f"{row.dense_calls:>5}  {row.name}"
+            )
+        return "\n".join(lines if self.layers else ["nothing was measured: switch(..., report=True) does"])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+@dataclass
+class _Setting:
+    """What one layer was switched to; `mechanism` None is dense attention."""
+
+    mechanism: Mechanism | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    report: LayerReport | None = None
+
+
+def switch(
+    model: nn.Module,
+    slug: str,
+    *,
+    layers: Sequence[int | str] | None = None,
+    dense_layers: Sequence[int | str] = (),
+    report: bool = False,
+    **options: Any,
+) -> AbstractContextManager[Report]:
+    """Run a loaded transformers model with another attention; on leaving, the model is as it was.
+
+    A `switch` inside a `switch` changes the layers that it names and leaves the others as they are, so that layers may
+    have options, or mechanisms, of their own.
+
+    Args:
+        model: a model that uses transformers' attention interface.
+        slug: a training-free mechanism: "moba", "spargeattn", "window", "softmax".
+        layers: the layers to switch, by number (negative from the end) or by pattern of module path
+            ("vision_model.*"); all where None.
+        dense_layers: layers to leave as they are, in the same words.
+        report: measure each layer against dense attention on the same inputs (costs a dense pass).
+        **options: the mechanism's own, `mechanism(slug).options` lists them with their defaults.
+
+    Returns:
+        A context manager; `as` gives the `Report`, which fills as the model runs.
+
+    Raises:
+        ValueError: if the mechanism, an option or a layer is unknown, or the model does not use the interface.
+
+    >>> import saccade, torch
+    >>> from transformers import LlamaConfig, LlamaModel
+    >>> model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+    ...                                num_attention_heads=2)).eval()
+    >>> with torch.no_grad(), saccade.switch(model, "window", left=3, report=True) as report:
+    ...     out = model(torch.arange(8)[None] % 9)
+    >>> round(report.layers[0].density, 2)
+    0.72
+    """
+    entry = mechanism(slug)
+    entry.check(options)
+    if not hasattr(model, "set_attn_implementation"):
+        raise ValueError(
+            f"model must be a transformers model (with set_attn_implementation), got {type(model).__name__}"
+        )
+    places = _attention_layers(model)
+    chosen = _choose(places, layers, "layers") if layers is not None else set(places)
+    chosen -= _choose(places, dense_layers, "dense_layers")
+    rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
+    yielded = Report(slug, {**entry.options, **options}, list(rows.values()))
+    settings = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
+    return _switched(model, entry, settings, yielded)
+
+
+@contextmanager
+def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Setting], report: Report) -> Iterator[Report]:
+    before = [(config, config._attn_implementation) for config in _configs(model)]
+    attributes = [(module, module.__dict__.get("_saccade")) for module in model.modules()]
+    try:
+        for name, module in model.named_modules():
+            module.__dict__["_saccade"] = settings.get(name) or _current(module)
+        model.set_attn_implementation(entry.implementation)  # type: ignore[operator]
+        if all(config._attn_implementation != entry.implementation for config, _ in before):
+            raise ValueError(
+                f"{type(model).__name__} does not use transformers' attention interface: nothing to switch"
+            )
+        yield report
+    finally:
+        # a config passes what it is set to on to its sub-configs: outer ones come first in modules()
+        for config, implementation in before:
+            config._attn_implementation = implementation
+        for module, setting in attributes:
+            if setting is None:
+                module.__dict__.pop("_saccade", None)
+            else:
+                module.__dict__["_saccade"] = setting
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every config in the model, outer before inner."""
+    found: dict[int, Any] = {}
+    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
+
+
+def _current(module: nn.Module) -> _Setting:
+    """What a layer does now: an outer switch's setting, what its config names, or dense attention."""
+    if "_saccade" in module.__dict__:
+        return module.__dict__["_saccade"]
+    named = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    for entry in MECHANISMS.values():
+        if entry.implementation == named:
+            return _configured(entry, module)
+    return _Setting(None)
+
+
+def _configured(entry: Mechanism, module: nn.Module) -> _Setting:
+    options = getattr(getattr(module, "config", None), "saccade", None) or {}
+    entry.check(options)
+    return _Setting(entry, options)
+
+
+def _attention_layers(model: nn.Module) -> dict[str, int]:
+    """Module path -> number of every attention layer: the innermost modules that are called so."""
+    named = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
+    outer = {name.rsplit(".", depth)[0] for name in named for depth in range(1, name.count(".") + 1)}
+    found = {name: module for name, module in named.items() if name not in outer}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention layers")
+    numbers = [getattr(module, "layer_idx", None) for module in found.values()]
+    return {name: i if number is None else int(number) for i, (name, number) in enumerate(zip(found, numbers))}
+
+
+def _choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) -> set[str]:
+    """The module paths that layer numbers and patterns stand for."""
+    if isinstance(wanted, (str, int)):
+        raise ValueError(f"{name} must be a list of layer numbers or patterns, got {wanted!r}")
+    count = max(places.values()) + 1
+    chosen = set()
+    for want in wanted:
+        if isinstance(want, str):
+            met = set(fnmatch.filter(places, want))
+        else:
+            met = {place for place, number in places.items() if number == (want + count if want < 0 else want)}
+        if not met:
+            raise ValueError(
+                f"{name}: no layer is {want!r}; the model has layers 0 to {count - 1}, such as {next(iter(places))!r}"
+            )
+        chosen |= met
+    return chosen
+
+
+def _attention_function(entry: Mechanism) -> Any:
+    def saccade_attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **extra: Any,
+    ) -> tuple[Tensor, None]:
+        for name in _UNKNOWN:
+            if extra.get(name) is not None:
+                raise ValueError(f"{entry.implementation}: this model's attention has {name!r}, which is not supported")
+        if extra.get("output_attentions"):
+            raise ValueError(f"{entry.implementation} gives no attention weights: use attn_implementation='eager'")
+        if is_causal is None:
+            is_causal = getattr(module, "is_causal", True)
+        pattern, keys = read(attention_mask, causal=bool(is_causal), n=query.shape[2], m=key.shape[2])
+        if keys < key.shape[2]:
+            key, value = key[:, :, :keys], value[:, :, :keys]
+        setting = module.__dict__.get("_saccade") or _configured(entry, module)
+        if setting.mechanism is None or not _runs(setting.mechanism, pattern, query.shape[2], keys):
+            if setting.report is not None:
+                setting.report.dense_calls += 1
+            out = attend(query, key, value, mask=pattern.mask(), scale=scaling, dropout=dropout)
+        else:
+            out = _run(setting, query, key, value, pattern, scaling, dropout)
+        return out.transpose(1, 2).contiguous(), None
+
+    return saccade_attention
+
+
+def _runs(entry: Mechanism, pattern: Pattern, n: int, m: int) -> bool:
+    """Whether a mechanism takes this call; dense attention does otherwise (the module's docstring says when).
+
+    Raises:
+        ValueError: if the mechanism is not defined in this direction.
+    """
+    if entry.masks == "any":
+        return True
+    if n == 1 or not pattern.is_whole_sequences:
+        return False
+    aligned = pattern.offset == m - n if pattern.causal else n == m
+    if not aligned or (n < m and entry.masks == "none"):
+        return False
+    if not (entry.causal if pattern.causal else entry.bidirectional):
+        kind = "causal" if pattern.causal else "bidirectional"
+        raise ValueError(f"{entry.slug} is not defined for {kind} attention, which this layer has")
+    return True
+
+
+def _run(
+    setting: _Setting,
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    entry = setting.mechanism
+    assert entry is not None
+    call = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
+    if entry.masks == "any":
+        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask(), scale=scale, dropout=dropout, **call)
+    elif pattern.valid_BM is None and pattern.ids_BN is None:
+        out = entry.run(q_BHND, k_BKMD, v_BKME, scale=scale, dropout=dropout, **call)
+    elif entry.masks == "sequences":
+        mask = replace(pattern, causal=False, offset=0).mask()
+        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale, dropout=dropout, **call)
+    else:
+        out_TtHE = q_BHND.new_zeros(*q_BHND.shape[:1], q_BHND.shape[2], q_BHND.shape[1], v_BKME.shape[3]).flatten(0, 1)
+        for index_SL in _sequences(pattern, *q_BHND.shape[::2]):
+            parts = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
+            out_SHLE = entry.run(*parts, scale=scale, dropout=dropout, **call)
+            out_TtHE[index_SL] = out_SHLE.transpose(1, 2)
+        out = out_TtHE.unflatten(0, (q_BHND.shape[0], -1)).transpose(1, 2)
+    if setting.report is not None:
+        _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, scale, out)
+    return out
+
+
+def _sequences(pattern: Pattern, batch: int, tokens: int) -> Iterator[Tensor]:
+    """Token indices (S, L), into all rows laid end to end, of the sequences of each length L that occurs."""
+    device = (pattern.valid_BM if pattern.valid_BM is not None else pattern.ids_BN).device  # type: ignore[union-attr]
+    row_B1 = torch.arange(batch, device=device)[:, None]
+    ids_BN = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    if pattern.ids_BN is not None:
+        ids_BN = ids_BN + pattern.ids_BN
+    ids_BN = ids_BN + row_B1 * (ids_BN.max() + 1)
+    token_T = torch.arange(batch * tokens, device=device)
+    if pattern.valid_BM is not None:
+        token_T = token_T[pattern.valid_BM.expand(batch, tokens).flatten()]
+    id_T, order_T = ids_BN.flatten()[token_T].sort(stable=True)
+    length_s = id_T.unique_consecutive(return_counts=True)[1]
+    start_s = length_s.cumsum(0) - length_s
+    for length in length_s.unique().tolist():
+        position_SL = start_s[length_s == length][:, None] + torch.arange(length, device=device)
+        yield token_T[order_T[position_SL]]
+
+
+def _take(x_BHND: Tensor, index_SL: Tensor) -> Tensor:
+    return x_BHND.transpose(1, 2).flatten(0, 1)[index_SL].transpose(1, 2)
+
+
+@torch.no_grad()
+def _measure(
+    setting: _Setting,
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    pattern: Pattern,
+    scale: float | None,
+    out_BHNE: Tensor,
+) -> None:
+    """Enter one call into the layer's report. Padding counts for nothing."""
+    entry, row = setting.mechanism, setting.report
+    assert entry is not None and row is not None
+    call = {"causal": pattern.causal, "options": setting.options}
+    n, m = q_BHND.shape[2], k_BKMD.shape[2]
+    apart = pattern.valid_BM is not None or pattern.ids_BN is not None
+    if entry.masks != "any" and apart and n == m:
+        work = [
+            entry.work(*(_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME)), **call)
+            for index_SL in _sequences(pattern, q_BHND.shape[0], n)
+        ]
+    else:
+        mask = pattern.mask()
+        work = [entry.work(q_BHND, k_BKMD, v_BKME, mask=mask, offset=pattern.offset, **call)]
+    dense = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask(), scale=scale)
+    if pattern.valid_BM is not None and n == m:
+        real = pattern.valid_BM[:, None, :, None]
+        out_BHNE, dense = out_BHNE * real, dense * real
+    row.calls += 1
+    row.add(sum(kept for kept, _ in work), sum(all_ for _, all_ in work), out_BHNE, dense)
+
+
+register()
