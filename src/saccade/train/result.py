@@ -78,14 +78,14 @@ class MechanismRecord:
         decode: None where the mechanism cannot decode, else `tokens_per_second` (greedy, batch 1, with its cache),
             `prompt` and `tokens` (how many), `cache_bytes` (at the end).
         train_bytes: peak of tensors alive in one training step (parameters, gradients, optimiser state, activations),
-            counted by torch's allocator; not the process's resident memory.
+            as `saccade.ops.measure.peak_bytes` counts them; not the process's resident memory.
         scaling: time and memory of the mechanism alone (forward and backward, one sequence) against length.
         fits: `seconds` and `bytes` (and `forward_seconds`) as power laws of the length, where measured.
         maps: attention maps on a sample: name ("layer 0", ...) -> array (heads, queries, keys), or (height, width) for
             gates. Not in the JSON.
         notes: what a reader must know, one sentence each.
         marks: short marks for tables that belong to notes: "future" (sees later tokens), "causal" (causal in a task
-            that is not), "failed".
+            that is not).
         supports: the capabilities on its card.
     """
 

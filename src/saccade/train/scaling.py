@@ -6,14 +6,14 @@ y = a N^p,    log y = log a + p log N   by least squares
 from __future__ import annotations
 
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from saccade.ops.measure import peak_bytes, seconds
 
 
 @dataclass
@@ -84,7 +84,7 @@ def sweep(
     Args:
         inputs: length -> the call's positional arguments; floating tensors among them get gradients.
         lengths: ascending.
-        seconds_per_point: repeat each measurement for about so long, at least twice.
+        seconds_per_point: repeat a measurement for up to so long (25 times at most, once at least, after a first call).
         limit_seconds: stop before a length at which one forward and backward would take longer (extrapolated from the
             last two lengths).
         on_point: called with each point.
@@ -110,9 +110,11 @@ def sweep(
             total.backward()
             clear_gradients(part, arguments)
 
-        both()
         point = ScalingPoint(
-            length, timed(forward, seconds_per_point / 3), timed(both, seconds_per_point), peak_bytes(both)
+            length,
+            seconds(forward, repeats=25, budget=seconds_per_point / 3),
+            seconds(both, repeats=25, budget=seconds_per_point),
+            peak_bytes(both),
         )
         points.append(point)
         if on_point is not None:
@@ -149,48 +151,3 @@ def floats(output: object) -> list[Tensor]:
     if hasattr(output, "__dataclass_fields__"):
         return [t for value in vars(output).values() for t in floats(value)]
     return []
-
-
-def timed(function: Callable[[], object], seconds: float) -> float:
-    """Median time of calls repeated for about `seconds`: at least two, at most a hundred."""
-    times: list[float] = []
-    while len(times) < 2 or (sum(times) < seconds and len(times) < 100):
-        synchronize()
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, where there is one in use."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Peak of the tensor memory that `function` allocates beyond what is alive before it.
-
-    Counted from the allocator's own events (CPU) or statistics (CUDA), so it is exact and repeatable, and leaves out
-    what never becomes a tensor: the interpreter, library workspaces, fragmentation.
-    """
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    from torch.profiler import ProfilerActivity, profile
-
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    results = recorded.profiler.kineto_results if recorded.profiler is not None else None
-    events = [event for event in results.events() if event.name() == "[memory]"] if results is not None else []
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak

@@ -1,0 +1,174 @@
+"""What is measured on a mechanism beside its quality: decoding, memory, growth with length, attention maps."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.ops.measure import peak_bytes, synchronize
+from saccade.train.files import folder_name, write_tensors, write_text
+from saccade.train.loop import Training
+from saccade.train.mechanisms import NONE, Mechanism
+from saccade.train.model import SequenceModel
+from saccade.train.result import MechanismRecord
+from saccade.train.runs import sees_future
+from saccade.train.scaling import ScalingPoint, fits, sweep
+from saccade.train.tasks import SequenceTask, Task
+
+
+def measure(
+    task: Task,
+    mechanism: Mechanism,
+    model: nn.Module,
+    record: MechanismRecord,
+    folder: Path,
+    on_point: Callable[[ScalingPoint], None] = lambda point: None,
+) -> None:
+    """Fill in everything but the runs of a record, and keep it in the comparison's folder.
+
+    Args:
+        model: trained; the maps are its.
+        folder: of the comparison; gets `<mechanism>/measures.json` and `maps/<mechanism>.safetensors`.
+    """
+    settings = task.settings
+    record.parameters = sum(p.numel() for p in model.parameters())
+    record.train_bytes = training_bytes(task, mechanism)
+    record.notes, record.marks = notes(task, mechanism, model)
+    if isinstance(task, SequenceTask) and task.classes is None and settings.decode_tokens:
+        assert isinstance(model, SequenceModel)
+        if model.decodes:
+            record.decode = decoding(model, task.prompt(settings.length), settings.decode_tokens)
+        else:
+            record.notes.append("has no cache to decode with, so its decoding speed was not measured")
+    if settings.lengths and mechanism.slug != NONE:
+        part = task.part(mechanism, settings.length).to(task.device)
+        record.scaling = sweep(
+            part,
+            task.part_inputs,
+            settings.lengths,
+            seconds_per_point=settings.sweep_seconds,
+            limit_seconds=settings.limit_seconds,
+            on_point=on_point,
+        )
+        record.fits = fits(record.scaling)
+        if len(record.scaling) < len(settings.lengths):
+            longest = record.scaling[-1].length if record.scaling else 0
+            record.notes.append(f"measured up to length {longest}: a longer one would take too long here")
+    maps: dict[str, Tensor] = {}
+    if settings.map_length and mechanism.slug != NONE:
+        maps, why = attention_maps(task, model)
+        if why:
+            record.notes.append(why)
+    record.maps = {name: tensor.float().numpy() for name, tensor in maps.items()}
+    if maps:
+        write_tensors(folder / "maps" / f"{folder_name(mechanism.name)}.safetensors", maps)
+    kept = {
+        "parameters": record.parameters,
+        "train_bytes": record.train_bytes,
+        "notes": record.notes,
+        "marks": record.marks,
+        "decode": record.decode,
+        "scaling": [asdict(point) for point in record.scaling],
+        "maps": sorted(maps),
+    }
+    write_text(folder / folder_name(mechanism.name) / "measures.json", json.dumps(kept, indent=2) + "\n")
+
+
+def notes(task: Task, mechanism: Mechanism, model: nn.Module) -> tuple[list[str], list[str]]:
+    """What a reader must know of how this mechanism took part, and marks for tables."""
+    found, marks = [], []
+    if isinstance(task, SequenceTask):
+        assert isinstance(model, SequenceModel)
+        if "causal" in task.needs and sees_future(task, model):
+            marks.append("future")
+            how = "by decoding token by token" if model.decodes else "at the ends of prefixes"
+            found.append(
+                "is not causal: its outputs change with later tokens"
+                + (
+                    f"; its quality is therefore measured {how}, while its learning curve (and `teacher_forced`) is "
+                    "taken with all tokens at once, where it sees the future"
+                    if task.predicts_next
+                    else ""
+                )
+            )
+        if "causal" not in task.needs and task.causal(mechanism):
+            marks.append("causal")
+            found.append("is causal only: each token sees the tokens before it, where others see all")
+    return found, marks
+
+
+def training_bytes(task: Task, mechanism: Mechanism) -> int:
+    """Peak of tensors in a training step: parameters, gradients, optimiser state, activations."""
+    batch = task.batch(0, 0)
+    alive: list[Any] = []
+
+    def two_steps() -> None:
+        training = Training(task.model(mechanism, 0).to(task.device), 2, lr=task.settings.lr)
+        alive.append(training)
+        training(batch, task.loss)
+        training(batch, task.loss)
+
+    with torch.random.fork_rng(devices=[]):
+        return peak_bytes(two_steps)
+
+
+@torch.no_grad()
+def decoding(model: SequenceModel, prompt_BN: Tensor, tokens: int, warmup: int = 4) -> dict[str, float]:
+    """Greedy decoding of one sequence with caches: the median time of a token, after the prompt and a few tokens."""
+    model.eval()
+    caches = model.new_caches(1, prompt_BN.shape[1] + warmup + tokens)
+    step_B1, times = model(prompt_BN, caches=caches)[:, -1:].argmax(-1), []
+    for _ in range(warmup + tokens):
+        synchronize()
+        start = time.perf_counter()
+        step_B1 = model(step_B1, caches=caches)[:, -1:].argmax(-1)
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "tokens_per_second": 1.0 / statistics.median(times[warmup:]),
+        "prompt": float(prompt_BN.shape[1]),
+        "tokens": float(tokens),
+        "cache_bytes": float(sum(cache.nbytes for cache in caches)),
+    }
+
+
+@torch.no_grad()
+def attention_maps(task: Task, model: nn.Module) -> tuple[dict[str, Tensor], str]:
+    """The maps of a model's mechanisms on a held-out sample, by name, and why there are none where there are none."""
+    from saccade.ops.maps import attention_map
+
+    model.eval()
+    inputs: dict[str, tuple[Any, ...]] = {}
+    parts = task.parts_of(model)
+    hooks = [
+        part.register_forward_pre_hook(lambda _, given, name=name: inputs.__setitem__(name, given))
+        for name, part in parts
+    ]
+    try:
+        sample = tuple(item[:1] for item in task.sample())
+        if isinstance(task, SequenceTask):
+            sample = (sample[0][:, : task.settings.map_length],)
+        model(*sample)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    maps: dict[str, Tensor] = {}
+    for name, part in parts:
+        try:
+            maps[name] = as_picture(attention_map(part, *inputs[name]))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            return {}, f"has no attention map: {' '.join(str(error).split())}"
+    return maps, ""
+
+
+def as_picture(weights: Tensor) -> Tensor:
+    """Of a map for a batch of one: (heads, queries, keys), or (height, width) of a gate (mean over its channels)."""
+    return weights[0].float().cpu()
