@@ -86,7 +86,7 @@ class Pattern:
     @property
     def is_whole_sequences(self) -> bool:
         """Nothing is hidden but the future, padding, and other sequences packed into the row."""
-        return self.offset == 0 and self.left is None and self.right is None and self.pairs is None
+        return self.left is None and self.right is None and self.pairs is None
 
 
 class HandedMask(torch.Tensor):
@@ -129,6 +129,7 @@ _ABOUT = {
     torch.Tensor.size,
     torch.Tensor.numel,
     torch.Tensor.is_floating_point,
+    torch.Tensor.untyped_storage,
     *(
         getattr(torch.Tensor, name).__get__
         for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn")
@@ -160,7 +161,7 @@ def hand_over(**request: Any) -> Tensor | None:
         # `read` makes the same of no mask at all
         plain, _ = pattern.crop(n, m)
         if plain.is_whole_sequences and plain.valid_BM is None and plain.ids_BN is None:
-            if plain.causal == (causal and n > 1):
+            if plain.causal == (causal and n > 1) and (plain.offset == 0 or not plain.causal):
                 return None
     return HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
 
@@ -181,17 +182,19 @@ def read(mask: Tensor | None, *, causal: bool, n: int, m: int) -> tuple[Pattern,
             return mask.pattern.crop(n, m)
         mask = mask.dense()
     if mask is None:
-        return Pattern(causal=causal and n > 1).crop(n, m)
+        if causal and n == 1:
+            return Pattern(offset=m - 1), m
+        return Pattern(causal=causal).crop(n, m)
+    offset = m - n if causal else 0
     if mask.ndim == 2:
-        valid = mask[:, :m].to(torch.bool)
-        return Pattern(causal=causal, offset=m - n if causal else 0, valid_BM=valid).simplify(n, m), m
+        return Pattern(causal=causal, offset=offset, valid_BM=mask[:, :m].to(torch.bool)).simplify(n, m), m
     if mask.ndim != 4:
         raise ValueError(f"an attention mask must have 2 or 4 axes, got shape {tuple(mask.shape)}")
     mask = _as_bool(mask)[..., :m]
     if not torch.compiler.is_compiling() and mask.shape[1] == 1 and bool((mask == mask[:, :, :1]).all()):
         valid = mask[:, 0, 0].expand(-1, m)
-        return Pattern(valid_BM=valid).simplify(n, m), m
-    return Pattern(pairs=masks.dense(mask)), m
+        return Pattern(offset=offset, valid_BM=valid).simplify(n, m), m
+    return Pattern(offset=offset, pairs=masks.dense(mask)), m
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -225,7 +228,7 @@ def _pattern(function: Callable[..., Any], size: int | None) -> Pattern | None:
         return Pattern()
     if size is not None:
         if _same(function, masking_utils.sliding_window_causal_mask_function(size)):
-            return Pattern(causal=True, left=size - 1, right=0)
+            return Pattern(causal=True, left=size - 1)
         both = getattr(masking_utils, "sliding_window_bidirectional_mask_function", None)
         if both is not None and _same(function, both(size)):
             return Pattern(left=size, right=size)

@@ -12,7 +12,8 @@ Importing this module registers every mechanism of `saccade.integrations.mechani
 Options come from `switch`, else from the model's config (`config.saccade = {"top_k": 4}`, saved with the model), else
 they are the mechanism's defaults.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, S sequences, L their length.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, S sequences,
+L their length, T = B N tokens.
 """
 
 from __future__ import annotations
@@ -64,20 +65,20 @@ class LayerReport:
     relative_error: float = 0.0
     calls: int = 0
     dense_calls: int = 0
-    _sums: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("kept", "pairs", "off", "size"), 0.0), repr=False
-    )
+    _kept: float = field(default=0.0, repr=False)
+    _pairs: float = field(default=0.0, repr=False)
+    _off: float = field(default=0.0, repr=False)
+    _size: float = field(default=0.0, repr=False)
 
     def add(self, kept: float, pairs: float, out: Tensor, dense: Tensor) -> None:
-        for name, value in (
-            ("kept", kept),
-            ("pairs", pairs),
-            ("off", float((out - dense).abs().sum(dtype=torch.float64))),
-            ("size", float(dense.abs().sum(dtype=torch.float64))),
-        ):
-            self._sums[name] += value
-        self.density = self._sums["kept"] / max(self._sums["pairs"], 1.0)
-        self.relative_error = self._sums["off"] / max(self._sums["size"], 1e-30)
+        """Enter one call of the mechanism."""
+        self.calls += 1
+        self._kept += kept
+        self._pairs += pairs
+        self._off += float((out - dense).abs().sum(dtype=torch.float64))
+        self._size += float(dense.abs().sum(dtype=torch.float64))
+        self.density = self._kept / self._pairs if self._pairs else 1.0
+        self.relative_error = self._off / self._size if self._size else 0.0
 
 
 @dataclass
@@ -96,8 +97,8 @@ class Report:
     @property
     def density(self) -> float:
         """Over all layers."""
-        pairs = sum(layer._sums["pairs"] for layer in self.layers)
-        return sum(layer._sums["kept"] for layer in self.layers) / pairs if pairs else 1.0
+        pairs = sum(layer._pairs for layer in self.layers)
+        return sum(layer._kept for layer in self.layers) / pairs if pairs else 1.0
 
     def table(self) -> str:
         """One line per layer."""
@@ -163,15 +164,17 @@ def switch(
     entry = mechanism(slug)
     entry.check(options)
     if not hasattr(model, "set_attn_implementation"):
-        raise ValueError(
-            f"model must be a transformers model (with set_attn_implementation), got {type(model).__name__}"
-        )
+        raise ValueError(f"{type(model).__name__} is not a transformers model: it has no set_attn_implementation()")
     places = _attention_layers(model)
     chosen = _choose(places, layers, "layers") if layers is not None else set(places)
     chosen -= _choose(places, dense_layers, "dense_layers")
     rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
     yielded = Report(slug, {**entry.options, **options}, list(rows.values()))
     settings = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
+    if layers is None:
+        # attention that goes by another name is switched too
+        others = dict(model.named_modules()).keys() - places.keys()
+        settings |= dict.fromkeys(others, _Setting(entry, options))
     return _switched(model, entry, settings, yielded)
 
 
@@ -184,9 +187,7 @@ def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Settin
             module.__dict__["_saccade"] = settings.get(name) or _current(module)
         model.set_attn_implementation(entry.implementation)  # type: ignore[operator]
         if all(config._attn_implementation != entry.implementation for config, _ in before):
-            raise ValueError(
-                f"{type(model).__name__} does not use transformers' attention interface: nothing to switch"
-            )
+            raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
         yield report
     finally:
         # a config passes what it is set to on to its sub-configs: outer ones come first in modules()
@@ -202,7 +203,7 @@ def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Settin
 def _configs(model: nn.Module) -> list[Any]:
     """Every config in the model, outer before inner."""
     found: dict[int, Any] = {}
-    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while waiting:
         config = waiting.pop(0)
         if id(config) not in found and hasattr(config, "_attn_implementation"):
@@ -251,9 +252,8 @@ def _choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) -
         else:
             met = {place for place, number in places.items() if number == (want + count if want < 0 else want)}
         if not met:
-            raise ValueError(
-                f"{name}: no layer is {want!r}; the model has layers 0 to {count - 1}, such as {next(iter(places))!r}"
-            )
+            example = next(iter(places))
+            raise ValueError(f"{name}: no layer is {want!r}; there are layers 0 to {count - 1}, such as {example!r}")
         chosen |= met
     return chosen
 
@@ -322,7 +322,7 @@ def _run(
 ) -> Tensor:
     entry = setting.mechanism
     assert entry is not None
-    call = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
+    call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
     if entry.masks == "any":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask(), scale=scale, dropout=dropout, **call)
     elif pattern.valid_BM is None and pattern.ids_BN is None:
@@ -331,12 +331,13 @@ def _run(
         mask = replace(pattern, causal=False, offset=0).mask()
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale, dropout=dropout, **call)
     else:
-        out_TtHE = q_BHND.new_zeros(*q_BHND.shape[:1], q_BHND.shape[2], q_BHND.shape[1], v_BKME.shape[3]).flatten(0, 1)
-        for index_SL in _sequences(pattern, *q_BHND.shape[::2]):
-            parts = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
-            out_SHLE = entry.run(*parts, scale=scale, dropout=dropout, **call)
-            out_TtHE[index_SL] = out_SHLE.transpose(1, 2)
-        out = out_TtHE.unflatten(0, (q_BHND.shape[0], -1)).transpose(1, 2)
+        B, H, N, _ = q_BHND.shape
+        out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])
+        for index_SL in _sequences(pattern, B, N):
+            q_SHLD, k_SKLD, v_SKLE = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
+            out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, scale=scale, dropout=dropout, **call)
+            out_THE[index_SL] = out_SHLE.transpose(1, 2)
+        out = out_THE.unflatten(0, (B, N)).transpose(1, 2)
     if setting.report is not None:
         _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, scale, out)
     return out
@@ -378,14 +379,14 @@ def _measure(
     """Enter one call into the layer's report. Padding counts for nothing."""
     entry, row = setting.mechanism, setting.report
     assert entry is not None and row is not None
-    call = {"causal": pattern.causal, "options": setting.options}
+    call: dict[str, Any] = {"causal": pattern.causal, "options": setting.options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
     apart = pattern.valid_BM is not None or pattern.ids_BN is not None
     if entry.masks != "any" and apart and n == m:
-        work = [
-            entry.work(*(_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME)), **call)
-            for index_SL in _sequences(pattern, q_BHND.shape[0], n)
-        ]
+        work = []
+        for index_SL in _sequences(pattern, q_BHND.shape[0], n):
+            q_SHLD, k_SKLD, v_SKLE = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
+            work.append(entry.work(q_SHLD, k_SKLD, v_SKLE, **call))
     else:
         mask = pattern.mask()
         work = [entry.work(q_BHND, k_BKMD, v_BKME, mask=mask, offset=pattern.offset, **call)]
@@ -393,7 +394,6 @@ def _measure(
     if pattern.valid_BM is not None and n == m:
         real = pattern.valid_BM[:, None, :, None]
         out_BHNE, dense = out_BHNE * real, dense * real
-    row.calls += 1
     row.add(sum(kept for kept, _ in work), sum(all_ for _, all_ in work), out_BHNE, dense)
 
 
