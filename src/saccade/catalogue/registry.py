@@ -137,7 +137,7 @@ def _is_register(call: ast.Call, slug: str) -> bool:
 def register(slug: str, **fields: Any) -> Part:
     """Enter a part; stands at the bottom of its room. Fields are those of `Part`, less what the paper's list knows.
 
-    The fields of `Summary` (kind, summary, supports, taxonomy, efficiency, complexity, note, invariants) must be literals.
+    The fields of `Summary` (kind, summary, supports, taxonomy ...) must be literals.
     """
     entry = paper(slug)
     for capability in fields.get("supports", ()):

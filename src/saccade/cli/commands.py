@@ -184,7 +184,8 @@ def bench(
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     rows = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=as_json, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
         progress.add_task("measuring")
         for row in measure(
             slugs,

@@ -11,6 +11,7 @@ E head dim of v.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 import torch
@@ -82,7 +83,8 @@ def attend(
     """Attention by the path that `plan` names for the same arguments.
 
     A query that may attend to nothing gives zeros, and -inf as its LSE. Memory is linear in N + M on every path but
-    `reference`. NaN in an input reaches the rows that attend to it, as in SDPA.
+    `reference`. NaN in an input is an error on the CPU, where torch's kernel would turn it into zeros; on an
+    accelerator, where looking would stop the queue, and under torch.compile it reaches the rows that attend to it.
 
     Args:
         q_BHND: queries.
@@ -103,13 +105,15 @@ def attend(
         out (B, H, N, E), or (out, lse) with `return_lse`.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit, or the backend asked for cannot do this.
+        ValueError: if shapes, dtypes or options do not fit, an input holds NaN (on the CPU), or the backend asked for
+            cannot do this.
 
     >>> import torch, saccade
     >>> q = k = v = torch.randn(1, 2, 8, 4)
     >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
     torch.Size([1, 2, 8, 4])
     """
+    _refuse_strangers(q_BHND, k_BKMD, v_BKME)
     if (
         score is None
         and score_mod is None
@@ -124,9 +128,12 @@ def attend(
         and q_BHND.ndim == 4
         and 0 not in q_BHND.shape
         and q_BHND.dtype in _FLOATS
+        and memory_mb > 0
     ):
+        _refuse_nan(q_BHND, k_BKMD, v_BKME)
         return F.scaled_dot_product_attention(q_BHND, k_BKMD, v_BKME, is_causal=mask is not None, scale=scale)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    _refuse_nan(q_BHND, k_BKMD, v_BKME)
     out, lse = BACKENDS[choose(problem, backend)].run(problem, q_BHND, k_BKMD, v_BKME)
     return (out, lse) if return_lse else out
 
@@ -157,6 +164,23 @@ def plan(
     return make_plan(problem, backend)
 
 
+def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _refuse_nan(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    with torch.no_grad():
+        # one NaN makes the sum NaN; so do infinities of both signs, hence the second look
+        if math.isnan(float(q.sum() + k.sum() + v.sum())):
+            for name, x in (("query", q), ("key", k), ("value", v)):
+                if x.isnan().any():
+                    raise ValueError(f"{name} holds NaN ({int(x.isnan().sum())} of {x.numel()} numbers)")
+
+
 def _problem(
     q: Tensor,
     k: Tensor,
@@ -171,8 +195,6 @@ def _problem(
     memory_mb: float,
 ) -> Problem:
     for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
         if x.dtype not in _FLOATS:

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from saccade.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(exit_.value.code or 0), out, err
+
+
+def test_list_knows_every_paper(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "list", "--json")
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 120
+    assert {"moba", "softmax"} <= {row["slug"] for row in rows}
+
+
+def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "list", "--kind", "gate", "--json")
+    assert "cbam" in {row["slug"] for row in json.loads(out)}
+    assert {row["kind"] for row in json.loads(out)} == {"gate"}
+    code, out, _ = run(capsys, "list", "--taxonomy", "--ready")
+    assert code == 0 and "softm" in out
+
+
+def test_show_ready_and_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "show", "cbam", "--no-cost", "--json")
+    card = json.loads(out)
+    assert card["state"] == "ready" and card["invariants"] and card["equal to the authors' code"]
+    code, out, _ = run(capsys, "show", "loftr")
+    assert code == 0 and "2104.00680" in out
+
+
+def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "--shape", "1,4,4096,64", "--mask", "causal & window(256)", "--json")
+    forecast = json.loads(out)
+    assert code == 0 and 0 < forecast["density"] < 0.2 and forecast["backend"] == "blocksparse"
+    code, out, _ = run(capsys, "plan", "--mask", "neighborhood((64, 64), 13)", "--picture")
+    assert (code == 0 and "#" in out.replace("#", "", 0)) or "+" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "sofmax"),
+        ("list", "--family", "no such family"),
+        ("list", "--supports", "everything"),
+        ("plan", "--shape", "1,2"),
+        ("plan", "--mask", "__import__('os').system('true')"),
+        ("plan", "--mask", "causal &"),
+        ("plan", "--dtype", "int7"),
+        ("plan", "--normalize", "hardmax"),
+        ("plan", "--backend", "magic"),
+        ("bench", "cbam"),
+        ("bench", "softmax", "--lengths", "0"),
+        ("claim",),
+        ("claim", "softmax", "--all"),
+        ("compare", "softmax", "--task", "nonsense"),
+        ("compare", "no-such-part"),
+        ("compare", "cbam", "--task", "text"),
+        ("compare", "softmax", "--budget", "soon"),
+        ("compare", "softmax", "--data", "/no/such/file"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert err.startswith("saccade: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="did you mean 'softmax'"):
+        main(["show", "sofmax", "--debug"])
+
+
+def test_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "bench", "softmax", "--lengths", "32,64", "--dim", "32", "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [row["length"] for row in rows] == [32, 64]
+    assert all(row["forward"] > 0 and row["memory"] > 0 for row in rows)
+
+
+def test_module_runs_as_a_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "saccade", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("saccade ")

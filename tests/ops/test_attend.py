@@ -1,0 +1,222 @@
+"""The front door: all paths agree with the reference, the plan agrees with the call, bad input is one clear line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import saccade
+from saccade import masks
+from saccade.ops.backends import BACKENDS
+
+PATHS = ("sdpa", "blocksparse", "stream")
+
+
+def qkv(B=1, H=2, K=2, N=5, M=5, D=4, E=4, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, N, D), (B, K, M, D), (B, K, M, E))
+    return [torch.randn(shape, dtype=dtype, generator=g) for shape in shapes]
+
+
+def test_equals_sdpa_and_its_gradients() -> None:
+    ours = [x.requires_grad_() for x in qkv(N=7, M=7)]
+    theirs = [x.requires_grad_() for x in qkv(N=7, M=7)]
+    a = saccade.attend(*ours, mask=masks.causal())
+    b = F.scaled_dot_product_attention(*theirs, is_causal=True)
+    torch.testing.assert_close(a, b)
+    a.square().sum().backward()
+    b.square().sum().backward()
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@st.composite
+def problems(draw):
+    K = draw(st.sampled_from([1, 2]))
+    N, M = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    shape = {
+        "B": draw(st.integers(1, 2)),
+        "H": K * draw(st.integers(1, 2)),
+        "K": K,
+        "N": N,
+        "M": M,
+        "D": draw(st.integers(1, 9)),
+        "E": draw(st.integers(1, 9)),
+        "seed": draw(st.integers(0, 99)),
+    }
+    left = draw(st.integers(-3, 20))
+    options = [
+        None,
+        masks.causal(draw(st.integers(-3, 5))),
+        masks.window(left, draw(st.integers(-left, 10))),
+        masks.prefix(draw(st.integers(0, 45))) | masks.causal(),
+        ~masks.window(3, 3),
+        masks.documents(torch.arange(N)[None] // 7, torch.arange(M)[None] // 7),
+        masks.padding(torch.rand(shape["B"], M, generator=torch.Generator().manual_seed(shape["seed"])) > 0.5),
+        torch.rand(shape["B"], shape["H"], N, M, generator=torch.Generator().manual_seed(shape["seed"])) > 0.7,
+    ]
+    return shape, draw(st.sampled_from(options))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.sampled_from(PATHS))
+def test_every_path_agrees_with_the_reference(problem, path) -> None:
+    shape, mask = problem
+    ours = [x.requires_grad_() for x in qkv(**shape)]
+    reference = [x.requires_grad_() for x in qkv(**shape)]
+    out, lse = saccade.attend(*ours, mask=mask, return_lse=True, backend=path)
+    expected, expected_lse = saccade.attend(*reference, mask=mask, return_lse=True, backend="reference")
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(lse, expected_lse, check_dtype=False)
+    for o, l in ((out, lse), (expected, expected_lse)):
+        finite = torch.where(l.isfinite(), l, 0.0)
+        (o.sin().sum() + finite.cos().sum()).backward()
+    for x, y in zip(ours, reference, strict=True):
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@settings(max_examples=25, deadline=None)
+@given(problems())
+def test_the_plan_is_what_happens(problem) -> None:
+    shape, mask = problem
+    inputs = qkv(**shape)
+    forecast = saccade.plan(*inputs, mask=mask)
+    called = []
+    module = BACKENDS[forecast.backend]
+    real = module.run
+    module.run = lambda *arguments: called.append(forecast.backend) or real(*arguments)
+    try:
+        saccade.attend(*inputs, mask=mask)
+    finally:
+        module.run = real
+    # the front door calls the simplest case, plain SDPA, without going through its module
+    assert called == [forecast.backend] or (not called and forecast.backend == "sdpa")
+    assert 0 <= forecast.density <= 1 and forecast.bytes > 0 and forecast.backend in str(forecast)
+
+
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+def test_rows_that_may_attend_to_nothing_give_zeros(path) -> None:
+    inputs = [x.requires_grad_() for x in qkv(N=20, M=20)]
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    mask[3] = False
+    out, lse = saccade.attend(*inputs, mask=mask, return_lse=True, backend=path)
+    assert not out[:, :, 3].any() and (lse[:, :, 3] == -torch.inf).all() and lse[:, :, 4].isfinite().all()
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    nothing = saccade.attend(*inputs, mask=torch.zeros(20, 20, dtype=torch.bool), backend=path)
+    assert not nothing.any()
+
+
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+@pytest.mark.parametrize("shape", [{"B": 0}, {"N": 0}, {"M": 0}])
+def test_empty_axes(path, shape) -> None:
+    inputs = [x.requires_grad_() for x in qkv(**shape)]
+    out, lse = saccade.attend(*inputs, return_lse=True, backend=path)
+    assert out.shape == (*inputs[0].shape[:3], 4) and not out.any()
+    assert (lse == -torch.inf).all()
+    out.sum().backward()
+    assert all(x.grad is not None for x in inputs)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(path, dtype) -> None:
+    inputs = qkv(H=4, N=40, M=40, D=8, E=8)
+    expected = saccade.attend(*inputs, mask=masks.causal(2), backend="reference")
+    out = saccade.attend(*(x.to(dtype) for x in inputs), mask=masks.causal(2), backend=path)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, atol=3e-2, rtol=0)
+
+
+def test_merge_of_two_halves_is_the_whole() -> None:
+    q, k, v = (x.requires_grad_() for x in qkv(N=9, M=12))
+    a = saccade.attend(q, k[:, :, :5], v[:, :, :5], return_lse=True)
+    b = saccade.attend(q, k[:, :, 5:], v[:, :, 5:], return_lse=True)
+    out, lse = saccade.merge(*a, *b)
+    whole, whole_lse = saccade.attend(q, k, v, return_lse=True)
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(lse, whole_lse)
+    for x, y in zip(
+        torch.autograd.grad(out.sin().sum() + lse.sum(), (q, k, v)),
+        torch.autograd.grad(whole.sin().sum() + whole_lse.sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_merge_with_nothing_is_the_other() -> None:
+    q, k, v = qkv()
+    out, lse = (x.requires_grad_() for x in saccade.attend(q, k, v, return_lse=True))
+    none, none_lse = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    merged = saccade.merge(out, lse, none, none_lse)
+    torch.testing.assert_close(merged, (out, lse))
+    both = saccade.merge(none.requires_grad_(), none_lse.requires_grad_(), none, none_lse)
+    assert not both[0].any() and (both[1] == -torch.inf).all()
+    (gradient,) = torch.autograd.grad(merged[0].sum(), lse)
+    assert gradient.isfinite().all()
+    with pytest.raises(ValueError, match="merge needs"):
+        saccade.merge(out, lse, none, none_lse[..., 1:])
+
+
+def test_nothing_falls_back_to_something_quadratic() -> None:
+    # 1 x 2 x 8192 x 8192 as a float mask would be 335 MB
+    x = torch.randn(1, 2, 8192, 8)
+    mask = masks.window(100) | masks.prefix(8)
+    assert saccade.plan(x, x, x, mask=mask).backend == "blocksparse"
+    with pytest.raises(ValueError, match="backend 'sdpa' cannot do this: the mask as a tensor would take"):
+        saccade.attend(x, x, x, mask=mask, backend="sdpa")
+    with pytest.raises(ValueError, match=r"cannot do this: .*dropout"):
+        saccade.attend(x, x, x, dropout=0.1, backend="sdpa")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q, k, v: ((q[0], k, v), {}), "query must have 4 axes"),
+        (lambda q, k, v: ((q, k.float(), v), {}), "key is torch.float32"),
+        (lambda q, k, v: ((q.int(), k, v), {}), "query must be floating point"),
+        (lambda q, k, v: ((q, k, None), {}), "value must be a tensor, got NoneType"),
+        (lambda q, k, v: ((q, k[..., :2], v), {}), "one head_dim, got 4 and 2"),
+        (lambda q, k, v: ((q, k, v[:, :, :3]), {}), "key and value must agree"),
+        (lambda q, k, v: ((q, k.repeat(2, 1, 1, 1), v), {}), "one batch size"),
+        (lambda q, k, v: ((q, k.repeat(1, 2, 1, 1)[:, :3], v.repeat(1, 2, 1, 1)[:, :3]), {}), "must divide"),
+        (lambda q, k, v: ((q, k, v), {"mask": torch.ones(3, 3, dtype=torch.bool)}), "mask must broadcast"),
+        (lambda q, k, v: ((q, k, v), {"mask": torch.ones(5, 5)}), "mask must be a bool tensor"),
+        (lambda q, k, v: ((q, k, v), {"mask": "causal"}), "mask must be a bool tensor or a mask"),
+        (lambda q, k, v: ((q, k, v), {"mask": masks.neighborhood((2, 2), 1)}), "grid of"),
+        (lambda q, k, v: ((q, k, v), {"normalize": "hardmax"}), "normalize must be one of"),
+        (lambda q, k, v: ((q, k, v), {"backend": "magic"}), "backend must be one of"),
+        (lambda q, k, v: ((q, k, v), {"dropout": 1.5}), "dropout must be in"),
+        (lambda q, k, v: ((q, k, v), {"memory_mb": 0}), "memory_mb must be positive"),
+        (lambda q, k, v: ((q, k, v), {"normalize": "relu", "return_lse": True}), "return_lse needs"),
+    ],
+)
+def test_bad_arguments(change, message) -> None:
+    arguments, options = change(*qkv())
+    for call in (saccade.attend, saccade.plan):
+        with pytest.raises(ValueError, match=message) as error:
+            call(*arguments, **options)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(2)])
+def test_nan_is_refused_and_infinities_are_not(mask) -> None:
+    for name, place in (("query", 0), ("key", 1), ("value", 2)):
+        inputs = qkv(N=6, M=6)
+        inputs[place][0, 0, 2, 1] = torch.nan
+        with pytest.raises(ValueError, match=f"{name} holds NaN"):
+            saccade.attend(*inputs, mask=mask)
+    q, k, v = qkv(N=6, M=6)
+    v[:, :, 0, 0], v[:, :, 1, 0] = torch.inf, -torch.inf
+    saccade.attend(q, k, v, mask=mask)
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal()])
+def test_compiles_whole(mask) -> None:
+    torch._dynamo.reset()
+    q, k, v = qkv(H=4, K=2, N=6, M=8, dtype=torch.float32)
+    call = torch.compile(lambda q, k, v: saccade.attend(q, k, v, mask=mask), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(call(q, k, v), saccade.attend(q, k, v, mask=mask))
