@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import catalogue
@@ -89,6 +90,50 @@ class Lab:
         from saccade.train.loop import fit
 
         return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description if self.show_progress else None)
+
+    def recall(
+        self,
+        mixer: Callable[[int], nn.Module],
+        *,
+        length: int = 256,
+        pairs: int = 8,
+        power: float = 0.1,
+        layers: int = 2,
+        steps: int = 400,
+        lr: float = 2e-3,
+        description: str = "recall",
+    ) -> tuple[nn.Module, float, float]:
+        """A small model trained on multi-query associative recall with `mixer(dim)` in each layer.
+
+        Args:
+            power: where the queries come: small powers ask soon after the pairs, power 1 anywhere.
+
+        Returns:
+            the model, its held-out loss in nats and its held-out accuracy, both over the values asked for.
+        """
+        from saccade.train.data import IGNORE, recall
+        from saccade.train.model import SequenceModel
+
+        length, dim, batch = self.size(length, 48), 64, self.size(16, 2)
+        with self.seeded():
+            model = SequenceModel(lambda _: mixer(dim), vocab=64, dim=dim, layers=layers, pair=True)
+        generator = self.generator()
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            while True:
+                yield recall(batch, length, pairs, power=power, generator=generator)
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE)
+
+        self.train(model, batches(), loss, steps, lr=lr, description=description)
+        held_out = torch.Generator().manual_seed(10**6 + self.seed)
+        tokens, labels = recall(self.size(128, 2), length, pairs, power=power, generator=held_out)
+        with torch.no_grad():
+            logits = model.eval()(tokens)
+        asked = labels != IGNORE
+        accuracy = (logits.argmax(-1) == labels)[asked].float().mean().item()
+        return model, F.cross_entropy(logits[asked], labels[asked]).item(), accuracy
 
 
 @dataclass(frozen=True)

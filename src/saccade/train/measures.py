@@ -163,12 +163,14 @@ def attention_maps(task: Task, model: nn.Module) -> tuple[dict[str, Tensor], str
     maps: dict[str, Tensor] = {}
     for name, part in parts:
         try:
-            maps[name] = as_picture(attention_map(part, *inputs[name]))
+            maps[name] = as_picture(attention_map(part, *inputs[name]), inputs[name][0])
         except (ValueError, TypeError, NotImplementedError) as error:
             return {}, f"has no attention map: {' '.join(str(error).split())}"
     return maps, ""
 
 
-def as_picture(weights: Tensor) -> Tensor:
-    """Of a map for a batch of one: (heads, queries, keys), or (height, width) of a gate (mean over its channels)."""
+def as_picture(weights: Tensor, like: Tensor) -> Tensor:
+    """Of a batch of one: (heads, queries, keys), or of a gate on `like` (height, width), the mean over its channels."""
+    if like.ndim == 4:
+        weights = weights.expand_as(like).mean(1)
     return weights[0].float().cpu()

@@ -62,7 +62,7 @@ class Mechanism:
 
         Args:
             length: tokens, for arguments that follow the length.
-            **arguments: the task's own, like `dim`. `layer` and `num_layers` are passed on where they are understood.
+            **arguments: the task's own, like `dim`. `layer_index` and `num_layers` are passed on where they are understood.
 
         Raises:
             ValueError: if an argument does not fit.
@@ -72,11 +72,11 @@ class Mechanism:
             raise ValueError(f"{self.slug!r} is a function, not a module, and cannot be trained as one")
         accepted = inspect.signature(constructor).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-            for name in ("layer", "num_layers"):
+            for name in ("layer_index", "num_layers"):
                 if name not in accepted:
                     arguments.pop(name, None)
         else:
-            arguments = {name: value for name, value in arguments.items() if name not in ("layer", "num_layers")}
+            arguments = {name: value for name, value in arguments.items() if name not in ("layer_index", "num_layers")}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if self.factory is not None:

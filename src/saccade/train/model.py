@@ -59,13 +59,22 @@ class SequenceModel(nn.Module):
         mixer: layer number -> the mechanism of that layer.
         vocab: V.
         classes: K, or None for logits over the vocabulary at each token.
+        pair: also embed the token before each, which spares a layer that would only learn to look there.
     """
 
     def __init__(
-        self, mixer: Callable[[int], nn.Module], *, vocab: int, dim: int, layers: int, classes: int | None = None
+        self,
+        mixer: Callable[[int], nn.Module],
+        *,
+        vocab: int,
+        dim: int,
+        layers: int,
+        classes: int | None = None,
+        pair: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.classes = dim, classes
+        self.before = nn.Embedding(vocab, dim) if pair else None
         self.embedding = nn.Embedding(vocab, dim)
         nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, mixer(layer)) for layer in range(layers))
@@ -83,6 +92,10 @@ class SequenceModel(nn.Module):
         """
         start = caches[0].length if caches else 0
         x_BNC = self.embedding(tokens_BN)
+        if self.before is not None:
+            if caches is not None:
+                raise ValueError("a model that embeds pairs of tokens does not decode with caches")
+            x_BNC = x_BNC + F.pad(self.before(tokens_BN[:, :-1]), (0, 0, 1, 0))
         x_BNC = x_BNC + 0.02 * positions(start, tokens_BN.shape[1], self.dim, x_BNC.device).to(x_BNC.dtype)
         for layer, block in enumerate(self.blocks):
             arguments: dict[str, Any] = {} if mask_BN is None else {"mask": mask_BN}

@@ -125,6 +125,9 @@ def _growth(result: CompareResult, axes: Axes, name: str, factor: float) -> None
             fitted = [length for length in lengths if length >= fit.from_length]
             axes.plot(fitted, [fit(length) * factor for length in fitted], color=style["color"], linewidth=1.4)
     axes.set(xscale="log", yscale="log")
+    ticks = sorted({point.length for record in result.mechanisms for point in record.scaling})
+    axes.set_xticks(ticks, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in ticks])
+    axes.set_xticks([], minor=True)
 
 
 def _finish(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:

@@ -205,7 +205,7 @@ class SequenceTask(Task):
             return mechanism.build(
                 size.length,
                 seed=seed * 1000 + layer,
-                layer=layer,
+                layer_index=layer,
                 num_layers=size.layers,
                 **self._arguments(mechanism),
             )
@@ -215,7 +215,7 @@ class SequenceTask(Task):
     def part(self, mechanism: Mechanism, length: int) -> nn.Module:
         # the options of the trained model, so that the sweep shows how this very mechanism grows
         return mechanism.build(
-            self.settings.length, seed=0, layer=0, num_layers=self.settings.layers, **self._arguments(mechanism)
+            self.settings.length, seed=0, layer_index=0, num_layers=self.settings.layers, **self._arguments(mechanism)
         )
 
     def part_inputs(self, length: int) -> tuple[Any, ...]:

@@ -1,0 +1,56 @@
+"""Sweeps and the power laws through them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saccade.train.scaling import ScalingPoint, fit_power, fits, sweep
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.7, 2.0])
+def test_a_power_law_is_found_again(exponent: float) -> None:
+    lengths = [256, 512, 1024, 2048]
+    fit = fit_power(lengths, [3e-6 * n**exponent for n in lengths])
+    assert fit.exponent == pytest.approx(exponent, abs=1e-9)
+    assert fit.r2 == pytest.approx(1.0)
+    assert fit(4096) == pytest.approx(3e-6 * 4096**exponent)
+
+
+def test_only_the_longest_lengths_count_and_one_is_not_enough() -> None:
+    lengths = [1, 2, 4, 8, 16]
+    values = [5.0, 5.0, 16.0, 64.0, 256.0]
+    assert fit_power(lengths, values, last=3).exponent == pytest.approx(2.0)
+    assert fit_power(lengths, values, last=3).from_length == 4
+    assert fit_power([8], [1.0]) is None and fit_power([8, 8], [1.0, 2.0]) is None
+    assert fit_power([1, 2], [0.0, 1.0]) is None, "a figure of zero has no logarithm"
+    assert set(fits([ScalingPoint(8, 1.0, 2.0, 0), ScalingPoint(16, 2.0, 4.0, 0)])) == {"forward_seconds", "seconds"}
+
+
+class Scores(nn.Module):
+    """x -> (x x^T) x, with its N x N tensor."""
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return (x_BNC @ x_BNC.mT) @ x_BNC
+
+
+def test_a_sweep_sees_quadratic_and_linear_memory() -> None:
+    def inputs(length: int) -> tuple[Tensor]:
+        return (torch.randn(1, length, 4),)
+
+    lengths = (64, 128, 256, 512)
+    seen: list[ScalingPoint] = []
+    quadratic = sweep(Scores(), inputs, lengths, seconds_per_point=0.01, on_point=seen.append)
+    linear = sweep(nn.Linear(4, 4), inputs, lengths, seconds_per_point=0.01)
+    assert seen == quadratic and [point.length for point in quadratic] == list(lengths)
+    assert fits(quadratic)["bytes"].exponent == pytest.approx(2.0, abs=0.15)
+    assert fits(linear)["bytes"].exponent == pytest.approx(1.0, abs=0.15)
+    assert all(point.seconds > 0 and point.forward_seconds > 0 for point in quadratic + linear)
+
+
+def test_a_sweep_stops_before_it_takes_too_long_and_leaves_no_gradients() -> None:
+    part = nn.Linear(4, 4)
+    points = sweep(part, lambda n: (torch.randn(1, n, 4),), (8, 16, 32), seconds_per_point=0.001, limit_seconds=1e-9)
+    assert [point.length for point in points] == [8, 16]
+    assert part.weight.grad is None
