@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saccade import catalogue
-from saccade.bench.lab import Lab
+from saccade.train.lab import Lab
 
 GOLDEN = Path(__file__).parent / "golden"
 SLUGS = [part.slug for part in catalogue.parts()]

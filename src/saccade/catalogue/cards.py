@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from saccade.bench.lab import Lab
+    from saccade.catalogue.lab import Lab
 
 Kind = Literal["sequence", "gate", "fusion", "model", "compressor", "analysis"]
 
@@ -106,7 +106,7 @@ class ClaimResult:
 class Claim:
     """A paper's central claim as a small experiment.
 
-    `run(lab)` gets a `saccade.bench.lab.Lab` (data, training, timing, seed, progress) and returns a ClaimResult.
+    `run(lab)` gets a `saccade.train.lab.Lab` (data, training, timing, seed, progress) and returns a ClaimResult.
     """
 
     paper: str

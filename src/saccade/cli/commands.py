@@ -275,10 +275,10 @@ def compare(
         mechanisms,
         task=task,
         budget=budget,
-        seeds=list(range(seed, seed + seeds)),
+        seed=list(range(seed, seed + seeds)),
         out=folder,
         data=data or None,
-        progress=not as_json,
+        progress=False if as_json else None,
     )
     report = write_report(result, folder)
     if as_json:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import ast
 import operator
+from collections.abc import Callable
 
 from saccade.ops import masks
 
 #: the masks that numbers alone describe
-_MAKERS = {"causal": masks.causal, "window": masks.window, "prefix": masks.prefix, "neighborhood": masks.neighborhood}
+_MAKERS: dict[str, Callable[..., masks.Mask]] = {
+    "causal": masks.causal,
+    "window": masks.window,
+    "prefix": masks.prefix,
+    "neighborhood": masks.neighborhood,
+}
 _OPERATORS = {ast.BitAnd: operator.and_, ast.BitOr: operator.or_}
 
 

@@ -22,12 +22,13 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink); margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 .muted { color: var(--muted); font-size: .9rem; }
 .answer { background: var(--soft); border-left: 4px solid #0072B2; padding: .8rem 1.1rem; margin: 1.4rem 0; }
 .answer p { margin: .25rem 0; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+table { font-size: .92rem; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
 tbody tr:first-child { background: var(--soft); }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.2rem; }
@@ -81,7 +82,7 @@ def page(result: CompareResult, pictures: dict[str, bytes], maps: dict[str, byte
             "<h2>Where they attend</h2>",
             '<p class="muted">Effective weights on one held-out sample: rows are queries, columns keys, '
             "brightness the square root of the weight.</p>",
-            *(_picture(png, name) for name, png in maps.items()),
+            *(f"<h3>{escape(name)}</h3>{_picture(png, f'{name} by layer and head')}" for name, png in maps.items()),
         ]
     sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
     return (
@@ -146,4 +147,4 @@ def _settings(result: CompareResult) -> str:
 
 
 def _machine_line(machine: dict[str, object]) -> str:
-    return ", ".join(str(value) for value in machine.values() if value not in ("", None))
+    return ", ".join(f"{name} {value}" for name, value in machine.items() if value not in ("", None))
