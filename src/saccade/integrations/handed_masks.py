@@ -9,6 +9,7 @@ Shape letters: B batch, N queries, M keys.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FunctionType
@@ -125,26 +126,30 @@ class HandedMask(torch.Tensor):
 _SAME = {torch.Tensor.contiguous, torch.Tensor.detach}
 #: what may be asked of a tensor without computing with it
 _ABOUT = {
-    torch.Tensor.dim,
-    torch.Tensor.size,
-    torch.Tensor.numel,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.untyped_storage,
+    *(
+        getattr(torch.Tensor, name)
+        for name in (
+            *("dim", "size", "numel", "nelement", "element_size", "stride", "storage_offset", "untyped_storage"),
+            *("is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_conj", "is_neg", "is_inference"),
+        )
+    ),
     *(
         getattr(torch.Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "requires_grad", "is_cuda", "layout", "grad_fn")
+        for name, attribute in vars(torch._C.TensorBase).items()
+        if inspect.isgetsetdescriptor(attribute) and name not in ("T", "mT", "H", "mH", "data", "real", "imag")
     ),
 }
 
 
+@torch.compiler.disable
 def hand_over(**request: Any) -> Tensor | None:
     """The mask function that is registered for every mechanism; arguments are those of transformers' own.
 
     A pattern that it does not know (an overlay of the model's own, chunks) becomes a bool tensor (B, 1, N, M), made by
-    transformers' function for SDPA; so does every pattern while a graph is traced.
+    transformers' function for SDPA.
     """
     known = None
-    if not torch.compiler.is_compiling() and not request.get("use_vmap"):
+    if not request.get("use_vmap"):
         known = _pattern(request["mask_function"], request.get("local_size"))
     if known is None:
         return masking_utils.sdpa_mask(**request)
@@ -191,7 +196,7 @@ def read(mask: Tensor | None, *, causal: bool, n: int, m: int) -> tuple[Pattern,
     if mask.ndim != 4:
         raise ValueError(f"an attention mask must have 2 or 4 axes, got shape {tuple(mask.shape)}")
     mask = _as_bool(mask)[..., :m]
-    if not torch.compiler.is_compiling() and mask.shape[1] == 1 and bool((mask == mask[:, :, :1]).all()):
+    if mask.shape[1] == 1 and bool((mask == mask[:, :, :1]).all()):
         valid = mask[:, 0, 0].expand(-1, m)
         return Pattern(offset=offset, valid_BM=valid).simplify(n, m), m
     return Pattern(offset=offset, pairs=masks.dense(mask)), m

@@ -259,6 +259,8 @@ def _choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) -
 
 
 def _attention_function(entry: Mechanism) -> Any:
+    # which path runs depends on the mask's contents; a compiled model calls this between its graphs
+    @torch.compiler.disable
     def saccade_attention(
         module: nn.Module,
         query: Tensor,
