@@ -6,11 +6,10 @@
 
 The causal form runs by chunks: inside a chunk a masked product with the decays between its tokens, between chunks a
 state S = sum_j (decays after j) k_j^T v_j. Decays only ever multiply, over spans that begin after j and end at i, so
-that nothing is divided by a cumulative product and any decay in (0, 1] is safe over any length:
-
-- one factor per head and token: exp of differences <= 0 of cumulative logarithms (kept in double) within a chunk;
-- one factor per channel: the chunk's score matrix is built by halving. The lower left block of a span of 2s tokens is
-  (q * products from the middle) (k * products to the middle)^T; then s doubles.
+that nothing is divided by a cumulative product and any decay in (0, 1] is safe over any length. Where they vary by
+token or channel a chunk is built by halving: what reaches from the earlier to the later half of a span of 2s tokens is
+(products to the middle) x (products from the middle), an outer product for a factor per head, and
+(q * products from the middle) (k * products to the middle)^T for a factor per channel; then s doubles.
 
 Backward recomputes each piece from its inputs and from the state before it; nothing of size N x N or N x D x E exists.
 Gradients of decays are sums of the very terms in which the decay occurs, never differences of large sums.
@@ -21,7 +20,7 @@ Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M k
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, NamedTuple
 
@@ -132,7 +131,7 @@ def linear_step(
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     new = _to_heads(k.transpose(2, 3) * v, H)
-    state = new + (state if factors is None else factors.transpose(2, 3) * state)
+    state = new + (state if factors is None else factors.transpose(2, 3).to(state.dtype) * state)
     out = (q * (1.0 if scale is None else scale)) @ state
     if normalize:
         out = _divide(out)[0]
@@ -172,7 +171,7 @@ def linear_attend_reference(
     else:
         for i in range(N):
             if factors is not None:
-                S = S * factors[:, :, min(i, factors.shape[2] - 1), :, None]
+                S = S * factors[:, :, min(i, factors.shape[2] - 1), :, None].to(S.dtype)
             S = S + k[:, :, i, :, None] * v[:, :, i, None, :]
             rows.append(torch.einsum("bhd,bhde->bhe", q[:, :, i], S))
     out = torch.stack(rows, 2) if rows else q.new_zeros(B, H, 0, S.shape[3])
@@ -245,7 +244,10 @@ def _leave_state(state: Tensor, normalize: bool) -> Tensor | LinearState:
 
 
 def _as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], q: Tensor) -> Tensor | None:
-    """Decay as (1, H, 1, 1), (1, H, 1, D), (B, H, N, 1) or (B, H, N, D) in the accumulator's dtype."""
+    """Decay as (1, H, 1, 1), (1, H, 1, D), (B, H, N, 1) or (B, H, N, D).
+
+    In the accumulator's dtype, but a factor per head in double: rounding is raised to the power of the length.
+    """
     B, H, N, D = shape
     dtype = _accumulator(q.dtype)
     if decay is None:
@@ -253,7 +255,7 @@ def _as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], 
     if not isinstance(decay, Tensor):
         if not 0.0 < decay <= 1.0:
             raise ValueError(f"decay must be in (0, 1], got {decay}")
-        return torch.full((1, H, 1, 1), float(decay), dtype=dtype, device=q.device)
+        return torch.full((1, H, 1, 1), float(decay), dtype=torch.float64, device=q.device)
     if not decay.is_floating_point():
         raise ValueError(f"decay must be floating point, got {decay.dtype}")
     if decay.device != q.device:
@@ -267,7 +269,7 @@ def _as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], 
             f"decay must be a number, (H,) = {(H,)}, (H, D) = {(H, D)}, (B, H, N) = {(B, H, N)} or (B, H, N, D), "
             f"got shape {tuple(decay.shape)}"
         )
-    decay = decay.to(dtype)
+    decay = decay.to(torch.float64 if decay.ndim < 2 else dtype)
     if decay.ndim == 0:
         return decay.expand(1, H, 1, 1)
     if decay.ndim < 3:
@@ -313,8 +315,8 @@ class _Piece(NamedTuple):
 
 def _pieces(B: int, H: int, N: int, chunk_size: int, factors: Tensor | None, on_cpu: bool) -> list[list[_Piece]]:
     """Per group of batch rows its pieces in order: few enough chunks at a time to stay in cache (to fill a GPU)."""
-    if factors is not None and factors.shape[3] > 1:
-        chunk_size = 1 << (chunk_size - 1).bit_length()
+    if _halves(factors):
+        chunk_size = _power_of_two(chunk_size)
     size = max(1, min(chunk_size, N))
     together = max(1, (_CACHE_ELEMENTS if on_cpu else _DEVICE_ELEMENTS) // (size * size))
     rows = max(1, min(B, together // max(1, H)))
@@ -410,28 +412,51 @@ class _Decays(NamedTuple):
     whole: Tensor | None
 
 
-def _head_decays(factors: Tensor | None, piece: _Piece, scratch: _Scratch, cached: dict[int, _Decays]) -> _Decays:
-    """Of one factor per head: None, (1, H, 1, 1), or (B, H, N, 1)."""
-    c = piece.size
+def _constant_decays(factors: Tensor | None, c: int, scratch: _Scratch, cached: dict[int, _Decays]) -> _Decays:
+    """Of None, or of one factor per head (1, H, 1, 1): lambda^(i - j), the same in all chunks of a length."""
     if c in cached:
         return cached[c]
+    place = torch.arange(c, dtype=torch.float64, device=scratch.device)
     if factors is None:
         lower = torch.ones(c, c, dtype=scratch.dtype, device=scratch.device).tril()
         cached[c] = _Decays(lower, None, None, None)
-        return cached[c]
-    varies = _varies(factors)
-    part = _view(factors, piece)[..., 0] if varies else factors.expand(-1, -1, -1, c)
-    # log 0 would give inf - inf; the smallest normal number is as good as 0
-    logs = part.clamp_min(torch.finfo(scratch.dtype).tiny).double().log().cumsum(-1)
-    above = torch.full((c, c), float("-inf"), dtype=scratch.dtype, device=scratch.device).triu(1)
-    between = scratch("between" if varies else f"between {c}", *logs.shape, c)
-    between.copy_(logs.unsqueeze(-1) - logs.unsqueeze(-2)).add_(above).exp_()
-    last = logs[..., -1:]
-    before, after, whole = (x.exp().to(scratch.dtype).unsqueeze(-1) for x in (logs, last - logs, last))
-    decays = _Decays(between, before, after, whole)
-    if not varies:
-        cached[c] = decays
-    return decays
+    else:
+        # log 0 x distance 0 would be NaN; the smallest normal number is as good as 0
+        log = factors.double().clamp_min(torch.finfo(scratch.dtype).tiny).log().unsqueeze(-1)
+        distance = (place[:, None] - place).clamp(min=0)
+        powers = (log * distance).exp().tril(), *((log * x).exp() for x in (place[:, None] + 1, c - 1 - place[:, None]))
+        between, before, after = (x.to(scratch.dtype) for x in powers)
+        cached[c] = _Decays(between, before, after, before[..., -1:, :])
+    return cached[c]
+
+
+def _token_decays(factors: Tensor, scratch: _Scratch) -> _Decays:
+    """Of one factor per head and token (b, H, T, c, 1); c is a power of two."""
+    between = scratch("between", *factors.shape[:-1], factors.shape[-2]).zero_()
+    between.diagonal(0, -2, -1).fill_(1.0)
+    before, after = scratch("before", *factors.shape), scratch("after", *factors.shape)
+    for s, later_before, earlier_after in _spans_of_products(factors, before, after):
+        torch.mul(later_before, earlier_after.transpose(-1, -2), out=_corners(between, s))
+    return _Decays(between, before, after, before[..., -1:, :])
+
+
+def _spans_of_products(factors: Tensor, before: Tensor, after: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Spans of 2s tokens in a chunk of c, for s = 1, 2, 4, ... c / 2: what leads from the earlier to the later half.
+
+    Yields s, the products from the middle to each token of the later half, inclusive, and those from each token of the
+    earlier half, exclusive, to the middle: (b, H, T, n, s, D'). In the end `before` and `after` hold the products of
+    the whole chunk. Factors only ever multiply.
+    """
+    before.copy_(factors)
+    after.fill_(1.0)
+    s = 1
+    while s < factors.shape[-2]:
+        earlier_before, later_before = _spans(before, s)
+        earlier_after, _ = _spans(after, s)
+        yield s, later_before, earlier_after
+        earlier_after.mul_(later_before[..., -1:, :])
+        later_before.mul_(earlier_before[..., -1:, :])
+        s *= 2
 
 
 class _HalvingGrads(NamedTuple):
@@ -451,22 +476,15 @@ def _halving(
     Spans of 2s tokens are built of two of s: the queries of the later one reach the keys of the earlier one through
     the middle, with the products `before` of the later and `after` of the earlier, both local to their span.
     """
-    c = q.shape[-2]
-    before = scratch("before", *factors.shape).copy_(factors)
-    after = scratch("after", *factors.shape).fill_(1.0)
-    scores = scratch("scores", *q.shape[:-1], c).zero_()
+    before, after = scratch("before", *factors.shape), scratch("after", *factors.shape)
+    scores = scratch("scores", *q.shape[:-1], q.shape[-2]).zero_()
     scores.diagonal(0, -2, -1).copy_(torch.mul(q, k, out=scratch("product", *q.shape)).sum(-1))
     if grads is not None:
         diagonal = grads.scores.diagonal(0, -2, -1).unsqueeze(-1)
         torch.mul(diagonal, k, out=grads.q)
         torch.mul(diagonal, q, out=grads.k)
-    s = 1
-    while s < c:
-        _, later_q = _spans(q, s)
-        earlier_k, _ = _spans(k, s)
-        earlier_before, later_before = _spans(before, s)
-        earlier_after, _ = _spans(after, s)
-        later, earlier = later_q * later_before, earlier_k * earlier_after
+    for s, later_before, earlier_after in _spans_of_products(factors, before, after):
+        later, earlier = _spans(q, s)[1] * later_before, _spans(k, s)[0] * earlier_after
         _corners(scores, s).copy_(_pairs(later, earlier))
         if grads is not None:
             corner = _corners(grads.scores, s).contiguous()
@@ -474,10 +492,6 @@ def _halving(
             _spans(grads.q, s)[1].addcmul_(later_grad, later_before)
             _spans(grads.k, s)[0].addcmul_(earlier_grad, earlier_after)
             grads.levels.append((later_grad.mul_(later), earlier_grad.mul_(earlier)))
-        first, second = earlier_before[..., -1:, :].clone(), later_before[..., -1:, :].clone()
-        later_before.mul_(first)
-        earlier_after.mul_(second)
-        s *= 2
     return scores, _Decays(None, before, after, before[..., -1, :, None])
 
 
@@ -527,9 +541,18 @@ def _scan(
     return states, state
 
 
-def _padded(factors: Tensor | None, size: int) -> int:
-    """Tokens of a chunk in the buffers: the next power of two where decay is per channel."""
-    return 1 << (size - 1).bit_length() if factors is not None and factors.shape[3] > 1 else size
+def _varies(factors: Tensor) -> bool:
+    """By batch row or token, else by head and channel only."""
+    return factors.shape[0] != 1 or factors.shape[2] != 1
+
+
+def _halves(factors: Tensor | None) -> bool:
+    """Whether a chunk's decays are built by halving, so that its length must be a power of two."""
+    return factors is not None and (_varies(factors) or factors.shape[3] > 1)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def _forward(
@@ -555,7 +578,7 @@ def _forward(
             rows = slice(piece.first_row, piece.last_row)
             if keep:
                 starts[index, rows] = final[rows]
-            size = _padded(factors, piece.size)
+            size = _power_of_two(piece.size) if _halves(factors) else piece.size
             q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
             v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
             if scale != 1.0:
@@ -582,16 +605,15 @@ def _scores(
     grads: _HalvingGrads | None,
 ) -> tuple[Tensor, _Decays]:
     """Decayed scores inside the chunks (b, H, T, c, c), 0 above the diagonal, and the decays of q and k beyond them."""
-    if factors is not None and factors.shape[3] > 1:
-        return _halving(q, k, _load_factors(factors, piece, q.shape[-2], scratch), scratch, grads)
-    decays = _head_decays(factors, piece, scratch, cached)
+    if factors is not None and _halves(factors):
+        loaded = _load_factors(factors, piece, q.shape[-2], scratch)
+        if factors.shape[3] > 1:
+            return _halving(q, k, loaded, scratch, grads)
+        decays = _token_decays(loaded, scratch)
+    else:
+        decays = _constant_decays(factors, piece.size, scratch, cached)
     assert decays.between is not None
     return scratch.matmul("scores", q, k.transpose(-1, -2)).mul_(decays.between), decays
-
-
-def _varies(factors: Tensor) -> bool:
-    """By batch row or token, else by head and channel only."""
-    return factors.shape[0] != 1 or factors.shape[2] != 1
 
 
 def _load_factors(factors: Tensor, piece: _Piece, size: int, scratch: _Scratch) -> Tensor:
@@ -620,13 +642,13 @@ def _backward(
     B, H, N, _ = q.shape
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad_state = grad_final.clone()
-    grad_factors = grad_final.new_zeros(factors.shape if factors is not None and of_decay else 0)
+    grad_factors = torch.zeros_like(factors) if factors is not None and of_decay else grad_final.new_zeros(0)
     scratch, cached = _Scratch(q.device, grad_final.dtype), dict[int, _Decays]()
     channel = factors is not None and factors.shape[3] > 1
     for group in _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu"):
         for index, piece in reversed(list(enumerate(group))):
             rows = slice(piece.first_row, piece.last_row)
-            size = _padded(factors, piece.size)
+            size = _power_of_two(piece.size) if _halves(factors) else piece.size
             q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
             v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
             grad = scratch.load("grad", grad_out, piece, H, size=size, ones=normalize)
@@ -761,7 +783,7 @@ def _chunked_backward(
 def _(q, k, v, factors, out, inverse, starts, grad_out, grad_final, scale, normalize, chunk_size, of_decay):  # type: ignore[no-untyped-def]
     return (
         *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, grad_final)),
-        grad_final.new_empty(factors.shape if factors is not None and of_decay else 0),
+        torch.empty_like(factors) if factors is not None and of_decay else grad_final.new_empty(0),
     )
 
 
