@@ -543,10 +543,10 @@ class _Gradients:
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=call.dtype) for x in (q, k, v))
         self.captured: list[Tensor | None] = [None for _ in call.captured]
 
-    def results(self) -> tuple[Tensor | None, ...]:
+    def results(self) -> tuple[Tensor, ...]:
         inputs = (self.q, self.k, self.v, *self.call.captured)
-        sums = (self.dq, self.dk, self.dv, *self.captured)
-        return tuple(None if x is None else x.to(like.dtype) for x, like in zip(sums, inputs))
+        sums = (self.dq, self.dk, self.dv, *(self.accumulator(number) for number in range(len(self.captured))))
+        return tuple(x.to(like.dtype) for x, like in zip(sums, inputs))
 
     def values(self, row: slice, key: slice, weights: Tensor, grad_out: Tensor) -> None:
         """dV of a tile from the weights that reached the output."""
