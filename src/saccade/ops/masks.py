@@ -15,7 +15,7 @@ Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
@@ -49,6 +49,11 @@ def _pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
     if query < 1 or key < 1:
         raise ValueError(f"{name} must be positive, got {size}")
     return query, key
+
+
+def _row(index: Tensor, rows: int) -> Tensor:
+    """`index` into an axis of `rows`, of which a single one stands for all."""
+    return index if rows > 1 else torch.zeros_like(index)
 
 
 def _edges(length: int, size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -138,10 +143,19 @@ class Mask:
         return figure
 
     def __and__(self, other: Mask) -> Mask:
-        return _And(self, _as_operand(other))
+        other = _as_operand(other)
+        if isinstance(other, Band):
+            if isinstance(self, Band):
+                return self.intersection(other)
+            if isinstance(self, _And) and isinstance(self.right, Band):
+                return _And(self.left, self.right.intersection(other))
+        return _And(self, other)
 
     def __or__(self, other: Mask) -> Mask:
-        return _Or(self, _as_operand(other))
+        other = _as_operand(other)
+        if isinstance(self, Band) and isinstance(other, Band) and self.touches(other):
+            return self.union(other)
+        return _Or(self, other)
 
     def __invert__(self) -> Mask:
         return _Not(self)
@@ -165,6 +179,10 @@ def _agree(a: int, b: int, what: str) -> int:
 class _Pairwise(Mask):
     left: Mask
     right: Mask
+
+    def __post_init__(self) -> None:
+        _agree(self.left.batch, self.right.batch, "batch rows")
+        _agree(self.left.heads, self.right.heads, "heads")
 
     @property
     def batch(self) -> int:
@@ -248,7 +266,7 @@ class _Not(Mask):
 
 @dataclass(frozen=True, eq=False)
 class Band(Mask):
-    """Keys from q + low to q + high, inclusive; None is no bound."""
+    """Keys from q + low to q + high, inclusive; None is no bound. Bands fold into one band under `&`, `|` and `~`."""
 
     low: int | None
     high: int | None
@@ -257,8 +275,7 @@ class Band(Mask):
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         distance = k - q
         if self.low is None:
-            assert self.high is not None
-            return distance <= self.high
+            return torch.ones_like(distance, dtype=torch.bool) if self.high is None else distance <= self.high
         inside = distance >= self.low
         return inside if self.high is None else inside & (distance <= self.high)
 
@@ -269,7 +286,7 @@ class Band(Mask):
         first_q, last_q = _edges(n, block_q, device)
         first_k, last_k = _edges(m, block_k, device)
         nearest, farthest = first_k - last_q[:, None], last_k - first_q[:, None]
-        some = torch.ones_like(nearest, dtype=torch.bool)
+        some = torch.full_like(nearest, not self.nothing, dtype=torch.bool)
         every = some
         if self.low is not None:
             some, every = some & (farthest >= self.low), every & (nearest >= self.low)
@@ -277,8 +294,43 @@ class Band(Mask):
             some, every = some & (nearest <= self.high), every & (farthest <= self.high)
         return _state(some, every)[None, None]
 
+    @property
+    def nothing(self) -> bool:
+        """No pair is allowed."""
+        return self.low is not None and self.high is not None and self.low > self.high
+
+    def touches(self, other: Band) -> bool:
+        """The two bands overlap or lie side by side, so that their union is a band."""
+        if self.nothing or other.nothing:
+            return False
+        low, high = _tighter(self.low, other.low, max), _tighter(self.high, other.high, min)
+        return low is None or high is None or low <= high + 1
+
+    def intersection(self, other: Band) -> Band:
+        low, high = _tighter(self.low, other.low, max), _tighter(self.high, other.high, min)
+        return Band(low, high, f"({self!r} & {other!r})")
+
+    def union(self, other: Band) -> Band:
+        low = None if self.low is None or other.low is None else min(self.low, other.low)
+        high = None if self.high is None or other.high is None else max(self.high, other.high)
+        return Band(low, high, f"({self!r} | {other!r})")
+
+    def __invert__(self) -> Mask:
+        if self.low is None and self.high is not None:
+            return Band(self.high + 1, None, f"~{self!r}")
+        if self.high is None and self.low is not None:
+            return Band(None, self.low - 1, f"~{self!r}")
+        return _Not(self)
+
     def __repr__(self) -> str:
         return self.name
+
+
+def _tighter(a: int | None, b: int | None, choose: Callable[[int, int], int]) -> int | None:
+    """The tighter of two bounds, of which None is no bound."""
+    if a is None or b is None:
+        return b if a is None else a
+    return choose(a, b)
 
 
 def causal(offset: int = 0) -> Mask:
@@ -316,7 +368,7 @@ class Prefix(Mask):
         return Prefix(self.length.to(device)) if isinstance(self.length, Tensor) else self
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        length = self.length[b] if isinstance(self.length, Tensor) else self.length
+        length = self.length[_row(b, self.batch)] if isinstance(self.length, Tensor) else self.length
         return (k < length) & (q >= 0)
 
     def block_map(
@@ -334,8 +386,13 @@ class Prefix(Mask):
 
 def prefix(length: int | Tensor) -> Mask:
     """Keys before `length` (an int, or one per batch row), for every query: `prefix(p) | causal()` is a prefix LM."""
-    if isinstance(length, Tensor) and length.ndim != 1:
-        raise ValueError(f"length must be an int or a tensor of shape (B,), got shape {tuple(length.shape)}")
+    if isinstance(length, Tensor):
+        if length.ndim != 1 or length.is_floating_point() or length.dtype == torch.bool:
+            raise ValueError(
+                f"length must be an int or integers of shape (B,), got {length.dtype} of shape {tuple(length.shape)}"
+            )
+    elif length < 0:
+        raise ValueError(f"length must be at least 0, got {length}")
     return Prefix(length)
 
 
@@ -360,7 +417,7 @@ class Padding(Mask):
         return Padding(self.valid_BM.to(device))
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return self.valid_BM[b, k] & (q >= 0)
+        return self.valid_BM[_row(b, self.batch), k] & (q >= 0)
 
     def block_map(
         self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
@@ -416,8 +473,8 @@ class Documents(Mask):
         return Documents(self.query_BN.to(device), self.key_BM.to(device))
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        query = self.query_BN[b if self.query_BN.shape[0] > 1 else torch.zeros_like(b), q]
-        return query == self.key_BM[b if self.key_BM.shape[0] > 1 else torch.zeros_like(b), k]
+        query = self.query_BN[_row(b, self.query_BN.shape[0]), q]
+        return query == self.key_BM[_row(b, self.key_BM.shape[0]), k]
 
     def block_map(
         self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
@@ -489,8 +546,7 @@ class Blocks(Mask):
         return Blocks(self.keep_BHnm.to(device), self.block_q, self.block_k)
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        b = b if self.batch > 1 else torch.zeros_like(b)
-        h = h if self.heads > 1 else torch.zeros_like(h)
+        b, h = _row(b, self.batch), _row(h, self.heads)
         return self.keep_BHnm[b, h, q // self.block_q, k // self.block_k]
 
     def block_map(
@@ -556,20 +612,19 @@ class Dense(Mask):
         return Dense(self.mask_BHNM.to(device))
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        index = [b, h, q, k]
-        for axis, i in enumerate(index):
-            if self.mask_BHNM.shape[axis] == 1:
-                index[axis] = torch.zeros_like(i)
-        return self.mask_BHNM[index[0], index[1], index[2], index[3]]
+        b, h, q, k = (_row(i, rows) for i, rows in zip((b, h, q, k), self.mask_BHNM.shape))
+        return self.mask_BHNM[b, h, q, k]
 
     def block_map(
         self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
     ) -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
-        mask = self.mask_BHNM.to(device).expand(self.batch, self.heads, n, m)
-        count = _block_sums(_block_sums(mask.to(torch.int32), block_k).mT, block_q).mT
+        count = self.mask_BHNM.to(device).to(torch.int32)
         ones_q = _block_sums(torch.ones(n, dtype=torch.int32, device=device), block_q)
         ones_k = _block_sums(torch.ones(m, dtype=torch.int32, device=device), block_k)
+        # an axis of length 1 stands for all: it is multiplied, never expanded
+        count = _block_sums(count, block_k) if count.shape[3] == m else count * ones_k
+        count = _block_sums(count.mT, block_q).mT if count.shape[2] == n else count * ones_q[:, None]
         return _state(count > 0, count == ones_q[:, None] * ones_k)
 
     def __repr__(self) -> str:
@@ -634,31 +689,37 @@ class Neighborhood(Mask):
     def block_map(
         self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Exact along the first axis on which a block's tokens differ; further axes count as 'anywhere'."""
+        """Exact where the tokens of a block differ on one axis only; further axes count as 'anywhere'."""
         block_q, block_k = _pair(block_size, "block_size")
+        if block_q == block_k == 1:
+            zero = torch.zeros(1, dtype=torch.long, device=device)
+            i, j = torch.arange(n, device=device)[:, None], torch.arange(m, device=device)
+            every = self.allowed(zero, zero, i, j)
+            return _state(every, every)[None, None]
         some = torch.ones(ceil(n / block_q), ceil(m / block_k), dtype=torch.bool, device=device)
-        one_token = block_q == block_k == 1
+        every = some
         low_q, high_q = self._coordinate_ranges(n, block_q, device)
         low_k, high_k = self._coordinate_ranges(m, block_k, device)
-        for axis in range(len(self.size)):
+        for axis, d in enumerate(self.dilation):
             position = torch.arange(self.size[axis], device=device)
             group, first, last = self.axis_window(axis, position)
-            d = self.dilation[axis]
             # windows move right as the position does, so the ends of a range of queries bound all their windows
-            reach_low, reach_high = first * d + group, last * d + group
+            first, last = first * d + group, last * d + group
             if d > 1:
-                reach_low = reach_low.flip(0).cummin(0).values.flip(0)
-                reach_high = reach_high.cummax(0).values
-            some = some & (high_k[axis] >= reach_low[low_q[axis]][:, None])
-            some = some & (low_k[axis] <= reach_high[high_q[axis]][:, None])
-        if one_token:
-            every = self.allowed(
-                *(torch.zeros(1, dtype=torch.long, device=device),) * 2,
-                torch.arange(n, device=device)[:, None],
-                torch.arange(m, device=device),
-            )
-            return _state(every, every)[None, None]
-        return _state(some, torch.zeros_like(some))[None, None]
+                first, last = first.flip(0).cummin(0).values.flip(0), last.cummax(0).values
+            some = some & (high_k[axis] >= first[low_q[axis]][:, None])
+            some = some & (low_k[axis] <= last[high_q[axis]][:, None])
+            inside = (low_k[axis] >= first[high_q[axis]][:, None]) & (high_k[axis] <= last[low_q[axis]][:, None])
+            if d > 1:
+                single = (low_q[axis] == high_q[axis])[:, None] & (low_k[axis] == high_k[axis])
+                same = group[low_q[axis]][:, None] == group[low_k[axis]]
+                some, inside = some & ~(single & ~same), inside & single & same
+                # the bounds above are of all positions up to, or from, the query's: its own are wanted here
+                _, own_first, own_last = self.axis_window(axis, low_q[axis])
+                inner = low_k[axis] // d
+                inside = inside & (inner >= own_first[:, None]) & (inner <= own_last[:, None])
+            every = every & inside
+        return _state(some, every & some)[None, None]
 
     def _coordinate_ranges(
         self, n: int, block: int, device: torch.device | str
@@ -678,7 +739,7 @@ class Neighborhood(Mask):
         extra = "".join(
             f", {name}={value}"
             for name, value in (("dilation", self.dilation), ("stride", self.stride), ("causal", self.causal))
-            if any(x not in (1, False) for x in value)
+            if any(x is not False and x != 1 or x is True for x in value)
         )
         return f"neighborhood({self.size}, {self.kernel}{extra})"
 

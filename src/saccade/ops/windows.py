@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops.masks import Band, Neighborhood
+from saccade.ops.masks import Band, Mask, Neighborhood
 from saccade.ops.planning import Problem
 
 __all__ = ["density", "extra_bytes", "regular", "relative_bias", "run", "share", "window_attend"]
@@ -241,10 +241,9 @@ def _round_up(box: int, inner: int, keys: int) -> int:
 _Spec = tuple[int, ...]
 
 
-def _spec(problem: Problem) -> _Spec | None:
+def _spec(mask: Mask | None) -> _Spec | None:
     """The mask in integers, or None where it is not regular."""
-    mask = problem.mask
-    if type(mask) is Band and mask.low is not None and mask.high is not None:
+    if type(mask) is Band and mask.low is not None and mask.high is not None and not mask.nothing:
         return (0, mask.low, mask.high)
     if type(mask) is Neighborhood:
         return (len(mask.size), *mask.size, *mask.kernel, *mask.dilation, *mask.stride, *map(int, mask.causal))
@@ -296,35 +295,41 @@ def _make_grid(
 # ---------------------------------------------------------------------------- what a backend asks
 
 
-def regular(problem: Problem) -> tuple[_Grid, ...] | None:
-    """How the problem is cut, or None where this file cannot run it: mask, score or normaliser are not regular."""
-    spec = _spec(problem)
-    if spec is None or problem.score is not None or problem.score_mod is not None:
+def regular(problem: Problem) -> tuple[int, ...] | None:
+    """The mask in integers, or None where this file cannot run it: mask, score or normaliser are not regular."""
+    if problem.score is not None or problem.score_mod is not None:
         return None
     if problem.normalize != "softmax" or problem.dropout:
         return None
     if 0 in (problem.B, problem.H, problem.N, problem.M, problem.E):
         return None
-    return _layout(spec, problem.N, problem.M, problem.H // problem.K)
+    return _spec(problem.mask)
 
 
 def density(problem: Problem) -> float:
     """Share of the N x M pairs that are computed, boxes and padded rows included."""
-    grids = _regular(problem)
-    return sum(grid.pairs for grid in grids) / (problem.N * problem.M * (problem.H // problem.K))
+    pairs = _forecast(_regular(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[0]
+    return pairs / (problem.B * problem.H * problem.N * problem.M)
 
 
 def share(problem: Problem) -> float:
     """Expected time as a share of dense SDPA's."""
-    grids, C = _regular(problem), problem.B * problem.K
-    time = 0.0
-    for grid in grids:
+    time = _forecast(_regular(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[1]
+    return time / (problem.B * problem.H * problem.N * problem.M)
+
+
+@torch._dynamo.assume_constant_result
+def _forecast(spec: _Spec, N: int, M: int, group: int, C: int) -> tuple[float, float]:
+    """Pairs computed, and the time in pairs of dense SDPA."""
+    pairs = time = 0.0
+    for grid in _layout(spec, N, M, group):
+        pairs += C * grid.pairs
         time += C * grid.pairs * _rate(grid.rows)
         if not grid.whole:
             time += C * grid.classes * len(grid.places) * grid.strip * _COPY
         pieces = C * grid.pairs * 4 / (_PIECE_BYTES * 2) + len(grid.runs) * len(set(grid.kinds))
         time += _CALL * pieces
-    return time / (problem.B * problem.H * problem.N * problem.M)
+    return pairs, time
 
 
 def extra_bytes(problem: Problem) -> int:
@@ -334,19 +339,16 @@ def extra_bytes(problem: Problem) -> int:
     return rows * (problem.D + problem.E) * itemsize + _piece_bytes(problem.memory_mb) + _STRIP_BYTES
 
 
-def _regular(problem: Problem) -> tuple[_Grid, ...]:
-    grids = regular(problem)
-    if grids is None:
+def _regular(problem: Problem) -> _Spec:
+    spec = regular(problem)
+    if spec is None:
         raise ValueError(f"the mask must be a window or a neighbourhood, got {problem.mask!r}")
-    return grids
+    return spec
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`."""
-    _regular(problem)
-    spec = _spec(problem)
-    assert spec is not None
-    out, lse = _window_forward(q, k, v, list(spec), problem.scale, problem.return_lse, problem.memory_mb)
+    out, lse = _window_forward(q, k, v, list(_regular(problem)), problem.scale, problem.return_lse, problem.memory_mb)
     return out, (lse if problem.return_lse else None)
 
 
@@ -730,3 +732,323 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
 
 
 _window_forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+# ---------------------------------------------------------------------------- non-overlapping, shifted windows
+
+
+def window_attend(
+    q_BHND: Tensor,
+    k_BKND: Tensor,
+    v_BKNE: Tensor,
+    size: int | Sequence[int],
+    window: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    memory_mb: float = 64.0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention inside the windows of a grid of tokens, which are moved by `shift` (Swin's shifted windows).
+
+        out_i = sum_j softmax_j(scale q_i . k_j + bias[h, i mod window, j mod window]) v_j,   j in the window of i
+
+    The grid is shifted cyclically, and tokens that only meet because of that do not see each other; where the window
+    does not divide the grid, the windows at its end are smaller. On an axis that is no longer than the window there
+    is one window and no shift.
+
+    Args:
+        q_BHND, k_BKND, v_BKNE: tokens in row-major order of the grid; K divides H.
+        size: the grid, an int or a tuple of up to three.
+        window: tokens per window, per axis; T = prod(window).
+        shift: 0 <= shift < window, per axis; window i starts at i * window + shift.
+        bias: (H, T, T) or (1, T, T), added to the scores; see `relative_bias`. Gradients reach it.
+        scale: D ** -0.5 where None.
+        return_lse: also return the log of the sum of the exponentials (B, H, N).
+        memory_mb: bound of the scores held at a time, in MiB.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    grid = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(grid) <= 3 or min(grid) < 1:
+        raise ValueError(f"size must be one to three positive lengths, got {size}")
+    windows = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+    shifts = (shift,) * len(grid) if isinstance(shift, int) else tuple(shift)
+    if len(windows) != len(grid) or len(shifts) != len(grid):
+        raise ValueError(f"window and shift must have one entry per axis ({len(grid)}), got {window} and {shift}")
+    for w, s in zip(windows, shifts):
+        if w < 1 or not 0 <= s < w:
+            raise ValueError(f"shift must be at least 0 and below the window, got {s} and {w}")
+    for name, x in (("query", q_BHND), ("key", k_BKND), ("value", v_BKNE)):
+        if x.ndim != 4 or x.shape[2] != prod(grid):
+            raise ValueError(
+                f"{name} must be (batch, heads, {prod(grid)} tokens, head_dim) for a grid of {grid}, "
+                f"got shape {tuple(x.shape)}"
+            )
+    B, H, N, D = q_BHND.shape
+    K = k_BKND.shape[1]
+    if k_BKND.shape != (B, K, N, D) or v_BKNE.shape[:3] != (B, K, N) or K == 0 or H % K:
+        raise ValueError(
+            "query, key and value must agree in batch and head_dim, and the key heads must divide the query heads, "
+            f"got {tuple(q_BHND.shape)}, {tuple(k_BKND.shape)} and {tuple(v_BKNE.shape)}"
+        )
+    G, T = H // K, prod(windows)
+    if bias is not None:
+        if bias.shape not in ((H, T, T), (1, T, T)):
+            raise ValueError(f"bias must be ({H} or 1, {T}, {T}), got shape {tuple(bias.shape)}")
+        bias = bias.expand(H, T, T).reshape(K, G * T, T)
+    shifts = tuple(0 if n <= w else s for n, w, s in zip(grid, windows, shifts))
+    kinds, forbidden = _regions(grid, windows, shifts)
+    q = _partition(q_BHND, grid, windows, shifts).unflatten(2, (K, G)).flatten(3, 4)
+    k, v = (_partition(x, grid, windows, shifts) for x in (k_BKND, v_BKNE))
+    out, lse = _partition_forward(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        bias,
+        forbidden.repeat(1, G, 1).to(q.device),
+        kinds * B,
+        D**-0.5 if scale is None else float(scale),
+        return_lse,
+        memory_mb,
+    )
+    out = _join(out.view(B, -1, H, T, v.shape[-1]), grid, windows, shifts)
+    if not return_lse:
+        return out
+    return out, _join(lse.view(B, -1, H, T, 1), grid, windows, shifts)[..., 0]
+
+
+def relative_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
+    """The bias (H, T, T) of a table of relative positions.
+
+    Args:
+        table: (H, 2 w_1 - 1, ..., 2 w_d - 1), at index key - query + w - 1 on every axis.
+        window: (w_1, ..., w_d).
+
+    Raises:
+        ValueError: if the table's shape does not fit the window.
+    """
+    windows = (window,) if isinstance(window, int) else tuple(window)
+    if tuple(table.shape[1:]) != tuple(2 * w - 1 for w in windows):
+        raise ValueError(
+            f"table must be (heads, {', '.join(str(2 * w - 1) for w in windows)}) for a window of {windows}, "
+            f"got shape {tuple(table.shape)}"
+        )
+    axes = len(windows)
+    index = []
+    for axis, w in enumerate(windows):
+        i = torch.arange(w, device=table.device)
+        shape = [1] * (2 * axes)
+        shape[axis] = shape[axes + axis] = w
+        index.append((i - i[:, None] + w - 1).view(shape))
+    return table[(slice(None), *index)].reshape(table.shape[0], prod(windows), prod(windows))
+
+
+@lru_cache(maxsize=32)
+def _regions(
+    grid: tuple[int, ...], windows: tuple[int, ...], shifts: tuple[int, ...]
+) -> tuple[list[int], Tensor]:
+    """Kind of each window, and the pairs forbidden in each kind (kinds, T, T); kind 0 forbids nothing."""
+    allowed = torch.ones(1, 1, 1, dtype=torch.bool)
+    for n, w, s in zip(grid, windows, shifts):
+        padded = -(-n // w) * w
+        place = (torch.arange(padded) + s) % padded  # before the cyclic shift
+        # what was moved from the front to the end is a region of its own, the padding is seen by nobody
+        region = torch.where(place < n, (place < s).long(), -1).view(-1, w)
+        axis = (region[:, :, None] == region[:, None]) & (region[:, None] >= 0) | (region[:, :, None] < 0)
+        a, b = allowed.shape[0], allowed.shape[1]
+        allowed = allowed[:, None, :, None, :, None] & axis[None, :, None, :, None, :]
+        allowed = allowed.reshape(a * axis.shape[0], b * w, b * w)
+    plain = torch.ones(1, *allowed.shape[1:], dtype=torch.bool)
+    # counted from the plain window, so that it is kind 0
+    distinct, kinds = torch.unique(torch.cat([~plain, ~allowed]), dim=0, return_inverse=True)
+    return kinds[1:].tolist(), distinct
+
+
+def _partition(x: Tensor, grid: Sequence[int], windows: Sequence[int], shifts: Sequence[int]) -> Tensor:
+    """(B, H, N, X) in windows (B, P, H, T, X)."""
+    axes = len(grid)
+    x = x.unflatten(2, tuple(grid))
+    pad = [-n % w for n, w in zip(grid, windows)]
+    if any(pad):
+        x = F.pad(x, (0, 0, *(side for p in reversed(pad) for side in (0, p))))
+    if any(shifts):
+        x = x.roll([-s for s in shifts], list(range(2, 2 + axes)))
+    for axis, w in reversed(list(enumerate(windows))):
+        x = x.unflatten(2 + axis, (-1, w))
+    outer, inner = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
+    x = x.permute(0, *outer, 1, *inner, 2 + 2 * axes)
+    return x.flatten(2 + axes, 1 + 2 * axes).flatten(1, axes)
+
+
+def _join(x: Tensor, grid: Sequence[int], windows: Sequence[int], shifts: Sequence[int]) -> Tensor:
+    """Windows (B, P, H, T, X) as tokens (B, H, N, X)."""
+    axes = len(grid)
+    counts = [-(-n // w) for n, w in zip(grid, windows)]
+    x = x.unflatten(3, tuple(windows)).unflatten(1, counts)  # B, counts, H, windows, X
+    order = [i for axis in range(axes) for i in (1 + axis, 2 + axes + axis)]
+    x = x.permute(0, 1 + axes, *order, 2 + 2 * axes)
+    for axis in range(axes):
+        x = x.flatten(2 + axis, 3 + axis)
+    if any(shifts):
+        x = x.roll(list(shifts), list(range(2, 2 + axes)))
+    for axis, n in enumerate(grid):
+        x = x.narrow(2 + axis, 0, n)
+    return x.flatten(2, 1 + axes)
+
+
+def _window_pieces(W: int, K: int, T: int, L: int, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
+    step = max(1, limit // (K * T * L * itemsize))
+    yield from ((a, min(a + step, W)) for a in range(0, W, step))
+
+
+def _window_bias(
+    bias: Tensor | None, forbidden: Tensor, kinds: Sequence[int], shape: Sequence[int], scratch: _Scratch
+) -> Tensor:
+    """Bias of some windows (c, K, T, L): the heads' own, and -inf where the region forbids."""
+    piece = scratch.take("bias", *shape)
+    if bias is None:
+        piece.zero_()
+    else:
+        piece.copy_(bias)
+    odd = [i for i, kind in enumerate(kinds) if kind]
+    if odd:
+        piece[odd] = piece[odd].masked_fill(forbidden[[kinds[i] for i in odd]][:, None], float("-inf"))
+    return piece.flatten(0, 1)
+
+
+@torch.library.custom_op("saccade::partition_attend", mutates_args=())
+def _partition_forward(
+    q_WKTD: Tensor,
+    k_WKLD: Tensor,
+    v_WKLE: Tensor,
+    bias_KTL: Tensor | None,
+    forbidden: Tensor,
+    kinds: list[int],
+    scale: float,
+    return_lse: bool,
+    memory_mb: float,
+) -> tuple[Tensor, Tensor]:
+    W, K, T, D = q_WKTD.shape
+    L, E = v_WKLE.shape[2:]
+    dtype = _working_dtype(q_WKTD.dtype)
+    out = torch.empty(W * K, T, E, dtype=dtype, device=q_WKTD.device)
+    lse = torch.empty((W * K, T) if return_lse else (0,), dtype=dtype, device=q_WKTD.device)
+    q, k, v = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE))
+    bias = None if bias_KTL is None else bias_KTL.to(dtype)
+    scratch = _Scratch(out)
+    for a, b in _window_pieces(W, K, T, L, out.element_size(), _piece_bytes(memory_mb) // 2):
+        piece = slice(a * K, b * K)
+        _piece_forward(
+            q[piece],
+            k[piece],
+            v[piece],
+            _window_bias(bias, forbidden, kinds[a:b], (b - a, K, T, L), scratch),
+            scale,
+            scratch,
+            out[piece],
+            lse[piece] if return_lse else None,
+        )
+    return out.view(W, K, T, E).to(q_WKTD.dtype), lse.view(W, K, T) if return_lse else lse
+
+
+@_partition_forward.register_fake
+def _(
+    q_WKTD: Tensor,
+    k_WKLD: Tensor,
+    v_WKLE: Tensor,
+    bias_KTL: Tensor | None,
+    forbidden: Tensor,
+    kinds: list[int],
+    scale: float,
+    return_lse: bool,
+    memory_mb: float,
+) -> Any:
+    lse = q_WKTD.new_empty(q_WKTD.shape[:3] if return_lse else (0,), dtype=_working_dtype(q_WKTD.dtype))
+    return q_WKTD.new_empty(*q_WKTD.shape[:3], v_WKLE.shape[3]), lse
+
+
+@torch.library.custom_op("saccade::partition_attend_backward", mutates_args=())
+def _partition_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q_WKTD: Tensor,
+    k_WKLD: Tensor,
+    v_WKLE: Tensor,
+    bias_KTL: Tensor | None,
+    out: Tensor,
+    forbidden: Tensor,
+    kinds: list[int],
+    scale: float,
+    memory_mb: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    W, K, T, D = q_WKTD.shape
+    L, E = v_WKLE.shape[2:]
+    dtype = _working_dtype(q_WKTD.dtype)
+    q, k, v, go, o = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE, grad_out, out))
+    bias = None if bias_KTL is None else bias_KTL.to(dtype)
+    delta = -(go * o).sum(-1, keepdim=True)
+    if grad_lse is not None:
+        delta = delta + grad_lse.flatten(0, 1)[..., None]
+    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+    grad_bias = torch.zeros((K, T, L) if bias is not None else (0,), dtype=dtype, device=q.device)
+    scratch = _Scratch(q)
+    for a, b in _window_pieces(W, K, T, L, q.element_size(), _piece_bytes(memory_mb) // 3):
+        piece = slice(a * K, b * K)
+        bias_piece = _window_bias(bias, forbidden, kinds[a:b], (b - a, K, T, L), scratch)
+        boxes_k, boxes_v, grad_scores = _piece_backward(
+            q[piece], k[piece], v[piece], bias_piece, scale, scratch, go[piece], delta[piece], grad_q[piece]
+        )
+        grad_k[piece], grad_v[piece] = boxes_k, boxes_v
+        if bias is not None:
+            grad_bias += grad_scores.view(b - a, K, T, L).sum(0)
+    grads = (x.view(like.shape).to(like.dtype) for x, like in zip((grad_q, grad_k, grad_v), (q_WKTD, k_WKLD, v_WKLE)))
+    grad_q, grad_k, grad_v = grads
+    return grad_q, grad_k, grad_v, grad_bias if bias_KTL is None else grad_bias.to(bias_KTL.dtype)
+
+
+@_partition_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q_WKTD: Tensor,
+    k_WKLD: Tensor,
+    v_WKLE: Tensor,
+    bias_KTL: Tensor | None,
+    out: Tensor,
+    forbidden: Tensor,
+    kinds: list[int],
+    scale: float,
+    memory_mb: float,
+) -> Any:
+    grad_bias = q_WKTD.new_empty(0) if bias_KTL is None else bias_KTL.new_empty(bias_KTL.shape)
+    grads = (x.new_empty(x.shape) for x in (q_WKTD, k_WKLD, v_WKLE))
+    return (*grads, grad_bias)
+
+
+def _setup_partition(ctx: Any, inputs: Any, output: Any) -> None:
+    q, k, v, bias, forbidden, ctx.kinds, ctx.scale, ctx.return_lse, ctx.memory_mb = inputs
+    ctx.save_for_backward(q, k, v, bias, output[0], forbidden)
+
+
+def _differentiate_partition(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
+    q, k, v, bias, out, forbidden = ctx.saved_tensors
+    *grads, grad_bias = _partition_backward(
+        grad_out,
+        grad_lse if ctx.return_lse else None,
+        q,
+        k,
+        v,
+        bias,
+        out,
+        forbidden,
+        ctx.kinds,
+        ctx.scale,
+        ctx.memory_mb,
+    )
+    return (*grads, None if bias is None else grad_bias, None, None, None, None, None)
+
+
+_partition_forward.register_autograd(_differentiate_partition, setup_context=_setup_partition)
