@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
@@ -73,13 +74,15 @@ class WorkList:
     partial: Tensor
     pieces: list[Piece]
 
-    def rows(self, piece: Piece) -> Tensor:
-        """Which query block each row of the piece is."""
-        return self.query_R[piece.first : piece.last]
+    def pieces_with_blocks(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+        """Each piece, with the query block of each of its rows and the key block of each of its pairs."""
+        rows = self.query_R.split([piece.rows for piece in self.pieces])
+        pairs = self.key_P.split([piece.rows * piece.width for piece in self.pieces])
+        return zip(self.pieces, rows, pairs)
 
-    def pairs(self, piece: Piece) -> Tensor:
-        """Which key block each pair of the piece is, row by row."""
-        return self.key_P[piece.pair : piece.pair + piece.rows * piece.width]
+    def map_of(self, piece: Piece) -> Tensor:
+        """The place of each pair of the piece in the block map."""
+        return self.map_P[piece.pair : piece.pair + piece.rows * piece.width]
 
 
 @dataclass(frozen=True)
@@ -113,16 +116,39 @@ class BlockStructure:
     def m(self) -> int:
         return ceil(self.M / self.block_k)
 
-    @property
-    def is_one_list(self) -> bool:
-        return self.B * self.H * self.n * self.m <= STATES_PER_LIST
+    def shares(self, workers: int) -> list[tuple[int, int]]:
+        """All query blocks (b, h, i) as at most `workers` ranges with about the same number of pairs.
 
-    def work_lists(self) -> Iterator[WorkList]:
-        """The work lists, each of as many query blocks as STATES_PER_LIST allows."""
+        Ranges end with a key head where that costs little balance, so that their gradients do not overlap.
+        """
         total = self.B * self.H * self.n
-        step = max(1, STATES_PER_LIST // max(1, self.m))
-        for first in range(0, total, step):
-            yield self._work_list(first, min(first + step, total))
+        if workers <= 1 or total < 2:
+            return [(0, total)]
+        count = (self.states != EMPTY).sum(-1).expand(self.B, self.H, self.n)
+        done = F.pad(count.reshape(-1).cumsum(0), (1, 0))
+        goals = done[-1] * torch.arange(1, workers, device=done.device) / workers
+        ends = torch.searchsorted(done, goals)
+        per_head = self.n * (self.H // self.K)
+        head_ends = (ends + per_head // 2) // per_head * per_head
+        off = (done[head_ends] - goals).abs()
+        ends = torch.where(off <= 0.04 * done[-1] / workers, head_ends, ends)
+        edges = sorted({0, *ends.tolist(), total})
+        return list(zip(edges, edges[1:]))
+
+    def key_head(self, row: int) -> int:
+        """The flat key head (b, key head) that query block `row` reads."""
+        head = row // max(1, self.n)
+        return head // self.H * self.K + head % self.H // (self.H // self.K)
+
+    def work_lists(self, first: int, last: int) -> Iterator[WorkList]:
+        """The work lists of query blocks `first` to `last`, each of as many as STATES_PER_LIST allows."""
+        step = self.rows_per_list
+        for start in range(first, last, step):
+            yield self._work_list(start, min(start + step, last))
+
+    @property
+    def rows_per_list(self) -> int:
+        return max(1, STATES_PER_LIST // max(1, self.m))
 
     def _work_list(self, first: int, last: int) -> WorkList:
         states = self._rows_of_states(first, last)
@@ -176,8 +202,6 @@ class BlockStructure:
             width, cut = key // 2 % (self.widest + 1), bool(key % 2)
             most = max(1, self.pairs_per_piece // width)
             step = ceil(size / ceil(size / most))
-            # two threads share the batch: an odd one leaves one of them idle
-            step += step % 2 if step > 1 else 0
             for start in range(0, size, step):
                 rows = min(step, size - start)
                 bounds.append((row + start, row + start + rows, width, pair + start * width, cut))

@@ -22,19 +22,25 @@ q and k positions within a query and a key block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import ceil
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil, prod
+from threading import Barrier, local
+from types import SimpleNamespace
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
-from saccade.ops.masks import FULL, PARTIAL, Mask
+from saccade.ops.masks import EMPTY, FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
 
@@ -43,8 +49,20 @@ __all__ = ["blocksparse_attend"]
 #: score of a forbidden pair: finite, so that a row of nothing else is recognised instead of becoming NaN
 FORBIDDEN = -1e30
 
-#: bytes of a piece's buffers at which they stay in cache while torch's overhead per piece stays small (measured)
-PIECE_BYTES = 6 * 2**20
+#: bytes of a piece's scores and gathered keys: what stays in a core's second-level cache (measured)
+PIECE_BYTES = 2**20
+
+#: the same elsewhere: enough to fill an accelerator
+DEVICE_PIECE_BYTES = 2**25
+
+#: bytes of working memory that a thread keeps from call to call
+KEPT_BYTES = 2**23
+
+#: multiplications below which starting a second thread costs more than it saves
+WORTH_A_THREAD = 10**7
+
+#: Python threads share one interpreter, which is busy with each piece for a moment
+MOST_WORKERS = 8
 
 
 def refusal(problem: Problem) -> str | None:
@@ -227,12 +245,15 @@ def _attend(
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = q.to(compute), k.to(compute), v.to(compute)
     B, H, N, D = q.shape
+    M, E = k.shape[2], v.shape[3]
     if block_bias is not None:
         block_bias = block_bias.to(compute).expand(B, H, -1, -1)
     block_q, block_k = block_size
+    workers = _workers(q.device, float((states != EMPTY).float().mean()) * B * H * N * M * (D + E))
     # per pair of a query block and a key block: the gathered block, and a tile of scores; backward holds each twice
-    bytes_per_pair = block_k * (max(D, v.shape[3]) + block_q) * compute.itemsize
-    limit = memory_mb * 2**20 / (2 if torch.is_grad_enabled() else 1)
+    bytes_per_pair = block_k * (max(D, E) + block_q) * compute.itemsize
+    limit = memory_mb * 2**20 / workers / 2
+    aim = min(limit, PIECE_BYTES if q.device.type == "cpu" else DEVICE_PIECE_BYTES)
     structure = BlockStructure(
         states=states,
         mask=mask,
@@ -240,87 +261,196 @@ def _attend(
         H=H,
         K=k.shape[1],
         N=N,
-        M=k.shape[2],
+        M=M,
         block_q=block_q,
         block_k=block_k,
         widest=max(1, int(limit / bytes_per_pair)),
-        pairs_per_piece=max(1, int(min(PIECE_BYTES, limit) / bytes_per_pair)),
+        pairs_per_piece=max(1, int(aim / bytes_per_pair)),
     )
-    out, lse = _BlockSparse.apply(q, k, v, block_bias, _Job(structure, scale, return_lse))
+    job = _Job(structure, structure.shares(workers), scale, return_lse)
+    out, lse = _BlockSparse.apply(q, k, v, block_bias, job)
     return out.to(dtype), lse if return_lse else None
 
 
 @dataclass
 class _Job:
-    """What one call computes, and the work lists where there is only one of them to remember."""
+    """What one call computes: the structure, and the query blocks of each worker.
+
+    The work lists are remembered for the backward pass where a worker has only one.
+    """
 
     structure: BlockStructure
+    shares: list[tuple[int, int]]
     scale: float
     return_lse: bool
-    remembered: list[WorkList] | None = None
+    _remembered: dict[int, list[WorkList]] = field(default_factory=dict)
 
-    def work_lists(self) -> Any:
-        if self.remembered is not None:
-            return self.remembered
-        lists = self.structure.work_lists()
-        if self.structure.is_one_list:
-            self.remembered = list(lists)
-            return self.remembered
+    def work_lists(self, share: int) -> Iterable[WorkList]:
+        if share in self._remembered:
+            return self._remembered[share]
+        first, last = self.shares[share]
+        lists = self.structure.work_lists(first, last)
+        if last - first <= self.structure.rows_per_list:
+            self._remembered[share] = list(lists)
+            return self._remembered[share]
         return lists
+
+    def run(self, task: Callable[[int], None]) -> None:
+        """`task` on every share, side by side."""
+        inference = torch.is_inference_mode_enabled()
+
+        def alone(share: int) -> None:
+            with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                task(share)
+
+        if len(self.shares) == 1:
+            return alone(0)
+        for _ in _pool(torch.get_num_threads()).map(alone, range(len(self.shares))):
+            pass
+
+
+def _workers(device: torch.device, multiplications: float) -> int:
+    """Python threads that a problem is worth."""
+    if device.type != "cpu" or multiplications < WORTH_A_THREAD or is_in_torch_dispatch_mode():
+        return 1
+    return min(torch.get_num_threads(), MOST_WORKERS)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Python threads that share `threads` threads of torch.
+
+    Each works on pieces of its own in its core's cache; torch's operations release the interpreter lock. Threads
+    inside each operation would have to meet after every one of them, and would pass the pieces from core to core.
+    """
+    workers = min(threads, MOST_WORKERS)
+    all_started = Barrier(workers + 1)
+
+    def start() -> None:
+        torch.set_num_threads(threads // workers)
+        all_started.wait()
+
+    pool = ThreadPoolExecutor(workers, "saccade-blocks", initializer=start)
+    for _ in range(workers):
+        pool.submit(int)
+    all_started.wait()
+    # set_num_threads is for the calling thread, but also for threads that are yet to come: put that back
+    torch.set_num_threads(threads)
+    return pool
+
+
+if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _to_blocks(x_BHND: Tensor, block: int) -> Tensor:
     """(B, H, N, D) as contiguous blocks (B * H * n, block * D), the last of each head filled up with zeros."""
-    N, D = x_BHND.shape[2:]
+    B, H, N, D = x_BHND.shape
     if N % block:
         x_BHND = F.pad(x_BHND, (0, 0, 0, -N % block))
-    return x_BHND.reshape(-1, block * D)
+    return x_BHND.reshape(B * H * ceil(N / block), block * D)
 
 
 def _from_blocks(x: Tensor, like_BHND: Sequence[int]) -> Tensor:
     B, H, N, D = like_BHND
-    return x.view(B, H, -1, D)[:, :, :N]
+    return x.view(B, H, -1, D)[:, :, :N] if x.numel() else x.new_zeros(like_BHND)
 
 
-class _Buffers:
-    """Working memory of all pieces, cut to shape for each."""
+_memory = local()
 
-    def __init__(self, like: Tensor, **sizes: int) -> None:
-        self._flat = {name: like.new_empty(size) for name, size in sizes.items()}
 
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        length = 1
-        for s in shape:
-            length *= s
-        return self._flat[name][:length].view(shape)
+def _scratch(like: Tensor, elements: int) -> Tensor:
+    """Flat working memory of this thread; small ones are kept from call to call, warm and mapped."""
+    if like.device.type != "cpu" or elements * like.dtype.itemsize > KEPT_BYTES:
+        return like.new_empty(elements)
+    kept: dict[torch.dtype, Tensor] = _memory.__dict__.setdefault("kept", {})
+    if like.dtype not in kept or kept[like.dtype].numel() < elements:
+        with torch.inference_mode(False):
+            kept[like.dtype] = torch.empty(elements, dtype=like.dtype)
+    return kept[like.dtype]
+
+
+class _Desk:
+    """Working memory of one thread for one work list, cut to the shape of the piece on it."""
+
+    def __init__(self, like: Tensor, s: BlockStructure, D: int, E: int, pieces: list[Piece], backward: bool) -> None:
+        self.s, self.D, self.E, self.backward = s, D, E, backward
+        rows = max((piece.rows for piece in pieces), default=0) * s.block_q
+        pairs = max((piece.rows * piece.width for piece in pieces), default=0) * s.block_k
+        tiles, gathered = (2, D + E) if backward else (1, max(D, E))
+        # six areas at most, each begun on a multiple of 16 elements
+        size = rows * 2 * (D + E) + pairs * (tiles * s.block_q + gathered) + 8 * 16
+        self._flat = _scratch(like, size)
+        self._cut: dict[tuple[int, int], SimpleNamespace] = {}
+
+    def __call__(self, piece: Piece) -> SimpleNamespace:
+        shape = piece.rows, piece.width
+        if shape not in self._cut:
+            self._cut[shape] = self._lay_out(*shape)
+        return self._cut[shape]
+
+    def _lay_out(self, r: int, c: int) -> SimpleNamespace:
+        s, D, E = self.s, self.D, self.E
+        taken = 0
+
+        def take(*shape: int) -> Tensor:
+            nonlocal taken
+            start, size = taken, prod(shape)
+            taken += ceil(size / 16) * 16
+            return self._flat[start : start + size].view(shape)
+
+        d = SimpleNamespace()
+        d.scores = take(r, s.block_q, c * s.block_k)
+        d.queries = take(r, s.block_q, D)
+        d.rows = take(r, s.block_q, E)
+        if self.backward:
+            d.keys, d.values = take(r, c * s.block_k, D), take(r, c * s.block_k, E)
+            d.grad_scores = take(r, s.block_q, c * s.block_k)
+            d.grads, d.grad_queries = take(r, s.block_q, E), take(r, s.block_q, D)
+            d.grads_R, d.grad_queries_R = d.grads.view(r, -1), d.grad_queries.view(r, -1)
+            d.grad_tiles = d.grad_scores.view(r, s.block_q, c, s.block_k)
+        else:
+            # values are gathered when the keys are done with
+            gathered = take(r * c * s.block_k * max(D, E))
+            d.keys = gathered[: r * c * s.block_k * D].view(r, -1, D)
+            d.values = gathered[: r * c * s.block_k * E].view(r, -1, E)
+        d.tiles = d.scores.view(r, s.block_q, c, s.block_k)
+        d.keys_T, d.values_T = d.keys.mT, d.values.mT
+        d.queries_R, d.rows_R = d.queries.view(r, -1), d.rows.view(r, -1)
+        d.keys_P, d.values_P = d.keys.view(r * c, -1), d.values.view(r * c, -1)
+        return d
 
 
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> Any:
-        s, E = job.structure, v.shape[3]
+        s, D, E = job.structure, q.shape[3], v.shape[3]
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R = q.new_zeros(q_R.shape[0], s.block_q * E)
         lse_R = q.new_full((q_R.shape[0], s.block_q), float("-inf"))
-        for work in job.work_lists():
-            buffers = _buffers(q, v, s, work.pieces, backward=False)
-            for piece in work.pieces:
-                rows, pairs = work.rows(piece), work.pairs(piece)
-                score_rqK = _scores(q_R, k_R, bias, job, work, piece, buffers)
-                wants_lse = job.return_lse or piece.cut or piece.has_partial
-                lse_rq, dead_rq = _softmax(score_rqK, wants_lse, piece.has_partial)
-                values = torch.index_select(v_R, 0, pairs, out=buffers("keys", len(pairs), s.block_k * E))
-                out_rqE = buffers("rows", piece.rows, s.block_q, E)
-                torch.bmm(score_rqK, values.view(piece.rows, -1, E), out=out_rqE)
-                if dead_rq is not None:
-                    out_rqE.masked_fill_(dead_rq[..., None], 0.0)
-                if piece.cut:
-                    assert lse_rq is not None
-                    before = out_R[rows].view_as(out_rqE), lse_R[rows]
-                    out_rqE, lse_rq = merge(*before, out_rqE, lse_rq)
-                out_R.index_copy_(0, rows, out_rqE.view(piece.rows, -1))
-                if lse_rq is not None:
-                    lse_R.index_copy_(0, rows, lse_rq)
+
+        def task(share: int) -> None:
+            for work in job.work_lists(share):
+                desk = _Desk(q, s, D, E, work.pieces, backward=False)
+                for piece, rows, pairs in work.pieces_with_blocks():
+                    d = desk(piece)
+                    _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
+                    wants_lse = job.return_lse or piece.cut or piece.has_partial
+                    lse_rq, dead_rq = _softmax(d.scores, wants_lse, piece.has_partial)
+                    torch.index_select(v_R, 0, pairs, out=d.values_P)
+                    torch.bmm(d.scores, d.values, out=d.rows)
+                    if dead_rq is not None:
+                        d.rows.masked_fill_(dead_rq[..., None], 0.0)
+                    if piece.cut:
+                        assert lse_rq is not None
+                        before = out_R[rows].view_as(d.rows), lse_R[rows]
+                        out_rqE, lse_rq = merge(*before, d.rows, lse_rq)
+                        d.rows.copy_(out_rqE)
+                    out_R.index_copy_(0, rows, d.rows_R)
+                    if lse_rq is not None:
+                        lse_R.index_copy_(0, rows, lse_rq)
+
+        job.run(task)
         out = _from_blocks(out_R, (*q.shape[:3], E))
         ctx.save_for_backward(q, k, v, bias, out, lse_R)
         ctx.job = job
@@ -338,49 +468,49 @@ class _BlockSparse(torch.autograd.Function):
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R, grad_out_R = _to_blocks(out, s.block_q), _to_blocks(grad_out, s.block_q)
         grad_lse_R = None if grad_lse is None else _to_blocks(grad_lse[..., None], s.block_q)
-        grad_q_R, grad_k_R, grad_v_R = torch.zeros_like(q_R), torch.zeros_like(k_R), torch.zeros_like(v_R)
+        grad_q_R = torch.zeros_like(q_R)
+        sums = _KeyHeadSums(k_R, v_R, job)
         grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
-        for work in job.work_lists():
-            buffers = _buffers(q, v, s, work.pieces, backward=True)
-            for piece in work.pieces:
-                r, rows, pairs = piece.rows, work.rows(piece), work.pairs(piece)
-                weight_rqK = _scores(q_R, k_R, bias, job, work, piece, buffers)
-                lse_rq, _ = _softmax(weight_rqK, piece.cut, piece.has_partial)
-                rows_q = buffers("queries", r, s.block_q, D)
-                rows_o = torch.index_select(out_R, 0, rows, out=buffers("rows", r, s.block_q * E))
-                rows_g = torch.index_select(grad_out_R, 0, rows, out=buffers("grads", r, s.block_q * E))
-                rows_o, rows_g = rows_o.view(r, -1, E), rows_g.view(r, -1, E)
-                shift_rq = rows_o.mul_(rows_g).sum(-1)
-                if grad_lse_R is not None:
-                    shift_rq -= grad_lse_R[rows]
-                if piece.cut or piece.has_partial:
-                    # the weights of a cut row are too large by exp(lse - lse of its part); those of a dead one are 0
-                    whole_rq = lse_R[rows]
-                    dead_rq = whole_rq == float("-inf")
-                    if lse_rq is not None:
-                        factor_rq = (lse_rq - whole_rq).exp_()
-                        shift_rq *= factor_rq
-                        rows_g *= factor_rq[..., None]
-                    shift_rq.masked_fill_(dead_rq, 0.0)
-                    rows_g.masked_fill_(dead_rq[..., None], 0.0)
 
-                values = torch.index_select(v_R, 0, pairs, out=buffers("values", len(pairs), s.block_k * E))
-                values = values.view(r, -1, E)
-                grad_rqK = torch.bmm(rows_g, values.mT, out=buffers("grad_scores", *weight_rqK.shape))
-                torch.bmm(weight_rqK.mT, rows_g, out=values)
-                grad_v_R.index_add_(0, pairs, values.view(len(pairs), -1))
+        def task(share: int) -> None:
+            grad_k_R, grad_v_R = sums.of(share)
+            for work in job.work_lists(share):
+                desk = _Desk(q, s, D, E, work.pieces, backward=True)
+                for piece, rows, pairs in work.pieces_with_blocks():
+                    d = desk(piece)
+                    _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
+                    lse_rq, _ = _softmax(d.scores, piece.cut, piece.has_partial)
+                    torch.index_select(out_R, 0, rows, out=d.rows_R)
+                    torch.index_select(grad_out_R, 0, rows, out=d.grads_R)
+                    shift_rq = d.rows.mul_(d.grads).sum(-1, keepdim=True)
+                    if grad_lse_R is not None:
+                        shift_rq -= grad_lse_R[rows][..., None]
+                    if piece.cut or piece.has_partial:
+                        # weights of a cut row are too large by exp(lse - lse of its part); those of a dead one are 0
+                        whole_rq = lse_R[rows][..., None]
+                        dead_rq = whole_rq == float("-inf")
+                        if lse_rq is not None:
+                            factor_rq = (lse_rq[..., None] - whole_rq).exp_()
+                            shift_rq *= factor_rq
+                            d.grads *= factor_rq
+                        shift_rq.masked_fill_(dead_rq, 0.0)
+                        d.grads.masked_fill_(dead_rq, 0.0)
 
-                grad_rqK.sub_(shift_rq[..., None]).mul_(weight_rqK)
-                if grad_bias is not None:
-                    tiles = grad_rqK.view(r, s.block_q, piece.width, s.block_k)
-                    where = work.map_P[piece.pair : piece.pair + len(pairs)]
-                    grad_bias.view(-1)[where] = tiles.sum((1, 3)).view(-1)
-                keys = buffers("keys", r, piece.width * s.block_k, D)
-                rows_d = buffers("grad_queries", r, s.block_q, D)
-                torch.baddbmm(rows_d, grad_rqK, keys, beta=0, alpha=job.scale, out=rows_d)
-                grad_q_R.index_add_(0, rows, rows_d.view(r, -1))
-                torch.baddbmm(keys, grad_rqK.mT, rows_q, beta=0, alpha=job.scale, out=keys)
-                grad_k_R.index_add_(0, pairs, keys.view(len(pairs), -1))
+                    torch.index_select(v_R, 0, pairs, out=d.values_P)
+                    torch.bmm(d.grads, d.values_T, out=d.grad_scores)
+                    torch.bmm(d.scores.mT, d.grads, out=d.values)
+                    grad_v_R.index_add_(0, pairs, d.values_P)
+
+                    d.grad_scores.sub_(shift_rq).mul_(d.scores)
+                    if grad_bias is not None:
+                        grad_bias.view(-1)[work.map_of(piece)] = d.grad_tiles.sum((1, 3)).view(-1)
+                    torch.baddbmm(d.grad_queries, d.grad_scores, d.keys, beta=0, alpha=job.scale, out=d.grad_queries)
+                    grad_q_R.index_add_(0, rows, d.grad_queries_R)
+                    torch.baddbmm(d.keys, d.grad_scores.mT, d.queries, beta=0, alpha=job.scale, out=d.keys)
+                    grad_k_R.index_add_(0, pairs, d.keys_P)
+
+        job.run(task)
+        grad_k_R, grad_v_R = sums.total()
         return (
             _from_blocks(grad_q_R, q.shape),
             _from_blocks(grad_k_R, k.shape),
@@ -390,17 +520,38 @@ class _BlockSparse(torch.autograd.Function):
         )
 
 
-def _buffers(q: Tensor, v: Tensor, s: BlockStructure, pieces: list[Piece], backward: bool) -> _Buffers:
-    D, E = q.shape[3], v.shape[3]
-    rows = max((piece.rows for piece in pieces), default=0) * s.block_q
-    pairs = max((piece.rows * piece.width for piece in pieces), default=0) * s.block_k
-    sizes = {"queries": rows * D, "rows": rows * E, "scores": pairs * s.block_q}
-    if backward:
-        sizes |= {"keys": pairs * D, "values": pairs * E, "grad_scores": pairs * s.block_q}
-        sizes |= {"grads": rows * E, "grad_queries": rows * D}
-    else:
-        sizes |= {"keys": pairs * max(D, E)}
-    return _Buffers(q, **sizes)
+class _KeyHeadSums:
+    """Gradients of keys and values, summed by several workers in a fixed order, whichever is faster.
+
+    A key head that two neighbouring shares read gets two places, which are added at the end.
+    """
+
+    def __init__(self, k_R: Tensor, v_R: Tensor, job: _Job) -> None:
+        s = job.structure
+        self._m = s.m
+        self._heads = [(s.key_head(first), s.key_head(max(first, last - 1))) for first, last in job.shares]
+        self._extra = [0]
+        for (_, last), (first, _) in zip(self._heads, self._heads[1:]):
+            self._extra.append(self._extra[-1] + (first == last))
+        places = k_R.shape[0] + self._extra[-1] * s.m
+        self._sums = k_R.new_zeros(places, k_R.shape[1]), v_R.new_zeros(places, v_R.shape[1])
+
+    def of(self, share: int) -> tuple[Tensor, Tensor]:
+        """Where a share adds its gradients, by flat key block."""
+        start = self._extra[share] * self._m
+        return self._sums[0][start:], self._sums[1][start:]
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        if not self._extra[-1]:
+            return self._sums
+        return self._folded(self._sums[0]), self._folded(self._sums[1])
+
+    def _folded(self, sums: Tensor) -> Tensor:
+        total = sums.new_zeros(sums.shape[0] - self._extra[-1] * self._m, sums.shape[1])
+        for extra, (first, last) in zip(self._extra, self._heads):
+            here = slice(first * self._m, (last + 1) * self._m)
+            total[here] += sums[(first + extra) * self._m : (last + 1 + extra) * self._m]
+        return total
 
 
 def _scores(
@@ -410,24 +561,18 @@ def _scores(
     job: _Job,
     work: WorkList,
     piece: Piece,
-    buffers: _Buffers,
-) -> Tensor:
-    """Scores (r, block_q, c * block_k) of a piece, FORBIDDEN where the mask says no; leaves queries and keys in place."""
-    s, rows, pairs = job.structure, work.rows(piece), work.pairs(piece)
-    queries = torch.index_select(q_R, 0, rows, out=buffers("queries", piece.rows, q_R.shape[1]))
-    keys = torch.index_select(k_R, 0, pairs, out=buffers("keys", len(pairs), k_R.shape[1]))
-    D = q_R.shape[1] // s.block_q
-    scores = buffers("scores", piece.rows, s.block_q, piece.width * s.block_k)
-    queries, keys = queries.view(piece.rows, -1, D), keys.view(piece.rows, -1, D)
-    torch.baddbmm(scores, queries, keys.mT, beta=0, alpha=job.scale, out=scores)
-    if bias is not None or piece.has_partial:
-        tiles = scores.view(piece.rows, s.block_q, piece.width, s.block_k)
-        if bias is not None:
-            where = work.map_P[piece.pair : piece.pair + len(pairs)]
-            tiles += bias.reshape(-1)[where].view(piece.rows, 1, piece.width, 1)
-        if piece.has_partial:
-            s.forbid(work, piece, tiles, FORBIDDEN)
-    return scores
+    rows: Tensor,
+    pairs: Tensor,
+    d: SimpleNamespace,
+) -> None:
+    """Gather a piece's queries and keys, and compute its scores; FORBIDDEN where the mask says no."""
+    torch.index_select(q_R, 0, rows, out=d.queries_R)
+    torch.index_select(k_R, 0, pairs, out=d.keys_P)
+    torch.baddbmm(d.scores, d.queries, d.keys_T, beta=0, alpha=job.scale, out=d.scores)
+    if bias is not None:
+        d.tiles += bias.reshape(-1)[work.map_of(piece)].view(piece.rows, 1, piece.width, 1)
+    if piece.has_partial:
+        job.structure.forbid(work, piece, d.tiles, FORBIDDEN)
 
 
 def _softmax(score_rqK: Tensor, wants_lse: bool, may_be_dead: bool) -> tuple[Tensor | None, Tensor | None]:
