@@ -70,7 +70,8 @@ def compare(
         task: "text", "recall", "listops", "digits"; "digits-cnn" for gates; "paired" for fusion. Gates and fusion
             parts are compared with the model without any ("none") too.
         budget: "quick", "standard" or "long", the same steps for all; or seconds of training for each mechanism and
-            seed (the sizes of "quick"; steps are set once, from the time that the first ones take).
+            seed (the sizes of "quick"; steps are set once, from the time that the first ones take). `steps=` given by
+            name wins over it.
         seed: one or several; with several, the result has the spread.
         out: run folder. A folder that holds the same comparison is continued, or returned when it is finished. Where
             None, nothing is kept.
@@ -95,6 +96,9 @@ def compare(
     seeds = _seeds(seed)
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     preset, seconds = _budget(budget)
+    config_budget = budget if seconds is None else f"{seconds:g} s"
+    if "steps" in settings:
+        seconds = None
     if own:
         sizes = Own.budgets[preset].changed(settings)
         job: Task = Own(sizes, place, data, model, loss, held_out, quality, metric)
@@ -107,7 +111,7 @@ def compare(
         entries = _with_baseline(job, entries)
         for entry in entries:
             check_fit(entry, job.name, job.kind, job.needs)
-    config = _config(job, entries, budget, seconds, seeds, data, place)
+    config = _config(job, entries, config_budget, seeds, data, place)
 
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -240,7 +244,6 @@ def _config(
     job: Task,
     entries: list[Mechanism],
     budget: str | float,
-    seconds: float | None,
     seeds: list[int],
     data: Any,
     device: torch.device,
@@ -248,7 +251,7 @@ def _config(
     config = {
         "saccade": saccade.__version__,
         "task": job.name,
-        "budget": budget if seconds is None else f"{seconds:g} s",
+        "budget": budget,
         "seeds": seeds,
         "mechanisms": [entry.as_config() for entry in entries],
         "settings": asdict(job.settings),

@@ -62,7 +62,7 @@ class Mechanism:
 
         Args:
             length: tokens, for arguments that follow the length.
-            **arguments: the task's own, like `dim`. `layer_index` and `num_layers` are passed on where they are understood.
+            **arguments: the task's own, like `dim`. `layer_index` and `num_layers` go where they are known.
 
         Raises:
             ValueError: if an argument does not fit.

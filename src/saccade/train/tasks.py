@@ -239,7 +239,7 @@ class Text(SequenceTask):
     predicts_next = True
     vocab = 256
     budgets = {
-        "quick": Settings(dim=96, layers=2, heads=4, length=256, batch=16, steps=240, lr=3e-3, map_length=128),
+        "quick": Settings(dim=96, layers=2, heads=4, length=256, batch=16, steps=360, lr=3e-3, map_length=128),
         "standard": Settings(
             dim=192,
             layers=4,

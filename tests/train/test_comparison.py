@@ -1,0 +1,390 @@
+"""The main job, at its smallest: every task, folders that go on, runs that are killed, and clear errors."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import saccade
+from saccade.train import files, runs
+from saccade.train.data import generator_at
+from saccade.train.mechanisms import Mechanism, parse
+from saccade.train.model import SequenceModel
+from saccade.train.result import CompareResult
+from saccade.train.tasks import TASKS, Text
+
+TINY = {
+    "dim": 16, "batch": 4, "steps": 3, "evaluations": 2, "evaluation_size": 8, "lengths": (8, 16),
+    "sweep_seconds": 0.01, "decode_tokens": 2, "map_length": 8, "checkpoint_seconds": 0.0,
+}  # fmt: skip
+TEXT = {**TINY, "length": 32}
+
+
+class RunningMean(nn.Module):
+    """The caller's own mechanism: the mean of all tokens so far; or, with `ahead`, of all tokens."""
+
+    def __init__(self, dim: int, num_heads: int, causal: bool, ahead: bool = False) -> None:
+        super().__init__()
+        self.linear, self.ahead = nn.Linear(dim, dim), ahead
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        count_N1 = torch.arange(1, x_BNC.shape[1] + 1, device=x_BNC.device)[:, None]
+        mean_BNC = x_BNC.mean(1, keepdim=True).expand_as(x_BNC) if self.ahead else x_BNC.cumsum(1) / count_N1
+        return self.linear(mean_BNC)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> CompareResult:
+    folder = tmp_path_factory.mktemp("text")
+    mechanisms = {"softmax": "softmax", "grouped": "softmax:num_kv_heads=2", "mine": RunningMean}
+    return saccade.compare(mechanisms, task="text", seed=[0, 1], out=folder, **TEXT)
+
+
+def test_a_comparison_measures_everything(text: CompareResult) -> None:
+    assert [record.name for record in text.mechanisms] == ["softmax", "grouped", "mine"]
+    assert text["grouped"].options == {"num_kv_heads": 2}
+    assert text["grouped"].parameters < text["softmax"].parameters
+    for record in text.mechanisms:
+        assert [run.seed for run in record.runs] == [0, 1] and record.spread > 0
+        assert 5 < record.quality < 9, "after three steps a byte still costs about eight bits"
+        assert record.train_tokens_per_second > 0 and record.train_bytes > 4 * 4 * record.parameters
+        assert [point.length for point in record.scaling] == [8, 16] and set(record.fits) >= {"seconds", "bytes"}
+        for run in record.runs:
+            assert run.metrics["steps"] == 3 and run.metrics["tokens"] == 3 * 4 * 32
+            assert [row["step"] for row in run.curve if "quality" in row] == [2, 3]
+    softmax = text["softmax"]
+    assert softmax.decode["tokens_per_second"] > 0
+    # two layers keep keys and values of 16 channels in fp32: the prompt, four tokens to warm up, two measured
+    assert softmax.decode["cache_bytes"] == 2 * 2 * 16 * 4 * (32 + 4 + 2)
+    assert text["mine"].decode is None and any("no cache" in note for note in text["mine"].notes)
+    assert not any(record.marks for record in text.mechanisms)
+
+
+def test_the_maps_are_the_weights_of_the_trained_layers(text: CompareResult) -> None:
+    maps = text["softmax"].maps
+    assert list(maps) == ["layer 0", "layer 1"] and maps["layer 0"].shape == (4, 8, 8)
+    assert abs(maps["layer 1"].sum(-1) - 1).max() < 1e-5 and not np.triu(maps["layer 1"], 1).any()
+    assert text["mine"].maps == {} and any("no attention map" in note for note in text["mine"].notes)
+
+
+def test_the_folder_holds_config_metrics_checkpoints_and_result(text: CompareResult) -> None:
+    folder = text.folder
+    lines = (folder / "softmax" / "seed-1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == text["softmax"].runs[1].curve
+    assert json.loads((folder / "config.json").read_text()) == text.config
+    tensors, _ = files.read_tensors(folder / "mine" / "seed-0" / "checkpoint.safetensors")
+    assert int(tensors["step"]) == 3 and "model.blocks.1.mixer.linear.weight" in tensors
+    loaded = CompareResult.load(folder)
+    assert loaded.to_json() == text.to_json() and loaded["softmax"].maps.keys() == text["softmax"].maps.keys()
+    assert not [path for path in folder.rglob("*") if path.suffix == ".part"]
+
+
+def test_a_finished_folder_is_returned_and_another_comparison_refused(text: CompareResult) -> None:
+    mechanisms = {"softmax": "softmax", "grouped": "softmax:num_kv_heads=2", "mine": RunningMean}
+    before = {path: path.stat().st_mtime_ns for path in text.folder.rglob("*")}
+    again = saccade.compare(mechanisms, task="text", seed=[0, 1], out=text.folder, **TEXT)
+    assert again.to_json() == text.to_json()
+    assert before == {path: path.stat().st_mtime_ns for path in text.folder.rglob("*")}
+    with pytest.raises(ValueError, match=r"holds another comparison: settings\.dim is 16 there and 32 here"):
+        saccade.compare(mechanisms, task="text", seed=[0, 1], out=text.folder, **{**TEXT, "dim": 32})
+    with pytest.raises(ValueError, match=r"seeds is \[0, 1\] there and \[0\] here"):
+        saccade.compare(mechanisms, task="text", out=text.folder, **TEXT)
+    with pytest.raises(ValueError, match="mechanisms is softmax, grouped, mine there and softmax here"):
+        saccade.compare(["softmax"], task="text", seed=[0, 1], out=text.folder, **TEXT)
+
+
+def test_what_is_around_the_mechanism_starts_the_same() -> None:
+    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+    models = [task.model(mechanism, 0) for mechanism in parse({"a": "softmax", "b": RunningMean})]
+    for name in ("embedding.weight", "blocks.1.mlp.up.weight", "head.weight"):
+        first, second = (model.get_parameter(name) for model in models)
+        assert torch.equal(first, second)
+    other = task.model(parse(["softmax"])[0], 1)
+    assert not torch.equal(other.get_parameter("head.weight"), models[0].get_parameter("head.weight"))
+
+
+@pytest.mark.parametrize("name", ["recall", "listops", "digits"])
+def test_the_sequence_tasks(name: str) -> None:
+    sizes = {"recall": {"length": 16, "pairs": 3}, "listops": {"length": 16}, "digits": {}}[name]
+    quick = {"lengths": (), "map_length": 0}
+    result = saccade.compare({"softmax": "softmax", "mine": RunningMean}, task=name, **{**TINY, **sizes, **quick})
+    assert result.folder is None and result.metric.name == "accuracy"
+    assert all(0 <= record.quality <= 1 and not record.scaling for record in result.mechanisms)
+    assert (result["softmax"].decode is not None) == (name == "recall")
+
+
+def test_gates_and_fusion_are_compared_with_the_model_without() -> None:
+    for task, slug, lengths in (("digits-cnn", "cbam", (16, 64)), ("paired", "bottleneck-fusion", (4, 8))):
+        result = saccade.compare([slug], task=task, **{**TINY, "lengths": lengths, "layers": 1})
+        assert [record.name for record in result.mechanisms] == ["none", slug]
+        assert result[slug].parameters > result["none"].parameters
+        assert not result["none"].scaling and [p.length for p in result[slug].scaling] == list(lengths)
+        if task == "digits-cnn":
+            assert result[slug].maps["block 0"].shape == (8, 8)
+
+
+def test_a_missing_view_does_not_reach_the_fused_model() -> None:
+    task = TASKS["paired"](TASKS["paired"].budgets["quick"].changed(TINY), torch.device("cpu"))
+    for mechanism in parse(["none", "bottleneck-fusion"]):
+        model = task.model(mechanism, 0).eval()
+        a, b, present, _ = task.batch(0, 0)
+        present = torch.tensor([[True, False]] * 4)
+        with torch.no_grad():
+            assert torch.allclose(model(a, b, present), model(a, torch.randn_like(b), present), atol=1e-6)
+            assert not torch.allclose(model(a, b, present), model(torch.randn_like(a), b, present), atol=1e-6)
+
+
+def test_a_mechanism_that_sees_the_future_is_judged_without_it() -> None:
+    def ahead(dim: int, num_heads: int, causal: bool) -> nn.Module:
+        return RunningMean(dim, num_heads, causal, ahead=True)
+
+    record = saccade.compare({"ahead": ahead}, task="text", **TEXT)["ahead"]
+    assert record.marks == ["future"] and "not causal" in record.notes[0] and "prefixes" in record.notes[0]
+    run = record.runs[0]
+    assert run.metrics["streamed"] == 0.0 and run.metrics["teacher_forced"] != run.quality
+
+
+def test_quality_from_the_past_is_the_quality_of_a_causal_model() -> None:
+    """By cache and by prefixes: a causal model must come out as it does with all tokens at once."""
+    task = Text(Text.budgets["quick"].changed({**TEXT, "length": 16}), torch.device("cpu"))
+    model = task.model(parse(["softmax"])[0], 0)
+    assert isinstance(model, SequenceModel) and not runs.sees_future(task, model)
+    streamed, how = runs.quality_from_the_past(task, model)
+    assert how == 1.0 and streamed == pytest.approx(task.quality(model), abs=1e-5)
+    own = task.model(Mechanism("mine", None, {}, RunningMean), 0)
+    prefixes, how = runs.quality_from_the_past(task, own)  # sixteen prefixes of sixteen tokens: all
+    assert how == 0.0 and prefixes == pytest.approx(task.quality(own), abs=1e-5)
+
+
+def test_generating_with_caches_is_generating_without() -> None:
+    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+    model = task.model(parse(["softmax"])[0], 0).eval()
+    tokens = task.prompt(5)
+    generated = model.generate(tokens, 6)
+    for _ in range(6):
+        tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
+    assert torch.equal(generated, tokens[:, 5:])
+    with pytest.raises(ValueError, match="no cache"):
+        task.model(Mechanism("mine", None, {}, RunningMean), 0).generate(tokens, 1)
+
+
+def own_parts() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    x = torch.randn(6, 8, 5, 16, generator=generator_at(0, 0))
+    batches = [(part, part.mean((1, 2)).gt(0).long()) for part in x]
+    return batches[:4], batches[4:]
+
+
+class OwnModel(nn.Module):
+    def __init__(self, mixer: nn.Module) -> None:
+        super().__init__()
+        self.mixer, self.head = mixer, nn.Linear(16, 2)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return self.head(self.mixer(x_BNC).mean(1))
+
+
+def test_the_callers_own_model_and_loader() -> None:
+    train, held_out = own_parts()
+
+    def model(part):
+        return OwnModel(part(dim=16, num_heads=2))
+
+    result = saccade.compare(["softmax", "softmax:rope=False"], data=train, held_out=held_out, model=model, steps=6)
+    assert result.metric.name == "loss" and not result.metric.higher_is_better
+    assert [run.metrics["tokens"] for run in result["softmax"].runs] == [6 * 8 * 5]
+    whole = saccade.compare({"mine": lambda: OwnModel(nn.Linear(16, 16))}, data=lambda step: train[step % 4],
+                            quality=lambda m: 0.5, steps=2)  # fmt: skip
+    assert whole["mine"].quality == 0.5 and whole.metric.higher_is_better
+    with pytest.raises(ValueError, match="must give its batches anew"):
+        saccade.compare({"mine": nn.Identity}, data=iter(train))
+    with pytest.raises(ValueError, match="own data need a model"):
+        saccade.compare(["softmax"], data=train)
+    with pytest.raises(ValueError, match="needs held_out= or quality="):
+        saccade.compare(["softmax"], data=lambda step: train[0], model=model)
+    with pytest.raises(ValueError, match="loss needs data="):
+        saccade.compare(["softmax"], loss=lambda m, b: 0)
+
+
+def test_a_shuffling_loader_gives_the_same_batches_when_resumed() -> None:
+    from saccade.train.tasks import Own
+
+    items = torch.arange(12)[:, None].float()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(items, items[:, 0].long()), 4, shuffle=True)
+
+    def batches(steps: range) -> list[list[float]]:
+        task = Own(Own.budgets["quick"], torch.device("cpu"), loader, None, None, None, None, None)
+        return [task.batch(3, step)[0][:, 0].tolist() for step in steps]
+
+    whole = batches(range(8))
+    assert sorted(whole[0] + whole[1] + whole[2]) == items[:, 0].tolist() and whole[:3] != whole[3:6]
+    torch.manual_seed(1234)
+    assert batches(range(5, 8)) == whole[5:]
+
+
+def test_seconds_as_budget_set_the_steps_once(tmp_path) -> None:
+    sizes = {name: value for name, value in TEXT.items() if name != "steps"} | {"lengths": (), "map_length": 0}
+    result = saccade.compare({"mine": RunningMean}, budget=0.3, out=tmp_path, **sizes)
+    steps = json.loads((tmp_path / "mine" / "steps.json").read_text())["steps"]
+    assert result["mine"].runs[0].metrics["steps"] == steps >= 1 and result.config["budget"] == "0.3 s"
+
+
+def test_random_state_of_the_caller_is_left_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    saccade.compare({"mine": RunningMean}, **{**TEXT, "lengths": (), "map_length": 0})
+    assert torch.equal(torch.rand(3), expected)
+
+
+INTERRUPTED = """
+import json, sys, torch, saccade
+torch.set_num_threads(1)
+saccade.compare(["softmax"], task="text", out=sys.argv[1], **json.loads(sys.argv[2]))
+"""
+
+
+def test_a_killed_run_ends_with_the_metrics_of_one_that_was_not(tmp_path) -> None:
+    sizes = {**TEXT, "steps": 240, "evaluations": 20, "lengths": (), "decode_tokens": 0, "map_length": 0}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        whole = saccade.compare(["softmax"], task="text", out=tmp_path / "whole", **sizes)
+        process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "killed"), json.dumps(sizes)])
+        run = tmp_path / "killed" / "softmax" / "seed-0"
+        metrics = run / "metrics.jsonl"
+        until = time.monotonic() + 120
+        while not (metrics.is_file() and len(metrics.read_bytes().splitlines()) >= 12) and time.monotonic() < until:
+            assert process.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert (run / "checkpoint.safetensors").is_file() and not (run / "final.json").is_file()
+        # what was logged after the checkpoint, and a line that was cut off, must not be there twice
+        with metrics.open("a") as file:
+            file.write('{"step": 399, "loss": 0.1}\n{"step": 4')
+        resumed = saccade.compare(["softmax"], task="text", out=tmp_path / "killed", **sizes)
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed["softmax"].quality == whole["softmax"].quality
+
+    def timeless(result: CompareResult) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in result["softmax"].runs[0].curve]
+
+    assert timeless(resumed) == timeless(whole)
+    ends = [files.read_tensors(r.folder / "softmax/seed-0/checkpoint.safetensors")[0] for r in (whole, resumed)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] if name != "history.seconds")
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
+    run = tmp_path / "softmax" / "seed-0"
+    run.mkdir(parents=True)
+    (run / "checkpoint.safetensors").write_bytes(b"\x80\x04cos\nsystem\n(S'echo hacked'\ntR.")
+    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors is damaged"):
+        runs.train_run(task, parse(["softmax"])[0], 0, 3, run)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch) -> None:
+    files.write_bytes(tmp_path / "there", b"old")
+    real = os.fsync
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"^cannot write .*there: No space left on device$"):
+        files.write_bytes(tmp_path / "there", b"new")
+    with pytest.raises(OSError, match="No space left"):
+        saccade.compare({"mine": RunningMean}, out=tmp_path / "run", **TEXT)
+    monkeypatch.setattr(os, "fsync", real)
+    assert (tmp_path / "there").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["there"]
+
+
+def test_a_folder_that_cannot_be_used_is_named(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot make the folder"):
+        saccade.compare({"mine": RunningMean}, out=tmp_path / "file" / "run", **TEXT)
+    with pytest.raises(ValueError, match="holds other files and no comparison"):
+        saccade.compare({"mine": RunningMean}, out=tmp_path, **TEXT)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        saccade.compare({"mine": RunningMean}, out=tmp_path / "damaged", **TEXT)
+
+
+def test_a_mechanism_that_fails_says_so_before_anything_is_written(tmp_path) -> None:
+    class Broken(RunningMean):
+        def forward(self, x_BNC: Tensor) -> Tensor:
+            return super().forward(x_BNC)[:, :-1]
+
+    with pytest.raises(ValueError, match=r"^broken: The size of tensor"):
+        saccade.compare({"mine": RunningMean, "broken": Broken}, out=tmp_path / "run", **TEXT)
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "mine").exists()
+
+
+def test_a_loss_that_is_not_finite_names_the_mechanism() -> None:
+    class Endless(RunningMean):
+        def forward(self, x_BNC: Tensor) -> Tensor:
+            return super().forward(x_BNC) * float("inf")
+
+    with pytest.raises(ValueError, match="endless, seed 0: the loss became nan at step 1 of 3"):
+        saccade.compare({"endless": Endless}, **TEXT)
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "arguments", "message"),
+    [
+        ([], {}, "at least one mechanism"),
+        (["softmax", "softmax"], {}, "comes twice"),
+        (["sofmax"], {}, "did you mean 'softmax'"),
+        (["softmax:heads"], {}, "options must be name=value"),
+        (["softmax:colour=3"], {}, "softmax: .*colour"),
+        (["softmax"], {"task": "txt"}, "task must be one of text, recall"),
+        (["softmax"], {"budget": "fast"}, "budget must be quick, standard, long or a positive number"),
+        (["softmax"], {"budget": -3}, "budget must be"),
+        (["softmax"], {"seed": -1}, "seed must be"),
+        (["softmax"], {"seed": [1, 1]}, "seeds must differ"),
+        (["softmax"], {"seed": []}, "seed must be"),
+        (["softmax"], {"width": 3}, "no setting is called 'width'"),
+        (["softmax"], {"dim": 0}, "dim must be an integer of at least 1"),
+        (["softmax"], {"lengths": (8, 4)}, "ascending"),
+        (["softmax"], {"lr": 0}, "lr must be a number above 0"),
+        (["softmax"], {"task": "recall", "data": ["x"]}, "data files are for task 'text'"),
+        (["softmax"], {"task": "recall", "pairs": 50}, "length must be at least"),
+        (["softmax"], {"length": 10**6}, "the data must have at least"),
+        (["cbam"], {}, "'cbam' is a feature-map gate, but task 'text' needs a sequence mechanism; fitting: .*softmax"),
+        (["softmax"], {"task": "digits-cnn"}, "needs a feature-map gate; fitting: .*cbam"),
+        (["none"], {}, "no baseline without a mechanism"),
+        ({"mine": 3}, {}, "must be a slug or a constructor, got int"),
+    ],
+)
+def test_bad_requests_are_one_line(mechanisms: object, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        saccade.compare(mechanisms, **arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_user_files_are_the_text(tmp_path) -> None:
+    path = tmp_path / "own.txt"
+    path.write_bytes(b"abab" * 2000)
+    sizes = {**TEXT, "steps": 40, "lr": 1e-2, "lengths": (), "map_length": 0, "decode_tokens": 0}
+    result = saccade.compare({"mine": RunningMean}, data=[path], out=tmp_path / "run", **sizes)
+    assert result["mine"].quality < 1.5, "two letters are soon known"
+    assert result.config["data"][0]["file"] == str(path)
+    path.write_bytes(b"abba" * 2000)
+    with pytest.raises(ValueError, match=r"data is .* there and"):
+        saccade.compare({"mine": RunningMean}, data=[path], out=tmp_path / "run", **sizes)
+    with pytest.raises(OSError, match="no data file"):
+        saccade.compare(["softmax"], data=[Path("missing.txt")])
