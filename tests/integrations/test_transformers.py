@@ -269,6 +269,21 @@ def test_moba_trains_with_gradient_checkpointing() -> None:
         torch.testing.assert_close(gradients(), sparse, atol=1e-6, rtol=1e-5)
 
 
+# compiling
+
+
+def test_a_compiled_model_runs_the_same() -> None:
+    model, inputs = build("llama", num_hidden_layers=1), tokens(2, 20)
+    mask = torch.ones_like(inputs)
+    mask[0, :7] = 0
+    torch.compiler.reset()
+    with switch(model, "moba", block_size=4, top_k=2):
+        expected = output(model, inputs, attention_mask=mask, use_cache=False)
+        compiled = output(torch.compile(model, backend="eager"), inputs, attention_mask=mask, use_cache=False)
+    torch.testing.assert_close(compiled, expected, atol=1e-6, rtol=1e-5)
+    torch.compiler.reset()
+
+
 # switch
 
 
@@ -475,7 +490,7 @@ def test_the_mask_handed_over_is_transformers_own(name: str) -> None:
         assert handed.untyped_storage().nbytes() == 1
     n, m = expected.shape[2:]
     pattern, keys = read(handed, causal=True, n=n, m=m)
-    mask = pattern.mask()
+    mask = pattern.mask
     seen = torch.ones(1, 1, n, keys, dtype=torch.bool) if mask is None else mask.dense(n, keys)
     assert torch.equal(seen.expand_as(expected[..., :keys]), expected[..., :keys]) and not expected[..., keys:].any()
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import FunctionType
 from typing import Any
 
@@ -46,8 +47,9 @@ class Pattern:
     ids_BN: Tensor | None = None
     pairs: Mask | None = None
 
+    @cached_property
     def mask(self) -> Mask | None:
-        """All of it as one mask object; None where nothing is hidden."""
+        """All of it as one mask object, the same for every layer of a pass; None where nothing is hidden."""
         parts: list[Mask] = []
         if self.left is not None or self.right is not None:
             left = 2**31 if self.left is None else self.left
@@ -104,7 +106,7 @@ class HandedMask(torch.Tensor):
     def dense(self) -> Tensor:
         """The bool tensor (B, 1, N, M) that this mask stands for."""
         batch, _, n, m = self.shape
-        mask = self.pattern.mask()
+        mask = self.pattern.mask
         if mask is None:
             return torch.ones(batch, 1, n, m, dtype=torch.bool, device=self.device)
         return mask.dense(n, m, self.device).expand(batch, 1, n, m)

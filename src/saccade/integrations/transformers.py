@@ -286,7 +286,7 @@ def _attention_function(entry: Mechanism) -> Any:
         if setting.mechanism is None or not _runs(setting.mechanism, pattern, query.shape[2], keys):
             if setting.report is not None:
                 setting.report.dense_calls += 1
-            out = attend(query, key, value, mask=pattern.mask(), scale=scaling, dropout=dropout)
+            out = attend(query, key, value, mask=pattern.mask, scale=scaling, dropout=dropout)
         else:
             out = _run(setting, query, key, value, pattern, scaling, dropout)
         return out.transpose(1, 2).contiguous(), None
@@ -326,11 +326,11 @@ def _run(
     assert entry is not None
     call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
     if entry.masks == "any":
-        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask(), scale=scale, dropout=dropout, **call)
+        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale, dropout=dropout, **call)
     elif pattern.valid_BM is None and pattern.ids_BN is None:
         out = entry.run(q_BHND, k_BKMD, v_BKME, scale=scale, dropout=dropout, **call)
     elif entry.masks == "sequences":
-        mask = replace(pattern, causal=False, offset=0).mask()
+        mask = replace(pattern, causal=False, offset=0).mask
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale, dropout=dropout, **call)
     else:
         B, H, N, _ = q_BHND.shape
@@ -390,9 +390,9 @@ def _measure(
             q_SHLD, k_SKLD, v_SKLE = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             work.append(entry.work(q_SHLD, k_SKLD, v_SKLE, **call))
     else:
-        mask = pattern.mask()
+        mask = pattern.mask
         work = [entry.work(q_BHND, k_BKMD, v_BKME, mask=mask, offset=pattern.offset, **call)]
-    dense = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask(), scale=scale)
+    dense = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale)
     if pattern.valid_BM is not None and n == m:
         real = pattern.valid_BM[:, None, :, None]
         out_BHNE, dense = out_BHNE * real, dense * real
