@@ -95,7 +95,7 @@ def block_mask(problem: Problem) -> Any:
         return mask.allowed(b, h, q, k)
 
     known = inspect.signature(BlockMask.from_kv_blocks).parameters
-    lengths = {"seq_lengths": (problem.N, problem.M)} if "seq_lengths" in known else {}
+    lengths: dict[str, Any] = {"seq_lengths": (problem.N, problem.M)} if "seq_lengths" in known else {}
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=allowed, **lengths)
 
 

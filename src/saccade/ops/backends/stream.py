@@ -15,7 +15,8 @@ From dS on: matrix products where the score is the dot product, else autograd th
 
 Captured tensors. `score`, `score_mod` and the normaliser may use any tensors: parameters, or activations of the
 surrounding graph. They are found by running one small tile under a `TorchFunctionMode` and become inputs of the
-autograd function, so that gradients reach them as in eager code (also through `torch.autograd.grad`). The reads
+autograd function, so that gradients reach them as in eager code (also through `torch.autograd.grad`). In the backward
+pass the same mode puts a detached twin in the place of each, so that a tile's gradient ends there. The reads
 `captured[indices]` of a bias table are differentiated by a scatter-add of the tile, not by a table of zeros per tile.
 
 Memory. The same small tile tells what the score keeps per pair (a network keeps its hidden activations), and the
@@ -32,7 +33,7 @@ values, n and m the queries and keys of a tile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import ceil, isqrt
 from typing import Any
@@ -42,7 +43,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from saccade.ops.autotune import tuned
 from saccade.ops.backends import reference
@@ -98,16 +99,14 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 @torch.compiler.disable
 def _run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     call = _Call(problem)
-    captured: tuple[Tensor, ...] = ()
-    bytes_per_pair = ARRAYS * _dtype(problem).itemsize
+    bytes_per_pair: float = ARRAYS * _dtype(problem).itemsize
     if 0 not in (problem.B, problem.H, problem.N, problem.M):
         with torch.autocast(q.device.type, enabled=False):
-            captured, bytes_per_pair = _probe(call, q, k)
+            bytes_per_pair = _probe(call, q, k)
     call.lay_tiles(bytes_per_pair)
     if problem.dropout or call.stochastic:
         call.seed = int(torch.randint(2**62, ()).item())
-    call.captured = captured
-    out, lse = _Stream.apply(call, q, k, v, *captured)
+    out, lse = _Stream.apply(call, q, k, v, *call.captured, *call.hidden)
     return out, lse if problem.return_lse else None
 
 
@@ -152,6 +151,7 @@ class _Call:
     tile: tuple[int, int] = (PROBE, PROBE)
     rows: list[tuple[slice, list[tuple[slice, bool]]]] = field(default_factory=list)
     captured: tuple[Tensor, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
     autocast: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -290,37 +290,74 @@ def _spread(x_BKmD: Tensor, H: int) -> Tensor:
 # learning about a score from one small tile
 
 
-class _Captures(TorchFunctionMode):
-    """Collects the tensors that need a gradient and come from outside, in the order of first use."""
+class _Twins(TorchFunctionMode):
+    """Puts detached twins in the place of captured tensors, so that a tile's graph ends at them.
 
-    def __init__(self, *own: Tensor) -> None:
+    Args:
+        twins: captured tensor and its twin, by the captured one's id.
+        reads: if given, `captured[indices]` is cut out of the graph and noted here as (captured, indices, value):
+            the gradient of the read is a scatter-add.
+    """
+
+    def __init__(
+        self, twins: dict[int, tuple[Tensor, Tensor]], reads: list[tuple[Tensor, Any, Tensor]] | None = None
+    ) -> None:
         super().__init__()
-        self.known: dict[int, Tensor] = {}
-        self.found: dict[int, Tensor] = {}
-        self.own = own
-        self.ours(*own)
-
-    def all_found(self, *results: Tensor) -> dict[int, Tensor]:
-        """What was found, and leaves above `results` that no call at Python's level showed."""
-        for leaf in _leaves(results, [*self.found.values(), *self.own]):
-            self.found[id(leaf)] = leaf
-        return self.found
-
-    def ours(self, *tensors: Tensor) -> None:
-        for tensor in tensors:
-            self.known[id(tensor)] = tensor
+        self.twins, self.reads = twins, reads
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and id(leaf) not in self.known:
-                if leaf.requires_grad:
-                    self.found[id(leaf)] = leaf
-                self.ours(leaf)
-        result = func(*args, **kwargs)
-        # the tensors stay alive in `known`, so that an id is not used twice
-        self.ours(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+        if self.reads is not None and func is torch.Tensor.__getitem__ and id(args[0]) in self.twins:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            # integer tensors only: what index_put_ takes
+            if all(isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32) for i in index):
+                value = args[0].detach()[index].requires_grad_(torch.is_grad_enabled())
+                self.reads.append((args[0], index, value))
+                return value
+        swapped = [self._swap(x) for x in args]
+        return func(*swapped, **{name: self._swap(x) for name, x in (kwargs or {}).items()})
+
+    def _swap(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return self.twins[id(x)][1] if id(x) in self.twins else x
+        return tree_map(self._swap, x) if isinstance(x, (tuple, list, dict)) else x
+
+
+class _Discovery(_Twins):
+    """Finds what is captured: tensors that need a gradient and were not made in here."""
+
+    def __init__(self, *own: Tensor) -> None:
+        super().__init__({})
+        self.own = own
+        self.known = {id(tensor): tensor for tensor in own}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for x in tree_leaves((args, kwargs)):
+            if (
+                isinstance(x, Tensor)
+                and x.requires_grad
+                and id(x) not in self.known
+                and id(x) not in self.twins
+            ):
+                self.twins[id(x)] = x, x.detach().requires_grad_()
+        result = super().__torch_function__(func, types, args, kwargs)
+        # kept alive, so that no id is used twice
+        self.known.update((id(x), x) for x in tree_leaves(result) if isinstance(x, Tensor))
         return result
+
+    def found(self, *results: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The captured tensors, and leaves above `results` that a custom autograd function hid from this mode."""
+        ends = {id(x) for x in self.own} | {id(twin) for _, twin in self.twins.values()}
+        hidden, seen, todo = [], set(), [x.grad_fn for x in results]
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            variable = getattr(node, "variable", None)
+            if isinstance(variable, Tensor) and id(variable) not in ends:
+                hidden.append(variable)
+            todo += [parent for parent, _ in node.next_functions]
+        return [x for x, _ in self.twins.values()], hidden
 
 
 class _Bytes(TorchDispatchMode):
@@ -344,16 +381,17 @@ class _Bytes(TorchDispatchMode):
         return result
 
 
-def _probe(call: _Call, q: Tensor, k: Tensor) -> tuple[tuple[Tensor, ...], float]:
-    """Captured tensors and bytes per pair of a tile; notes in `call` if random numbers or a trained normaliser show."""
+def _probe(call: _Call, q: Tensor, k: Tensor) -> float:
+    """Bytes per pair of a tile. Notes in `call` what is captured, drawn at random and trained."""
     p = call.problem
     plain = p.score is None and p.score_mod is None
     known_normalizer = type(call.normalizer).__module__ == Softmax.__module__
     if plain and known_normalizer:
-        return (), ARRAYS * call.dtype.itemsize
+        return ARRAYS * call.dtype.itemsize
     row, key = slice(0, min(PROBE, p.N)), slice(0, min(PROBE, p.M))
     grad = torch.is_grad_enabled()
-    found: dict[int, Tensor] = {}
+    seen: list[Tensor] = []
+    hidden: list[Tensor] = []
     meter = _Bytes()
     before = _random_state(p)
     q_tile = q[:, :, row].detach().requires_grad_(grad)
@@ -361,27 +399,27 @@ def _probe(call: _Call, q: Tensor, k: Tensor) -> tuple[tuple[Tensor, ...], float
     if plain:
         scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     else:
-        captures = _Captures(q_tile, k_tile)
-        with captures, meter:
+        with _Discovery(q_tile, k_tile) as discovery, meter:
             scores = _tile_scores(call, q_tile, k_tile, row, key, 0)
-        found.update(captures.all_found(scores))
+        seen, hidden = discovery.found(scores)
     call.stochastic = any(not torch.equal(a, b) for a, b in zip(before, _random_state(p)))
     if call.stochastic:
         _restore_random_state(p, before)
     if not known_normalizer:
         rows, scores = scores.new_zeros(*scores.shape[:3], 1), scores.detach().requires_grad_(grad)
         allowed = call.for_normalizer(call.allowed(row, key, False), scores)
-        captures = _Captures(scores, rows)
-        with captures, meter:
+        with _Discovery(scores, rows) as discovery, meter:
             weights, state, rescale = call.normalizer.update(scores, allowed, call.normalizer.init(rows))
             factor, _ = call.normalizer.finish(state)
         _check_update(scores, weights, state, rescale, factor)
-        trained = captures.all_found(weights, *(x for x in (rescale, factor) if x is not None))
-        call.trains_normalizer = bool(trained)
-        found.update(trained)
+        more = discovery.found(weights, *(x for x in (rescale, factor) if x is not None))
+        call.trains_normalizer = any(more)
+        seen += [x for x in more[0] if all(x is not y for y in seen)]
+        hidden += [x for x in more[1] if all(x is not y for y in hidden)]
     # autograd keeps, or makes again, about what the forward pass allocated
     total = meter.total * (2 if grad else 1) / scores.numel() + ARRAYS * call.dtype.itemsize
-    return tuple(found.values()), total
+    call.captured, call.hidden = tuple(seen), tuple(hidden)
+    return total
 
 
 def _check_update(
@@ -404,23 +442,6 @@ def _check_update(
             )
 
 
-def _leaves(results: Sequence[Tensor], stop: Sequence[Tensor]) -> list[Tensor]:
-    """Leaf tensors of the graph above `results`, not looking beyond the tensors of `stop`."""
-    borders = {tensor.grad_fn for tensor in stop if tensor.grad_fn is not None}
-    known = {id(tensor) for tensor in stop}
-    leaves, seen, todo = [], set(), [result.grad_fn for result in results]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen or node in borders:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in known:
-            leaves.append(variable)
-        todo += [parent for parent, _ in node.next_functions]
-    return leaves
-
-
 def _random_state(p: Problem) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return states + [torch.cuda.get_rng_state(p.device)] if p.device.type == "cuda" else states
@@ -434,25 +455,6 @@ def _restore_random_state(p: Problem, states: list[Tensor]) -> None:
 
 # --------------------------------------------------------------------------------------------------------------------
 # forward and backward over the tiles
-
-
-class _TileReads(TorchFunctionMode):
-    """Reads `table[indices]` of captured tensors, cut out of the graph: their gradient is a scatter-add."""
-
-    def __init__(self, tables: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.tables = {id(table): number for number, table in enumerate(tables)}
-        self.reads: list[tuple[int, tuple[Any, ...], Tensor]] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.__getitem__ and id(args[0]) in self.tables and torch.is_grad_enabled():
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            # tensors only: what index_put_ takes
-            if all(isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32) for i in index):
-                value = args[0].detach()[index].requires_grad_()
-                self.reads.append((self.tables[id(args[0])], index, value))
-                return value
-        return func(*args, **(kwargs or {}))
 
 
 class _Stream(torch.autograd.Function):
@@ -472,8 +474,7 @@ class _Stream(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
         call: _Call = ctx.call
-        # captured tensors come out of ctx for its check that nobody has changed them; gradients are taken of the
-        # originals, which are the ones that the score sees
+        # captured tensors come out of ctx only for its check that nobody has changed them
         q, k, v, out, *saved = ctx.saved_tensors
         finals = dict(zip(ctx.names, saved))
         gradients = _Gradients(call, q, k, v)
@@ -541,12 +542,16 @@ class _Gradients:
     def __init__(self, call: _Call, q: Tensor, k: Tensor, v: Tensor) -> None:
         self.call, self.q, self.k, self.v = call, q, k, v
         self.dq, self.dk, self.dv = (torch.zeros_like(x, dtype=call.dtype) for x in (q, k, v))
-        self.captured: list[Tensor | None] = [None for _ in call.captured]
+        self.inputs = (*call.captured, *call.hidden)
+        self.sums = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, call.dtype)) for x in self.inputs]
+        self.number = {id(x): number for number, x in enumerate(call.captured)}
+        self.twins = {id(x): (x, x.detach().requires_grad_()) for x in call.captured}
+        #: where a tile's graph ends, beside the tile's own inputs; in the order of `sums`
+        self.ends = [*(twin for _, twin in self.twins.values()), *call.hidden]
 
     def results(self) -> tuple[Tensor, ...]:
-        inputs = (self.q, self.k, self.v, *self.call.captured)
-        sums = (self.dq, self.dk, self.dv, *(self.accumulator(number) for number in range(len(self.captured))))
-        return tuple(x.to(like.dtype) for x, like in zip(sums, inputs))
+        inputs = (self.q, self.k, self.v, *self.inputs)
+        return tuple(x.to(like.dtype) for x, like in zip((self.dq, self.dk, self.dv, *self.sums), inputs))
 
     def values(self, row: slice, key: slice, weights: Tensor, grad_out: Tensor) -> None:
         """dV of a tile from the weights that reached the output."""
@@ -571,8 +576,8 @@ class _Gradients:
             sources = [scores.requires_grad_()]
         else:
             sources = [q_tile.detach().requires_grad_(), _spread(k_tile.detach(), p.H).requires_grad_()]
-        reads = _TileReads(call.captured)
-        with torch.enable_grad(), call.surroundings(number), reads if call.captured else nullcontext():
+        reads: list[tuple[Tensor, Any, Tensor]] = []
+        with torch.enable_grad(), call.surroundings(number), self.ending(reads):
             scores = call.scores(*sources) if p.score is not None else sources[0]
             if p.score_mod is not None:
                 scores = call.modified(scores, row, key)
@@ -580,7 +585,7 @@ class _Gradients:
         def back(grad: Tensor) -> None:
             if not scores.requires_grad:
                 return
-            inputs = [*sources, *(value for _, _, value in reads.reads), *call.captured]
+            inputs = [*sources, *(value for _, _, value in reads), *self.ends]
             grads = torch.autograd.grad(scores, inputs, grad, allow_unused=True, retain_graph=True)
             if p.score is None:
                 if grads[0] is not None:
@@ -591,10 +596,11 @@ class _Gradients:
                 if grads[1] is not None:
                     self.dk[:, :, key] += grads[1].unflatten(1, (p.K, -1)).sum(2) if p.K != p.H else grads[1]
             rest = grads[len(sources) :]
-            for (table, index, _), g in zip(reads.reads, rest):
+            for (table, index, _), g in zip(reads, rest):
                 if g is not None:
-                    self.accumulator(table).index_put_(index, g.to(call.dtype), accumulate=True)
-            self.add_captured(rest[len(reads.reads) :])
+                    total = self.sums[self.number[id(table)]]
+                    total.index_put_(index, g.to(total.dtype), accumulate=True)
+            self.add_captured(rest[len(reads) :])
 
         return scores.detach(), back
 
@@ -604,20 +610,14 @@ class _Gradients:
         self.dq[:, :, row] += (grouped @ k_tile).view(q_tile.shape)
         self.dk[:, :, key] += grouped.mT @ _group(q_tile, p.K)
 
-    def accumulator(self, number: int) -> Tensor:
-        existing = self.captured[number]
-        if existing is None:
-            existing = torch.zeros_like(self.call.captured[number], dtype=self._captured_dtype(number))
-            self.captured[number] = existing
-        return existing
-
-    def _captured_dtype(self, number: int) -> torch.dtype:
-        return torch.promote_types(self.call.captured[number].dtype, self.call.dtype)
+    def ending(self, reads: list[tuple[Tensor, Any, Tensor]] | None = None) -> AbstractContextManager[Any]:
+        """The context in which graphs end at `ends`."""
+        return _Twins(self.twins, reads) if self.twins else nullcontext()
 
     def add_captured(self, grads: Sequence[Tensor | None]) -> None:
-        for number, grad in enumerate(grads):
+        for total, grad in zip(self.sums, grads):
             if grad is not None:
-                self.accumulator(number).add_(grad)
+                total.add_(grad)
 
 
 def _closed_row(
@@ -675,7 +675,7 @@ def _recursive_row(
         return (grad, None) if keep is None else (grad * keep, keep)
 
     zeros = torch.zeros(p.B, p.H, row.stop - row.start, 1, dtype=call.dtype, device=out.device)
-    with torch.enable_grad():
+    with torch.enable_grad(), gradients.ending():
         initial = call.normalizer.init(zeros)
     state, r = {name: value.detach() for name, value in initial.items()}, zeros
     before: list[tuple[dict[str, Tensor], Tensor]] = []
@@ -692,7 +692,7 @@ def _recursive_row(
             return [torch.zeros_like(x) for x in sources]
         roots, seeds = zip(*pairs)
         results = torch.autograd.grad(
-            roots, [*sources, *call.captured], seeds, allow_unused=True, retain_graph=True
+            roots, [*sources, *gradients.ends], seeds, allow_unused=True, retain_graph=True
         )
         gradients.add_captured(results[len(sources) :])
         return [torch.zeros_like(x) if g is None else g for x, g in zip(sources, results)]
@@ -700,7 +700,7 @@ def _recursive_row(
     def leaves(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in state.items()}
 
-    with torch.enable_grad():
+    with torch.enable_grad(), gradients.ending():
         last, r_last = leaves(state), r.detach().requires_grad_()
         factor, _ = call.normalizer.finish(last)
         total = r_last if factor is None else r_last * factor
@@ -715,7 +715,7 @@ def _recursive_row(
         allowed = call.allowed(row, key, full)
         grad, keep = dropped(scores, number + offset, gradients.weights(row, key, grad_out))
         start, r_start = leaves(before[offset][0]), before[offset][1].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), gradients.ending():
             weights, end, r_end = step(scores, grad, allowed, start, r_start)
         used = weights.detach() * r_grad
         gradients.values(row, key, used if keep is None else used * keep, grad_out)
