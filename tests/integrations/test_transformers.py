@@ -248,6 +248,40 @@ def test_moba_decodes_densely() -> None:
     assert [(row.calls, row.dense_calls) for row in report.layers] == [(1, 5), (1, 5)]
 
 
+@pytest.mark.parametrize("slug", SPARSE)
+def test_sliding_layers_keep_their_own_window(slug: str) -> None:
+    changes = dict(use_sliding_window=True, sliding_window=6, max_window_layers=1)
+    model, inputs = build("qwen2", **changes), tokens(2, 24)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    expected = generated(model, inputs)
+    with switch(model, slug, report=True, **EVERYTHING[slug]) as report:
+        assert torch.equal(generated(model, inputs), expected)
+    if slug == "moba":
+        assert [(row.calls, row.dense_calls) for row in report.layers] == [(1, 5), (0, 6)]
+        with switch(model, slug, **SPARSE[slug]):  # the full layer becomes sparse, the other stays as it is
+            sparse = output(model, inputs)
+        with switch(model, slug, layers=[0], **SPARSE[slug]):
+            torch.testing.assert_close(output(model, inputs), sparse, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("slug", SPARSE)
+def test_cross_attention_stays_dense(slug: str) -> None:
+    sizes = dict(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2)
+    more = dict(decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=64)
+    torch.manual_seed(0)
+    model = transformers.BartModel(transformers.BartConfig(**sizes, **more)).eval()
+    inputs, prompt = tokens(2, 21), tokens(2, 9)
+    cross = ["*encoder_attn"]
+    decoder = ["decoder.*self_attn"]
+    with switch(model, slug, layers=cross, report=True, **SPARSE[slug]) as report:
+        out = output(model, inputs, decoder_input_ids=prompt)
+    torch.testing.assert_close(out, output(model, inputs, decoder_input_ids=prompt), atol=1e-5, rtol=1e-5)
+    assert [(row.calls, row.dense_calls) for row in report.layers] == [(0, 1)]
+    with switch(model, slug, layers=decoder, report=True, **SPARSE[slug]) as report:
+        output(model, inputs, decoder_input_ids=prompt)
+    assert [(row.calls, row.dense_calls) for row in report.layers] == [(1, 0)]
+
+
 # training
 
 

@@ -283,7 +283,7 @@ def _attention_function(entry: Mechanism) -> Any:
         if keys < key.shape[2]:
             key, value = key[:, :, :keys], value[:, :, :keys]
         setting = module.__dict__.get("_saccade") or _configured(entry, module)
-        if setting.mechanism is None or not _runs(setting.mechanism, pattern, query.shape[2], keys):
+        if setting.mechanism is None or not _runs(setting.mechanism, pattern, bool(is_causal), query.shape[2], keys):
             if setting.report is not None:
                 setting.report.dense_calls += 1
             out = attend(query, key, value, mask=pattern.mask, scale=scaling, dropout=dropout)
@@ -294,12 +294,14 @@ def _attention_function(entry: Mechanism) -> Any:
     return saccade_attention
 
 
-def _runs(entry: Mechanism, pattern: Pattern, n: int, m: int) -> bool:
+def _runs(entry: Mechanism, pattern: Pattern, is_causal: bool, n: int, m: int) -> bool:
     """Whether a mechanism takes this call; dense attention does otherwise (the module's docstring says when).
 
     Raises:
         ValueError: if the mechanism is not defined in this direction.
     """
+    if n != m and not is_causal:
+        return False  # cross-attention: positions of queries and keys have nothing to do with each other
     if entry.masks == "any":
         return True
     if n == 1 or not pattern.is_whole_sequences:
