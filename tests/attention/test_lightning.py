@@ -161,7 +161,7 @@ def test_lrpe_is_a_function_of_the_distance() -> None:
     lrpe = LRPE(2, 4).double()
     assert lrpe.theta[1, 0, 2].item() == pytest.approx(10000 ** (-2 * 6 / 8))
     q, k = torch.randn(2, 1, 2, 9, 4, dtype=torch.float64)
-    scores = lrpe(q, start=5) @ lrpe(k, start=5).mT
+    scores = (lrpe(q, start=5) @ lrpe(k, start=5).mT).detach()
     distance = torch.arange(9)[:, None] - torch.arange(9)
     theta = lrpe.theta.detach()
     expected = torch.einsum("bhic,bhjc,hijc->bhij", q, k, torch.cos(theta[:, :, None] * distance[..., None]))

@@ -87,17 +87,17 @@ def linear_attend(
         q_BHND, k_BKMD = _features(feature_map, q_BHND, k_BKMD)
     scale = 1.0 if scale is None else float(scale)
     (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
-    state = _enter_state(state, (B, H, D, E), normalize, q_BHND)
+    before = _enter_state(state, (B, H, D, E), normalize, q_BHND)
     factors = _as_factors(decay, (B, H, N, D), q_BHND)
     if not causal:
-        out, state = _all_to_all(q_BHND, k_BKMD, v_BKME, state, scale, normalize)
+        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, before, scale, normalize)
     else:
-        inputs = (q_BHND, k_BKMD, v_BKME, state, factors)
+        inputs = (q_BHND, k_BKMD, v_BKME, before, factors)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         if chunk_size is None:
             chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
-        out, _, _, state = _chunked(*inputs, scale, normalize, chunk_size, keep)
-    return (out, _leave_state(state, normalize)) if return_state else out
+        out, _, _, after = torch.ops.saccade.linear_chunked(*inputs, scale, normalize, chunk_size, keep)
+    return (out, _leave_state(after, normalize)) if return_state else out
 
 
 def linear_step(
@@ -642,7 +642,7 @@ def _backward(
     B, H, N, _ = q.shape
     grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     grad_state = grad_final.clone()
-    grad_factors = torch.zeros_like(factors) if factors is not None and of_decay else grad_final.new_zeros(0)
+    grad_factors = _like_factors(factors if of_decay else None, grad_final).zero_()
     scratch, cached = _Scratch(q.device, grad_final.dtype), dict[int, _Decays]()
     channel = factors is not None and factors.shape[3] > 1
     for group in _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu"):
@@ -710,6 +710,10 @@ def _backward(
     return grad_q, grad_k, grad_v, grad_state, grad_factors
 
 
+def _like_factors(factors: Tensor | None, other: Tensor) -> Tensor:
+    return other.new_empty(0) if factors is None else other.new_empty(factors.shape, dtype=factors.dtype)
+
+
 def _occurrences(terms: Tensor) -> Tensor:
     """For each token t of a chunk the sum of the terms (i, j) in which its decay occurs: j < t <= i."""
     ones = torch.ones(terms.shape[-1], terms.shape[-1], dtype=terms.dtype, device=terms.device)
@@ -727,11 +731,11 @@ def _store_decay(grad: Tensor, logs: Tensor, factors: Tensor | None, piece: _Pie
         _view(grad, piece).copy_(value)
 
 
-# Custom operators: opaque to torch.compile, which would otherwise unroll the loop over pieces
+# Operators of their own: opaque to torch.compile, which would otherwise unroll the loop over pieces. Defined in the
+# dispatcher directly: `torch.library.custom_op` would import the compiler (seconds) at the first call.
 
 
-@torch.library.custom_op("saccade::linear_chunked", mutates_args=())
-def _chunked(
+def _forward_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -742,24 +746,17 @@ def _chunked(
     chunk_size: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, 1 / denominators, the states before the pieces (where `keep`), and the state after all."""
-    return _forward(q, k, v, state, factors, scale, normalize, chunk_size, keep)
-
-
-@_chunked.register_fake
-def _(q, k, v, state, factors, scale, normalize, chunk_size, keep):  # type: ignore[no-untyped-def]
     (B, H, N, _), E = q.shape, v.shape[3]
     groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu") if keep else []
     return (
         q.new_empty(B, H, N, E),
         state.new_empty(B, H, N if normalize else 0, 1),
         state.new_empty(max(map(len, groups), default=0), *state.shape),
-        torch.empty_like(state, memory_format=torch.contiguous_format),
+        state.new_empty(state.shape),
     )
 
 
-@torch.library.custom_op("saccade::linear_chunked_backward", mutates_args=())
-def _chunked_backward(
+def _backward_shapes(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -774,17 +771,8 @@ def _chunked_backward(
     chunk_size: int,
     of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _backward(
-        q, k, v, factors, out, inverse, starts, grad_out, grad_final, scale, normalize, chunk_size, of_decay
-    )
-
-
-@_chunked_backward.register_fake
-def _(q, k, v, factors, out, inverse, starts, grad_out, grad_final, scale, normalize, chunk_size, of_decay):  # type: ignore[no-untyped-def]
-    return (
-        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, grad_final)),
-        torch.empty_like(factors) if factors is not None and of_decay else grad_final.new_empty(0),
-    )
+    q, k, v, grad_final = (x.new_empty(x.shape) for x in (q, k, v, grad_final))
+    return q, k, v, grad_final, _like_factors(factors if of_decay else None, grad_final)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -796,10 +784,18 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 def _differentiate(ctx: Any, grad_out: Tensor, _inverse: Any, _starts: Any, grad_final: Tensor) -> tuple[Any, ...]:
     q, k, v, factors, out, inverse, starts = ctx.saved_tensors
     of_decay = ctx.needs_input_grad[4]
-    *grads, grad_factors = _chunked_backward(
+    *grads, grad_factors = torch.ops.saccade.linear_chunked_backward(
         q, k, v, factors, out, inverse, starts, grad_out, grad_final, *ctx.settings, of_decay
     )
     return (*grads, grad_factors if of_decay else None, None, None, None, None)
 
 
-_chunked.register_autograd(_differentiate, setup_context=_remember)
+_library = torch.library.Library("saccade", "FRAGMENT")
+for _name, _kernel, _shapes in (
+    ("linear_chunked", _forward, _forward_shapes),
+    ("linear_chunked_backward", _backward, _backward_shapes),
+):
+    _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"saccade::{_name}", _shapes, lib=_library)
+torch.library.register_autograd("saccade::linear_chunked", _differentiate, setup_context=_remember, lib=_library)
