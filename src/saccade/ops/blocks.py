@@ -94,6 +94,7 @@ class BlockStructure:
         mask: elementwise truth of the PARTIAL blocks; None where there are none.
         widest: most key blocks in a row.
         pairs_per_piece: aim for the pairs of a piece.
+        heads_per_group: key heads whose keys and values stay in cache together; pieces do not mix groups.
     """
 
     states: Tensor
@@ -107,6 +108,7 @@ class BlockStructure:
     block_k: int
     widest: int
     pairs_per_piece: int
+    heads_per_group: int = 1
 
     @property
     def n(self) -> int:
@@ -128,17 +130,24 @@ class BlockStructure:
         done = F.pad(count.reshape(-1).cumsum(0), (1, 0))
         goals = done[-1] * torch.arange(1, workers, device=done.device) / workers
         ends = torch.searchsorted(done, goals)
-        per_head = self.n * (self.H // self.K)
+        per_head = self.rows_per_key_head
         head_ends = (ends + per_head // 2) // per_head * per_head
         off = (done[head_ends] - goals).abs()
         ends = torch.where(off <= 0.04 * done[-1] / workers, head_ends, ends)
         edges = sorted({0, *ends.tolist(), total})
         return list(zip(edges, edges[1:]))
 
+    @property
+    def rows_per_key_head(self) -> int:
+        return max(1, self.n * (self.H // self.K))
+
+    @property
+    def rows_per_group(self) -> int:
+        return self.heads_per_group * self.rows_per_key_head
+
     def key_head(self, row: int) -> int:
         """The flat key head (b, key head) that query block `row` reads."""
-        head = row // max(1, self.n)
-        return head // self.H * self.K + head % self.H // (self.H // self.K)
+        return row // self.rows_per_key_head
 
     def work_lists(self, first: int, last: int) -> Iterator[WorkList]:
         """The work lists of query blocks `first` to `last`, each of as many as STATES_PER_LIST allows."""
@@ -157,12 +166,15 @@ class BlockStructure:
         row_P, block_P = kept.nonzero(as_tuple=True)
         state_P = states[row_P, block_P]
 
-        # cut what is too wide, sort by (which cut, width, is it cut); equal keys keep their order: heads stay together
+        # cut rows that are too wide
         cuts = (count + self.widest - 1) // self.widest
         row_R = torch.repeat_interleave(cuts)
         cut_R = torch.arange(len(row_R), device=row_R.device) - (cuts.cumsum(0) - cuts)[row_R]
         width_R = (count[row_R] - cut_R * self.widest).clamp(max=self.widest)
-        key_R = (cut_R * (self.widest + 1) + width_R) * 2 + (cuts[row_R] > 1)
+        # (which heads, which cut, width, is it one of several): what has one key can share pieces
+        group_R = (row_R + first) // self.rows_per_group
+        level_R = group_R * ceil(self.m / self.widest) + cut_R
+        key_R = (level_R * (self.widest + 1) + width_R) * 2 + (cuts[row_R] > 1)
         key_R, order = key_R.sort(stable=True)
         start_R = width_R.cumsum(0) - width_R
         row_R, width_R, start_R = row_R[order], width_R[order], start_R[order]
@@ -174,11 +186,9 @@ class BlockStructure:
         if self.M % self.block_k:
             needs_mask |= block_P == self.m - 1
         partial = needs_mask.nonzero()[:, 0]
-        head_P = row_P // self.n
-        key_head_P = head_P // self.H * self.K + head_P % self.H // (self.H // self.K)
         return WorkList(
             query_R=row_R + first,
-            key_P=key_head_P * self.m + block_P,
+            key_P=row_P // self.rows_per_key_head * self.m + block_P,
             map_P=row_P * self.m + block_P,
             partial=partial,
             pieces=self._pieces(key_R, partial),
@@ -213,8 +223,8 @@ class BlockStructure:
             for i, (first, last, width, start, cut) in enumerate(bounds)
         ]
 
-    def forbid(self, work: WorkList, piece: Piece, scores_RqSk: Tensor, fill: float) -> None:
-        """Put `fill` where the elementwise mask of the piece's partial blocks says no.
+    def forbid(self, work: WorkList, piece: Piece, scores_RqSk: Tensor) -> None:
+        """Put -inf where the elementwise mask of the piece's partial blocks says no.
 
         Args:
             scores_RqSk: (rows, block_q, width, block_k), changed in place.
@@ -225,7 +235,7 @@ class BlockStructure:
         for low in range(start, stop, step):
             position = work.partial[low : min(low + step, stop)]
             row, slot = (position - piece.pair) // piece.width, (position - piece.pair) % piece.width
-            tile = by_block[row, slot].masked_fill_(~self._allowed(work.map_P[position]), fill)
+            tile = by_block[row, slot].masked_fill_(~self._allowed(work.map_P[position]), float("-inf"))
             by_block[row, slot] = tile
 
     def _allowed(self, map_P: Tensor) -> Tensor:

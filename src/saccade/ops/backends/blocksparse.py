@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, log, prod
 from threading import Barrier, local
 from types import SimpleNamespace
 from typing import Any, Literal, overload
@@ -46,9 +46,6 @@ from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
 
 __all__ = ["blocksparse_attend"]
 
-#: score of a forbidden pair: finite, so that a row of nothing else is recognised instead of becoming NaN
-FORBIDDEN = -1e30
-
 #: bytes of a piece's scores and gathered keys: what stays in a core's second-level cache (measured)
 PIECE_BYTES = 2**20
 
@@ -57,6 +54,12 @@ DEVICE_PIECE_BYTES = 2**25
 
 #: bytes of working memory that a thread keeps from call to call
 KEPT_BYTES = 2**23
+
+#: bytes of keys and values that a thread picks its blocks from at a time: its share of the last-level cache
+GROUP_BYTES = 2**22
+
+#: largest |score| / log 2 at which exp2(score) needs no maximum taken off, in float32 as in float64
+SAFE_EXPONENT = 60.0
 
 #: multiplications below which starting a second thread costs more than it saves
 WORTH_A_THREAD = 10**7
@@ -264,8 +267,9 @@ def _attend(
         M=M,
         block_q=block_q,
         block_k=block_k,
-        widest=max(1, int(limit / bytes_per_pair)),
+        widest=max(1, min(ceil(M / block_k), int(limit / bytes_per_pair))),
         pairs_per_piece=max(1, int(aim / bytes_per_pair)),
+        heads_per_group=max(1, int(GROUP_BYTES / (compute.itemsize * max(1, M) * (D + E)))),
     )
     job = _Job(structure, structure.shares(workers), scale, return_lse)
     out, lse = _BlockSparse.apply(q, k, v, block_bias, job)
@@ -428,6 +432,8 @@ class _BlockSparse(torch.autograd.Function):
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R = q.new_zeros(q_R.shape[0], s.block_q * E)
         lse_R = q.new_full((q_R.shape[0], s.block_q), float("-inf"))
+        bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
+        tiny = torch.finfo(q.dtype).tiny
 
         def task(share: int) -> None:
             for work in job.work_lists(share):
@@ -435,20 +441,22 @@ class _BlockSparse(torch.autograd.Function):
                 for piece, rows, pairs in work.pieces_with_blocks():
                     d = desk(piece)
                     _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
-                    wants_lse = job.return_lse or piece.cut or piece.has_partial
-                    lse_rq, dead_rq = _softmax(d.scores, wants_lse, piece.has_partial)
+                    if not bounded:
+                        # finite also where everything is -inf
+                        top_rq = d.scores.amax(-1, keepdim=True).clamp_(min=-1e30)
+                        d.scores.sub_(top_rq)
+                    total_rq = d.scores.exp2_().sum(-1, keepdim=True)
                     torch.index_select(v_R, 0, pairs, out=d.values_P)
                     torch.bmm(d.scores, d.values, out=d.rows)
-                    if dead_rq is not None:
-                        d.rows.masked_fill_(dead_rq[..., None], 0.0)
+                    d.rows.div_(total_rq.clamp(min=tiny))
+                    lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
+                    lse_rq = lse_rq[..., 0]
                     if piece.cut:
-                        assert lse_rq is not None
                         before = out_R[rows].view_as(d.rows), lse_R[rows]
                         out_rqE, lse_rq = merge(*before, d.rows, lse_rq)
                         d.rows.copy_(out_rqE)
                     out_R.index_copy_(0, rows, d.rows_R)
-                    if lse_rq is not None:
-                        lse_R.index_copy_(0, rows, lse_rq)
+                    lse_R.index_copy_(0, rows, lse_rq)
 
         job.run(task)
         out = _from_blocks(out_R, (*q.shape[:3], E))
@@ -479,23 +487,15 @@ class _BlockSparse(torch.autograd.Function):
                 for piece, rows, pairs in work.pieces_with_blocks():
                     d = desk(piece)
                     _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
-                    lse_rq, _ = _softmax(d.scores, piece.cut, piece.has_partial)
+                    # weights by the LSE of the whole row, also where this is a part of it; dead rows weigh nothing
+                    lse_rq = lse_R[rows][..., None]
+                    dead_rq = lse_rq == float("-inf")
+                    d.scores.sub_(lse_rq.masked_fill_(dead_rq, float("inf")).mul_(1 / log(2))).exp2_()
                     torch.index_select(out_R, 0, rows, out=d.rows_R)
                     torch.index_select(grad_out_R, 0, rows, out=d.grads_R)
                     shift_rq = d.rows.mul_(d.grads).sum(-1, keepdim=True)
                     if grad_lse_R is not None:
-                        shift_rq -= grad_lse_R[rows][..., None]
-                    if piece.cut or piece.has_partial:
-                        # weights of a cut row are too large by exp(lse - lse of its part); those of a dead one are 0
-                        whole_rq = lse_R[rows][..., None]
-                        dead_rq = whole_rq == float("-inf")
-                        if lse_rq is not None:
-                            factor_rq = (lse_rq[..., None] - whole_rq).exp_()
-                            shift_rq *= factor_rq
-                            d.grads *= factor_rq
-                        shift_rq.masked_fill_(dead_rq, 0.0)
-                        d.grads.masked_fill_(dead_rq, 0.0)
-
+                        shift_rq -= grad_lse_R[rows][..., None].masked_fill_(dead_rq, 0.0)
                     torch.index_select(v_R, 0, pairs, out=d.values_P)
                     torch.bmm(d.grads, d.values_T, out=d.grad_scores)
                     torch.bmm(d.scores.mT, d.grads, out=d.values)
@@ -565,26 +565,19 @@ def _scores(
     pairs: Tensor,
     d: SimpleNamespace,
 ) -> None:
-    """Gather a piece's queries and keys, and compute its scores; FORBIDDEN where the mask says no."""
+    """Gather a piece's queries and keys, and compute its scores in units of log 2; -inf where the mask says no."""
     torch.index_select(q_R, 0, rows, out=d.queries_R)
     torch.index_select(k_R, 0, pairs, out=d.keys_P)
-    torch.baddbmm(d.scores, d.queries, d.keys_T, beta=0, alpha=job.scale, out=d.scores)
+    torch.baddbmm(d.scores, d.queries, d.keys_T, beta=0, alpha=job.scale / log(2), out=d.scores)
     if bias is not None:
-        d.tiles += bias.reshape(-1)[work.map_of(piece)].view(piece.rows, 1, piece.width, 1)
+        bias_P = bias.reshape(-1)[work.map_of(piece)]
+        d.tiles.add_(bias_P.view(piece.rows, 1, piece.width, 1), alpha=1 / log(2))
     if piece.has_partial:
-        job.structure.forbid(work, piece, d.tiles, FORBIDDEN)
+        job.structure.forbid(work, piece, d.tiles)
 
 
-def _softmax(score_rqK: Tensor, wants_lse: bool, may_be_dead: bool) -> tuple[Tensor | None, Tensor | None]:
-    """Turn scores into weights in place; their LSE, and which rows may attend to nothing (their weights mean nothing)."""
-    if not wants_lse:
-        torch.softmax(score_rqK, -1, out=score_rqK)
-        return None, None
-    top_rq = score_rqK.amax(-1)
-    torch.softmax(score_rqK, -1, out=score_rqK)
-    # the largest weight is exp(largest score - lse)
-    lse_rq = top_rq - score_rqK.amax(-1).log_()
-    if not may_be_dead:
-        return lse_rq, None
-    dead_rq = top_rq <= FORBIDDEN / 2
-    return lse_rq.masked_fill_(dead_rq, float("-inf")), dead_rq
+def _largest_score(q: Tensor, k: Tensor) -> float:
+    """A bound of |q_i . k_j| by their lengths."""
+    if not q.numel() or not k.numel():
+        return 0.0
+    return float(torch.linalg.vector_norm(q, dim=-1).amax() * torch.linalg.vector_norm(k, dim=-1).amax())
