@@ -21,7 +21,14 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "neighborhood"
 
 
 def ask(q: Tensor, k: Tensor, v: Tensor, mask: Mask, return_lse: bool = True, **options) -> Problem:
-    given = {"score": None, "score_mod": None, "normalize": "softmax", "scale": None, "dropout": 0.0, "memory_mb": 64.0}
+    given = {
+        "score": None,
+        "score_mod": None,
+        "normalize": "softmax",
+        "scale": None,
+        "dropout": 0.0,
+        "memory_mb": 64.0,
+    }
     given |= options
     return _problem(q, k, v, mask, return_lse=return_lse, **given)
 
@@ -34,7 +41,16 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options) -> tuple[Tenso
     return out, lse
 
 
-def inputs(n: int, m: int | None = None, H: int = 2, K: int = 2, D: int = 8, E: int = 8, dtype=torch.float64, B: int = 1):
+def inputs(
+    n: int,
+    m: int | None = None,
+    H: int = 2,
+    K: int = 2,
+    D: int = 8,
+    E: int = 8,
+    dtype=torch.float64,
+    B: int = 1,
+):
     torch.manual_seed(0)
     m = n if m is None else m
     q, k, v = torch.randn(B, H, n, D), torch.randn(B, K, m, D), torch.randn(B, K, m, E)
@@ -270,7 +286,12 @@ def test_memory_is_linear() -> None:
 
 def test_what_is_not_regular() -> None:
     q, k, v = inputs(20)
-    for mask in (masks.causal(), masks.window(3) & masks.prefix(5), masks.window(3) & masks.window(-5, 9), None):
+    for mask in (
+        masks.causal(),
+        masks.window(3) & masks.prefix(5),
+        masks.window(3) & masks.window(-5, 9),
+        None,
+    ):
         assert windows.regular(ask(q, k, v, mask)) is None
     assert windows.regular(ask(q, k, v, masks.window(3), return_lse=False, normalize="relu")) is None
     assert windows.regular(ask(q, k, v, masks.window(3), return_lse=False, dropout=0.1)) is None

@@ -131,6 +131,9 @@ def attention_map(
         head_list = _indices(heads, out_shape[-3], "heads", like.device)
     row_list = _indices(rows, out_shape[-2], "rows", like.device)
     column_list = _indices(columns, shape[-1], "columns", like.device)
+    if not row_list.numel() or not column_list.numel():
+        empty = like.new_zeros(*out_shape[:-2], row_list.numel(), column_list.numel())
+        return empty if head_list is None else empty[..., head_list, :, :]
     per_column = (like.new_empty(0).element_size()) * (_count(shape) + _count(out_shape[:-1]))
     most = max(1, int(memory_mb * 2**20 / max(1, per_column)))
     most = most if width is None else max(width, most // width * width)
@@ -221,7 +224,9 @@ def _indices(index: Index, length: int, name: str, device: torch.device) -> Tens
         raise ValueError(f"{name} must be indices, got {chosen.dtype} of shape {tuple(chosen.shape)}")
     chosen = chosen.reshape(-1).long()
     if chosen.numel() and not (-length <= int(chosen.min()) and int(chosen.max()) < length):
-        raise ValueError(f"{name} must be between {-length} and {length - 1}, got {int(chosen.min())} to {int(chosen.max())}")
+        raise ValueError(
+            f"{name} must be between {-length} and {length - 1}, got {int(chosen.min())} to {int(chosen.max())}"
+        )
     return chosen % length if length else chosen
 
 
@@ -236,7 +241,7 @@ def _columns(
     """Unit vectors as values, a group of columns at a time."""
     parts = []
     with torch.no_grad():
-        for group in columns.split(most) if columns.numel() else [columns]:
+        for group in columns.split(most):
             v = like.new_zeros(*shape, group.numel())
             v[..., group, torch.arange(group.numel(), device=v.device)] = 1
             parts.append(run(v)[..., rows, :])
@@ -249,7 +254,7 @@ def _rows(
     """Gradients with respect to the values, a group of rows at a time; None where the mechanism has none."""
     parts = []
     with torch.enable_grad():
-        for group in rows.split(most) if rows.numel() else [rows]:
+        for group in rows.split(most):
             v = like.new_zeros(*shape, group.numel()).requires_grad_()
             out = run(v)
             if not out.requires_grad:

@@ -74,9 +74,7 @@ class Mask:
         """Bool tensor, True where the pair may attend; the four index tensors broadcast."""
         raise NotImplementedError
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """States (B', H', ceil(n / block), ceil(m / block)), int8; B' and H' are 1 where the mask does not vary."""
         raise NotImplementedError
 
@@ -149,6 +147,8 @@ class Mask:
                 return self.intersection(other)
             if isinstance(self, _And) and isinstance(self.right, Band):
                 return _And(self.left, self.right.intersection(other))
+            if isinstance(self, _And) and isinstance(self.left, Band):
+                return _And(self.left.intersection(other), self.right)
         return _And(self, other)
 
     def __or__(self, other: Mask) -> Mask:
@@ -163,9 +163,7 @@ class Mask:
 
 def _as_operand(other: Any) -> Mask:
     if not isinstance(other, Mask):
-        raise TypeError(
-            f"a mask composes with masks only, got {type(other).__name__}; wrap a bool tensor in dense()"
-        )
+        raise TypeError(f"a mask composes with masks only, got {type(other).__name__}; wrap a bool tensor in dense()")
     return other
 
 
@@ -207,9 +205,7 @@ class _And(_Pairwise):
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         left = self.left.block_map(n, m, block_size, device)
         return torch.minimum(left, self.right.block_map(n, m, block_size, device))
 
@@ -221,9 +217,7 @@ class _Or(_Pairwise):
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         left = self.left.block_map(n, m, block_size, device)
         return torch.maximum(left, self.right.block_map(n, m, block_size, device))
 
@@ -255,9 +249,7 @@ class _Not(Mask):
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return ~self.inner.allowed(b, h, q, k)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         return FULL - self.inner.block_map(n, m, block_size, device)
 
     def __repr__(self) -> str:
@@ -279,9 +271,7 @@ class Band(Mask):
         inside = distance >= self.low
         return inside if self.high is None else inside & (distance <= self.high)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         first_q, last_q = _edges(n, block_q, device)
         first_k, last_k = _edges(m, block_k, device)
@@ -371,9 +361,7 @@ class Prefix(Mask):
         length = self.length[_row(b, self.batch)] if isinstance(self.length, Tensor) else self.length
         return (k < length) & (q >= 0)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         first_k, last_k = _edges(m, block_k, device)
         length = torch.as_tensor(self.length, device=device).reshape(-1, 1, 1, 1)
@@ -419,9 +407,7 @@ class Padding(Mask):
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.valid_BM[_row(b, self.batch), k] & (q >= 0)
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         counts_Bm = _block_sums(self.valid_BM.to(device).to(torch.int32), block_k)
         sizes_m = _block_sums(torch.ones(1, m, dtype=torch.int32, device=device), block_k)
@@ -476,9 +462,7 @@ class Documents(Mask):
         query = self.query_BN[_row(b, self.query_BN.shape[0]), q]
         return query == self.key_BM[_row(b, self.key_BM.shape[0]), k]
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         low_q, high_q = _block_range(self.query_BN.to(device), block_q)
         low_k, high_k = _block_range(self.key_BM.to(device), block_k)
@@ -509,9 +493,7 @@ def documents(ids_BN: Tensor, key_ids_BM: Tensor | None = None) -> Mask:
     key = query if key_ids_BM is None else torch.atleast_2d(key_ids_BM)
     for ids in (query, key):
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-            raise ValueError(
-                f"ids must be integers of shape (B, N), got {ids.dtype} of shape {tuple(ids.shape)}"
-            )
+            raise ValueError(f"ids must be integers of shape (B, N), got {ids.dtype} of shape {tuple(ids.shape)}")
     return Documents(query, key)
 
 
@@ -549,9 +531,7 @@ class Blocks(Mask):
         b, h = _row(b, self.batch), _row(h, self.heads)
         return self.keep_BHnm[b, h, q // self.block_q, k // self.block_k]
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         keep = self.keep_BHnm.to(device)
         if (block_q, block_k) == (self.block_q, self.block_k):
@@ -615,9 +595,7 @@ class Dense(Mask):
         b, h, q, k = (_row(i, rows) for i, rows in zip((b, h, q, k), self.mask_BHNM.shape))
         return self.mask_BHNM[b, h, q, k]
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         block_q, block_k = _pair(block_size, "block_size")
         count = self.mask_BHNM.to(device).to(torch.int32)
         ones_q = _block_sums(torch.ones(n, dtype=torch.int32, device=device), block_q)
@@ -634,9 +612,7 @@ class Dense(Mask):
 def dense(mask: Tensor) -> Mask:
     """A bool tensor that broadcasts to (B, H, N, M), True = may attend, so that it can be combined with other masks."""
     if mask.dtype != torch.bool or mask.ndim > 4 or mask.ndim < 2:
-        raise ValueError(
-            f"mask must be a bool tensor of 2 to 4 axes, got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
+        raise ValueError(f"mask must be a bool tensor of 2 to 4 axes, got {mask.dtype} of shape {tuple(mask.shape)}")
     return Dense(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)))
 
 
@@ -652,9 +628,7 @@ class Neighborhood(Mask):
 
     def check(self, n: int, m: int) -> None:
         if n != prod(self.size) or m != prod(self.size):
-            raise ValueError(
-                f"a grid of {self.size} has {prod(self.size)} tokens, got {n} queries and {m} keys"
-            )
+            raise ValueError(f"a grid of {self.size} has {prod(self.size)} tokens, got {n} queries and {m} keys")
 
     def axis_window(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Dilation group, first and last (inclusive) neighbour *within the group* of each position on `axis`."""
@@ -686,9 +660,7 @@ class Neighborhood(Mask):
         assert mask is not None
         return mask
 
-    def block_map(
-        self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Exact where the tokens of a block differ on one axis only; further axes count as 'anywhere'."""
         block_q, block_k = _pair(block_size, "block_size")
         if block_q == block_k == 1:
@@ -721,9 +693,7 @@ class Neighborhood(Mask):
             every = every & inside
         return _state(some, every & some)[None, None]
 
-    def _coordinate_ranges(
-        self, n: int, block: int, device: torch.device | str
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def _coordinate_ranges(self, n: int, block: int, device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
         """Smallest and largest coordinate on each axis within each block of consecutive tokens."""
         first, last = _edges(n, block, device)
         low, high = self._coordinates(first), self._coordinates(last)
@@ -739,7 +709,7 @@ class Neighborhood(Mask):
         extra = "".join(
             f", {name}={value}"
             for name, value in (("dilation", self.dilation), ("stride", self.stride), ("causal", self.causal))
-            if any(x is not False and x != 1 or x is True for x in value)
+            if any((x is not False and x != 1) or x is True for x in value)
         )
         return f"neighborhood({self.size}, {self.kernel}{extra})"
 

@@ -5,7 +5,8 @@ box, the tile plus a halo; all boxes have one size, those at the borders are mov
 dense attention over its box, and the pairs of the box that the mask forbids get a bias of -inf:
 
     S = scale * Q K_box^T + bias,   P = softmax(S),   O = P V_box,   lse = log sum exp(S)
-    dS = P * (dO V_box^T - rowsum(dO * O) + dlse),   dQ = scale * dS K_box,   dK_box += scale * dS^T Q,   dV_box += P^T dO
+    dS = P * (dO V_box^T - rowsum(dO * O) + dlse)
+    dQ = scale * dS K_box,   dK_box += scale * dS^T Q,   dV_box += P^T dO
 
 Three things make it fast. Boxes are not copied: along the first axis they are a strided view of the keys; the other
 axes are cut into overlapping strips, once. Tiles that look the same (all but those near a border) share one bias.
@@ -60,7 +61,13 @@ class _Axis:
     box: int
     starts: tuple[int, ...]
     kinds: tuple[int, ...]  #: tiles whose windows look the same from the box's start have one number
-    allowed: tuple[Tensor, ...] = field(repr=False)  #: per kind, bool (tile, box)
+    windows: Tensor = field(repr=False)  #: (kinds, 2, tile), first and last key of the box that a query sees
+
+    def allowed(self, kind: int, device: torch.device) -> Tensor:
+        """Bool (tile, box)."""
+        first, last = self.windows[kind].to(device)[..., None]
+        j = torch.arange(self.box, device=device)
+        return (j >= first) & (j <= last)
 
     @property
     def tiles(self) -> int:
@@ -84,10 +91,24 @@ class _Axis:
             m = end
 
 
-def _box(first: Tensor, last: Tensor, keys: int, tile: int) -> int:
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Which keys the queries of an axis see: from `first` to `last`, inclusive. `step` queries share a window."""
+
+    first: Tensor
+    last: Tensor
+    keys: int
+    step: int = 1
+
+    @property
+    def queries(self) -> int:
+        return self.first.numel()
+
+
+def _box(window: _Window, tile: int) -> int:
     """Keys from the first to the last that a tile sees, at most over all tiles."""
-    rows = _tile_rows(first.numel(), tile)
-    return min(keys, int((last[rows].amax(1) - first[rows].amin(1)).max()) + 1)
+    rows = _tile_rows(window.queries, tile)
+    return min(window.keys, int((window.last[rows].amax(1) - window.first[rows].amin(1)).max()) + 1)
 
 
 def _tile_rows(queries: int, tile: int) -> Tensor:
@@ -95,15 +116,16 @@ def _tile_rows(queries: int, tile: int) -> Tensor:
     return torch.arange(ceil(queries / tile) * tile).clamp(max=queries - 1).view(-1, tile)
 
 
-def _axis(first: Tensor, last: Tensor, keys: int, tile: int, box: int) -> _Axis:
-    rows = _tile_rows(first.numel(), tile)
-    low, high = first[rows], last[rows]
+def _axis(window: _Window, tile: int, box: int) -> _Axis:
+    keys, rows = window.keys, _tile_rows(window.queries, tile)
+    low, high = window.first[rows], window.last[rows]
     starts = low.amin(1).clamp(max=keys - box)
     bounds = torch.cat([low, high], 1) - starts[:, None]
     distinct, kinds = torch.unique(bounds, dim=0, return_inverse=True)
-    j = torch.arange(box)
-    allowed = tuple((j >= b[:tile, None]) & (j <= b[tile:, None]) for b in distinct)
-    return _Axis(first.numel(), keys, tile, box, tuple(starts.tolist()), tuple(kinds.tolist()), allowed)
+    kinds_of_tiles = tuple(kinds.tolist())
+    return _Axis(
+        window.queries, keys, tile, box, tuple(starts.tolist()), kinds_of_tiles, distinct.unflatten(1, (2, tile))
+    )
 
 
 @dataclass(eq=False)
@@ -113,6 +135,7 @@ class _Grid:
     axes: tuple[_Axis, _Axis, _Axis]
     group: int
     residues: tuple[tuple[int, int, int], ...]  #: per axis: first residue class, number of classes, dilation
+    order: tuple[int, int, int] = (0, 1, 2)  #: axes of the tokens' grid in the order of `axes`
     empty: Tensor | None = None  #: bool (N,), queries that see nothing
     biases: dict[Any, Tensor] = field(default_factory=dict, repr=False)
     bias_bytes: int = 0
@@ -122,9 +145,10 @@ class _Grid:
         places = list(product(range(second.tiles), range(third.tiles)))
         kind = [(second.kinds[a], third.kinds[b]) for a, b in places]
         #: strips in the order in which they are taken, equal kinds together
-        self.order = sorted(range(len(places)), key=lambda p: (kind[p], p))
-        self.places = [(second.starts[places[p][0]], third.starts[places[p][1]]) for p in self.order]
-        self.kinds = [kind[p] for p in self.order]
+        taken = sorted(range(len(places)), key=lambda p: (kind[p], p))
+        self.places = [(second.starts[places[p][0]], third.starts[places[p][1]]) for p in taken]
+        self.kinds = [kind[p] for p in taken]
+        self.taken = None if taken == sorted(taken) else torch.tensor(taken)
         self.runs = list(self.axes[0].runs())
 
     @property
@@ -168,13 +192,10 @@ class _Grid:
         known = self.biases.get(key)
         if known is not None:
             return known
-        one = self.axes[0].allowed[key[1]].to(like.device)
-        two = self.axes[1].allowed[strip_kind[0]].to(like.device)
-        three = self.axes[2].allowed[strip_kind[1]].to(like.device)
+        kinds = (key[1], *strip_kind)
+        one, two, three = (axis.allowed(kind, like.device) for axis, kind in zip(self.axes, kinds))
         allowed = (
-            one[:, None, None, :, None, None]
-            & two[None, :, None, None, :, None]
-            & three[None, None, :, None, None, :]
+            one[:, None, None, :, None, None] & two[None, :, None, None, :, None] & three[None, None, :, None, None, :]
         ).reshape(-1, self.box)
         forbidden = (~allowed).repeat_interleave(self.group, 0)[None]
         bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
@@ -193,41 +214,40 @@ def _rate(rows: int) -> float:
 _COPY = 35.0
 
 #: time of the calls for one piece, in pairs
-_CALL = 15_000.0
+_CALL = 30_000.0
 
 
-def _cost(windows: Sequence[tuple[Tensor, Tensor, int]], tile: Sequence[int], box: Sequence[int], group: int) -> float:
-    tiles = [ceil(first.numel() / t) for (first, _, _), t in zip(windows, tile)]
-    rows = prod(tile) * group
-    compute = prod(tiles) * rows * prod(box) * _rate(rows)
-    whole = all(b == keys for b, (_, _, keys) in zip(box[1:], windows[1:]))
-    copies = 0.0 if whole else tiles[1] * tiles[2] * windows[0][2] * box[1] * box[2] * _COPY
-    return compute + copies
+def _cost(windows: Sequence[_Window], tile: Sequence[int], box: Sequence[int], group: int) -> float:
+    tiles = [ceil(w.queries / t) for w, t in zip(windows, tile)]
+    rows, strips = prod(tile) * group, tiles[1] * tiles[2]
+    pairs = tiles[0] * rows * prod(box)
+    # scores that do not fit into the cache are read and written in memory
+    cost = strips * pairs * _rate(rows) * (1.0 if rows * prod(box) * 4 <= 2 * _PIECE_BYTES else 1.3)
+    if all(b == w.keys for b, w in zip(box[1:], windows[1:])):
+        return cost
+    # a piece at least for each strip, and some tiles at its ends, which strips share
+    return cost + strips * (windows[0].keys * box[1] * box[2] * _COPY + 1.5 * _CALL)
 
 
-def _cut(
-    windows: Sequence[tuple[Tensor, Tensor, int]], steps: Sequence[int], group: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The tile, and its box, that is expected to be fastest. `steps`: queries that share a window, per axis."""
-    flat = all(first.numel() == 1 for first, _, _ in windows[1:])
+def _cut(windows: Sequence[_Window], group: int) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
+    """The tile, and its box, that is expected to be fastest, after the time expected."""
+    flat = all(w.queries == 1 for w in windows[1:])
     options: list[list[tuple[int, int]]] = []
-    for (first, last, keys), step in zip(windows, steps):
-        n = first.numel()
+    for w in windows:
         sizes = {16, 32, 64, 128, 256} if flat else {1, 2, 4, 8, 16}
-        sizes |= {step, 2 * step} if step > 1 else set()
-        sizes |= {n} if n <= 16 else set()
-        options.append([(t, _box(first, last, keys, t)) for t in sorted(sizes) if t <= n])
-    best: tuple[float, Any] = (float("inf"), None)
+        sizes |= {w.step, 2 * w.step} if w.step > 1 else set()
+        sizes |= {w.queries} if w.queries <= 16 else set()
+        options.append([(t, _box(w, t)) for t in sorted(sizes) if t <= w.queries])
+    best: tuple[float, tuple[int, ...], tuple[int, ...]] = (float("inf"), (), ())
     for choice in product(*options):
         tile, box = [t for t, _ in choice], [b for _, b in choice]
         if prod(tile) * group > 512 and prod(tile) > 1:
             continue
-        box[0] = _round_up(box[0], prod(box[1:]), windows[0][2])
+        box[0] = _round_up(box[0], prod(box[1:]), windows[0].keys)
         cost = _cost(windows, tile, box, group)
         if cost < best[0]:
-            best = (cost, (tuple(tile), tuple(box)))
-    tile, box = best[1]
-    return tile, box
+            best = (cost, tuple(tile), tuple(box))
+    return best
 
 
 def _round_up(box: int, inner: int, keys: int) -> int:
@@ -246,20 +266,28 @@ def _spec(mask: Mask | None) -> _Spec | None:
     if type(mask) is Band and mask.low is not None and mask.high is not None and not mask.nothing:
         return (0, mask.low, mask.high)
     if type(mask) is Neighborhood:
-        return (len(mask.size), *mask.size, *mask.kernel, *mask.dilation, *mask.stride, *map(int, mask.causal))
+        return (
+            len(mask.size),
+            *mask.size,
+            *mask.kernel,
+            *mask.dilation,
+            *mask.stride,
+            *map(int, mask.causal),
+        )
     return None
 
 
 @lru_cache(maxsize=16)
 def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
     """The grids that the mask falls into: one, or one for each combination of long and short residue classes."""
-    one = (torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), 1)
+    zero = torch.zeros(1, dtype=torch.long)
+    one = _Window(zero, zero, 1)
     if spec[0] == 0:
         i = torch.arange(N)
         first, last = i + spec[1], i + spec[2]
         empty = (first >= M) | (last < 0)
-        windows = [(first.clamp(0, M - 1), last.clamp(0, M - 1), M), one, one]
-        return (_make_grid(windows, (1, 1, 1), group, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
+        window = _Window(first.clamp(0, M - 1), last.clamp(0, M - 1), M)
+        return (_make_grid([window, one, one], group, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
     axes = spec[0]
     size, kernel, dilation, stride, causal = (spec[1 + a * axes : 1 + (a + 1) * axes] for a in range(5))
     classes = []
@@ -273,23 +301,29 @@ def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
         for (_, _, n), w, g, c in zip(combination, kernel, stride, causal):
             axis = Neighborhood((n,), (w,), (1,), (g,), (bool(c),))
             _, first, last = axis.axis_window(0, torch.arange(n))
-            windows.append((first, last, n))
+            windows.append(_Window(first, last, n, g))
         windows += [one] * (3 - axes)
         residues = tuple((r, count, d) for (r, count, _), d in zip(combination, dilation))
-        grids.append(_make_grid(windows, (*stride, 1, 1)[:3], group, residues + ((0, 1, 1),) * (3 - axes)))
+        grids.append(_make_grid(windows, group, residues + ((0, 1, 1),) * (3 - axes)))
     return tuple(grids)
 
 
 def _make_grid(
-    windows: Sequence[tuple[Tensor, Tensor, int]],
-    steps: Sequence[int],
+    windows: Sequence[_Window],
     group: int,
     residues: tuple[tuple[int, int, int], ...],
     empty: Tensor | None = None,
 ) -> _Grid:
-    tile, box = _cut(windows, steps, group)
-    axes = [_axis(first, last, keys, t, b) for (first, last, keys), t, b in zip(windows, tile, box)]
-    return _Grid((axes[0], axes[1], axes[2]), group, residues, empty)
+    """The grid with the axis first with which it is expected to be fastest: that one's boxes need no copy."""
+    cuts = []
+    for first in range(3):
+        if first and windows[first].queries == 1:
+            continue
+        order = (first, *(a for a in range(3) if a != first))
+        cuts.append((*_cut([windows[a] for a in order], group), order))
+    _, tile, box, order = min(cuts, key=lambda cut: cut[0])
+    axes = [_axis(windows[a], t, b) for a, t, b in zip(order, tile, box)]
+    return _Grid((axes[0], axes[1], axes[2]), group, residues, (order[0], order[1], order[2]), empty)
 
 
 # ---------------------------------------------------------------------------- what a backend asks
@@ -374,20 +408,28 @@ class _Scratch:
         return buffer[:need].view(shape)
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: Scratch, lse: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: _Scratch, lse: Tensor | None) -> Tensor:
     """softmax(scale q k^T + bias), (c, T, L); its log-sum-exp is written to `lse` (c, T) where given."""
     scores = scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
     torch.baddbmm(bias.expand_as(scores), q, k.mT, alpha=scale, out=scores)
-    top = scores.amax(-1) if lse is not None else None
+    if lse is None:
+        return torch.softmax(scores, -1, out=scores)
+    top = scores.amax(-1)
     torch.softmax(scores, -1, out=scores)
-    if lse is not None:
-        # the largest weight is exp(top - lse)
-        torch.sub(top, scores.amax(-1).log_(), out=lse)
+    # the largest weight is exp(top - lse)
+    torch.sub(top, scores.amax(-1).log_(), out=lse)
     return scores
 
 
 def _piece_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, scratch: Scratch, out: Tensor, lse: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scale: float,
+    scratch: _Scratch,
+    out: Tensor,
+    lse: Tensor | None,
 ) -> None:
     torch.bmm(_probabilities(q, k, bias, scale, scratch, lse), v, out=out)
 
@@ -398,7 +440,7 @@ def _piece_backward(
     v: Tensor,
     bias: Tensor,
     scale: float,
-    scratch: Scratch,
+    scratch: _Scratch,
     grad_out: Tensor,
     delta: Tensor,
     grad_q: Tensor,
@@ -524,13 +566,15 @@ def _strips(grid: _Grid, x: Tensor, portion: tuple[int, int, int, int], name: st
 
 
 def _residue_view(grid: _Grid, x: Tensor, sizes: Sequence[int], axis: int) -> Tensor:
-    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view."""
+    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view.
+
+    r1 to r3 are in the order of the tokens' axes, n1 to n3 in that of the grid's.
+    """
     x = x.unflatten(axis, tuple(sizes))
     for offset, ((first, count, d), n) in enumerate(zip(grid.residues, sizes)):
         length = (n - first + d - 1) // d
         x = x.narrow(axis + offset, first, (length - 1) * d + count).unfold(axis + offset, count, d)
-    lead = range(x.ndim - 3)
-    return x.permute(x.ndim - 3, x.ndim - 2, x.ndim - 1, *lead)
+    return x.permute(*range(x.ndim - 3, x.ndim), *range(axis), *(axis + a for a in grid.order), axis + 3)
 
 
 def _to_tiles(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -543,25 +587,26 @@ def _to_tiles(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
     t1, t2, t3 = grid.tile
     C, G, n1, n2, n3, X = x.shape
     x = x.view(C, G, n1 // t1, t1, n2 // t2, t2, n3 // t3, t3, X).permute(4, 6, 0, 2, 3, 5, 7, 1, 8)
-    x = x.reshape(len(grid.order), C, n1 // t1, t1 * t2 * t3 * G, X)
-    if grid.order != sorted(grid.order):
-        x = x[grid.order]
+    x = x.reshape(len(grid.places), C, n1 // t1, t1 * t2 * t3 * G, X)
+    if grid.taken is not None:
+        x = x[grid.taken.to(x.device)]
     return x.flatten(0, 1).contiguous()
 
 
 def _from_tiles(grid: _Grid, x: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
     """Write a tensor in tile order (P C, m, T, X) to the grid's places of `out` (B, K, G, N, X)."""
     view = _residue_view(grid, out, sizes, 3)  # r1, r2, r3, B, K, G, n1, n2, n3, X
-    G, X = view.shape[5], view.shape[-1]
+    lead, G, X = view.shape[:5], view.shape[5], view.shape[-1]
     (t1, t2, t3), (m1, m2, m3) = grid.tile, (axis.tiles for axis in grid.axes)
     x = x.view(m2 * m3, -1, m1, x.shape[-2], X)
-    if grid.order != sorted(grid.order):
-        back = torch.empty_like(x)
-        back[grid.order] = x
-        x = back
-    x = x.view(m2, m3, -1, m1, t1, t2, t3, G, X).permute(2, 7, 3, 4, 0, 5, 1, 6, 8)
-    x = x.reshape(-1, G, m1 * t1, m2 * t2, m3 * t3, X)[:, :, : view.shape[6], : view.shape[7], : view.shape[8]]
-    view.copy_(x.unflatten(0, view.shape[:5]))
+    if grid.taken is not None:
+        x = x[grid.taken.argsort().to(x.device)]
+    x = x.view(m2, m3, *lead, m1, t1, t2, t3, G, X).permute(2, 3, 4, 5, 6, 11, 7, 8, 0, 9, 1, 10, 12)
+    n1, n2, n3 = view.shape[6:9]
+    if (n1, n2, n3) == (m1 * t1, m2 * t2, m3 * t3):
+        view.unflatten(8, (m3, t3)).unflatten(7, (m2, t2)).unflatten(6, (m1, t1)).copy_(x)
+    else:
+        view.copy_(x.reshape(*lead, G, m1 * t1, m2 * t2, m3 * t3, X)[..., :n1, :n2, :n3, :])
 
 
 def _sizes(spec: Sequence[int], N: int) -> tuple[int, int, int]:
@@ -674,7 +719,10 @@ def _window_backward(
             k_strips = _strips(grid, keys, portion, "keys", scratch)
             v_strips = _strips(grid, values, portion, "values", scratch)
             if grid.whole:
-                grad_k_strips, grad_v_strips = grad_keys[c0:c1].flatten(1, 3), grad_values[c0:c1].flatten(1, 3)
+                grad_k_strips, grad_v_strips = (
+                    grad_keys[c0:c1].flatten(1, 3),
+                    grad_values[c0:c1].flatten(1, 3),
+                )
             else:
                 grad_k_strips = scratch.take("grad_keys", *k_strips.shape).zero_()
                 grad_v_strips = scratch.take("grad_values", *v_strips.shape).zero_()
@@ -837,19 +885,17 @@ def relative_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
             f"got shape {tuple(table.shape)}"
         )
     axes = len(windows)
-    index = []
+    index: list[Tensor] = []
     for axis, w in enumerate(windows):
         i = torch.arange(w, device=table.device)
         shape = [1] * (2 * axes)
         shape[axis] = shape[axes + axis] = w
         index.append((i - i[:, None] + w - 1).view(shape))
-    return table[(slice(None), *index)].reshape(table.shape[0], prod(windows), prod(windows))
+    return table.movedim(0, -1)[tuple(index)].movedim(-1, 0).reshape(table.shape[0], prod(windows), prod(windows))
 
 
 @lru_cache(maxsize=32)
-def _regions(
-    grid: tuple[int, ...], windows: tuple[int, ...], shifts: tuple[int, ...]
-) -> tuple[list[int], Tensor]:
+def _regions(grid: tuple[int, ...], windows: tuple[int, ...], shifts: tuple[int, ...]) -> tuple[list[int], Tensor]:
     """Kind of each window, and the pairs forbidden in each kind (kinds, T, T); kind 0 forbids nothing."""
     allowed = torch.ones(1, 1, 1, dtype=torch.bool)
     for n, w, s in zip(grid, windows, shifts):
@@ -931,7 +977,7 @@ def _partition_forward(
     return_lse: bool,
     memory_mb: float,
 ) -> tuple[Tensor, Tensor]:
-    W, K, T, D = q_WKTD.shape
+    W, K, T, _ = q_WKTD.shape
     L, E = v_WKLE.shape[2:]
     dtype = _working_dtype(q_WKTD.dtype)
     out = torch.empty(W * K, T, E, dtype=dtype, device=q_WKTD.device)
@@ -984,8 +1030,8 @@ def _partition_backward(
     scale: float,
     memory_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    W, K, T, D = q_WKTD.shape
-    L, E = v_WKLE.shape[2:]
+    W, K, T, _ = q_WKTD.shape
+    L = k_WKLD.shape[2]
     dtype = _working_dtype(q_WKTD.dtype)
     q, k, v, go, o = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE, grad_out, out))
     bias = None if bias_KTL is None else bias_KTL.to(dtype)
