@@ -34,16 +34,19 @@ EVERYTHING = {
     "softmax": {},
     "window": {"left": 64},
     "moba": {"block_size": 8, "top_k": 8},
+    "spargeattn": {"block_q": 8, "block_k": 4, "similarity_threshold": 1.0},
 }
 SPARSE = {
     "softmax": {},
     "window": {"left": 5},
     "moba": {"block_size": 4, "top_k": 2},
+    "spargeattn": {"block_q": 8, "block_k": 4, "top_k": 0.5},
 }
 #: settings under which the pretrained encoder keeps its sense, on sentences of some 20 tokens
 PRETRAINED = {
     "softmax": {},
     "window": {"left": 8},
+    "spargeattn": {"block_q": 8, "block_k": 4, "top_k": 0.75},
 }
 CAUSAL = ["llama", "qwen2", "qwen3", "mistral"]
 
@@ -99,8 +102,8 @@ def test_everything_selected_is_dense(name: str, slug: str) -> None:
         torch.testing.assert_close(output(model, inputs), expected, atol=1e-4, rtol=0)
     assert len(report.layers) == 2 and report.density == 1.0
     assert all(row.calls + row.dense_calls == 1 and row.relative_error < 1e-5 for row in report.layers)
-    # Mistral's layers look back over six tokens, which is not a pattern that MoBA is defined on
-    assert all(bool(row.calls) == (name != "mistral" or slug != "moba") for row in report.layers)
+    # Mistral's layers look back over six tokens, which is not a pattern that MoBA or SpargeAttn is defined on
+    assert all(bool(row.calls) == (name != "mistral" or MECHANISMS[slug].masks == "any") for row in report.layers)
 
 
 @pytest.mark.parametrize("slug", EVERYTHING)
@@ -590,3 +593,29 @@ def test_pretrained_encoder(encoder: tuple[nn.Module, dict[str, Tensor]], slug: 
     # each sentence is still nearest to its paraphrase
     near = (sparse @ sparse.T).fill_diagonal_(-1).argmax(-1)
     assert near.tolist() == [1, 0, 3, 2, 5, 4]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_work_of_spargeattn_is_its_block_map(causal: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8), torch.randn(2, 2, 21, 8)
+    options = SPARSE["spargeattn"]
+    entry = MECHANISMS["spargeattn"]
+    _, keep = entry.function(q, k, v, causal=causal, return_map=True, **options)
+    kept = keep.repeat_interleave(8, 2)[:, :, :21].repeat_interleave(4, 3)[..., :21]
+    dense = torch.ones(21, 21, dtype=torch.bool)
+    if causal:
+        dense = dense.tril()
+    work = entry.work(q, k, v, causal=causal, options=options)
+    assert work == (float((kept & dense).sum()), float(8 * dense.sum()))
+    assert 0 < work[0] < work[1]
+
+
+@pytest.mark.parametrize("slug", SPARSE)
+def test_half_precision(slug: str) -> None:
+    model, inputs = build("llama"), tokens(2, 24)
+    with switch(model, slug, **SPARSE[slug]):
+        expected = output(model, inputs)
+        out = output(model.to(torch.bfloat16), inputs)
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - expected).abs().max() < 0.1 * expected.abs().max()

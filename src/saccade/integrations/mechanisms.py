@@ -41,7 +41,7 @@ class Mechanism:
             packed documents, and queries that are the last of the keys. "none": sequences of one length, as many
             queries as keys; padded and packed rows are taken apart for it.
         kept: (N, M, causal, offset, options) -> the pairs that it computes, for the report: a mask, or their number
-            per head. None where the function gives them as a block map with `return_map`.
+            per head. None where the function gives them with `return_map`, as blocks of `block_q` x `block_k` tokens.
     """
 
     slug: str
@@ -118,6 +118,7 @@ class Mechanism:
         mask: Mask | None = None,
         causal: bool = False,
         offset: int = 0,
+        scale: float | None = None,
         options: Mapping[str, Any],
     ) -> tuple[float, float]:
         """Pairs that the mechanism computes, and that dense attention would, over all rows and heads."""
@@ -130,9 +131,8 @@ class Mechanism:
         if self.kept is not None:
             kept = self.kept(N, M, causal, offset, options)
         else:
-            kept_BHnm = self.function(q_BHND, k_BKMD, v_BKME, causal=causal, return_map=True, **options)[1]
-            n, m = kept_BHnm.shape[2:]
-            kept = masks.blocks(kept_BHnm, (-(-N // n), -(-M // m)))
+            _, kept_BHnm = self.function(q_BHND, k_BKMD, v_BKME, causal=causal, scale=scale, return_map=True, **options)
+            kept = masks.blocks(kept_BHnm, (options["block_q"], options["block_k"]))
         if isinstance(kept, Mask):
             return pairs(kept if mask is None else kept & mask, B, H, N, M, q_BHND.device), dense
         return kept * B * H, dense

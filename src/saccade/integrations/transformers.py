@@ -383,7 +383,7 @@ def _measure(
     """Enter one call into the layer's report. Padding counts for nothing."""
     entry, row = setting.mechanism, setting.report
     assert entry is not None and row is not None
-    call: dict[str, Any] = {"causal": pattern.causal, "options": setting.options}
+    call: dict[str, Any] = {"causal": pattern.causal, "scale": scale, "options": setting.options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
     apart = pattern.valid_BM is not None or pattern.ids_BN is not None
     if entry.masks != "any" and apart and n == m:
