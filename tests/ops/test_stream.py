@@ -142,7 +142,7 @@ def test_masks_and_normalizers(mask: str, normalize: str) -> None:
     compare(inputs(), mask=some_masks(2, 4, 37, 53)[mask], normalize=NORMALIZERS[normalize])
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     sizes=st.tuples(
         st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)
