@@ -348,11 +348,11 @@ if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
 
 
 def _to_blocks(x_BHND: Tensor, block: int) -> Tensor:
-    """(B, H, N, D) as contiguous blocks (B * H * n, block * D), the last of each head filled up with zeros."""
+    """(B, H, N, D) as contiguous blocks (B * H * n, block, D), the last of each head filled up with zeros."""
     B, H, N, D = x_BHND.shape
     if N % block:
         x_BHND = F.pad(x_BHND, (0, 0, 0, -N % block))
-    return x_BHND.reshape(B * H * ceil(N / block), block * D)
+    return x_BHND.reshape(B * H * ceil(N / block), block, D)
 
 
 def _from_blocks(x: Tensor, like_BHND: Sequence[int]) -> Tensor:
@@ -395,33 +395,28 @@ class _Desk:
 
     def _lay_out(self, r: int, c: int) -> SimpleNamespace:
         s, D, E = self.s, self.D, self.E
-        taken = 0
+        start = 0
 
         def take(*shape: int) -> Tensor:
-            nonlocal taken
-            start, size = taken, prod(shape)
-            taken += ceil(size / 16) * 16
-            return self._flat[start : start + size].view(shape)
+            nonlocal start
+            strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            area = self._flat.as_strided(shape, strides, start)
+            start += ceil(prod(shape) / 16) * 16
+            return area
 
         d = SimpleNamespace()
         d.scores = take(r, s.block_q, c * s.block_k)
         d.queries = take(r, s.block_q, D)
         d.rows = take(r, s.block_q, E)
+        d.keys_P = take(r * c, s.block_k, D)
+        if not self.backward:
+            # values are gathered when the keys are done with
+            start -= d.keys_P.numel()
+        d.values_P = take(r * c, s.block_k, E)
+        d.keys, d.values = d.keys_P.view(r, -1, D), d.values_P.view(r, -1, E)
         if self.backward:
-            d.keys, d.values = take(r, c * s.block_k, D), take(r, c * s.block_k, E)
             d.grad_scores = take(r, s.block_q, c * s.block_k)
             d.grads, d.grad_queries = take(r, s.block_q, E), take(r, s.block_q, D)
-            d.grads_R, d.grad_queries_R = d.grads.view(r, -1), d.grad_queries.view(r, -1)
-            d.grad_tiles = d.grad_scores.view(r, s.block_q, c, s.block_k)
-        else:
-            # values are gathered when the keys are done with
-            gathered = take(r * c * s.block_k * max(D, E))
-            d.keys = gathered[: r * c * s.block_k * D].view(r, -1, D)
-            d.values = gathered[: r * c * s.block_k * E].view(r, -1, E)
-        d.tiles = d.scores.view(r, s.block_q, c, s.block_k)
-        d.keys_T, d.values_T = d.keys.mT, d.values.mT
-        d.queries_R, d.rows_R = d.queries.view(r, -1), d.rows.view(r, -1)
-        d.keys_P, d.values_P = d.keys.view(r * c, -1), d.values.view(r * c, -1)
         return d
 
 
@@ -430,8 +425,8 @@ class _BlockSparse(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> Any:
         s, D, E = job.structure, q.shape[3], v.shape[3]
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
-        out_R = q.new_zeros(q_R.shape[0], s.block_q * E)
-        lse_R = q.new_full((q_R.shape[0], s.block_q), float("-inf"))
+        out_R = q.new_zeros(q_R.shape[0], s.block_q, E)
+        lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
         bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
         tiny = torch.finfo(q.dtype).tiny
 
@@ -450,12 +445,11 @@ class _BlockSparse(torch.autograd.Function):
                     torch.bmm(d.scores, d.values, out=d.rows)
                     d.rows.div_(total_rq.clamp(min=tiny))
                     lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
-                    lse_rq = lse_rq[..., 0]
                     if piece.cut:
-                        before = out_R[rows].view_as(d.rows), lse_R[rows]
-                        out_rqE, lse_rq = merge(*before, d.rows, lse_rq)
+                        out_rqE, merged_rq = merge(out_R[rows], lse_R[rows][..., 0], d.rows, lse_rq[..., 0])
                         d.rows.copy_(out_rqE)
-                    out_R.index_copy_(0, rows, d.rows_R)
+                        lse_rq = merged_rq[..., None]
+                    out_R.index_copy_(0, rows, d.rows)
                     lse_R.index_copy_(0, rows, lse_rq)
 
         job.run(task)
@@ -488,24 +482,25 @@ class _BlockSparse(torch.autograd.Function):
                     d = desk(piece)
                     _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
                     # weights by the LSE of the whole row, also where this is a part of it; dead rows weigh nothing
-                    lse_rq = lse_R[rows][..., None]
+                    lse_rq = lse_R[rows]
                     dead_rq = lse_rq == float("-inf")
                     d.scores.sub_(lse_rq.masked_fill_(dead_rq, float("inf")).mul_(1 / log(2))).exp2_()
-                    torch.index_select(out_R, 0, rows, out=d.rows_R)
-                    torch.index_select(grad_out_R, 0, rows, out=d.grads_R)
+                    torch.index_select(out_R, 0, rows, out=d.rows)
+                    torch.index_select(grad_out_R, 0, rows, out=d.grads)
                     shift_rq = d.rows.mul_(d.grads).sum(-1, keepdim=True)
                     if grad_lse_R is not None:
-                        shift_rq -= grad_lse_R[rows][..., None].masked_fill_(dead_rq, 0.0)
+                        shift_rq -= grad_lse_R[rows].masked_fill_(dead_rq, 0.0)
                     torch.index_select(v_R, 0, pairs, out=d.values_P)
-                    torch.bmm(d.grads, d.values_T, out=d.grad_scores)
+                    torch.bmm(d.grads, d.values.mT, out=d.grad_scores)
                     torch.bmm(d.scores.mT, d.grads, out=d.values)
                     grad_v_R.index_add_(0, pairs, d.values_P)
 
                     d.grad_scores.sub_(shift_rq).mul_(d.scores)
                     if grad_bias is not None:
-                        grad_bias.view(-1)[work.map_of(piece)] = d.grad_tiles.sum((1, 3)).view(-1)
+                        tiles = d.grad_scores.view(piece.rows, s.block_q, piece.width, s.block_k)
+                        grad_bias.view(-1)[work.map_of(piece)] = tiles.sum((1, 3)).view(-1)
                     torch.baddbmm(d.grad_queries, d.grad_scores, d.keys, beta=0, alpha=job.scale, out=d.grad_queries)
-                    grad_q_R.index_add_(0, rows, d.grad_queries_R)
+                    grad_q_R.index_add_(0, rows, d.grad_queries)
                     torch.baddbmm(d.keys, d.grad_scores.mT, d.queries, beta=0, alpha=job.scale, out=d.keys)
                     grad_k_R.index_add_(0, pairs, d.keys_P)
 
@@ -534,7 +529,7 @@ class _KeyHeadSums:
         for (_, last), (first, _) in zip(self._heads, self._heads[1:]):
             self._extra.append(self._extra[-1] + (first == last))
         places = k_R.shape[0] + self._extra[-1] * s.m
-        self._sums = k_R.new_zeros(places, k_R.shape[1]), v_R.new_zeros(places, v_R.shape[1])
+        self._sums = k_R.new_zeros(places, *k_R.shape[1:]), v_R.new_zeros(places, *v_R.shape[1:])
 
     def of(self, share: int) -> tuple[Tensor, Tensor]:
         """Where a share adds its gradients, by flat key block."""
@@ -547,7 +542,7 @@ class _KeyHeadSums:
         return self._folded(self._sums[0]), self._folded(self._sums[1])
 
     def _folded(self, sums: Tensor) -> Tensor:
-        total = sums.new_zeros(sums.shape[0] - self._extra[-1] * self._m, sums.shape[1])
+        total = sums.new_zeros(sums.shape[0] - self._extra[-1] * self._m, *sums.shape[1:])
         for extra, (first, last) in zip(self._extra, self._heads):
             here = slice(first * self._m, (last + 1) * self._m)
             total[here] += sums[(first + extra) * self._m : (last + 1 + extra) * self._m]
@@ -566,14 +561,17 @@ def _scores(
     d: SimpleNamespace,
 ) -> None:
     """Gather a piece's queries and keys, and compute its scores in units of log 2; -inf where the mask says no."""
-    torch.index_select(q_R, 0, rows, out=d.queries_R)
+    torch.index_select(q_R, 0, rows, out=d.queries)
     torch.index_select(k_R, 0, pairs, out=d.keys_P)
-    torch.baddbmm(d.scores, d.queries, d.keys_T, beta=0, alpha=job.scale / log(2), out=d.scores)
+    torch.baddbmm(d.scores, d.queries, d.keys.mT, beta=0, alpha=job.scale / log(2), out=d.scores)
+    if bias is None and not piece.has_partial:
+        return
+    tiles = d.scores.view(piece.rows, job.structure.block_q, piece.width, job.structure.block_k)
     if bias is not None:
         bias_P = bias.reshape(-1)[work.map_of(piece)]
-        d.tiles.add_(bias_P.view(piece.rows, 1, piece.width, 1), alpha=1 / log(2))
+        tiles.add_(bias_P.view(piece.rows, 1, piece.width, 1), alpha=1 / log(2))
     if piece.has_partial:
-        job.structure.forbid(work, piece, d.tiles)
+        job.structure.forbid(work, piece, tiles)
 
 
 def _largest_score(q: Tensor, k: Tensor) -> float:
