@@ -160,6 +160,7 @@ def plan(
     Raises:
         ValueError: where `attend` would.
     """
+    _refuse_strangers(q_BHND, k_BKMD, v_BKME)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
     return make_plan(problem, backend)
 
@@ -174,8 +175,9 @@ def _refuse_nan(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return
     with torch.no_grad():
-        # one NaN makes the sum NaN; so do infinities of both signs, hence the second look
-        if math.isnan(float(q.sum() + k.sum() + v.sum())):
+        # a sum of squares is NaN where a number is, and only there: infinities do not cancel
+        norms = [torch.linalg.vector_norm(x) for x in (q, k, v)]
+        if math.isnan(float(norms[0] + norms[1] + norms[2])):
             for name, x in (("query", q), ("key", k), ("value", v)):
                 if x.isnan().any():
                     raise ValueError(f"{name} holds NaN ({int(x.isnan().sum())} of {x.numel()} numbers)")
@@ -207,7 +209,7 @@ def _problem(
         raise ValueError(f"query, key and value must have one batch size, got {B}, {k.shape[0]} and {v.shape[0]}")
     if v.shape[1] != K or v.shape[2] != M:
         raise ValueError(f"key and value must agree in heads and tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if K == 0 or H % K:
+    if H % K if K else H:
         raise ValueError(f"the key heads must divide the query heads ({H}), got {K}")
     if score is None and k.shape[3] != D:
         raise ValueError(f"query and key must have one head_dim, got {D} and {k.shape[3]}")

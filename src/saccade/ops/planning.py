@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.ops.masks import EMPTY, Mask
+from saccade.ops.masks import EMPTY, FULL, Mask
 
 #: tokens per block in which the planner looks at a mask, unless the mask brings its own
 PLANNING_BLOCK = 64
@@ -52,16 +53,19 @@ class Problem:
         return size or (PLANNING_BLOCK, PLANNING_BLOCK)
 
     @cached_property
-    def block_map(self) -> Tensor | None:
-        """The mask's block states on its own device, or None without a mask."""
+    def block_map(self) -> Tensor:
+        """The mask's block states (B', H', n, m); without a mask every block is full."""
+        # planning needs the states themselves, also where the tensors are only shapes
+        device = "cpu" if self.device.type == "meta" else self.device
         if self.mask is None:
-            return None
-        return self.mask.block_map(self.N, self.M, self.block_size, self.device)
+            blocks = (ceil(self.N / self.block_size[0]), ceil(self.M / self.block_size[1]))
+            return torch.full((1, 1, *blocks), FULL, dtype=torch.int8, device=device)
+        return self.mask.block_map(self.N, self.M, self.block_size, device)
 
     @cached_property
     def density(self) -> float:
         """Share of the N x M pairs in blocks with work to do."""
-        if self.block_map is None:
+        if self.mask is None:
             return 1.0
         return float((self.block_map != EMPTY).float().mean().item()) if self.block_map.numel() else 0.0
 

@@ -75,8 +75,6 @@ def refusal(problem: Problem) -> str | None:
         return f"softmax only, not {problem.normalize!r}"
     if problem.dropout:
         return "no dropout here"
-    if problem.mask is None:
-        return "there is no mask whose blocks could be skipped"
     return None
 
 
@@ -85,7 +83,6 @@ def share(problem: Problem) -> float:
     if (fast := _regular(problem)) is not None and hasattr(fast, "share"):
         return float(fast.share(problem))
     states = problem.block_map
-    assert states is not None
     partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
     dense_seconds = 4e-11 / 4 * problem.B * problem.H * problem.N * problem.M * (problem.D + problem.E) / 2 + 1e-5
     pieces = problem.density * problem.B * problem.H * problem.N * problem.M / _scores_per_piece(problem) + 8
@@ -105,7 +102,6 @@ def _scores_per_piece(problem: Problem) -> int:
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     if (fast := _regular(problem)) is not None:
         return fast.run(problem, q, k, v)
-    assert problem.block_map is not None
     return _attend(
         q, k, v, problem.mask, problem.block_map, problem.block_size, None,
         problem.scale, problem.return_lse, problem.memory_mb,

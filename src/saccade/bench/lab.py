@@ -1,1 +1,0 @@
-from saccade.train.lab import Lab as Lab
