@@ -24,10 +24,11 @@ def extra_bytes(problem: Problem) -> int:
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     out_dtype = q.dtype
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    q, v = q.to(dtype), v.repeat_interleave(problem.H // problem.K, 1).to(dtype)
-    k = k.repeat_interleave(problem.H // problem.K, 1).to(dtype)
+    k, v = (x.repeat_interleave(problem.H // problem.K, 1) for x in (k, v))
+    v = v.to(dtype)
 
-    scores = q @ k.mT if problem.score is None else problem.score(q, k)
+    # a score of the user's has parameters in the inputs' dtype
+    scores = q.to(dtype) @ k.to(dtype).mT if problem.score is None else problem.score(q, k).to(dtype)
     scores = scores * problem.scale
     if problem.score_mod is not None:
         scores = problem.score_mod(scores, *_indices(scores))

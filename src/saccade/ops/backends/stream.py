@@ -146,7 +146,7 @@ def _whole_bytes(problem: Problem) -> int:
 
 def _union_density(problem: Problem) -> float:
     """Share of the tiles that some batch row or head needs."""
-    if problem.block_map is None or not problem.block_map.numel():
+    if not problem.block_map.numel():
         return 1.0
     return float((problem.block_map != EMPTY).any(0).any(0).float().mean().item())
 
@@ -184,6 +184,8 @@ class _Call:
         overhead = max(1, int(TILE_OVERHEAD / (bytes_per_pair * max(1, p.B * p.H))))
         self.tile, states = _choose_tile(p, pairs, overhead)
         n, m = self.tile
+        if 0 in (p.B, p.H):
+            return
         keys = [slice(j, min(j + m, p.M)) for j in range(0, p.M, m)]
         for i, start in enumerate(range(0, p.N, n)):
             row = slice(start, min(start + n, p.N))
@@ -504,7 +506,7 @@ class _Stream(torch.autograd.Function):
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, over two batch axes, in place."""
-    total.view(-1, *total.shape[2:]).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
 def _tile_scores(call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: slice, number: int) -> Tensor:
@@ -545,7 +547,7 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict
             _add_product(total, grouped, v[:, :, key].to(call.dtype))
             number += 1
         factor, final = call.normalizer.finish(state)
-        total = total.view(p.B, p.H, -1, p.E)
+        total = total.view(p.B, p.H, row.stop - row.start, p.E)
         out[:, :, row] = total if factor is None else total.mul_(factor)
         finals.append(final)
     names = list(finals[0]) if finals else []
