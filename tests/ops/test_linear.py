@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,6 +237,20 @@ def test_the_future_does_not_matter() -> None:
         for x in (q, k, v, *([decay] if kind != "H" else [])):
             x[:, :, 20:] *= 0.5
         assert torch.equal(linear_attend(q, k, v, decay=decay, chunk_size=8)[:, :, :20], before[:, :, :20])
+
+
+def test_threads_and_inference_mode_share_no_buffers() -> None:
+    inputs = [torch.rand(1, 2, 300, 8) for _ in range(4)]
+    with torch.inference_mode():
+        expected = [linear_attend(x, x, x, decay=0.9) for x in inputs]
+    leaf = inputs[0].clone().requires_grad_()
+    out = linear_attend(leaf, leaf, leaf, decay=0.9)
+    out.sum().backward()
+    assert torch.equal(out, expected[0]) and leaf.grad.isfinite().all()
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda x: linear_attend(x, x, x, decay=0.9), inputs)
+            assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def test_effective_weights() -> None:

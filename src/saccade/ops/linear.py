@@ -20,6 +20,7 @@ Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M k
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, NamedTuple
@@ -338,18 +339,30 @@ _CACHE_ELEMENTS = 1 << 19
 _DEVICE_ELEMENTS = 1 << 26
 
 
+#: per thread and dtype; and how many elements a buffer may have to be kept
+_kept = threading.local()
+_KEPT_ELEMENTS = 1 << 20
+
+
 class _Scratch:
-    """Buffers that are used again for piece after piece, so that they stay in cache."""
+    """Buffers that are used again for piece after piece, so that they stay in cache.
+
+    On the CPU the small ones outlive the call: fresh memory costs a page fault for every 4 kB, as much as the
+    arithmetic of a thousand tokens. An accelerator's allocator does the same by itself.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         self.buffers: dict[str, Tensor] = {}
+        self.kept = vars(_kept).setdefault(str(dtype), {}) if device.type == "cpu" else self.buffers
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         need = prod(shape)
-        if name not in self.buffers or self.buffers[name].numel() < need:
-            self.buffers[name] = torch.empty(need, dtype=self.dtype, device=self.device)
-        return self.buffers[name][:need].view(shape)
+        buffers = self.kept if need <= _KEPT_ELEMENTS else self.buffers
+        if name not in buffers or buffers[name].numel() < need:
+            with torch.inference_mode(False):  # what is kept must do in either mode
+                buffers[name] = torch.empty(need, dtype=self.dtype, device=self.device)
+        return buffers[name][:need].view(shape)
 
     def load(
         self, name: str, x: Tensor, piece: _Piece, H: int, *, size: int, ones: bool = False, pad: float = 0
