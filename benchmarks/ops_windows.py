@@ -113,9 +113,20 @@ def shifted_windows(repeats: int) -> dict[str, float]:
     torch.manual_seed(0)
     q, k, v = (torch.randn(8, 3, 3136, 32) for _ in range(3))
     bias = torch.randn(3, 49, 49)
+    forbidden = torch.zeros(64, 1, 49, 49)  # the region mask's values do not matter for the time
+
+    def cut(x: Tensor) -> Tensor:
+        x = x.view(8, 3, 56, 56, 32).roll((-3, -3), (2, 3)).view(8, 3, 8, 7, 8, 7, 32)
+        return x.permute(0, 2, 4, 1, 3, 5, 6).reshape(512, 3, 49, 32)
+
+    def batched() -> Tensor:
+        mask = (bias + forbidden).repeat(8, 1, 1, 1)
+        out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=mask)
+        out = out.view(8, 8, 8, 3, 7, 7, 32).permute(0, 3, 1, 4, 2, 5, 6).reshape(8, 3, 56, 56, 32)
+        return out.roll((3, 3), (2, 3)).view(8, 3, 3136, 32)
+
     ours = seconds(lambda: windows.window_attend(q, k, v, (56, 56), 7, 3, bias), repeats)
-    batched = [x.view(8, 3, 8, 7, 8, 7, 32).permute(0, 2, 4, 1, 3, 5, 6).reshape(512, 3, 49, 32) for x in (q, k, v)]
-    sdpa = seconds(lambda: F.scaled_dot_product_attention(*batched, attn_mask=bias[None]), repeats)
+    sdpa = seconds(batched, repeats)
     dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v), 1)
     return {
         "ideal": 64.0,
@@ -170,7 +181,7 @@ def main() -> None:
         r = rows["shifted windows"] = shifted_windows(repeats)
         print(
             f"shifted windows 7 x 7 on 56 x 56, B=8, 3 heads of 32, with bias: {r['forward_ms']:.1f} ms, "
-            f"{r['speedup']:.1f} x dense SDPA, {r['speedup_batched_sdpa']:.2f} x SDPA on ready-made windows"
+            f"{r['speedup']:.1f} x dense SDPA, {r['speedup_batched_sdpa']:.2f} x SDPA batched over windows"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")

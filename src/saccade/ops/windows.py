@@ -178,6 +178,13 @@ class _Grid:
         return self.inner == self.axes[1].keys * self.axes[2].keys
 
     @property
+    def plain(self) -> bool:
+        """Tile order is token order."""
+        first = self.axes[0]
+        undilated = all(d == 1 for _, _, d in self.residues)
+        return self.whole and undilated and self.inner == self.group == 1 and first.queries % first.tile == 0
+
+    @property
     def classes(self) -> int:
         return prod(count for _, count, _ in self.residues)
 
@@ -352,7 +359,6 @@ def share(problem: Problem) -> float:
     return time / (problem.B * problem.H * problem.N * problem.M)
 
 
-@torch._dynamo.assume_constant_result
 def _forecast(spec: _Spec, N: int, M: int, group: int, C: int) -> tuple[float, float]:
     """Pairs computed, and the time in pairs of dense SDPA."""
     pairs = time = 0.0
@@ -364,6 +370,10 @@ def _forecast(spec: _Spec, N: int, M: int, group: int, C: int) -> tuple[float, f
         pieces = C * grid.pairs * 4 / (_PIECE_BYTES * 2) + len(grid.runs) * len(set(grid.kinds))
         time += _CALL * pieces
     return pairs, time
+
+
+# what torch.compiler.assume_constant_result does, without its import of the whole compiler
+_forecast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def extra_bytes(problem: Problem) -> int:
@@ -643,7 +653,8 @@ def _window_forward(
     for grid in _layout(tuple(spec), N, M, H // K):
         q_tiles = _to_tiles(grid, q_BKGND, sizes_q)
         keys, values = _keys(grid, k, sizes_k), _keys(grid, v, sizes_k)
-        out_tiles = q_tiles.new_empty(*q_tiles.shape[:-1], E)
+        direct = grid.plain and out.dtype == dtype
+        out_tiles = out.view(*q_tiles.shape[:-1], E) if direct else q_tiles.new_empty(*q_tiles.shape[:-1], E)
         lse_tiles = q_tiles.new_empty(q_tiles.shape[:-1]) if return_lse else None
         C, scratch = keys.shape[0], _Scratch(q_tiles)
         for portion in _portions(grid, C, grid.strip * (q.shape[3] + E) * q_tiles.element_size()):
@@ -661,7 +672,8 @@ def _window_forward(
                     piece.rows(out_tiles),
                     None if lse_tiles is None else piece.rows(lse_tiles),
                 )
-        _from_tiles(grid, out_tiles, out, sizes_q)
+        if not direct:
+            _from_tiles(grid, out_tiles, out, sizes_q)
         if lse_tiles is not None:
             _from_tiles(grid, lse_tiles[..., None], lse, sizes_q)
         if grid.empty is not None:
@@ -711,7 +723,8 @@ def _window_backward(
     for grid in grids:
         q_tiles, grad_out_tiles, delta_tiles = (_to_tiles(grid, x, sizes_q) for x in rows)
         keys, values = _keys(grid, k_all, sizes_k), _keys(grid, v_all, sizes_k)
-        grad_q_tiles = torch.empty_like(q_tiles)
+        direct = grid.plain and grad_q.dtype == dtype
+        grad_q_tiles = grad_q.view(q_tiles.shape) if direct else torch.empty_like(q_tiles)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
         C, scratch = keys.shape[0], _Scratch(q_tiles)
         for portion in _portions(grid, C, 2 * grid.strip * (D + E) * q_tiles.element_size()):
@@ -745,7 +758,8 @@ def _window_backward(
                     shape = (p1 - p0, c1 - c0, grid.axes[0].keys, grid.axes[1].box, grid.axes[2].box, -1)
                     for strip, view in zip(strips.view(shape), _strip_views(grid, grads, portion)):
                         view.add_(strip)
-        _from_tiles(grid, grad_q_tiles, grad_q, sizes_q)
+        if not direct:
+            _from_tiles(grid, grad_q_tiles, grad_q, sizes_q)
         for grads, target in ((grad_keys, grad_k), (grad_values, grad_v)):
             view = _residue_view(grid, target, sizes_k, 2)
             view.copy_(grads.view(view.shape))
@@ -950,19 +964,17 @@ def _window_pieces(W: int, K: int, T: int, L: int, itemsize: int, limit: int) ->
     yield from ((a, min(a + step, W)) for a in range(0, W, step))
 
 
-def _window_bias(
-    bias: Tensor | None, forbidden: Tensor, kinds: Sequence[int], shape: Sequence[int], scratch: _Scratch
-) -> Tensor:
-    """Bias of some windows (c, K, T, L): the heads' own, and -inf where the region forbids."""
-    piece = scratch.take("bias", *shape)
-    if bias is None:
-        piece.zero_()
-    else:
-        piece.copy_(bias)
-    odd = [i for i, kind in enumerate(kinds) if kind]
-    if odd:
-        piece[odd] = piece[odd].masked_fill(forbidden[[kinds[i] for i in odd]][:, None], float("-inf"))
-    return piece.flatten(0, 1)
+def _window_biases(bias: Tensor | None, forbidden: Tensor, K: int, like: Tensor) -> Tensor:
+    """Bias of each kind of window (kinds, K T L): the heads' own, and -inf where the region forbids."""
+    plain = like.new_zeros(K, *forbidden.shape[1:]) if bias is None else bias
+    return plain.masked_fill(forbidden[:, None], float("-inf")).flatten(1)
+
+
+def _window_bias(biases: Tensor, kinds: Tensor, K: int, T: int, L: int, scratch: _Scratch) -> Tensor:
+    """Bias of some windows (c K, T, L)."""
+    piece = scratch.take("bias", kinds.numel(), K * T * L)
+    torch.index_select(biases, 0, kinds, out=piece)
+    return piece.view(-1, T, L)
 
 
 @torch.library.custom_op("saccade::partition_attend", mutates_args=())
@@ -983,15 +995,15 @@ def _partition_forward(
     out = torch.empty(W * K, T, E, dtype=dtype, device=q_WKTD.device)
     lse = torch.empty((W * K, T) if return_lse else (0,), dtype=dtype, device=q_WKTD.device)
     q, k, v = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE))
-    bias = None if bias_KTL is None else bias_KTL.to(dtype)
-    scratch = _Scratch(out)
+    biases = _window_biases(None if bias_KTL is None else bias_KTL.to(dtype), forbidden, K, out)
+    kinds_W, scratch = torch.tensor(kinds, device=out.device), _Scratch(out)
     for a, b in _window_pieces(W, K, T, L, out.element_size(), _piece_bytes(memory_mb) // 2):
         piece = slice(a * K, b * K)
         _piece_forward(
             q[piece],
             k[piece],
             v[piece],
-            _window_bias(bias, forbidden, kinds[a:b], (b - a, K, T, L), scratch),
+            _window_bias(biases, kinds_W[a:b], K, T, L, scratch),
             scale,
             scratch,
             out[piece],
@@ -1034,21 +1046,21 @@ def _partition_backward(
     L = k_WKLD.shape[2]
     dtype = _working_dtype(q_WKTD.dtype)
     q, k, v, go, o = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE, grad_out, out))
-    bias = None if bias_KTL is None else bias_KTL.to(dtype)
+    biases = _window_biases(None if bias_KTL is None else bias_KTL.to(dtype), forbidden, K, q)
     delta = -(go * o).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta + grad_lse.flatten(0, 1)[..., None]
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-    grad_bias = torch.zeros((K, T, L) if bias is not None else (0,), dtype=dtype, device=q.device)
-    scratch = _Scratch(q)
+    grad_bias = torch.zeros((0,) if bias_KTL is None else (K, T, L), dtype=dtype, device=q.device)
+    kinds_W, scratch = torch.tensor(kinds, device=q.device), _Scratch(q)
     for a, b in _window_pieces(W, K, T, L, q.element_size(), _piece_bytes(memory_mb) // 3):
         piece = slice(a * K, b * K)
-        bias_piece = _window_bias(bias, forbidden, kinds[a:b], (b - a, K, T, L), scratch)
+        bias_piece = _window_bias(biases, kinds_W[a:b], K, T, L, scratch)
         boxes_k, boxes_v, grad_scores = _piece_backward(
             q[piece], k[piece], v[piece], bias_piece, scale, scratch, go[piece], delta[piece], grad_q[piece]
         )
         grad_k[piece], grad_v[piece] = boxes_k, boxes_v
-        if bias is not None:
+        if bias_KTL is not None:
             grad_bias += grad_scores.view(b - a, K, T, L).sum(0)
     grads = (x.view(like.shape).to(like.dtype) for x, like in zip((grad_q, grad_k, grad_v), (q_WKTD, k_WKLD, v_WKLE)))
     grad_q, grad_k, grad_v = grads
