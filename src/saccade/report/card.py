@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from saccade import catalogue
@@ -37,13 +38,33 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
     }
     if part.claim:
         found["claim"] = {"the paper says": part.claim.paper, "expected here": part.claim.expected}
-    if measure and part.kind == "sequence":
-        from saccade.bench.parts import measure as measure_parts
-
-        found["cost here"] = [
-            row.as_dict() for row in measure_parts([slug], lengths=(256, 1024), dim=256) if row.slug == slug
-        ]
+    if measure:
+        found["cost here"] = _cost(part)
     return {key: value for key, value in found.items() if value not in ("", [], {})}
+
+
+def _cost(part: catalogue.Part) -> list[str]:
+    """A few lines: layers of 256 channels for sequence mechanisms, 64 x 56 x 56 for gates, else the tiny example."""
+    from saccade.bench import parts
+
+    if part.kind == "sequence":
+        return [
+            f"{row.length} tokens of 256 channels: {row.forward * 1e3:.1f} ms forward, {row.backward * 1e3:.1f} ms "
+            f"backward, {row.memory / 2**20:.1f} MiB, {row.speedup:.2f} x softmax's speed"
+            for row in parts.measure([part.slug], lengths=(256, 1024), dim=256)
+            if row.slug == part.slug
+        ]
+    if part.kind == "gate":
+        module, inputs, size = catalogue.create(part.slug, channels=64), (torch.randn(1, 64, 56, 56),), "64 x 56 x 56"
+    elif part.inputs is not None:
+        module = catalogue.create(part.slug, **part.example)
+        inputs, size = part.inputs(module, 64), f"its example ({dict(part.example)}) at size 64"
+    else:
+        return []
+    forward, both, memory = parts.cost(module, *inputs)
+    return [
+        f"{size}: {forward * 1e3:.1f} ms forward, {(both - forward) * 1e3:.1f} ms backward, {memory / 2**20:.1f} MiB"
+    ]
 
 
 def card_text(found: dict[str, Any]) -> Table:
@@ -52,14 +73,7 @@ def card_text(found: dict[str, Any]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for key, value in found.items():
-        if key == "cost here":
-            value = "\n".join(
-                f"{row['length']} tokens: {row['forward'] * 1e3:.1f} ms forward, "
-                f"{row['backward'] * 1e3:.1f} ms backward, "
-                f"{row['memory'] / 2**20:.1f} MiB, {row['speedup']:.2f} x softmax's speed"
-                for row in value
-            )
-        elif isinstance(value, dict):
+        if isinstance(value, dict):
             value = "\n".join(f"{name}: {item}" for name, item in value.items())
         elif isinstance(value, list):
             value = "\n".join(map(str, value))
