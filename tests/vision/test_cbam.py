@@ -7,8 +7,8 @@ from safetensors import safe_open
 from torch import nn
 
 import saccade
-from saccade.train.lab import Lab
 from saccade.catalogue import part
+from saccade.train.lab import Lab
 from saccade.vision.cbam import CBAM, POOLS, BasicBlock, Bottleneck, channel_gate, initialize, shapes
 
 
