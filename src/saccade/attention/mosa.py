@@ -648,7 +648,7 @@ def _claim(lab: Lab) -> ClaimResult:
         },
         holds=losses["mosa"] < min(losses["dense"], losses["fixed"]),
         note="the value of a key asked for is not among the inputs, so the choice of tokens cannot leak it; with 16 "
-        "pairs of 64 tokens and 300 steps the training losses were 0.002 dense, 0.23 mosa, 0.58 one dense head, 3.1 fixed",
+        "pairs of 64 tokens and 300 steps training losses were 0.002 dense, 0.23 mosa, 0.58 one head, 3.1 fixed",
     )
 
 
