@@ -29,6 +29,9 @@ from saccade.ops.planning import Problem
 #: tokens per block of the block lists, FlexAttention's default
 BLOCK = 128
 
+#: kinds of kernels that one process may compile
+KINDS = 256
+
 #: the smallest head dim of the kernels; others are padded with zeros to a power of two
 SMALLEST_HEAD_DIM = 16
 
@@ -46,6 +49,8 @@ def refusal(problem: Problem) -> str | None:
         return f"no kernels for {problem.device.type}"
     if problem.device.type == "cpu" and problem.needs_grad:
         return "compiled FlexAttention has no backward pass on the CPU"
+    if problem.device.type == "cpu" and problem.return_lse:
+        return "compiled FlexAttention gives no LSE on the CPU"
     return None
 
 
@@ -123,7 +128,19 @@ def _compiled() -> Callable[..., Any]:
 def _call(
     q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The LSE's way out differs: `return_lse` until torch 2.8, `return_aux` from 2.9 on."""
+    """Run the kernel. The LSE's way out differs: `return_lse` until torch 2.8, `return_aux` from 2.9 on."""
+    if torch.compiler.is_compiling():
+        return _call_compiled(q, k, v, options, return_lse)
+    # torch stops at 8 kinds of mask, score_mod and shape in one process, which a test suite has at once
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({limit: KINDS}):
+        return _call_compiled(q, k, v, options, return_lse)
+
+
+def _call_compiled(
+    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
     function = _compiled()
     if not return_lse:
         return function(q, k, v, **options), None
