@@ -167,8 +167,9 @@ def test_quality_from_the_past_is_the_quality_of_a_causal_model() -> None:
     assert how == 0.0 and prefixes == pytest.approx(task.quality(own), abs=1e-5)
 
 
-def test_generating_with_caches_is_generating_without() -> None:
-    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+@pytest.mark.parametrize("name", ["text", "recall"])
+def test_generating_with_caches_is_generating_without(name: str) -> None:
+    task = TASKS[name](TASKS[name].budgets["quick"].changed({**TEXT, "pairs": 3}), torch.device("cpu"))
     model = task.model(parse(["softmax"])[0], 0).eval()
     tokens = task.prompt(5)
     generated = model.generate(tokens, 6)

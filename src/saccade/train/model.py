@@ -49,6 +49,12 @@ def positions(start: int, count: int, dim: int, device: torch.device | None = No
     return torch.stack([angle_NC.sin(), angle_NC.cos()], -1).flatten(1)[:, :dim]
 
 
+class Caches(list[Any]):
+    """A cache for each layer, and the last token seen, (B, 1)."""
+
+    last: Tensor | None = None
+
+
 class SequenceModel(nn.Module):
     """Tokens -> logits, at each token or, with `classes`, of the whole sequence (mean over its tokens).
 
@@ -76,14 +82,16 @@ class SequenceModel(nn.Module):
         self.dim, self.classes = dim, classes
         self.before = nn.Embedding(vocab, dim) if pair else None
         self.embedding = nn.Embedding(vocab, dim)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+        for embedding in (self.embedding, self.before):
+            if embedding is not None:  # the same size, or a token is not seen beside the one before it
+                nn.init.normal_(embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, mixer(layer)) for layer in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab if classes is None else classes)
         nn.init.normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, tokens_BN: Tensor, mask_BN: Tensor | None = None, caches: list[Any] | None = None) -> Tensor:
+    def forward(self, tokens_BN: Tensor, mask_BN: Tensor | None = None, caches: Caches | None = None) -> Tensor:
         """Logits (B, N, V) or (B, K).
 
         Args:
@@ -93,9 +101,13 @@ class SequenceModel(nn.Module):
         start = caches[0].length if caches else 0
         x_BNC = self.embedding(tokens_BN)
         if self.before is not None:
-            if caches is not None:
-                raise ValueError("a model that embeds pairs of tokens does not decode with caches")
-            x_BNC = x_BNC + F.pad(self.before(tokens_BN[:, :-1]), (0, 0, 1, 0))
+            last_B1 = None if caches is None else caches.last
+            before_BNC = F.pad(self.before(tokens_BN[:, :-1]), (0, 0, 1, 0))
+            if last_B1 is not None:
+                before_BNC = torch.cat([self.before(last_B1), before_BNC[:, 1:]], 1)
+            x_BNC = x_BNC + before_BNC
+        if caches is not None:
+            caches.last = tokens_BN[:, -1:]
         x_BNC = x_BNC + 0.02 * positions(start, tokens_BN.shape[1], self.dim, x_BNC.device).to(x_BNC.dtype)
         for layer, block in enumerate(self.blocks):
             arguments: dict[str, Any] = {} if mask_BN is None else {"mask": mask_BN}
@@ -116,7 +128,7 @@ class SequenceModel(nn.Module):
         """Whether every mechanism has a cache."""
         return all(hasattr(mixer, "new_cache") for mixer in self.mixers)
 
-    def new_caches(self, batch_size: int, max_length: int | None = None) -> list[Any]:
+    def new_caches(self, batch_size: int, max_length: int | None = None) -> Caches:
         """An empty cache for each layer; `max_length` goes to those that want to know how long it will get.
 
         Raises:
@@ -125,7 +137,7 @@ class SequenceModel(nn.Module):
         if not self.decodes:
             raise ValueError("this mechanism has no cache to decode with")
         weight = self.embedding.weight
-        caches = []
+        caches = Caches()
         for mixer in self.mixers:
             arguments: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             if max_length is not None and "max_length" in inspect.signature(mixer.new_cache).parameters:

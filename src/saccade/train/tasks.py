@@ -185,6 +185,8 @@ class SequenceTask(Task):
 
     vocab: int
     classes: int | None = None
+    #: whether each token is embedded together with the one before it
+    pair = False
 
     def causal(self, mechanism: Mechanism) -> bool:
         """Whether the mechanism is built causal: where the task needs it, or its card knows nothing else."""
@@ -210,7 +212,9 @@ class SequenceTask(Task):
                 **self._arguments(mechanism),
             )
 
-        return SequenceModel(mixer, vocab=self.vocab, dim=size.dim, layers=size.layers, classes=self.classes)
+        return SequenceModel(
+            mixer, vocab=self.vocab, dim=size.dim, layers=size.layers, classes=self.classes, pair=self.pair
+        )
 
     def part(self, mechanism: Mechanism, length: int) -> nn.Module:
         # the options of the trained model, so that the sweep shows how this very mechanism grows
@@ -302,13 +306,18 @@ class Text(SequenceTask):
 
 
 class Recall(SequenceTask):
-    """Which value came with this key? Quality is the accuracy at the queries."""
+    """Which value came with this key? Quality is the accuracy at the queries.
+
+    Each token is embedded together with the one before it, so that a value is marked with its key: what is compared is
+    how well a mechanism finds one token among many, not how many thousand steps it takes to learn to look one back.
+    """
 
     name = "recall"
     needs = ("causal",)
     vocab = 64
+    pair = True
     budgets = {
-        "quick": Settings(dim=64, length=64, pairs=8, batch=64, steps=600, lr=3e-3),
+        "quick": Settings(dim=64, length=128, pairs=16, batch=32, steps=300, lr=3e-3),
         "standard": Settings(
             dim=96, length=256, pairs=16, batch=64, steps=3000, lr=2e-3, lengths=_STANDARD_SWEEP, map_length=128
         ),
@@ -378,7 +387,7 @@ class Digits(SequenceTask):
     vocab = 17
     classes = 10
     budgets = {
-        "quick": Settings(dim=64, length=64, batch=64, steps=400, lr=2e-3),
+        "quick": Settings(dim=64, length=64, batch=64, steps=600, lr=3e-3),
         "standard": Settings(dim=96, layers=3, length=64, batch=64, steps=2000, lr=1e-3, lengths=_STANDARD_SWEEP),
         "long": Settings(dim=128, layers=4, length=64, batch=64, steps=8000, lr=1e-3, lengths=_LONG_SWEEP),
     }
@@ -460,7 +469,7 @@ class PairedViews(Task):
     kind = "fusion"
     baseline = NONE
     budgets = {
-        "quick": Settings(dim=64, layers=1, length=16, batch=64, steps=400, lr=1e-3, lengths=(16, 64, 256, 1024)),
+        "quick": Settings(dim=64, layers=1, length=16, batch=64, steps=500, lr=3e-3, lengths=(16, 64, 256, 1024)),
         "standard": Settings(
             dim=96, layers=1, length=16, batch=64, steps=2000, lr=1e-3, lengths=(16, 64, 256, 1024, 4096)
         ),
