@@ -221,7 +221,8 @@ def test_only_boxes_that_the_neighbourhood_needs_are_visited() -> None:
     problem = ask(q, k, v, masks.neighborhood((64, 64), (13, 13)))
     (grid,) = windows._layout(windows.regular(problem), 4096, 4096, 1)
     tiles = torch.Size(axis.tiles for axis in grid.axes).numel()
-    assert grid.pairs == tiles * grid.rows * grid.box
+    # tiles at the border may leave out a part of their box
+    assert 0.9 * tiles * grid.rows * grid.box < grid.pairs <= tiles * grid.rows * grid.box
     # a box is no more than the tile and its halo, up to the rounding of one axis
     assert grid.box <= 1.25 * torch.Size(axis.tile + w - 1 for axis, w in zip(grid.axes, (13, 13, 1))).numel()
     assert windows.density(problem) == grid.pairs / 4096**2 < 0.12

@@ -191,30 +191,56 @@ class _Grid:
     @property
     def pairs(self) -> int:
         """Pairs computed per key head and batch row."""
-        return self.classes * len(self.places) * self.axes[0].tiles * self.rows * self.box
+        keys = sum(count * self.span(tile, count)[1] for tile, count in self.runs) * self.inner
+        return self.classes * len(self.places) * self.rows * keys
 
-    def bias(self, strip_kind: tuple[int, int], tile: int, like: Tensor) -> Tensor:
-        """0 or -inf, (1, T, L)."""
-        key = (strip_kind, self.axes[0].kinds[tile], like.dtype, like.device)
+    def span(self, tile: int, count: int) -> tuple[int, int]:
+        """First key and length along the first axis of a tile's box, from the box's start; what a tile that stands
+        alone does not need is left out."""
+        axis = self.axes[0]
+        if count > 1:
+            return 0, axis.box
+        first, last = axis.windows[axis.kinds[tile]]
+        low, high = int(first.min()), int(last.max())
+        length = _round_up(high - low + 1, self.inner, axis.box)
+        return min(low, axis.box - length), length
+
+    def bias(self, strip_kind: tuple[int, int], tile: int, span: tuple[int, int], like: Tensor) -> Tensor:
+        """0 or -inf, (1, T, L), for the keys of `span` along the first axis."""
+        kinds = (self.axes[0].kinds[tile], *strip_kind)
+        key = (kinds, span, like.dtype, like.device)
         known = self.biases.get(key)
         if known is not None:
             return known
-        kinds = (key[1], *strip_kind)
-        one, two, three = (axis.allowed(kind, like.device) for axis, kind in zip(self.axes, kinds))
-        allowed = (
-            one[:, None, None, :, None, None] & two[None, :, None, None, :, None] & three[None, None, :, None, None, :]
-        ).reshape(-1, self.box)
-        forbidden = (~allowed).repeat_interleave(self.group, 0)[None]
-        bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
+        low, length = span
+        if self.inner == 1:
+            bias = self._band(self.axes[0].windows[kinds[0]] - low, length, like)
+        else:
+            one, two, three = (axis.allowed(kind, like.device) for axis, kind in zip(self.axes, kinds))
+            one = one[:, low : low + length, None, None]
+            allowed = one[:, None, None] & two[None, :, None, None, :, None] & three[None, None, :, None, None, :]
+            forbidden = (~allowed.flatten(3).flatten(0, 2)).repeat_interleave(self.group, 0)[None]
+            bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
         if self.bias_bytes + bias.nbytes <= _BIAS_BYTES:
             self.biases[key] = bias
             self.bias_bytes += bias.nbytes
         return bias
 
+    def _band(self, windows: Tensor, length: int, like: Tensor) -> Tensor:
+        """The bias of one axis: only its two ends are compared, what lies between all queries of the tile see."""
+        first, last = windows.repeat_interleave(self.group, 1)[..., None]
+        bias = like.new_zeros(1, first.shape[0], length)
+        left, right = int(first.max()), int(last.min()) + 1
+        j = torch.arange(length, device=like.device)
+        bias[0, :, :left].masked_fill_(j[:left] < first.to(like.device), float("-inf"))
+        bias[0, :, right:].masked_fill_(j[right:] > last.to(like.device), float("-inf"))
+        return bias
 
-def _rate(rows: int) -> float:
+
+def _rate(rows: int, box: int) -> float:
     """Time of a pair in a tile of so many rows, in that of a pair of dense SDPA (two cores, fp32, D = E = 64)."""
-    return 0.95 + 6.8 / rows
+    # scores that do not fit into the cache are read and written in memory
+    return (0.95 + 6.8 / rows) * (1.0 if rows * box * 4 <= 2 * _PIECE_BYTES else 1.3)
 
 
 #: time to copy a key and a value into a strip, in pairs
@@ -228,8 +254,7 @@ def _cost(windows: Sequence[_Window], tile: Sequence[int], box: Sequence[int], g
     tiles = [ceil(w.queries / t) for w, t in zip(windows, tile)]
     rows, strips = prod(tile) * group, tiles[1] * tiles[2]
     pairs = tiles[0] * rows * prod(box)
-    # scores that do not fit into the cache are read and written in memory
-    cost = strips * pairs * _rate(rows) * (1.0 if rows * prod(box) * 4 <= 2 * _PIECE_BYTES else 1.3)
+    cost = strips * pairs * _rate(rows, prod(box))
     if all(b == w.keys for b, w in zip(box[1:], windows[1:])):
         return cost
     # a piece at least for each strip, and some tiles at its ends, which strips share
@@ -364,7 +389,7 @@ def _forecast(spec: _Spec, N: int, M: int, group: int, C: int) -> tuple[float, f
     pairs = time = 0.0
     for grid in _layout(spec, N, M, group):
         pairs += C * grid.pairs
-        time += C * grid.pairs * _rate(grid.rows)
+        time += C * grid.pairs * _rate(grid.rows, grid.box)
         if not grid.whole:
             time += C * grid.classes * len(grid.places) * grid.strip * _COPY
         pieces = C * grid.pairs * 4 / (_PIECE_BYTES * 2) + len(grid.runs) * len(set(grid.kinds))
@@ -517,21 +542,21 @@ class _Piece:
 
 def _pieces(grid: _Grid, kind: tuple[int, int], first: int, S: int, like: Tensor, limit: int) -> Iterator[_Piece]:
     """All tiles of the strips from `first` to `first + S`, which are of one kind; scores fit into `limit` bytes."""
-    axis = grid.axes[0]
-    most = max(1, limit // (grid.rows * grid.box * like.element_size()))
+    axis, step = grid.axes[0], grid.tile[0] * grid.inner
     for tile, count in grid.runs:
-        bias = grid.bias(kind, tile, like)
-        step = axis.tile * grid.inner
+        low, length = grid.span(tile, count)
+        bias = grid.bias(kind, tile, (low, length), like)
+        start, box = (axis.starts[tile] + low) * grid.inner, length * grid.inner
+        most = max(1, limit // (grid.rows * box * like.element_size()))
         if count == 1:
-            start = axis.starts[tile] * grid.inner
             for a in range(0, S, most):
                 b = min(a + most, S)
-                yield _Piece(slice(first + a, first + b), slice(a, b), tile, 1, start, step, grid.box, bias)
+                yield _Piece(slice(first + a, first + b), slice(a, b), tile, 1, start, step, box, bias)
             continue
-        for a, m in product(range(S), range(tile, tile + count, most)):
-            c = min(most, tile + count - m)
-            start = axis.starts[m] * grid.inner
-            yield _Piece(slice(first + a, first + a + 1), slice(a, a + 1), m, c, start, step, grid.box, bias)
+        for a, m in product(range(S), range(0, count, most)):
+            c = min(most, count - m)
+            at = start + m * step
+            yield _Piece(slice(first + a, first + a + 1), slice(a, a + 1), tile + m, c, at, step, box, bias)
 
 
 def _portions(grid: _Grid, C: int, strip_bytes: int) -> Iterator[tuple[int, int, int, int]]:
