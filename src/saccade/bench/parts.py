@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from saccade import catalogue
-from saccade.bench.machine import describe
+from saccade.bench.machine import matmul_rate
 from saccade.ops.measure import peak_bytes, seconds
 
 #: seconds that one measurement may take before longer lengths are left out
@@ -60,7 +60,7 @@ def measure(
         if catalogue.part(slug).kind != "sequence":
             raise ValueError(f"bench measures sequence mechanisms; {slug!r} is a {catalogue.part(slug).kind}")
     order = ["softmax", *(slug for slug in slugs if slug != "softmax")]
-    rate = describe().matmul_flops
+    rate = matmul_rate()
     tired: set[str] = set()
     for length in sorted(lengths):
         baseline = 0.0
@@ -112,16 +112,3 @@ def _first(output: object) -> Tensor:
     if isinstance(output, (tuple, list)):
         return _first(output[0])
     return _first(next(iter(vars(output).values())))
-
-
-def overhead(function: Callable[[], object], plain: Callable[[], object], *, calls: int = 200) -> float:
-    """Seconds that one call of `function` takes more than one of `plain`, at sizes where both are quick."""
-
-    def many(call: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(calls):
-                call()
-
-        return run
-
-    return (seconds(many(function)) - seconds(many(plain))) / calls

@@ -177,8 +177,9 @@ def bench(
     import torch
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from saccade.bench.machine import describe
+    from saccade.bench.machine import describe, matmul_rate
     from saccade.bench.parts import measure
+    from saccade.ops.measure import machine
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
@@ -199,9 +200,9 @@ def bench(
             rows.append(row)
             progress.update(progress.task_ids[0], description=f"{row.slug} at {row.length} done")
     if as_json:
-        _print_json({"machine": describe().as_dict(), "rows": [row.as_dict() for row in rows]})
+        _print_json({"machine": machine(), "matmul_flops": matmul_rate(), "rows": [row.as_dict() for row in rows]})
         return
-    table = Table(title=str(describe()))
+    table = Table(title=describe())
     for name in ("part", "length", "forward", "backward", "memory", "tokens/s", "dense FLOPs / matmul", "x softmax"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for row in rows:

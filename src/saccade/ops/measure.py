@@ -1,8 +1,9 @@
-"""Time and memory of a call on this machine."""
+"""Time and memory of a call on this machine, and what machine this is."""
 
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -57,3 +58,28 @@ def peak_bytes(function: Callable[[], object]) -> int:
         alive += event.nbytes()
         peak = max(peak, alive)
     return peak
+
+
+def machine(device: torch.device | str | None = None) -> dict[str, str | int]:
+    """What this runs on: processor, cores, threads, accelerator ("" on the CPU), system, versions."""
+    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "accelerator": torch.cuda.get_device_name(place) if place.type == "cuda" else "",
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+        if names:
+            return names[0]
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -15,8 +15,6 @@ the same settings; one that is finished is returned.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import saccade
+from saccade.ops.measure import machine
 from saccade.train.data import read_files
 from saccade.train.files import folder_name, make_folder, read_arrays, write_text
 from saccade.train.measures import measure
@@ -126,7 +125,7 @@ def compare(
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         show = stack.enter_context(_Display(sys.stderr.isatty() if progress is None else progress))
         records = [_compared(job, entry, seeds, seconds, folder, show) for entry in entries]
-        result = CompareResult(config, _machine(place), job.metric, records, folder)
+        result = CompareResult(config, machine(place), job.metric, records, folder)
         result.save(folder)
     result.folder = None if out is None else folder
     return result
@@ -299,24 +298,6 @@ def _difference(there: Any, asked: Any, name: str = "") -> str:
             return f"mechanisms is {', '.join(names[0])} there and {', '.join(names[1])} here"
         return next(filter(None, (_difference(a, b, f"mechanism {a['name']}") for a, b in zip(there, asked))), "")
     return "" if there == asked else f"{name} is {there!r} there and {asked!r} here"
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), name)
-    except OSError:
-        pass
-    return {
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 class _Display:
