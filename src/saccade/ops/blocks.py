@@ -13,7 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from math import ceil
+from operator import mul
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,28 +32,26 @@ STATES_PER_LIST = 2**20
 PAIRS_PER_EVALUATION = 2**20
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows `first` to `last` of a work list, all of one width.
+class Piece(NamedTuple):
+    """Consecutive rows of a work list, all of one width.
 
     Attributes:
-        first, last: range of rows.
+        rows: how many.
         width: key blocks per row.
-        pair: the first (row, key block) pair; the piece has (last - first) * width.
+        pair: the first (row, key block) pair.
         partial: range in the work list's partial blocks.
         cut: the rows hold only some of their query blocks' key blocks.
     """
 
-    first: int
-    last: int
+    rows: int
     width: int
     pair: int
     partial: tuple[int, int]
     cut: bool
 
     @property
-    def rows(self) -> int:
-        return self.last - self.first
+    def pairs(self) -> int:
+        return self.rows * self.width
 
     @property
     def has_partial(self) -> bool:
@@ -77,12 +78,12 @@ class WorkList:
     def pieces_with_blocks(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
         """Each piece, with the query block of each of its rows and the key block of each of its pairs."""
         rows = self.query_R.split([piece.rows for piece in self.pieces])
-        pairs = self.key_P.split([piece.rows * piece.width for piece in self.pieces])
+        pairs = self.key_P.split([piece.pairs for piece in self.pieces])
         return zip(self.pieces, rows, pairs)
 
     def map_of(self, piece: Piece) -> Tensor:
         """The place of each pair of the piece in the block map."""
-        return self.map_P[piece.pair : piece.pair + piece.rows * piece.width]
+        return self.map_P[piece.pair : piece.pair + piece.pairs]
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class BlockStructure:
         off = (done[head_ends] - goals).abs()
         ends = torch.where(off <= 0.04 * done[-1] / workers, head_ends, ends)
         edges = sorted({0, *ends.tolist(), total})
-        return list(zip(edges, edges[1:]))
+        return list(pairwise(edges))
 
     @property
     def rows_per_key_head(self) -> int:
@@ -206,22 +207,19 @@ class BlockStructure:
 
     def _pieces(self, key_R: Tensor, partial: Tensor) -> list[Piece]:
         keys, sizes = key_R.unique_consecutive(return_counts=True)
-        bounds: list[tuple[int, int, int, int, bool]] = []
-        row = pair = 0
+        rows, widths, cuts = [], [], []
         for key, size in zip(keys.tolist(), sizes.tolist()):
-            width, cut = key // 2 % (self.widest + 1), bool(key % 2)
+            width = key // 2 % (self.widest + 1)
             most = max(1, self.pairs_per_piece // width)
-            step = ceil(size / ceil(size / most))
-            for start in range(0, size, step):
-                rows = min(step, size - start)
-                bounds.append((row + start, row + start + rows, width, pair + start * width, cut))
-            row, pair = row + size, pair + size * width
-        starts = torch.tensor([b[3] for b in bounds] + [pair], device=partial.device)
-        edges = torch.searchsorted(partial, starts).tolist()
-        return [
-            Piece(first, last, width, start, (edges[i], edges[i + 1]), cut)
-            for i, (first, last, width, start, cut) in enumerate(bounds)
-        ]
+            number = ceil(size / most)
+            rows += [size // number + (i < size % number) for i in range(number)]
+            widths += [width] * number
+            cuts += [bool(key % 2)] * number
+        starts = list(accumulate(map(mul, rows, widths), initial=0))
+        edges = [0] * len(starts)
+        if len(partial):
+            edges = torch.searchsorted(partial, torch.tensor(starts, device=partial.device)).tolist()
+        return [Piece(*piece) for piece in zip(rows, widths, starts, pairwise(edges), cuts)]
 
     def forbid(self, work: WorkList, piece: Piece, scores_RqSk: Tensor) -> None:
         """Put -inf where the elementwise mask of the piece's partial blocks says no.
@@ -252,9 +250,7 @@ class BlockStructure:
         b, h = (head // self.H)[:, None, None], (head % self.H)[:, None, None]
         return self._evaluate(self.mask, b, h, i, j, q, k) & real
 
-    def _evaluate(
-        self, mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, q: Tensor, k: Tensor
-    ) -> Tensor:
+    def _evaluate(self, mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """`mask.allowed`, but constant within a block where the mask is made of the same blocks."""
         if isinstance(mask, masks._And):
             left = self._evaluate(mask.left, b, h, i, j, q, k)

@@ -47,19 +47,22 @@ from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
 __all__ = ["blocksparse_attend"]
 
 #: bytes of a piece's scores and gathered keys: what stays in a core's second-level cache (measured)
-PIECE_BYTES = 2**20
+PIECE_BYTES = 3 * 2**19
 
 #: the same elsewhere: enough to fill an accelerator
 DEVICE_PIECE_BYTES = 2**25
 
 #: bytes of working memory that a thread keeps from call to call
-KEPT_BYTES = 2**23
+KEPT_BYTES = 2**24
 
 #: bytes of keys and values that a thread picks its blocks from at a time: its share of the last-level cache
 GROUP_BYTES = 2**22
 
 #: largest |score| / log 2 at which exp2(score) needs no maximum taken off, in float32 as in float64
 SAFE_EXPONENT = 60.0
+
+#: shapes of pieces that a thread remembers
+MOST_CUTS = 4096
 
 #: multiplications below which starting a second thread costs more than it saves
 WORTH_A_THREAD = 10**7
@@ -79,24 +82,28 @@ def refusal(problem: Problem) -> str | None:
 
 
 def share(problem: Problem) -> float:
-    """Measured on two cores: pieces run at 0.9 of SDPA's rate, plus work lists and calls per piece."""
-    if (fast := _regular(problem)) is not None and hasattr(fast, "share"):
+    """Measured: pieces run at 0.85 of SDPA's rate, half as fast where masked; a call and a piece cost a moment."""
+    if (fast := _regular(problem)) is not None:
         return float(fast.share(problem))
     states = problem.block_map
-    partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
-    dense_seconds = 4e-11 / 4 * problem.B * problem.H * problem.N * problem.M * (problem.D + problem.E) / 2 + 1e-5
-    pieces = problem.density * problem.B * problem.H * problem.N * problem.M / _scores_per_piece(problem) + 8
-    return problem.density / 0.88 + 0.35 * partial + (4e-4 + 8e-5 * pieces) / dense_seconds
+    partial = 0.0
+    if states is not None and states.numel():
+        partial = float((states == PARTIAL).float().mean().item())
+    block_q, block_k = problem.block_size
+    pairs = problem.B * problem.H * problem.N * problem.M
+    # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
+    dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
+    bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
+    pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
+    return problem.density / 0.85 + partial + (6e-4 + 5e-5 * pieces / torch.get_num_threads()) / dense_seconds
 
 
 def extra_bytes(problem: Problem) -> int:
-    if (fast := _regular(problem)) is not None and hasattr(fast, "extra_bytes"):
+    if (fast := _regular(problem)) is not None:
         return int(fast.extra_bytes(problem))
-    return int(min(PIECE_BYTES * (2 if problem.needs_grad else 1), problem.memory_mb * 2**20))
-
-
-def _scores_per_piece(problem: Problem) -> int:
-    return PIECE_BYTES // 8
+    # backward: two tiles of scores, gathered keys and values, for each worker; half precision is copied to float32
+    pieces = min(2 * PIECE_BYTES * torch.get_num_threads(), int(problem.memory_mb * 2**20))
+    return pieces + (2 * problem.io_bytes if problem.dtype.itemsize == 2 else 0)
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -108,12 +115,14 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     )  # fmt: skip
 
 
+def _every_block(N: int, M: int, block_size: tuple[int, int], device: torch.device) -> Tensor:
+    shape = (1, 1, ceil(N / block_size[0]), ceil(M / block_size[1]))
+    return torch.full(shape, FULL, dtype=torch.int8, device=device)
+
+
 def _regular(problem: Problem) -> Any:
     """The module of regular patterns where it takes this problem, else None."""
-    try:
-        from saccade.ops import windows
-    except ImportError:
-        return None
+    from saccade.ops import windows
 
     return windows if windows.regular(problem) is not None else None
 
@@ -160,7 +169,7 @@ def blocksparse_attend(
     return_lse: bool = False,
     memory_mb: float = 64.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """out_i = sum_j P_ij v_j with P = softmax_j(scale * q_i . k_j + bias of the block of (i, j)), over what `mask` allows.
+    """out_i = sum_j P_ij v_j,  P = softmax_j(scale * q_i . k_j + bias of the block of (i, j)), over what `mask` allows.
 
     Work and time are proportional to the blocks that the mask keeps; the elementwise mask is evaluated only in blocks
     that it keeps in part. Gradients reach q, k, v and the bias, from the output and from the LSE. A query that may
@@ -207,7 +216,7 @@ def blocksparse_attend(
         mask = masks.blocks(mask, size)
     n, m = ceil(N / size[0]), ceil(M / size[1])
     if mask is None:
-        states = torch.full((1, 1, n, m), FULL, dtype=torch.int8, device=q_BHND.device)
+        states = _every_block(N, M, size, q_BHND.device)
     else:
         if mask.batch not in (1, B) or mask.heads not in (1, H):
             raise ValueError(f"mask is for {mask.batch} batch rows and {mask.heads} heads, got {B} and {H}")
@@ -356,18 +365,26 @@ def _from_blocks(x: Tensor, like_BHND: Sequence[int]) -> Tensor:
     return x.view(B, H, -1, D)[:, :, :N] if x.numel() else x.new_zeros(like_BHND)
 
 
-_memory = local()
+class _Kept(local):
+    """What a thread keeps from call to call: its working memory, warm and mapped, and how it has been cut."""
+
+    memory: Tensor | None = None
+    cuts: dict[Any, SimpleNamespace] = {}
 
 
-def _scratch(like: Tensor, elements: int) -> Tensor:
-    """Flat working memory of this thread; small ones are kept from call to call, warm and mapped."""
+_kept = _Kept()
+
+
+def _scratch(like: Tensor, elements: int) -> tuple[Tensor, dict[Any, SimpleNamespace]]:
+    """Flat working memory, and the cuts that were made of it."""
     if like.device.type != "cpu" or elements * like.dtype.itemsize > KEPT_BYTES:
-        return like.new_empty(elements)
-    kept: dict[torch.dtype, Tensor] = _memory.__dict__.setdefault("kept", {})
-    if like.dtype not in kept or kept[like.dtype].numel() < elements:
+        return like.new_empty(elements), {}
+    if _kept.memory is None or _kept.memory.dtype != like.dtype or _kept.memory.numel() < elements:
         with torch.inference_mode(False):
-            kept[like.dtype] = torch.empty(elements, dtype=like.dtype)
-    return kept[like.dtype]
+            _kept.memory, _kept.cuts = torch.empty(elements, dtype=like.dtype), {}
+    elif len(_kept.cuts) > MOST_CUTS:
+        _kept.cuts = {}
+    return _kept.memory, _kept.cuts
 
 
 class _Desk:
@@ -375,19 +392,20 @@ class _Desk:
 
     def __init__(self, like: Tensor, s: BlockStructure, D: int, E: int, pieces: list[Piece], backward: bool) -> None:
         self.s, self.D, self.E, self.backward = s, D, E, backward
+        self._kind = (s.block_q, s.block_k, D, E, backward)
         rows = max((piece.rows for piece in pieces), default=0) * s.block_q
-        pairs = max((piece.rows * piece.width for piece in pieces), default=0) * s.block_k
+        pairs = max((piece.pairs for piece in pieces), default=0) * s.block_k
         tiles, gathered = (2, D + E) if backward else (1, max(D, E))
-        # six areas at most, each begun on a multiple of 16 elements
+        # eight areas at most, each begun on a multiple of 16 elements
         size = rows * 2 * (D + E) + pairs * (tiles * s.block_q + gathered) + 8 * 16
-        self._flat = _scratch(like, size)
-        self._cut: dict[tuple[int, int], SimpleNamespace] = {}
+        self._flat, self._cuts = _scratch(like, size)
 
     def __call__(self, piece: Piece) -> SimpleNamespace:
-        shape = piece.rows, piece.width
-        if shape not in self._cut:
-            self._cut[shape] = self._lay_out(*shape)
-        return self._cut[shape]
+        key = (piece.rows, piece.width, self._kind)
+        cut = self._cuts.get(key)
+        if cut is None:
+            cut = self._cuts[key] = self._lay_out(piece.rows, piece.width)
+        return cut
 
     def _lay_out(self, r: int, c: int) -> SimpleNamespace:
         s, D, E = self.s, self.D, self.E
@@ -406,8 +424,7 @@ class _Desk:
         d.rows = take(r, s.block_q, E)
         d.keys_P = take(r * c, s.block_k, D)
         if not self.backward:
-            # values are gathered when the keys are done with
-            start -= d.keys_P.numel()
+            start -= ceil(d.keys_P.numel() / 16) * 16  # values are gathered when the keys are done with
         d.values_P = take(r * c, s.block_k, E)
         d.keys, d.values = d.keys_P.view(r, -1, D), d.values_P.view(r, -1, E)
         if self.backward:
@@ -439,7 +456,7 @@ class _BlockSparse(torch.autograd.Function):
                     total_rq = d.scores.exp2_().sum(-1, keepdim=True)
                     torch.index_select(v_R, 0, pairs, out=d.values_P)
                     torch.bmm(d.scores, d.values, out=d.rows)
-                    d.rows.div_(total_rq.clamp(min=tiny))
+                    d.rows.div_(total_rq.clamp(min=tiny) if piece.has_partial else total_rq)
                     lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
                     if piece.cut:
                         out_rqE, merged_rq = merge(out_R[rows], lse_R[rows][..., 0], d.rows, lse_rq[..., 0])
