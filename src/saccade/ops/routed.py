@@ -105,16 +105,10 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: f
         part_lse = lse.new_empty(routes.slots + 1)
         # the slot past the end is what "no block" reads
         part_out[-1], part_lse[-1] = 0.0, float("-inf")
-        for tiles, slots in routes.pieces(size, D, q.dtype.itemsize):
-            blocks = routes.blocks[tiles]
+        for tiles, slots, one in routes.pieces(size, D, q.dtype.itemsize):
             q_tiles = rows.index_select(0, routes.rows[slots]).view(-1, routes.tile, D)
-            tile_out, tile_lse = _tiles_forward(
-                q_tiles,
-                k_blocks.index_select(0, blocks),
-                v_blocks.index_select(0, blocks),
-                scale,
-                causal=False,
-            )
+            k_tiles, v_tiles = (_keys(x, routes.blocks[tiles], one) for x in (k_blocks, v_blocks))
+            tile_out, tile_lse = _tiles_forward(q_tiles, k_tiles, v_tiles, scale, causal=False)
             part_out[slots] = tile_out.view(-1, D)
             part_lse[slots] = tile_lse.view(-1)
 
@@ -185,7 +179,7 @@ def _routed_backward(
         routes = _route(chosen[:, :, first:last], K, n, first, N)
         part_dq = q.new_empty(routes.slots + 1, D)
         part_dq[-1] = 0.0
-        for tiles, slots in routes.pieces(size, 2 * D, q.dtype.itemsize):
+        for tiles, slots, one in routes.pieces(size, 2 * D, q.dtype.itemsize):
             blocks, picked = routes.blocks[tiles], routes.rows[slots]
             spare = routes.spare[slots, None]
             grad_tiles, q_tiles, out_tiles = (
@@ -196,16 +190,19 @@ def _routed_backward(
             dq_tiles, dk_tiles, dv_tiles = _tiles_backward(
                 grad_tiles,
                 q_tiles,
-                k_blocks.index_select(0, blocks),
-                v_blocks.index_select(0, blocks),
+                _keys(k_blocks, blocks, one),
+                _keys(v_blocks, blocks, one),
                 out_tiles,
                 lse_tiles,
                 scale,
                 causal=False,
             )
             part_dq[slots] = dq_tiles.reshape(-1, D)
-            dk.index_add_(0, blocks, dk_tiles.to(wide))
-            dv.index_add_(0, blocks, dv_tiles.to(wide))
+            for total, part in ((dk, dk_tiles), (dv, dv_tiles)):
+                if one is None:
+                    total.index_add_(0, blocks, part.to(wide))
+                else:
+                    total[one] += part.sum(0, dtype=wide)
         dq_here = dq[:, first:last]
         for choice in range(chosen.shape[3]):
             dq_here += part_dq.index_select(0, routes.slot_of[..., choice].flatten()).view(dq_here.shape)
@@ -289,29 +286,44 @@ class _Routes:
     rows: Tensor  # (T t,) query row, among R; 0 where the slot is spare
     spare: Tensor  # (T t,) bool
     slot_of: Tensor  # (B H, queries, j) slot of each choice; T t where none was made
+    runs: list[int] | None  # where the tiles of each key block end, if they are many
 
     @property
     def slots(self) -> int:
         return self.rows.shape[0]
 
-    def pieces(self, size: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
-        """Slices of tiles and of slots that stay in cache together, at least two tiles per thread."""
+    def pieces(self, size: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice, int | None]]:
+        """Slices of tiles and of slots that stay in cache together, and their key block where it is one for all."""
         each = (2 * size + 2 * self.tile) * width * itemsize
         step = max(2 * torch.get_num_threads(), _PIECE // each)
         if self.blocks.device.type != "cpu":
             step = max(step, 16 * _PIECE // each)
-        for first in range(0, self.blocks.shape[0], step):
-            last = min(first + step, self.blocks.shape[0])
-            yield slice(first, last), slice(first * self.tile, last * self.tile)
+        start = 0
+        for run, end in enumerate([self.blocks.shape[0]] if self.runs is None else self.runs):
+            for first in range(start, end, step):
+                last = min(first + step, end)
+                one = None if self.runs is None else run
+                yield slice(first, last), slice(first * self.tile, last * self.tile), one
+            start = end
+
+
+def _keys(blocks: Tensor, chosen: Tensor, one: int | None) -> Tensor:
+    """The key blocks of some tiles (T, S, D): not copied where all have the same."""
+    if one is None:
+        return blocks.index_select(0, chosen)
+    return blocks[one].expand(chosen.shape[0], -1, -1)
 
 
 def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     """List the queries of each (batch row, head, block) in order, in tiles; `chosen` starts at query `first` of N."""
     B, H, Q, j = chosen.shape
     device = chosen.device
-    groups = B * H * n
-    head = torch.arange(B * H, device=device)
-    group = torch.where(chosen < 0, groups, chosen + head.view(B, H, 1, 1) * n).flatten()
+    groups, share = B * H * n, H // K
+    # one after the other: the blocks of a batch row's key head, for each the query heads that share it
+    head = torch.arange(H, device=device)
+    key_head = torch.arange(B, device=device)[:, None] * K + head // share
+    group = (key_head[..., None, None] * n + chosen) * share + (head % share)[:, None, None]
+    group = group.masked_fill(chosen < 0, groups).flatten()
     if groups < 2**31 - 1:
         group = group.to(torch.int32)
     ordered, order = group.sort(stable=True)
@@ -319,10 +331,11 @@ def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
 
     # about half of an average group: larger tiles run faster, smaller ones leave fewer spare slots
     average = max(1, chosen.numel() // groups)
-    tile = min(256, max(16, 1 << (average.bit_length() - 2 if average > 1 else 0)))
+    tile = min(192, max(16, 1 << (average.bit_length() - 2 if average > 1 else 0)))
     tiles = (counts + tile - 1) // tile
     ends, starts = tiles.cumsum(0), counts.cumsum(0) - counts
-    total, made = (int(x) for x in torch.stack([ends[-1], counts.sum()]).tolist())
+    *runs, made = torch.cat([ends[share - 1 :: share], counts.sum()[None]]).tolist()
+    total = runs[-1]
 
     ordered, order = ordered[:made].long(), order[:made]
     rank = torch.arange(made, device=device) - starts[ordered]
@@ -336,9 +349,8 @@ def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     slot_of[order] = slot
 
     of_tile = torch.repeat_interleave(torch.arange(groups, device=device), tiles, output_size=total)
-    head_of_tile = of_tile // n
-    key_head = head_of_tile // H * K + head_of_tile % H // (H // K)
-    return _Routes(tile, key_head * n + of_tile % n, rows, spare, slot_of.view(B * H, Q, j))
+    many = average * share >= 4 * tile
+    return _Routes(tile, of_tile // share, rows, spare, slot_of.view(B * H, Q, j), runs if many else None)
 
 
 def _merge_weights(lse: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,11 +363,15 @@ def _merge_weights(lse: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of (T, t, D) over (T, S, D), with LSE (T, t)."""
-    if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q[:, None], k[:, None], v[:, None], 0.0, causal, scale=scale
-        )
-        return out[:, 0], lse[:, 0]
+    if q.device.type != "cpu":
+        return _forward_by_matmul(q, k, v, scale, causal=causal)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[:, None], k[:, None], v[:, None], 0.0, causal, scale=scale
+    )
+    return out[:, 0], lse[:, 0]
+
+
+def _forward_by_matmul(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     scores = _scores(q, k, scale, causal)
     lse = scores.logsumexp(-1)
     return torch.bmm((scores - lse[..., None]).exp().to(v.dtype), v), lse
@@ -365,11 +381,17 @@ def _tiles_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v given the output and LSE of the whole row, of which this block is a part."""
-    if q.device.type == "cpu":
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(x[:, None] for x in (grad, q, k, v, out, lse)), 0.0, causal, scale=scale
-        )
-        return grads[0][:, 0], grads[1][:, 0], grads[2][:, 0]
+    if q.device.type != "cpu":
+        return _backward_by_matmul(grad, q, k, v, out, lse, scale, causal=causal)
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x[:, None] for x in (grad, q, k, v, out, lse)), 0.0, causal, scale=scale
+    )
+    return dq[:, 0], dk[:, 0], dv[:, 0]
+
+
+def _backward_by_matmul(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, *, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     weights = (_scores(q, k, scale, causal) - lse[..., None]).exp()
     delta = (grad.to(weights.dtype) * out.to(weights.dtype)).sum(-1, keepdim=True)
     d_scores = (weights * (torch.bmm(grad, v.mT).to(weights.dtype) - delta) * scale).to(q.dtype)
