@@ -121,6 +121,15 @@ def test_empty_axes(path, shape) -> None:
     assert all(x.grad is not None for x in inputs)
 
 
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+def test_values_of_no_width_still_have_an_lse(path) -> None:
+    q, k, v = qkv(N=20, M=20)
+    out, lse = saccade.attend(q, k, v[..., :0], mask=masks.window(3), return_lse=True, backend=path)
+    expected = saccade.attend(q, k, v, mask=masks.window(3), return_lse=True, backend="reference")[1]
+    assert out.shape == (1, 2, 20, 0)
+    torch.testing.assert_close(lse, expected, check_dtype=False)
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(path, dtype) -> None:
@@ -214,9 +223,9 @@ def test_nan_is_refused_and_infinities_are_not(mask) -> None:
     saccade.attend(q, k, v, mask=mask)
 
 
-@pytest.mark.parametrize("mask", [None, masks.causal()])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(3), masks.neighborhood((4, 6), 3)])
 def test_compiles_whole(mask) -> None:
     torch._dynamo.reset()
-    q, k, v = qkv(H=4, K=2, N=6, M=8, dtype=torch.float32)
+    q, k, v = qkv(H=4, K=2, N=24, M=24, dtype=torch.float32)
     call = torch.compile(lambda q, k, v: saccade.attend(q, k, v, mask=mask), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(call(q, k, v), saccade.attend(q, k, v, mask=mask))

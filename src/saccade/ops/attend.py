@@ -134,7 +134,11 @@ def attend(
         return F.scaled_dot_product_attention(q_BHND, k_BKMD, v_BKME, is_causal=mask is not None, scale=scale)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
     _refuse_nan(q_BHND, k_BKMD, v_BKME)
+    no_width = problem.E == 0
+    if no_width:  # values of no width still have an LSE
+        v_BKME, problem.E = v_BKME.new_zeros(*v_BKME.shape[:3], 1), 1
     out, lse = BACKENDS[choose(problem, backend)].run(problem, q_BHND, k_BKMD, v_BKME)
+    out = out[..., :0] if no_width else out
     return (out, lse) if return_lse else out
 
 

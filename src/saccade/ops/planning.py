@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -46,28 +45,36 @@ class Problem:
     return_lse: bool = False
     memory_mb: float = 64.0
 
-    @cached_property
+    _states: Tensor | None = field(default=None, init=False, repr=False)
+    _density: float | None = field(default=None, init=False, repr=False)
+
+    @property
     def block_size(self) -> tuple[int, int]:
         """Tokens per (query, key) block of `block_map`: the mask's own where it is made of blocks."""
-        size = own_block_size(self.mask)
-        return size or (PLANNING_BLOCK, PLANNING_BLOCK)
+        return own_block_size(self.mask) or (PLANNING_BLOCK, PLANNING_BLOCK)
 
-    @cached_property
+    @property
     def block_map(self) -> Tensor:
-        """The mask's block states (B', H', n, m); without a mask every block is full."""
-        # planning needs the states themselves, also where the tensors are only shapes
-        device = "cpu" if self.device.type == "meta" else self.device
-        if self.mask is None:
-            blocks = (ceil(self.N / self.block_size[0]), ceil(self.M / self.block_size[1]))
-            return torch.full((1, 1, *blocks), FULL, dtype=torch.int8, device=device)
-        return self.mask.block_map(self.N, self.M, self.block_size, device)
+        """The mask's block states (B', H', n, m), worked out once; without a mask every block is full."""
+        if self._states is None:
+            # planning needs the states themselves, also where the tensors are only shapes
+            device = "cpu" if self.device.type == "meta" else self.device
+            if self.mask is None:
+                blocks = (ceil(self.N / self.block_size[0]), ceil(self.M / self.block_size[1]))
+                self._states = torch.full((1, 1, *blocks), FULL, dtype=torch.int8, device=device)
+            else:
+                self._states = self.mask.block_map(self.N, self.M, self.block_size, device)
+        return self._states
 
-    @cached_property
+    @property
     def density(self) -> float:
         """Share of the N x M pairs in blocks with work to do."""
         if self.mask is None:
             return 1.0
-        return float((self.block_map != EMPTY).float().mean().item()) if self.block_map.numel() else 0.0
+        if self._density is None:
+            states = self.block_map
+            self._density = float((states != EMPTY).float().mean().item()) if states.numel() else 0.0
+        return self._density
 
     @property
     def flops(self) -> int:

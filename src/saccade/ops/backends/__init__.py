@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import torch
+
+from saccade.ops import windows
 from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
 from saccade.ops.planning import Plan, Problem
 
@@ -46,6 +49,9 @@ def choose(problem: Problem, asked: str | None) -> str:
         raise ValueError(f"no backend with linear memory can do this: {reasons}")
     if len(candidates) == 1:
         return candidates[0]
+    if torch.compiler.is_compiling():
+        # weighing reads the mask's contents, which a graph does not have
+        return "blocksparse" if "blocksparse" in candidates and windows.regular(problem) else candidates[0]
     return min(candidates, key=lambda name: BACKENDS[name].share(problem))
 
 
