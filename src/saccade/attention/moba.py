@@ -488,6 +488,7 @@ register(
     ),
     build=MoBA,
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2, "block_size": 4, "top_k": 2},
+    at_length=lambda length: {"block_size": min(512, max(4, length // 8)), "top_k": 3},
     ports=(
         AuthorsPort(
             module="moba_attention",

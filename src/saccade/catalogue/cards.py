@@ -120,12 +120,14 @@ class Part(Summary):
 
     `build` is the constructor that `create` calls. `example` are constructor arguments of a tiny instance; `inputs`
     maps (a tiny instance, a size) to its call's positional arguments, where the default of its kind does not do.
+    `at_length` gives arguments for short sequences, where the defaults are made for long ones.
     `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
     """
 
     build: Callable[..., nn.Module] | None = None
     example: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[nn.Module, int], tuple[Any, ...]] | None = None
+    at_length: Callable[[int], dict[str, Any]] | None = None
     data_dependent: bool = False
     ports: tuple[AuthorsPort, ...] = ()
     claim: Claim | None = None

@@ -16,11 +16,6 @@ from saccade import catalogue
 #: the name of the baseline that leaves a gate or a fusion part out
 NONE = "none"
 
-#: what a part's own defaults are too large for, as functions of the length; the caller's options come before these
-SMALL: dict[str, Callable[[int], dict[str, Any]]] = {
-    "moba": lambda length: {"block_size": max(4, length // 8), "top_k": 3},
-}
-
 KINDS = {
     "sequence": "a sequence mechanism",
     "gate": "a feature-map gate",
@@ -54,7 +49,9 @@ class Mechanism:
 
     def arguments(self, length: int) -> dict[str, Any]:
         """Constructor arguments beyond the task's own, at this length."""
-        return {**SMALL.get(self.slug or "", lambda length: {})(length), **self.options}
+        part = None if self.slug in (None, NONE) else catalogue.part(str(self.slug))
+        own = part.at_length(length) if part is not None and part.at_length is not None else {}
+        return {**own, **self.options}
 
     def build(self, length: int, *, seed: int, **arguments: Any) -> nn.Module:
         """The part. Its initial weights depend on `seed` alone, and what stands around it draws the same numbers
@@ -138,7 +135,7 @@ def check_fit(mechanism: Mechanism, task: str, kind: str, needs: Sequence[str]) 
         raise ValueError(
             f"{mechanism.name!r} is {KINDS[part.kind]}, but task {task!r} needs {KINDS[kind]}; {_fitting(kind, needs)}"
         )
-    lacking = [need for need in needs if need not in part.supports and not (need == "causal" and _built_causal(part))]
+    lacking = [need for need in needs if not _supports(part, need)]
     if lacking:
         raise ValueError(
             f"{mechanism.name!r} does not support {', '.join(lacking)}, which task {task!r} needs; "
@@ -146,15 +143,14 @@ def check_fit(mechanism: Mechanism, task: str, kind: str, needs: Sequence[str]) 
         )
 
 
-def _built_causal(part: catalogue.Part) -> bool:
-    """Whether a part that does not promise causality is made for causal models all the same: those are compared, and
-    the comparison measures whether they see the future."""
-    accepted = {} if part.build is None else inspect.signature(part.build).parameters
-    return "causal" in accepted and accepted["causal"].default is True
+def _supports(part: catalogue.Summary, need: str) -> bool:
+    """Whether a part does what a task needs. Teacher-forced parts are compared in causal tasks: the comparison measures
+    whether they see the future."""
+    return need in part.supports or (need == "causal" and "teacher-forced" in part.supports)
 
 
 def _fitting(kind: str, needs: Sequence[str]) -> str:
-    slugs = [p.slug for p in catalogue.parts() if p.kind == kind and all(need in p.supports for need in needs)]
+    slugs = [p.slug for p in catalogue.parts() if p.kind == kind and all(_supports(p, need) for need in needs)]
     return f"fitting: {', '.join(slugs) or 'none yet'}"
 
 
