@@ -27,8 +27,8 @@ __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
 #: bytes of partial outputs that wait for their merge; longer inputs are done in several ranges of queries
 _WAITING = 64 * 2**20
-#: bytes that one piece of tiles may touch, so that it stays in cache
-_PIECE = 4 * 2**20
+#: bytes that one piece of tiles may touch: many tiles a call, because each call waits for all threads
+_PIECE = 32 * 2**20
 
 
 def routed_attend(
@@ -105,9 +105,10 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: f
         part_lse = lse.new_empty(routes.slots + 1)
         # the slot past the end is what "no block" reads
         part_out[-1], part_lse[-1] = 0.0, float("-inf")
-        for tiles, slots, one in routes.pieces(size, D, q.dtype.itemsize):
+        for tiles, slots in routes.pieces(size, D, q.dtype.itemsize):
+            blocks = routes.blocks[tiles]
             q_tiles = rows.index_select(0, routes.rows[slots]).view(-1, routes.tile, D)
-            k_tiles, v_tiles = (_keys(x, routes.blocks[tiles], one) for x in (k_blocks, v_blocks))
+            k_tiles, v_tiles = (x.index_select(0, blocks) for x in (k_blocks, v_blocks))
             tile_out, tile_lse = _tiles_forward(q_tiles, k_tiles, v_tiles, scale, causal=False)
             part_out[slots] = tile_out.view(-1, D)
             part_lse[slots] = tile_lse.view(-1)
@@ -179,7 +180,7 @@ def _routed_backward(
         routes = _route(chosen[:, :, first:last], K, n, first, N)
         part_dq = q.new_empty(routes.slots + 1, D)
         part_dq[-1] = 0.0
-        for tiles, slots, one in routes.pieces(size, 2 * D, q.dtype.itemsize):
+        for tiles, slots in routes.pieces(size, 2 * D, q.dtype.itemsize):
             blocks, picked = routes.blocks[tiles], routes.rows[slots]
             spare = routes.spare[slots, None]
             grad_tiles, q_tiles, out_tiles = (
@@ -190,19 +191,16 @@ def _routed_backward(
             dq_tiles, dk_tiles, dv_tiles = _tiles_backward(
                 grad_tiles,
                 q_tiles,
-                _keys(k_blocks, blocks, one),
-                _keys(v_blocks, blocks, one),
+                k_blocks.index_select(0, blocks),
+                v_blocks.index_select(0, blocks),
                 out_tiles,
                 lse_tiles,
                 scale,
                 causal=False,
             )
             part_dq[slots] = dq_tiles.reshape(-1, D)
-            for total, part in ((dk, dk_tiles), (dv, dv_tiles)):
-                if one is None:
-                    total.index_add_(0, blocks, part.to(wide))
-                else:
-                    total[one] += part.sum(0, dtype=wide)
+            dk.index_add_(0, blocks, dk_tiles.to(wide))
+            dv.index_add_(0, blocks, dv_tiles.to(wide))
         dq_here = dq[:, first:last]
         for choice in range(chosen.shape[3]):
             dq_here += part_dq.index_select(0, routes.slot_of[..., choice].flatten()).view(dq_here.shape)
@@ -286,32 +284,17 @@ class _Routes:
     rows: Tensor  # (T t,) query row, among R; 0 where the slot is spare
     spare: Tensor  # (T t,) bool
     slot_of: Tensor  # (B H, queries, j) slot of each choice; T t where none was made
-    runs: list[int] | None  # where the tiles of each key block end, if they are many
 
     @property
     def slots(self) -> int:
         return self.rows.shape[0]
 
-    def pieces(self, size: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice, int | None]]:
-        """Slices of tiles and of slots that stay in cache together, and their key block where it is one for all."""
-        each = (2 * size + 2 * self.tile) * width * itemsize
-        step = max(2 * torch.get_num_threads(), _PIECE // each)
-        if self.blocks.device.type != "cpu":
-            step = max(step, 16 * _PIECE // each)
-        start = 0
-        for run, end in enumerate([self.blocks.shape[0]] if self.runs is None else self.runs):
-            for first in range(start, end, step):
-                last = min(first + step, end)
-                one = None if self.runs is None else run
-                yield slice(first, last), slice(first * self.tile, last * self.tile), one
-            start = end
-
-
-def _keys(blocks: Tensor, chosen: Tensor, one: int | None) -> Tensor:
-    """The key blocks of some tiles (T, S, D): not copied where all have the same."""
-    if one is None:
-        return blocks.index_select(0, chosen)
-    return blocks[one].expand(chosen.shape[0], -1, -1)
+    def pieces(self, size: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
+        """Slices of tiles and of slots that are attended in one call."""
+        step = max(1, _PIECE // ((2 * size + 2 * self.tile) * width * itemsize))
+        for first in range(0, self.blocks.shape[0], step):
+            last = min(first + step, self.blocks.shape[0])
+            yield slice(first, last), slice(first * self.tile, last * self.tile)
 
 
 def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
@@ -334,8 +317,7 @@ def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     tile = min(192, max(16, 1 << (average.bit_length() - 2 if average > 1 else 0)))
     tiles = (counts + tile - 1) // tile
     ends, starts = tiles.cumsum(0), counts.cumsum(0) - counts
-    *runs, made = torch.cat([ends[share - 1 :: share], counts.sum()[None]]).tolist()
-    total = runs[-1]
+    total, made = torch.stack([ends[-1], counts.sum()]).tolist()
 
     ordered, order = ordered[:made].long(), order[:made]
     rank = torch.arange(made, device=device) - starts[ordered]
@@ -349,8 +331,7 @@ def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     slot_of[order] = slot
 
     of_tile = torch.repeat_interleave(torch.arange(groups, device=device), tiles, output_size=total)
-    many = average * share >= 4 * tile
-    return _Routes(tile, of_tile // share, rows, spare, slot_of.view(B * H, Q, j), runs if many else None)
+    return _Routes(tile, of_tile // share, rows, spare, slot_of.view(B * H, Q, j))
 
 
 def _merge_weights(lse: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
