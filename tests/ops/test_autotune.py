@@ -65,9 +65,7 @@ def test_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = saccade.autotune(shapes=[(1, 1, 64, 4)], repeats=1, backends=["stream"])
     assert found["stream"]["tile_bytes"] in (2**16, 2**20)
     assert (
-        stream._budget(
-            saccade.ops.planning.Problem(1, 1, 1, 8, 8, 4, 4, torch.float32, torch.device("cpu"), False)
-        )
+        stream._budget(saccade.ops.planning.Problem(1, 1, 1, 8, 8, 4, 4, torch.float32, torch.device("cpu"), False))
         == found["stream"]["tile_bytes"]
     )
 
@@ -100,9 +98,7 @@ def test_a_failing_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(json, "dump", full)
     with pytest.raises(OSError, match="No space"):
         saccade.autotune(backends=["stream"])
-    assert os.listdir(cache.parent) == [cache.name] and json.loads(cache.read_text()) == {
-        "stream": {"tile_bytes": 5}
-    }
+    assert os.listdir(cache.parent) == [cache.name] and json.loads(cache.read_text()) == {"stream": {"tile_bytes": 5}}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch import Tensor
 
 import saccade
 from saccade.ops import blocks, masks
-from saccade.ops.backends import blocksparse
+from saccade.ops.backends import BACKENDS
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
 
@@ -58,20 +60,9 @@ def assert_like_reference(
         )
 
 
-@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
-def threads(request, monkeypatch):
-    """Small problems on as many Python threads as large ones would use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    monkeypatch.setattr(blocksparse, "WORTH_A_THREAD", 0)
-    yield request.param
-    assert torch.get_num_threads() == request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("block", [16, 64, 256, (16, 32), (48, 20)])
 @pytest.mark.parametrize(("N", "M"), [(150, 200), (257, 64), (1, 300)])
-def test_any_block_size_and_odd_lengths(block, N, M, threads):
+def test_any_block_size_and_odd_lengths(block, N, M):
     bq, bk = (block, block) if isinstance(block, int) else block
     mask = masks.blocks(random_keep(2, 4, -(-N // bq), -(-M // bk), 0.4), block)
     assert_like_reference(mask, inputs(2, 4, 2, N, M, 8, 12))
@@ -79,7 +70,7 @@ def test_any_block_size_and_odd_lengths(block, N, M, threads):
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)])
 @pytest.mark.parametrize("widths", [(8, 8), (8, 20), (24, 4)])
-def test_grouped_heads_and_value_widths(heads, widths, threads):
+def test_grouped_heads_and_value_widths(heads, widths):
     H, K = heads
     mask = masks.blocks(random_keep(1, H, 5, 7, 0.4), 16) & masks.causal(20)
     assert_like_reference(mask, inputs(1, H, K, 75, 101, *widths))
@@ -97,7 +88,9 @@ MASKS = {
     "padding": masks.padding(torch.rand(2, 160, generator=torch.Generator().manual_seed(0)) < 0.3),
     "padding and causal": masks.padding(torch.arange(160) < torch.tensor([[100], [9]])) & masks.causal(),
     "blocks smaller than 16": masks.blocks(random_keep(2, 1, 15, 20, 0.3), 8),
-    "blocks of two sizes": masks.blocks(random_keep(1, 4, 4, 5, 0.5), 32) & masks.blocks(random_keep(1, 1, 8, 10, 0.5), 16),
+    "blocks of two sizes": (
+        masks.blocks(random_keep(1, 4, 4, 5, 0.5), 32) & masks.blocks(random_keep(1, 1, 8, 10, 0.5), 16)
+    ),
     "bool": masks.dense(random_keep(2, 4, 120, 160, 0.02)),
     "bool, one for all": masks.dense(random_keep(1, 1, 120, 160, 0.2)),
     "bool per key": masks.dense(random_keep(2, 1, 1, 160, 0.5)),
@@ -130,29 +123,29 @@ def test_dtypes(dtype, tolerance):
     assert_like_reference(mask, inputs(1, 2, 2, 150, 180, 16, 16, dtype), tolerance)
 
 
-def test_long_rows_are_cut_to_the_memory_allowed(threads):
+def test_long_rows_are_cut_to_the_memory_allowed():
     mask = masks.blocks(random_keep(2, 2, 5, 40, 0.7), 16) & masks.causal(500)
     tensors = inputs(2, 2, 1, 70, 640, 8, 8)
     assert_like_reference(mask, tensors, memory_mb=0.05)
     structure = blocks.BlockStructure(mask.block_map(70, 640, 16), mask, 2, 2, 1, 70, 640, 16, 16, 3, 6)
-    (work,) = structure.work_lists(0, 20)
+    (work,) = structure.work_lists()
     assert any(piece.cut for piece in work.pieces)
     assert max(piece.width for piece in work.pieces) == 3
     assert max(piece.pairs for piece in work.pieces) <= 6
 
 
-def test_work_lists_cover_each_kept_block_once():
+@pytest.mark.parametrize("states_per_list", [2**20, 100])
+@pytest.mark.parametrize("heads_per_group", [1, 3])
+def test_work_lists_cover_each_kept_block_once(states_per_list, heads_per_group, monkeypatch):
+    monkeypatch.setattr(blocks, "STATES_PER_LIST", states_per_list)
     keep = random_keep(2, 4, 9, 11, 0.4)
-    structure = blocks.BlockStructure(keep.to(torch.int8) * 2, None, 2, 4, 2, 144, 176, 16, 16, 3, 12)
-    for workers in (1, 2, 3, 7):
-        shares = structure.shares(workers)
-        assert shares[0][0] == 0 and shares[-1][1] == 72 and len(shares) <= workers
-        assert all(a[1] == b[0] for a, b in zip(shares, shares[1:]))
-        seen = torch.cat([work.map_P for share in shares for work in structure.work_lists(*share)])
-        assert torch.equal(seen.sort().values, keep.flatten().nonzero()[:, 0])
+    states = keep.to(torch.int8) * masks.FULL
+    structure = blocks.BlockStructure(states, None, 2, 4, 2, 144, 176, 16, 16, 3, 12, heads_per_group)
+    seen = torch.cat([work.map_P for work in structure.work_lists()])
+    assert torch.equal(seen.sort().values, keep.flatten().nonzero()[:, 0])
 
 
-def test_long_maps_are_listed_in_parts(monkeypatch, threads):
+def test_long_maps_are_listed_in_parts(monkeypatch):
     monkeypatch.setattr(blocks, "STATES_PER_LIST", 20)
     mask = masks.blocks(random_keep(1, 3, 7, 6, 0.5), 16)
     assert_like_reference(mask, inputs(1, 3, 3, 100, 90, 8, 8))
@@ -182,7 +175,7 @@ def test_gradcheck_with_lse_and_block_bias():
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 4), (1, 1)])
-def test_block_bias_equals_an_elementwise_bias(shape, threads):
+def test_block_bias_equals_an_elementwise_bias(shape):
     q, k, v = inputs(2, 4, 2, 50, 70, 8, 8)
     bias = torch.randn(*shape, 4, 5, dtype=torch.float64).requires_grad_()
     with torch.no_grad():
@@ -239,7 +232,7 @@ def test_not_a_number_reaches_only_the_rows_that_attend_to_its_block():
     assert torch.isfinite(out[0, 0, :16]).all() and out[0, 0, 16:].isnan().all()
 
 
-def test_two_halves_merge_to_the_whole_with_its_gradients(threads):
+def test_two_halves_merge_to_the_whole_with_its_gradients():
     tensors = inputs(2, 4, 2, 90, 110, 8, 8)
     keep = random_keep(2, 4, 6, 7, 0.6)
     half = random_keep(2, 4, 6, 7, 0.5, seed=3)
@@ -254,23 +247,7 @@ def test_two_halves_merge_to_the_whole_with_its_gradients(threads):
         torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
 
 
-def test_gradients_of_threads_are_summed_in_a_fixed_order(monkeypatch):
-    monkeypatch.setattr(blocksparse, "WORTH_A_THREAD", 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        tensors = inputs(1, 3, 1, 200, 200, 8, 8, torch.float32)
-        mask = masks.blocks(random_keep(1, 3, 13, 13, 0.5), 16)
-        first, *others = [
-            with_gradients(lambda *x: blocksparse_attend(*x, mask, return_lse=True), tensors) for _ in "abcd"
-        ]
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first, other))
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_inference_mode_and_gradient_mode_do_not_disturb_each_other(threads):
+def test_inference_mode_and_gradient_mode_do_not_disturb_each_other():
     q, k, v = inputs(1, 2, 2, 64, 64, 8, 8)
     mask = masks.blocks(random_keep(1, 2, 4, 4, 0.6), 16)
     with torch.inference_mode():
@@ -292,20 +269,17 @@ def test_nothing_in_gives_nothing_out(B, N, M):
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-def test_plan_and_attend_agree(monkeypatch):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(("density", "expected"), [(0.05, "blocksparse"), (1.0, "sdpa")])
+def test_plan_and_attend_agree(density, expected, monkeypatch):
     q = torch.randn(1, 2, 4096, 16)
-    for keep in (random_keep(1, 2, 64, 64, 0.05), torch.ones(1, 1, 64, 64, dtype=torch.bool)):
-        ran = []
-        mask = masks.blocks(keep, 64)
-        for name in ("blocksparse", "sdpa"):
-            module = saccade.ops.backends.BACKENDS[name]
-            run = module.run
-            monkeypatch.setattr(module, "run", lambda *a, name=name, run=run: ran.append(name) or run(*a))
-        saccade.attend(q, q, q, mask=mask)
-        assert saccade.plan(q, q, q, mask=mask).backend == ran[0]
-        monkeypatch.undo()
-    assert saccade.plan(q, q, q, mask=masks.blocks(random_keep(1, 2, 64, 64, 0.05), 64)).backend == "blocksparse"
+    mask = masks.blocks(random_keep(1, 2, 64, 64, density), 64)
+    ran = []
+    for name in ("blocksparse", "sdpa"):
+        module = BACKENDS[name]
+        monkeypatch.setattr(module, "run", partial(lambda name, run, *a: ran.append(name) or run(*a), name, module.run))
+    saccade.attend(q, q, q, mask=mask)
+    assert saccade.plan(q, q, q, mask=mask).backend == expected
+    assert ran == [expected]
 
 
 @pytest.mark.parametrize(

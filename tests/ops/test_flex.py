@@ -54,8 +54,7 @@ def qkv(N: int, M: int, device: str = "cpu", **options: Any) -> list[torch.Tenso
 def test_equals_the_reference(eager: None, name: str) -> None:
     mask = some_masks(150, 200)[name]
     results = [
-        saccade.attend(*qkv(150, 200), mask=mask, return_lse=True, backend=backend)
-        for backend in ("flex", "reference")
+        saccade.attend(*qkv(150, 200), mask=mask, return_lse=True, backend=backend) for backend in ("flex", "reference")
     ]
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
@@ -66,13 +65,9 @@ def test_score_mod_and_the_lse_by_the_old_name(eager: None, monkeypatch: pytest.
     mod = lambda s, b, h, i, j: s + table[h, i - j + 200]  # noqa: E731
     options: dict[str, Any] = {"score_mod": mod, "mask": masks.causal(), "return_lse": True}
     expected = saccade.attend(*qkv(40, 60), **options, backend="reference")
-    torch.testing.assert_close(
-        saccade.attend(*qkv(40, 60), **options, backend="flex"), expected, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(saccade.attend(*qkv(40, 60), **options, backend="flex"), expected, atol=1e-5, rtol=1e-4)
     monkeypatch.delattr(flex_attention, "AuxRequest", raising=False)
-    torch.testing.assert_close(
-        saccade.attend(*qkv(40, 60), **options, backend="flex"), expected, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(saccade.attend(*qkv(40, 60), **options, backend="flex"), expected, atol=1e-5, rtol=1e-4)
 
 
 def problem(mask: masks.Mask, N: int, M: int) -> Problem:

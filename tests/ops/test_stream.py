@@ -115,10 +115,7 @@ def compare(
     **options: Any,
 ) -> None:
     """Output, LSE and all gradients equal the reference's."""
-    with_lse = (
-        isinstance(options.get("normalize", "softmax"), str)
-        and options.get("normalize", "softmax") == "softmax"
-    )
+    with_lse = isinstance(options.get("normalize", "softmax"), str) and options.get("normalize", "softmax") == "softmax"
     results = []
     for backend in ("reference", "stream"):
         generator = torch.Generator().manual_seed(3)
@@ -144,9 +141,7 @@ def test_masks_and_normalizers(mask: str, normalize: str) -> None:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
-    sizes=st.tuples(
-        st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)
-    ),
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.integers(1, 70)),
     dims=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     mask=st.sampled_from(list(some_masks(1, 1, 1, 1))),
     normalize=st.sampled_from([*NORMALIZERS.values(), Squares(), OpenSoftmax(), "sink"]),
@@ -215,9 +210,7 @@ def test_closed_form_and_recursion_agree() -> None:
         assert closed.closed and not opened.closed
         results = []
         for normalize in (closed, opened):
-            out = saccade.attend(
-                *qkv, normalize=normalize, mask=masks.window(20), backend="stream", memory_mb=TINY
-            )
+            out = saccade.attend(*qkv, normalize=normalize, mask=masks.window(20), backend="stream", memory_mb=TINY)
             results.append(torch.autograd.grad(out.square().sum(), qkv))
         torch.testing.assert_close(*results)
 
@@ -281,9 +274,7 @@ def test_captured_tensors_that_an_autograd_function_hides(scale: float) -> None:
             at_q = grad @ k
             return at_q * weight, grad.mT @ (q * weight), (at_q * q).sum((0, 1, 2))
 
-    compare(
-        inputs(), [leaf], score=lambda q, k: Weighted.apply(q, k, weight) + leaf.sum().tanh() + weight.mean()
-    )
+    compare(inputs(), [leaf], score=lambda q, k: Weighted.apply(q, k, weight) + leaf.sum().tanh() + weight.mean())
 
 
 def test_a_parameter_changed_before_the_backward_pass_is_noticed() -> None:
@@ -400,9 +391,7 @@ def test_half_precision_has_float32_statistics(dtype: torch.dtype) -> None:
     network = Network(16).to(dtype)
     grown = [x.requires_grad_() for x in (q, k, v)]
     out = saccade.attend(*grown, score=network, backend="stream", memory_mb=TINY)
-    torch.testing.assert_close(
-        out, saccade.attend(*grown, score=network, backend="reference"), atol=5e-3, rtol=2e-2
-    )
+    torch.testing.assert_close(out, saccade.attend(*grown, score=network, backend="reference"), atol=5e-3, rtol=2e-2)
     out.sum().backward()
     assert network.first.weight.grad.dtype == q.grad.dtype == dtype
 

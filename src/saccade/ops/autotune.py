@@ -82,9 +82,7 @@ def autotune(
         raise ValueError("shapes must name at least one shape")
     for shape in shapes:
         if len(shape) != 4 or any(not isinstance(size, int) or size < 1 for size in shape):
-            raise ValueError(
-                f"a shape must be four positive integers (batch, heads, tokens, head_dim), got {shape}"
-            )
+            raise ValueError(f"a shape must be four positive integers (batch, heads, tokens, head_dim), got {shape}")
     device = torch.device(device)
     results: dict[str, dict[str, int]] = {}
     for name in backends:

@@ -19,7 +19,6 @@ from operator import mul
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
@@ -119,25 +118,6 @@ class BlockStructure:
     def m(self) -> int:
         return ceil(self.M / self.block_k)
 
-    def shares(self, workers: int) -> list[tuple[int, int]]:
-        """All query blocks (b, h, i) as at most `workers` ranges with about the same number of pairs.
-
-        Ranges end with a key head where that costs little balance, so that their gradients do not overlap.
-        """
-        total = self.B * self.H * self.n
-        if workers <= 1 or total < 2:
-            return [(0, total)]
-        count = (self.states != EMPTY).sum(-1).expand(self.B, self.H, self.n)
-        done = F.pad(count.reshape(-1).cumsum(0), (1, 0))
-        goals = done[-1] * torch.arange(1, workers, device=done.device) / workers
-        ends = torch.searchsorted(done, goals)
-        per_head = self.rows_per_key_head
-        head_ends = (ends + per_head // 2) // per_head * per_head
-        off = (done[head_ends] - goals).abs()
-        ends = torch.where(off <= 0.04 * done[-1] / workers, head_ends, ends)
-        edges = sorted({0, *ends.tolist(), total})
-        return list(pairwise(edges))
-
     @property
     def rows_per_key_head(self) -> int:
         return max(1, self.n * (self.H // self.K))
@@ -146,15 +126,15 @@ class BlockStructure:
     def rows_per_group(self) -> int:
         return self.heads_per_group * self.rows_per_key_head
 
-    def key_head(self, row: int) -> int:
-        """The flat key head (b, key head) that query block `row` reads."""
-        return row // self.rows_per_key_head
+    def work_lists(self) -> Iterator[WorkList]:
+        """The work lists, each of as many query blocks as STATES_PER_LIST allows."""
+        total = self.B * self.H * self.n
+        for first in range(0, total, self.rows_per_list):
+            yield self._work_list(first, min(first + self.rows_per_list, total))
 
-    def work_lists(self, first: int, last: int) -> Iterator[WorkList]:
-        """The work lists of query blocks `first` to `last`, each of as many as STATES_PER_LIST allows."""
-        step = self.rows_per_list
-        for start in range(first, last, step):
-            yield self._work_list(start, min(start + step, last))
+    @property
+    def is_one_list(self) -> bool:
+        return self.B * self.H * self.n <= self.rows_per_list
 
     @property
     def rows_per_list(self) -> int:
@@ -211,8 +191,11 @@ class BlockStructure:
         for key, size in zip(keys.tolist(), sizes.tolist()):
             width = key // 2 % (self.widest + 1)
             most = max(1, self.pairs_per_piece // width)
-            number = ceil(size / most)
-            rows += [size // number + (i < size % number) for i in range(number)]
+            # two threads share a batch: an odd one would keep one of them waiting
+            step = ceil(size / ceil(size / most))
+            step += step % 2 if step > 1 else 0
+            number = ceil(size / step)
+            rows += [step] * (number - 1) + [size - step * (number - 1)]
             widths += [width] * number
             cuts += [bool(key % 2)] * number
         starts = list(accumulate(map(mul, rows, widths), initial=0))

@@ -89,9 +89,7 @@ class Normalizer:
     def weights(self, scores: Tensor, allowed: Any, final: State) -> Tensor:
         raise NotImplementedError
 
-    def grad(
-        self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State
-    ) -> Tensor:
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
         raise NotImplementedError
 
     @property
@@ -146,9 +144,7 @@ class Softmax(Normalizer):
         lse = final["lse"]
         return (_fill(scores, allowed, -torch.inf) - lse.masked_fill(lse == -torch.inf, 0.0)).exp_()
 
-    def grad(
-        self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State
-    ) -> Tensor:
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
         return (grad_weights - delta).mul_(weights)
 
 
@@ -163,9 +159,7 @@ class Sigmoid(Normalizer):
     def weights(self, scores: Tensor, allowed: Any, final: State) -> Tensor:
         return _fill(scores.sigmoid(), allowed, 0.0)
 
-    def grad(
-        self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State
-    ) -> Tensor:
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
         return weights * (1.0 - weights) * grad_weights
 
 
@@ -180,9 +174,7 @@ class Relu(Normalizer):
     def weights(self, scores: Tensor, allowed: Any, final: State) -> Tensor:
         return _fill(scores.relu(), allowed, 0.0)
 
-    def grad(
-        self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State
-    ) -> Tensor:
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
         return grad_weights.masked_fill(weights <= 0, 0.0)
 
 
@@ -216,9 +208,7 @@ class AbsSum(Normalizer):
     def weights(self, scores: Tensor, allowed: Any, final: State) -> Tensor:
         return _fill(scores, allowed, 0.0) / final["scale"]
 
-    def grad(
-        self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State
-    ) -> Tensor:
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
         scale = final["scale"]
         if not self.detach:
             # weights, not scores: the sign of a masked weight is 0

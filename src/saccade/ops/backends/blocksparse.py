@@ -22,13 +22,10 @@ q and k positions within a query and a key block.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from math import ceil, log, prod
-from threading import Barrier, local
+from threading import local
 from types import SimpleNamespace
 from typing import Any, Literal, overload
 
@@ -36,39 +33,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
-from saccade.ops.masks import EMPTY, FULL, PARTIAL, Mask
+from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
 
 __all__ = ["blocksparse_attend"]
 
-#: bytes of a piece's scores and gathered keys: what stays in a core's second-level cache (measured)
-PIECE_BYTES = 3 * 2**19
+#: bytes of a piece's scores and gathered keys: little enough for the last-level cache, enough to make the dozen calls
+#: per piece cheap (measured)
+PIECE_BYTES = 6 * 2**20
 
-#: the same elsewhere: enough to fill an accelerator
+#: the same on an accelerator: enough to fill it
 DEVICE_PIECE_BYTES = 2**25
 
-#: bytes of working memory that a thread keeps from call to call
-KEPT_BYTES = 2**24
-
-#: bytes of keys and values that a thread picks its blocks from at a time: its share of the last-level cache
-GROUP_BYTES = 2**22
+#: bytes of keys and values that pieces pick their blocks from at a time, for the same reason
+GROUP_BYTES = 2**24
 
 #: largest |score| / log 2 at which exp2(score) needs no maximum taken off, in float32 as in float64
 SAFE_EXPONENT = 60.0
 
-#: shapes of pieces that a thread remembers
-MOST_CUTS = 4096
-
-#: multiplications below which starting a second thread costs more than it saves
-WORTH_A_THREAD = 10**7
-
-#: Python threads share one interpreter, which is busy with each piece for a moment
-MOST_WORKERS = 8
+#: bytes of working memory that a thread keeps from call to call, and shapes of pieces that it remembers
+KEPT_BYTES = 2**24
+KEPT_SHAPES = 4096
 
 
 def refusal(problem: Problem) -> str | None:
@@ -95,14 +84,14 @@ def share(problem: Problem) -> float:
     dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
-    return problem.density / 0.85 + partial + (6e-4 + 5e-5 * pieces / torch.get_num_threads()) / dense_seconds
+    return problem.density / 0.85 + partial + (6e-4 + 5e-5 * pieces) / dense_seconds
 
 
 def extra_bytes(problem: Problem) -> int:
     if (fast := _regular(problem)) is not None:
         return int(fast.extra_bytes(problem))
-    # backward: two tiles of scores, gathered keys and values, for each worker; half precision is copied to float32
-    pieces = min(2 * PIECE_BYTES * torch.get_num_threads(), int(problem.memory_mb * 2**20))
+    # backward: two tiles of scores, gathered keys and values; half precision is copied to float32
+    pieces = min(2 * PIECE_BYTES, int(problem.memory_mb * 2**20))
     return pieces + (2 * problem.io_bytes if problem.dtype.itemsize == 2 else 0)
 
 
@@ -257,10 +246,9 @@ def _attend(
     if block_bias is not None:
         block_bias = block_bias.to(compute).expand(B, H, -1, -1)
     block_q, block_k = block_size
-    workers = _workers(q.device, float((states != EMPTY).float().mean()) * B * H * N * M * (D + E))
     # per pair of a query block and a key block: the gathered block, and a tile of scores; backward holds each twice
     bytes_per_pair = block_k * (max(D, E) + block_q) * compute.itemsize
-    limit = memory_mb * 2**20 / workers / 2
+    limit = memory_mb * 2**20 / 2
     aim = min(limit, PIECE_BYTES if q.device.type == "cpu" else DEVICE_PIECE_BYTES)
     structure = BlockStructure(
         states=states,
@@ -276,80 +264,28 @@ def _attend(
         pairs_per_piece=max(1, int(aim / bytes_per_pair)),
         heads_per_group=max(1, int(GROUP_BYTES / (compute.itemsize * max(1, M) * (D + E)))),
     )
-    job = _Job(structure, structure.shares(workers), scale, return_lse)
+    job = _Job(structure, scale, return_lse)
     out, lse = _BlockSparse.apply(q, k, v, block_bias, job)
     return out.to(dtype), lse if return_lse else None
 
 
 @dataclass
 class _Job:
-    """What one call computes: the structure, and the query blocks of each worker.
-
-    The work lists are remembered for the backward pass where a worker has only one.
-    """
+    """What one call computes; the work list is remembered for the backward pass where there is only one."""
 
     structure: BlockStructure
-    shares: list[tuple[int, int]]
     scale: float
     return_lse: bool
-    _remembered: dict[int, list[WorkList]] = field(default_factory=dict)
+    _remembered: list[WorkList] | None = None
 
-    def work_lists(self, share: int) -> Iterable[WorkList]:
-        if share in self._remembered:
-            return self._remembered[share]
-        first, last = self.shares[share]
-        lists = self.structure.work_lists(first, last)
-        if last - first <= self.structure.rows_per_list:
-            self._remembered[share] = list(lists)
-            return self._remembered[share]
-        return lists
-
-    def run(self, task: Callable[[int], None]) -> None:
-        """`task` on every share, side by side."""
-        inference = torch.is_inference_mode_enabled()
-
-        def alone(share: int) -> None:
-            with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
-                task(share)
-
-        if len(self.shares) == 1:
-            return alone(0)
-        for _ in _pool(torch.get_num_threads()).map(alone, range(len(self.shares))):
-            pass
-
-
-def _workers(device: torch.device, multiplications: float) -> int:
-    """Python threads that a problem is worth."""
-    if device.type != "cpu" or multiplications < WORTH_A_THREAD or is_in_torch_dispatch_mode():
-        return 1
-    return min(torch.get_num_threads(), MOST_WORKERS)
-
-
-@lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Python threads that share `threads` threads of torch.
-
-    Each works on pieces of its own in its core's cache; torch's operations release the interpreter lock. Threads
-    inside each operation would have to meet after every one of them, and would pass the pieces from core to core.
-    """
-    workers = min(threads, MOST_WORKERS)
-    all_started = Barrier(workers + 1)
-
-    def start() -> None:
-        torch.set_num_threads(threads // workers)
-        all_started.wait()
-
-    pool = ThreadPoolExecutor(workers, "saccade-blocks", initializer=start)
-    for _ in range(workers):
-        pool.submit(int)
-    all_started.wait()
-    # set_num_threads is for the calling thread, but also for threads that are yet to come: put that back
-    torch.set_num_threads(threads)
-    return pool
-
-
-if hasattr(os, "register_at_fork"):  # a child has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+    def work_lists(self) -> Iterable[WorkList]:
+        if self._remembered is not None:
+            return self._remembered
+        lists = self.structure.work_lists()
+        if not self.structure.is_one_list:
+            return lists
+        self._remembered = list(lists)
+        return self._remembered
 
 
 def _to_blocks(x_BHND: Tensor, block: int) -> Tensor:
@@ -382,7 +318,7 @@ def _scratch(like: Tensor, elements: int) -> tuple[Tensor, dict[Any, SimpleNames
     if _kept.memory is None or _kept.memory.dtype != like.dtype or _kept.memory.numel() < elements:
         with torch.inference_mode(False):
             _kept.memory, _kept.cuts = torch.empty(elements, dtype=like.dtype), {}
-    elif len(_kept.cuts) > MOST_CUTS:
+    elif len(_kept.cuts) > KEPT_SHAPES:
         _kept.cuts = {}
     return _kept.memory, _kept.cuts
 
@@ -441,10 +377,10 @@ class _BlockSparse(torch.autograd.Function):
         out_R = q.new_zeros(q_R.shape[0], s.block_q, E)
         lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
         bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
+        wants_lse = job.return_lse or any(ctx.needs_input_grad)
         tiny = torch.finfo(q.dtype).tiny
-
-        def task(share: int) -> None:
-            for work in job.work_lists(share):
+        with torch.autocast(q.device.type, enabled=False):
+            for work in job.work_lists():
                 desk = _Desk(q, s, D, E, work.pieces, backward=False)
                 for piece, rows, pairs in work.pieces_with_blocks():
                     d = desk(piece)
@@ -457,15 +393,16 @@ class _BlockSparse(torch.autograd.Function):
                     torch.index_select(v_R, 0, pairs, out=d.values_P)
                     torch.bmm(d.scores, d.values, out=d.rows)
                     d.rows.div_(total_rq.clamp(min=tiny) if piece.has_partial else total_rq)
-                    lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
-                    if piece.cut:
-                        out_rqE, merged_rq = merge(out_R[rows], lse_R[rows][..., 0], d.rows, lse_rq[..., 0])
-                        d.rows.copy_(out_rqE)
-                        lse_rq = merged_rq[..., None]
+                    if wants_lse or piece.cut:
+                        lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
+                        if piece.cut:
+                            before = out_R[rows], lse_R[rows][..., 0]
+                            out_rqE, merged_rq = merge(*before, d.rows, lse_rq[..., 0])
+                            d.rows.copy_(out_rqE)
+                            lse_rq = merged_rq[..., None]
+                        lse_R.index_copy_(0, rows, lse_rq)
                     out_R.index_copy_(0, rows, d.rows)
-                    lse_R.index_copy_(0, rows, lse_rq)
 
-        job.run(task)
         out = _from_blocks(out_R, (*q.shape[:3], E))
         ctx.save_for_backward(q, k, v, bias, out, lse_R)
         ctx.job = job
@@ -483,13 +420,11 @@ class _BlockSparse(torch.autograd.Function):
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R, grad_out_R = _to_blocks(out, s.block_q), _to_blocks(grad_out, s.block_q)
         grad_lse_R = None if grad_lse is None else _to_blocks(grad_lse[..., None], s.block_q)
-        grad_q_R = torch.zeros_like(q_R)
-        sums = _KeyHeadSums(k_R, v_R, job)
+        grad_q_R, grad_k_R, grad_v_R = torch.zeros_like(q_R), torch.zeros_like(k_R), torch.zeros_like(v_R)
         grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
 
-        def task(share: int) -> None:
-            grad_k_R, grad_v_R = sums.of(share)
-            for work in job.work_lists(share):
+        with torch.autocast(q.device.type, enabled=False):
+            for work in job.work_lists():
                 desk = _Desk(q, s, D, E, work.pieces, backward=True)
                 for piece, rows, pairs in work.pieces_with_blocks():
                     d = desk(piece)
@@ -517,8 +452,6 @@ class _BlockSparse(torch.autograd.Function):
                     torch.baddbmm(d.keys, d.grad_scores.mT, d.queries, beta=0, alpha=job.scale, out=d.keys)
                     grad_k_R.index_add_(0, pairs, d.keys_P)
 
-        job.run(task)
-        grad_k_R, grad_v_R = sums.total()
         return (
             _from_blocks(grad_q_R, q.shape),
             _from_blocks(grad_k_R, k.shape),
@@ -526,40 +459,6 @@ class _BlockSparse(torch.autograd.Function):
             grad_bias,
             None,
         )
-
-
-class _KeyHeadSums:
-    """Gradients of keys and values, summed by several workers in a fixed order, whichever is faster.
-
-    A key head that two neighbouring shares read gets two places, which are added at the end.
-    """
-
-    def __init__(self, k_R: Tensor, v_R: Tensor, job: _Job) -> None:
-        s = job.structure
-        self._m = s.m
-        self._heads = [(s.key_head(first), s.key_head(max(first, last - 1))) for first, last in job.shares]
-        self._extra = [0]
-        for (_, last), (first, _) in zip(self._heads, self._heads[1:]):
-            self._extra.append(self._extra[-1] + (first == last))
-        places = k_R.shape[0] + self._extra[-1] * s.m
-        self._sums = k_R.new_zeros(places, *k_R.shape[1:]), v_R.new_zeros(places, *v_R.shape[1:])
-
-    def of(self, share: int) -> tuple[Tensor, Tensor]:
-        """Where a share adds its gradients, by flat key block."""
-        start = self._extra[share] * self._m
-        return self._sums[0][start:], self._sums[1][start:]
-
-    def total(self) -> tuple[Tensor, Tensor]:
-        if not self._extra[-1]:
-            return self._sums
-        return self._folded(self._sums[0]), self._folded(self._sums[1])
-
-    def _folded(self, sums: Tensor) -> Tensor:
-        total = sums.new_zeros(sums.shape[0] - self._extra[-1] * self._m, *sums.shape[1:])
-        for extra, (first, last) in zip(self._extra, self._heads):
-            here = slice(first * self._m, (last + 1) * self._m)
-            total[here] += sums[(first + extra) * self._m : (last + 1 + extra) * self._m]
-        return total
 
 
 def _scores(

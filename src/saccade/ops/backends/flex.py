@@ -125,9 +125,7 @@ def _compiled() -> Callable[..., Any]:
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def _call(
-    q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
+def _call(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any], return_lse: bool) -> tuple[Tensor, Tensor | None]:
     """Run the kernel. The LSE's way out differs: `return_lse` until torch 2.8, `return_aux` from 2.9 on."""
     if torch.compiler.is_compiling():
         return _call_compiled(q, k, v, options, return_lse)

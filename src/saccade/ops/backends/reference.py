@@ -44,11 +44,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         empty = (scores == float("-inf")).all(-1, keepdim=True)
         safe = scores.masked_fill(empty, 0.0)
         weights = safe.softmax(-1).masked_fill(empty, 0.0)
-        lse = (
-            safe.logsumexp(-1).masked_fill(empty[..., 0], float("-inf"))
-            if problem.M
-            else scores.sum(-1) - torch.inf
-        )
+        lse = safe.logsumexp(-1).masked_fill(empty[..., 0], float("-inf")) if problem.M else scores.sum(-1) - torch.inf
     elif problem.normalize == "sigmoid":
         weights = scores.sigmoid().masked_fill(~allowed, 0.0)
     elif problem.normalize == "relu":

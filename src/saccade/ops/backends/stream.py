@@ -88,9 +88,7 @@ def trials(B: int, H: int, N: int, D: int, device: torch.device) -> list[dict[st
     def network(q: Tensor, k: Tensor) -> Tensor:
         return ((q @ first)[:, :, :, None] + (k @ second)[:, :, None]).relu().sum(-1)
 
-    half = {
-        name: x[:, :, : ceil(N / 2)].detach().requires_grad_() for name, x in {"q": q, "k": k, "v": v}.items()
-    }
+    half = {name: x[:, :, : ceil(N / 2)].detach().requires_grad_() for name, x in {"q": q, "k": k, "v": v}.items()}
     return [{"q": q, "k": k, "v": v, "score_mod": lambda s, *_: s.tanh()}, {**half, "score": network}]
 
 
@@ -99,9 +97,7 @@ def extra_bytes(problem: Problem) -> int:
     tile = min(_budget(problem), pairs * ARRAYS * _dtype(problem).itemsize)
     rows = problem.B * problem.H * problem.N * (problem.E + 4)
     if problem.needs_grad:
-        rows += problem.B * (
-            problem.H * problem.N * problem.D + problem.K * problem.M * (problem.D + problem.E)
-        )
+        rows += problem.B * (problem.H * problem.N * problem.D + problem.K * problem.M * (problem.D + problem.E))
     return int(tile) + rows * _dtype(problem).itemsize
 
 
@@ -132,9 +128,7 @@ def _dtype(problem: Problem) -> torch.dtype:
 
 def _budget(problem: Problem) -> int:
     """Bytes that a tile may take."""
-    size = (tuned("stream") or {}).get(
-        "tile_bytes", TILE_BYTES if problem.device.type == "cpu" else 64 * 2**20
-    )
+    size = (tuned("stream") or {}).get("tile_bytes", TILE_BYTES if problem.device.type == "cpu" else 64 * 2**20)
     return int(min(size, problem.memory_mb * 2**20))
 
 
@@ -350,12 +344,7 @@ class _Discovery(_Twins):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs)):
-            if (
-                isinstance(x, Tensor)
-                and x.requires_grad
-                and id(x) not in self.known
-                and id(x) not in self.twins
-            ):
+            if isinstance(x, Tensor) and x.requires_grad and id(x) not in self.known and id(x) not in self.twins:
                 self.twins[id(x)] = x, x.detach().requires_grad_()
         result = super().__torch_function__(func, types, args, kwargs)
         # kept alive, so that no id is used twice
@@ -440,24 +429,14 @@ def _probe(call: _Call, q: Tensor, k: Tensor) -> float:
     return total
 
 
-def _check_update(
-    scores: Tensor, weights: Any, state: Any, rescale: Tensor | None, factor: Tensor | None
-) -> None:
+def _check_update(scores: Tensor, weights: Any, state: Any, rescale: Tensor | None, factor: Tensor | None) -> None:
     if not isinstance(weights, Tensor) or weights.shape != scores.shape or weights.dtype != scores.dtype:
-        got = (
-            f"{tuple(weights.shape)} {weights.dtype}"
-            if isinstance(weights, Tensor)
-            else type(weights).__name__
-        )
-        raise ValueError(
-            f"a normalizer's weights must be {tuple(scores.shape)} {scores.dtype} here, got {got}"
-        )
+        got = f"{tuple(weights.shape)} {weights.dtype}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"a normalizer's weights must be {tuple(scores.shape)} {scores.dtype} here, got {got}")
     rows = (*scores.shape[:3], 1)
     for name, x in (*state.items(), ("rescale", rescale), ("factor", factor)):
         if x is not None and x.shape != rows:
-            raise ValueError(
-                f"a normalizer's {name} must have shape (B, H, n, 1) = {rows} here, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"a normalizer's {name} must have shape (B, H, n, 1) = {rows} here, got {tuple(x.shape)}")
 
 
 def _random_state(p: Problem) -> list[Tensor]:
@@ -484,9 +463,7 @@ class _Stream(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, *finals.values(), *captured)
         if not call.problem.return_lse:
             return out, None
-        return out, finals["lse"][..., 0] if finals else out.new_full(
-            out.shape[:3], -torch.inf, dtype=call.dtype
-        )
+        return out, finals["lse"][..., 0] if finals else out.new_full(out.shape[:3], -torch.inf, dtype=call.dtype)
 
     @staticmethod
     @once_differentiable
@@ -529,9 +506,7 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict
     finals: list[dict[str, Tensor]] = []
     number = 0
     for row, tiles in call.rows:
-        total = torch.zeros(
-            p.B, p.K, p.H // p.K * (row.stop - row.start), p.E, dtype=call.dtype, device=q.device
-        )
+        total = torch.zeros(p.B, p.K, p.H // p.K * (row.stop - row.start), p.E, dtype=call.dtype, device=q.device)
         state = call.normalizer.init(rows[:, :, row])
         q_tile = q[:, :, row]
         for key, full in tiles:
@@ -681,9 +656,7 @@ def _recursive_row(
     """The gradient of sum_i f_i r_i, see the module's docstring; `r` is carried as one more row state."""
     call, p = gradients.call, gradients.call.problem
 
-    def step(
-        scores: Tensor, grad: Tensor, allowed: Tensor | None, state: dict[str, Tensor], r: Tensor
-    ) -> Any:
+    def step(scores: Tensor, grad: Tensor, allowed: Tensor | None, state: dict[str, Tensor], r: Tensor) -> Any:
         weights, state, rescale = call.normalizer.update(scores, call.for_normalizer(allowed, scores), state)
         r = r if rescale is None else r * rescale
         return weights, state, r + (weights * grad).sum(-1, keepdim=True)
@@ -709,9 +682,7 @@ def _recursive_row(
         if not pairs:
             return [torch.zeros_like(x) for x in sources]
         roots, seeds = zip(*pairs)
-        results = torch.autograd.grad(
-            roots, [*sources, *gradients.ends], seeds, allow_unused=True, retain_graph=True
-        )
+        results = torch.autograd.grad(roots, [*sources, *gradients.ends], seeds, allow_unused=True, retain_graph=True)
         gradients.add_captured(results[len(sources) :])
         return [torch.zeros_like(x) if g is None else g for x, g in zip(sources, results)]
 
@@ -723,9 +694,7 @@ def _recursive_row(
         factor, _ = call.normalizer.finish(last)
         total = r_last if factor is None else r_last * factor
         floating = [name for name, x in last.items() if x.is_floating_point()]
-        *state_grads, r_grad = pull(
-            [total], [torch.ones_like(total)], [*(last[name] for name in floating), r_last]
-        )
+        *state_grads, r_grad = pull([total], [torch.ones_like(total)], [*(last[name] for name in floating), r_last])
     for offset in reversed(range(len(tiles))):
         key, full = tiles[offset]
         scores, back = gradients.tile(row, key, number + offset)
