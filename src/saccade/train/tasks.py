@@ -380,7 +380,28 @@ class ListOps(SequenceTask):
         return model(batch[0], batch[0] != 0) if model.reads_mask else model(batch[0])
 
 
-class Digits(SequenceTask):
+class DigitImages(Task):
+    """Scikit-learn's digits: random rows of `train` in each step, `test` in order."""
+
+    train: tuple[Tensor, ...]
+    test: tuple[Tensor, ...]
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        if settings.length != 64:
+            raise ValueError(f"length must be 64 for digits (8 x 8 pixels), got {settings.length}")
+        super().__init__(settings, device)
+        images = sources.digits()
+        self.train, self.test = tuple(images[:2]), tuple(images[2:])
+
+    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
+        chosen = torch.randint(len(self.train[1]), (self.settings.batch,), generator=generator_at(seed, step, TRAIN))
+        return self.to_device(item[chosen] for item in self.train)
+
+    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
+        yield from _in_batches(self, self.test, share)
+
+
+class Digits(DigitImages, SequenceTask):
     """Which digit? The image is read pixel by pixel, row by row, each a token of 17 shades."""
 
     name = "digits"
@@ -393,23 +414,13 @@ class Digits(SequenceTask):
     }
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        if settings.length != 64:
-            raise ValueError(f"length must be 64 for digits (8 x 8 pixels), got {settings.length}")
         super().__init__(settings, device)
-        images = sources.digits()
         self.train, self.test = (
-            ((pixels * 16).round().long().flatten(1), labels) for pixels, labels in (images[:2], images[2:])
+            ((pixels * 16).round().long().flatten(1), labels) for pixels, labels in (self.train, self.test)
         )
 
-    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        chosen = torch.randint(len(self.train[1]), (self.settings.batch,), generator=generator_at(seed, step, TRAIN))
-        return self.to_device(item[chosen] for item in self.train)
 
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        yield from _in_batches(self, self.test, share)
-
-
-class DigitsCNN(Task):
+class DigitsCNN(DigitImages):
     """Which digit? A small CNN with the gate in each of its residual blocks, beside the same without."""
 
     name = "digits-cnn"
@@ -426,13 +437,6 @@ class DigitsCNN(Task):
             dim=64, layers=6, length=64, batch=64, steps=6000, lr=1e-3, lengths=(64, 256, 1024, 4096, 16384, 65536)
         ),
     }
-
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        if settings.length != 64:
-            raise ValueError(f"length must be 64 for digits (8 x 8 pixels), got {settings.length}")
-        super().__init__(settings, device)
-        images = sources.digits()
-        self.train, self.test = images[:2], images[2:]
 
     def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
         size = self.settings
@@ -453,13 +457,6 @@ class DigitsCNN(Task):
     def parts_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         assert isinstance(model, GatedCNN)
         return [(f"block {number}", gate) for number, gate in enumerate(model.gates)]
-
-    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        chosen = torch.randint(len(self.train[1]), (self.settings.batch,), generator=generator_at(seed, step, TRAIN))
-        return self.to_device(item[chosen] for item in self.train)
-
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        yield from _in_batches(self, self.test, share)
 
 
 class PairedViews(Task):
