@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 from saccade.integrations.handed_masks import HandedMask, hand_over, read  # noqa: E402
-from saccade.integrations.mechanisms import MECHANISMS, pairs  # noqa: E402
+from saccade.integrations.mechanisms import MECHANISMS, mechanism, pairs  # noqa: E402
 from saccade.integrations.transformers import Report, switch  # noqa: E402
 
 TEXT = dict(
@@ -619,3 +619,10 @@ def test_half_precision(slug: str) -> None:
         out = output(model.to(torch.bfloat16), inputs)
     assert out.dtype == torch.bfloat16
     assert (out.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_the_work_of_a_short_last_block_is_counted_as_it_is() -> None:
+    q = torch.randn(1, 2, 200, 16)
+    everything = {"similarity_threshold": 1.0}
+    kept, dense = mechanism("spargeattn").work(q, q, q, causal=False, options=everything)
+    assert kept == dense == 2 * 200 * 200
