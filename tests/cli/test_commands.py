@@ -95,3 +95,24 @@ def test_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:
 def test_module_runs_as_a_command() -> None:
     done = subprocess.run([sys.executable, "-m", "saccade", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("saccade ")
+
+
+def test_several_data_files_may_follow_one_option(tmp_path) -> None:
+    from saccade.cli import _repeat_data
+
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.touch(), b.touch()
+    given = ["compare", "softmax", "--data", str(a), str(b), "moba", "--json"]
+    assert _repeat_data(given) == ["compare", "softmax", "--data", str(a), "--data", str(b), "moba", "--json"]
+    assert _repeat_data(["compare", "softmax"]) == ["compare", "softmax"]
+
+
+def test_compare_writes_a_report_and_prints_json(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
+    text = tmp_path / "own.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    code, out, _ = run(
+        capsys, "compare", "softmax", "--budget", "0.1", "--data", str(text), "--out", str(tmp_path / "run"), "--json"
+    )
+    assert code == 0 and json.loads(out)["mechanisms"][0]["name"] == "softmax"
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "softmax" in page and page.count("<img ") == len(list((tmp_path / "run").glob("*.png")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -12,7 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = _repeat_data([argument for argument in arguments if argument != "--debug"])
     try:
         app(args=arguments, prog_name="saccade")
     except (ValueError, OSError, ImportError) as error:
@@ -29,6 +30,16 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         print("saccade: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _repeat_data(arguments: list[str]) -> list[str]:
+    """`--data a b` as `--data a --data b`: what follows a data file and is a file is one more."""
+    expanded: list[str] = []
+    for argument in arguments:
+        if len(expanded) > 1 and expanded[-2] == "--data" and not argument.startswith("-") and Path(argument).is_file():
+            expanded.append("--data")
+        expanded.append(argument)
+    return expanded
 
 
 def one_line(error: BaseException) -> str:

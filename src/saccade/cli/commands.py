@@ -258,7 +258,7 @@ def compare(
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Run folder; an interrupted run in it is resumed.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text; repeat for several.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text, one or several.")] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -344,8 +344,7 @@ def _claim(lab: Lab) -> ClaimResult:
             "spatial_gate_on_shape_over_off_ratio": ratio,
         },
         holds=mean["with"] < mean["without"] and ratio > 1,
-        note=f"means of {seeds} seeds; the verdict depends on the training: at lr 3e-3 CBAM was behind after 150 steps "
-        "(35 to 18 percent, 3 seeds) and ahead in one of two seeds after 400",
+        note=f"means of {seeds} seeds; the verdict depends on learning rate and steps, at others CBAM can be behind",
     )
 
 

@@ -75,9 +75,7 @@ def share(problem: Problem) -> float:
     if (fast := _regular(problem)) is not None:
         return float(fast.share(problem))
     states = problem.block_map
-    partial = 0.0
-    if states is not None and states.numel():
-        partial = float((states == PARTIAL).float().mean().item())
+    partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
     block_q, block_k = problem.block_size
     pairs = problem.B * problem.H * problem.N * problem.M
     # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
