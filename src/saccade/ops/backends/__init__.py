@@ -27,6 +27,10 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
 }
 
+#: query-key pairs of all heads (a millisecond of dense attention on two cores) below which looking into a mask costs
+#: more than skipping its empty blocks saves
+SMALL = 2**19
+
 
 def choose(problem: Problem, asked: str | None) -> str:
     """The backend that runs `problem`.
@@ -41,8 +45,8 @@ def choose(problem: Problem, asked: str | None) -> str:
         if refusal:
             raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
         return asked
-    if sdpa.is_plain(problem) and sdpa.refusal(problem) is None:
-        return "sdpa"  # nothing to weigh: spares the density
+    if (sdpa.is_plain(problem) or _is_small(problem)) and sdpa.refusal(problem) is None:
+        return "sdpa"  # nothing to weigh, or too little to be worth it: spares the density
     candidates = willing(problem)
     if not candidates:
         reasons = "; ".join(f"{name}: {module.refusal(problem)}" for name, module in BACKENDS.items())
@@ -53,6 +57,10 @@ def choose(problem: Problem, asked: str | None) -> str:
         # weighing reads the mask's contents, which a graph does not have
         return "blocksparse" if "blocksparse" in candidates and windows.regular(problem) else candidates[0]
     return min(candidates, key=lambda name: BACKENDS[name].share(problem))
+
+
+def _is_small(problem: Problem) -> bool:
+    return problem.B * problem.H * problem.N * problem.M <= SMALL
 
 
 def willing(problem: Problem) -> list[str]:
@@ -76,6 +84,10 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
         reason = "asked for"
     elif len(candidates) == 1:
         reason = "the only path with linear memory that can do this"
+    elif name == "sdpa" and sdpa.is_plain(problem):
+        reason = "dense or causal softmax of dot products, which torch has fused"
+    elif name == "sdpa" and _is_small(problem):
+        reason = "too small for skipping blocks to be worth a look at the mask"
     else:
         reason = "expected to be the fastest of " + ", ".join(candidates)
     return Plan(
