@@ -269,7 +269,7 @@ def test_nothing_in_gives_nothing_out(B, N, M):
     assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
 
 
-@pytest.mark.parametrize(("N", "density", "expected"), [(4096, 0.05, "blocksparse"), (2048, 1.0, "sdpa")])
+@pytest.mark.parametrize(("N", "density", "expected"), [(4096, 0.05, "blocksparse"), (256, 1.0, "sdpa")])
 def test_plan_and_attend_agree(N, density, expected, monkeypatch):
     q = torch.randn(1, 2, N, 16)
     mask = masks.blocks(random_keep(1, 2, N // 64, N // 64, density), 64)

@@ -27,9 +27,9 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
 }
 
-#: query-key pairs of all heads (a millisecond of dense attention on two cores) below which looking into a mask costs
-#: more than skipping its empty blocks saves
-SMALL = 2**19
+#: query-key pairs of all heads (a quarter of a millisecond of dense attention on two cores) up to which looking into a
+#: mask costs more than skipping its empty blocks saves
+SMALL = 2**17
 
 
 def choose(problem: Problem, asked: str | None) -> str:

@@ -30,7 +30,10 @@ def refusal(problem: Problem) -> str | None:
 def share(problem: Problem) -> float:
     if is_causal(problem):
         return 0.55
-    return 1.0 if problem.mask is None else 1.15
+    if problem.mask is None:
+        return 1.0
+    # measured: the kernel reads the mask once a head, and making it from a mask object costs twice dense attention
+    return 1.15 + 2.3 * problem.mask.batch * problem.mask.heads / max(1, problem.B * problem.H)
 
 
 def extra_bytes(problem: Problem) -> int:

@@ -76,6 +76,8 @@ def share(problem: Problem) -> float:
     """Measured on two cores at N = 4096; for a score of the user's, whose cost nobody knows, a small network's."""
     if problem.score is not None:
         return 40.0 * _union_density(problem) + 0.1
+    if problem.mask is not None and problem.score_mod is None:
+        return 15.0 * _union_density(problem) + 0.1  # tiles of the mask's blocks of 64: small products, many calls
     return (2.0 if problem.score_mod is None else 2.7) * _union_density(problem) + 0.05
 
 
