@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from saccade.bench.machine import describe, matmul_rate
-from saccade.bench.parts import cost, measure
-from saccade.ops.measure import machine, peak_bytes, seconds
+from saccade.bench.parts import measure
+from saccade.ops.measure import cost, machine, peak_bytes, seconds
 
 
 def test_rows_are_measured_beside_the_baseline_of_the_same_length() -> None:
@@ -35,7 +35,7 @@ def test_bad_requests() -> None:
 
 def test_cost_leaves_no_gradients() -> None:
     layer = torch.nn.Linear(8, 8)
-    forward, both, memory = cost(layer, torch.randn(4, 8))
+    forward, both, memory = cost(layer, (torch.randn(4, 8),))
     assert forward > 0 and both > 0 and memory >= 4 * 8 * 4
     assert all(parameter.grad is None for parameter in layer.parameters())
 

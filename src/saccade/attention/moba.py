@@ -37,6 +37,7 @@ from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
+from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 from saccade.ops.routed import block_layout, routed_attend
@@ -188,8 +189,7 @@ def moba_attend_reference(
         out (B, H, N, E), and the chosen blocks (B, H, N, n) as bool, before the causal mask.
     """
     N = q_BHND.shape[2]
-    group = q_BHND.shape[1] // k_BHND.shape[1]
-    k_BHND, v_BHNE = k_BHND.repeat_interleave(group, 1), v_BHNE.repeat_interleave(group, 1)
+    k_BHND, v_BHNE = (repeat_heads(x, q_BHND.shape[1]) for x in (k_BHND, v_BHNE))
     n = -(-N // block_size)
     own_N = torch.arange(N, device=q_BHND.device) // block_size
     block_n = torch.arange(n, device=q_BHND.device)

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.bench.machine import matmul_rate
-from saccade.ops.measure import peak_bytes, seconds
+from saccade.ops.measure import cost
 
 #: seconds that one measurement may take before longer lengths are left out
 PATIENCE = 20.0
@@ -72,7 +71,7 @@ def measure(
             module = catalogue.create(slug, dim=dim, num_heads=num_heads, **({"causal": True} if causal else {}))
             module = module.to(dtype)
             x = torch.randn(batch, length, dim, dtype=dtype)
-            forward, both, memory = cost(module, x)
+            forward, both, memory = cost(module, (x,))
             if slug == "softmax":
                 baseline = both
             dense_flops = 3 * batch * (8 * length * dim**2 + 2 * length**2 * dim)
@@ -88,27 +87,3 @@ def measure(
             )
             if both > PATIENCE:
                 tired.add(slug)
-
-
-def cost(module: nn.Module, *inputs: Tensor) -> tuple[float, float, int]:
-    """Seconds forward without gradients, seconds forward and backward, peak bytes of the latter."""
-
-    def forward() -> None:
-        with torch.no_grad():
-            module(*inputs)
-
-    def both() -> None:
-        _first(module(*inputs)).sum().backward()
-        module.zero_grad(set_to_none=True)
-
-    return seconds(forward, repeats=3), seconds(both, repeats=3), peak_bytes(both)
-
-
-def _first(output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):
-        return _first(next(iter(output.values())))
-    if isinstance(output, (tuple, list)):
-        return _first(output[0])
-    return _first(next(iter(vars(output).values())))

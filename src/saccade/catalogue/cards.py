@@ -47,10 +47,6 @@ class Paper:
     state: Literal["ready", "planned"]
     room: str | None
 
-    @property
-    def url(self) -> str:
-        return f"arXiv:{self.arxiv}"
-
 
 @dataclass(frozen=True)
 class Summary:

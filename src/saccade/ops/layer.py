@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saccade.ops import masks
 from saccade.ops.cache import KVCache
+from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.rope import rotate
 
@@ -101,7 +102,7 @@ class QKVAttention(nn.Module):
     def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
         """This layer's weights on `x_BNC`, applied to given values (B, H, M, E); what `attention_map` calls."""
         q_BHND, k_BKMD = self._queries_and_keys(x_BNC, None, 0)
-        k_BHMD = k_BKMD.repeat_interleave(self.num_heads // self.num_kv_heads, 1)
+        k_BHMD = repeat_heads(k_BKMD, self.num_heads)
         return self.attend(q_BHND, k_BHMD, values_BHME, mask=as_mask(mask, k_BHMD), causal=self.causal, offset=0)
 
     def new_cache(

@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.heads import repeat_heads
+
 __all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -134,7 +136,7 @@ def linear_step(
     q, k, v = (x.to(state.dtype) for x in (q_BH1D, k_BK1D, v_BK1E))
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
-    new = _to_heads(k.transpose(2, 3) * v, H)
+    new = repeat_heads(k.transpose(2, 3) * v, H)
     state = new + (state if factors is None else factors.transpose(2, 3).to(state.dtype) * state)
     out = (q * (1.0 if scale is None else scale)) @ state
     if normalize:
@@ -164,7 +166,7 @@ def linear_attend_reference(
     S = _enter_state(state, (B, H, D, E), normalize, q_BHND)
     factors = _as_factors(decay, (B, H, N, D), q_BHND)
     q = q_BHND.to(S.dtype) * (1.0 if scale is None else scale)
-    k, v = _to_heads(k_BKMD.to(S.dtype), H), _to_heads(v_BKME.to(S.dtype), H)
+    k, v = repeat_heads(k_BKMD.to(S.dtype), H), repeat_heads(v_BKME.to(S.dtype), H)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
     rows = []
@@ -281,10 +283,6 @@ def _as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], 
     return (decay[..., None] if decay.ndim == 3 else decay).expand(B, H, N, -1)
 
 
-def _to_heads(x_BKNE: Tensor, H: int) -> Tensor:
-    return x_BKNE if x_BKNE.shape[1] == H else x_BKNE.repeat_interleave(H // x_BKNE.shape[1], 1)
-
-
 def _divide(out: Tensor) -> tuple[Tensor, Tensor]:
     """Numerators over the denominators in the last column, and 1 / denominator; both 0 where that is 0."""
     total = out[..., -1:]
@@ -296,7 +294,7 @@ def _all_to_all(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, no
     values = v.to(state.dtype)
     if normalize:
         values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-    state = state + _to_heads(k.to(state.dtype).transpose(2, 3) @ values, q.shape[1])
+    state = state + repeat_heads(k.to(state.dtype).transpose(2, 3) @ values, q.shape[1])
     out = q.to(state.dtype) @ (scale * state)
     if normalize:
         out = _divide(out)[0]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops import masks
 from saccade.ops.masks import EMPTY, FULL, Mask
 
 #: tokens per block in which the planner looks at a mask, unless the mask brings its own
@@ -90,8 +91,6 @@ class Problem:
 
 def own_block_size(mask: Mask | None) -> tuple[int, int] | None:
     """The block size of the coarsest block mask inside `mask`, if it has one between 16 and 256."""
-    from saccade.ops import masks
-
     if isinstance(mask, masks.Blocks):
         size = (mask.block_q, mask.block_k)
         return size if all(16 <= s <= 256 for s in size) else None

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.heads import repeat_heads
+
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
 #: bytes of partial outputs that wait for their merge; longer inputs are done in several ranges of queries
@@ -251,9 +253,8 @@ def _blocks(x_BKMD: Tensor, size: int) -> Tensor:
 
 def _own_blocks(q: Tensor, k: Tensor, v: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The key and value block of each query block, (B H N/S, S, D)."""
-    start, group = k.shape[2] - q.shape[2], q.shape[1] // k.shape[1]
-    own = (x[:, :, start:] for x in (k, v))
-    k_own, v_own = (_blocks(x.repeat_interleave(group, 1) if group > 1 else x, size) for x in own)
+    start = k.shape[2] - q.shape[2]
+    k_own, v_own = (_blocks(repeat_heads(x[:, :, start:], q.shape[1]), size) for x in (k, v))
     return k_own, v_own
 
 

@@ -46,6 +46,7 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
 def _cost(part: catalogue.Part) -> list[str]:
     """A few lines: layers of 256 channels for sequence mechanisms, 64 x 56 x 56 for gates, else the tiny example."""
     from saccade.bench import parts
+    from saccade.ops.measure import cost
 
     if part.kind == "sequence":
         return [
@@ -61,7 +62,7 @@ def _cost(part: catalogue.Part) -> list[str]:
         inputs, size = part.inputs(module, 64), f"its example ({dict(part.example)}) at size 64"
     else:
         return []
-    forward, both, memory = parts.cost(module, *inputs)
+    forward, both, memory = cost(module, inputs)
     return [
         f"{size}: {forward * 1e3:.1f} ms forward, {(both - forward) * 1e3:.1f} ms backward, {memory / 2**20:.1f} MiB"
     ]

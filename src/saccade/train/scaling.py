@@ -10,10 +10,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
-from saccade.ops.measure import peak_bytes, seconds
+from saccade.ops.measure import cost
 
 
 @dataclass
@@ -100,22 +99,7 @@ def sweep(
             x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs(length)
         )
 
-        def forward(arguments: tuple[object, ...] = arguments) -> None:
-            with torch.no_grad():
-                part(*arguments)
-
-        def both(arguments: tuple[object, ...] = arguments) -> None:
-            total = sum(t.float().sum() for t in floats(part(*arguments)))
-            assert isinstance(total, Tensor)
-            total.backward()
-            clear_gradients(part, arguments)
-
-        point = ScalingPoint(
-            length,
-            seconds(forward, repeats=25, budget=seconds_per_point / 3),
-            seconds(both, repeats=25, budget=seconds_per_point),
-            peak_bytes(both),
-        )
+        point = ScalingPoint(length, *cost(part, arguments, repeats=25, budget=seconds_per_point))
         points.append(point)
         if on_point is not None:
             on_point(point)
@@ -130,24 +114,3 @@ def fits(points: Sequence[ScalingPoint], last: int = 4) -> dict[str, Fit]:
         for name in ("forward_seconds", "seconds", "bytes")
     }
     return {name: fit for name, fit in found.items() if fit is not None}
-
-
-def clear_gradients(part: nn.Module, arguments: Sequence[object] = ()) -> None:
-    """Drop the gradients of a module's parameters and of tensors among `arguments`."""
-    part.zero_grad(set_to_none=True)
-    for x in arguments:
-        if isinstance(x, Tensor):
-            x.grad = None
-
-
-def floats(output: object) -> list[Tensor]:
-    """The floating tensors that carry gradients in whatever a module returned."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() and output.requires_grad else []
-    if isinstance(output, dict):
-        return [t for value in output.values() for t in floats(value)]
-    if isinstance(output, (tuple, list)):
-        return [t for value in output for t in floats(value)]
-    if hasattr(output, "__dataclass_fields__"):
-        return [t for value in vars(output).values() for t in floats(value)]
-    return []

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.ops import masks
+from saccade.ops import masks, windows
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
@@ -109,8 +109,6 @@ def _every_block(N: int, M: int, block_size: tuple[int, int], device: torch.devi
 
 def _regular(problem: Problem) -> Any:
     """The module of regular patterns where it takes this problem, else None."""
-    from saccade.ops import windows
-
     return windows if windows.regular(problem) is not None else None
 
 

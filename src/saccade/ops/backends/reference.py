@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.heads import repeat_heads
 from saccade.ops.normalizers import Normalizer
 from saccade.ops.planning import Problem
 
@@ -24,7 +25,7 @@ def extra_bytes(problem: Problem) -> int:
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     out_dtype = q.dtype
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v = (x.repeat_interleave(problem.H // problem.K, 1) for x in (k, v))
+    k, v = (repeat_heads(x, problem.H) for x in (k, v))
     v = v.to(dtype)
 
     # a score of the user's has parameters in the inputs' dtype

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Band
 from saccade.ops.planning import Problem
 
@@ -75,8 +76,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         if allowed is not None:
             bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
             bias = bias.expand(problem.B, problem.H, -1, -1)
-        group = problem.H // problem.K
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        k, v = repeat_heads(k, problem.H), repeat_heads(v, problem.H)
         out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, problem.scale)
         if allowed is not None:
             empty = ~allowed.any(-1)

@@ -47,6 +47,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from saccade.ops.autotune import tuned
 from saccade.ops.backends import reference
+from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import EMPTY, FULL
 from saccade.ops.normalizers import Normalizer, Softmax, named
 from saccade.ops.planning import Problem
@@ -295,11 +296,6 @@ def _group(x_BHnD: Tensor, K: int) -> Tensor:
     return x_BHnD.reshape(B, K, H // K * n, D)
 
 
-def _spread(x_BKmD: Tensor, H: int) -> Tensor:
-    """(B, K, m, D) -> (B, H, m, D)."""
-    return x_BKmD if x_BKmD.shape[1] == H else x_BKmD.repeat_interleave(H // x_BKmD.shape[1], 1)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # learning about a score from one small tile
 
@@ -404,7 +400,7 @@ def _probe(call: _Call, q: Tensor, k: Tensor) -> float:
     meter = _Bytes()
     before = _random_state(p)
     q_tile = q[:, :, row].detach().requires_grad_(grad)
-    k_tile = _spread(k[:, :, key].detach(), p.H if p.score is not None else p.K).requires_grad_(grad)
+    k_tile = repeat_heads(k[:, :, key].detach(), p.H if p.score is not None else p.K).requires_grad_(grad)
     if plain:
         scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     else:
@@ -496,7 +492,7 @@ def _tile_scores(call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: s
         scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     with call.surroundings(number):
         if p.score is not None:
-            scores = call.scores(q_tile, _spread(k_tile, p.H))
+            scores = call.scores(q_tile, repeat_heads(k_tile, p.H))
         return scores if p.score_mod is None else call.modified(scores, row, key)
 
 
@@ -570,7 +566,7 @@ class _Gradients:
                 return scores, lambda grad: self._products(row, key, q_tile, k_tile, grad)
             sources = [scores.requires_grad_()]
         else:
-            sources = [q_tile.detach().requires_grad_(), _spread(k_tile.detach(), p.H).requires_grad_()]
+            sources = [q_tile.detach().requires_grad_(), repeat_heads(k_tile.detach(), p.H).requires_grad_()]
         reads: list[tuple[Tensor, Any, Tensor]] = []
         with torch.enable_grad(), call.surroundings(number), self.ending(reads):
             scores = call.scores(*sources) if p.score is not None else sources[0]
