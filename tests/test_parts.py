@@ -255,6 +255,18 @@ def test_cross_attention(slug: str) -> None:
     assert not torch.allclose(out, module(x, context.flip(0)))
 
 
+@pytest.mark.parametrize("slug", supporting("from-softmax"))
+def test_starts_from_a_softmax_layer(slug: str) -> None:
+    module = build(slug)
+    theirs = nn.MultiheadAttention(module.dim, module.num_heads, batch_first=True)
+    arguments = {k: v for k, v in catalogue.part(slug).example.items() if k not in ("dim", "num_heads", "num_kv_heads")}
+    ours = type(module).from_softmax(theirs, **{**arguments, "rope": False})
+    assert torch.equal(torch.cat([p.weight for p in (ours.q_proj, ours.k_proj, ours.v_proj)]), theirs.in_proj_weight)
+    assert torch.equal(ours.out_proj.bias, theirs.out_proj.bias)
+    x = torch.randn(2, 9, module.dim)
+    assert ours(x).isfinite().all()
+
+
 @pytest.mark.parametrize("slug", SEQUENCES)
 def test_bad_arguments(slug: str) -> None:
     module = build(slug)

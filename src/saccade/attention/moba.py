@@ -484,7 +484,7 @@ register(
     "moba",
     kind="sequence",
     summary="Causal attention over the own block and the top-k past blocks by mean key; parameter-free.",
-    supports=("causal", "padding", "decoding", "grouped-heads", "training-free"),
+    supports=("causal", "padding", "decoding", "grouped-heads", "training-free", "from-softmax"),
     taxonomy={"sequences": "self", "levels": "single", "positions": "hard", "representations": "single"},
     efficiency="sparse/block/trained-routing",
     complexity="time O(N n D + N k S D) with n = N / S blocks, cache O(M D)",

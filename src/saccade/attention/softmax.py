@@ -45,7 +45,7 @@ register(
     "softmax",
     kind="sequence",
     summary="Dense softmax attention, multi-head or grouped-query, with RoPE and a KV cache.",
-    supports=("causal", "bidirectional", "cross", "padding", "decoding", "grouped-heads"),
+    supports=("causal", "bidirectional", "cross", "padding", "decoding", "grouped-heads", "from-softmax"),
     taxonomy={"sequences": "self", "levels": "single", "positions": "soft", "representations": "single"},
     efficiency="dense",
     complexity="time O(N M D), cache O(M D)",

@@ -633,7 +633,7 @@ register(
     "spargeattn",
     kind="sequence",
     summary="Training-free: block means predict which blocks matter; blocks whose mean says little are always kept.",
-    supports=("bidirectional", "cross", "grouped-heads", "training-free"),
+    supports=("bidirectional", "cross", "grouped-heads", "training-free", "from-softmax"),
     taxonomy={"sequences": "self", "levels": "single", "positions": "hard", "representations": "single"},
     efficiency="sparse/block/training-free",
     complexity="time O(N M D (1 - sparsity) + N M D / (b_q b_k)), memory O((N + M) D + N M / (b_q b_k))",

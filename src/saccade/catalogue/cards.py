@@ -23,6 +23,7 @@ CAPABILITIES = (
     "decoding",
     "grouped-heads",
     "training-free",
+    "from-softmax",
     "missing-modality",
 )
 

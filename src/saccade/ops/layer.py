@@ -7,6 +7,9 @@ Shape letters: B batch, N queries, M keys, C channels, H query heads, K key head
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +17,11 @@ from saccade.ops import masks
 from saccade.ops.cache import KVCache
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
+from saccade.ops.pretrained import copy_affine, read_softmax
 from saccade.ops.rope import rotate
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class QKVAttention(nn.Module):
@@ -104,6 +111,45 @@ class QKVAttention(nn.Module):
         q_BHND, k_BKMD = self._queries_and_keys(x_BNC, None, 0)
         k_BHMD = repeat_heads(k_BKMD, self.num_heads)
         return self.attend(q_BHND, k_BHMD, values_BHME, mask=as_mask(mask, k_BHMD), causal=self.causal, offset=0)
+
+    @classmethod
+    def from_softmax(cls, module: nn.Module, **arguments: Any) -> Self:
+        """This mechanism with the projections, heads and positions of a trained softmax attention layer.
+
+        Args:
+            module: an `nn.MultiheadAttention`, a layer of this library, or one that names its projections as
+                transformers and diffusers do (Llama, BERT, ViT, GPT-2 ...).
+            arguments: the constructor's other arguments; they go before what the layer says of itself.
+
+        Raises:
+            ValueError: if the layer is no plain softmax attention, or has what this mechanism cannot take over.
+        """
+        layer = read_softmax(module)
+        theirs: dict[str, Any] = {
+            "num_heads": layer.num_heads,
+            "num_kv_heads": layer.num_kv_heads,
+            "head_dim": layer.head_dim,
+            "rope": layer.rope,
+            "rope_base": layer.rope_base,
+            "qkv_bias": layer.qkv_bias,
+            "proj_bias": layer.proj_bias,
+        }
+        if layer.causal is not None:
+            theirs["causal"] = layer.causal
+        accepted = inspect.signature(cls).parameters
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            theirs = {name: value for name, value in theirs.items() if name in accepted}
+        new = cls(layer.dim, **{**theirs, **arguments})
+        places = ((new.q_proj, layer.q), (new.k_proj, layer.k), (new.v_proj, layer.v), (new.out_proj, layer.out))
+        for place, source in places:
+            copy_affine(place, source)
+        if layer.rope and not new.rope:
+            raise ValueError(f"the layer has rotary positions and this {cls.__name__} has none")
+        new.start_as_softmax()
+        return new.to(device=layer.q[0].device, dtype=layer.q[0].dtype).train(module.training)
+
+    def start_as_softmax(self) -> None:
+        """Set what `from_softmax` does not copy so that the layer starts as its paper says; nothing here."""
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
