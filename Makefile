@@ -32,7 +32,7 @@ benchmarks: setup
 	$(BIN)/python benchmarks/run.py
 
 claims: setup
-	$(BIN)/saccade claim --all
+	$(BIN)/saccade claim --all --out docs
 
 clean:
 	rm -rf $(VENV) build dist

@@ -63,6 +63,8 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
         ("bench", "softmax", "--lengths", "0"),
         ("claim",),
         ("claim", "softmax", "--all"),
+        ("claim", "--missing"),
+        ("claim", "softmax", "--smoke", "--out", "somewhere"),
         ("compare", "softmax", "--task", "nonsense"),
         ("compare", "no-such-part"),
         ("compare", "cbam", "--task", "text"),

@@ -223,25 +223,43 @@ def bench(
 def claim(
     slugs: Annotated[list[str] | None, typer.Argument(help="Parts, e.g. moba.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every part that is built.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Those that --out does not have yet: goes on where a run was stopped.")
+    ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A step or two only: shows that it runs, measures nothing.")
     ] = False,
     seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of claims.json and claims.md; each claim is written as it ends.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured."""
+    from datetime import date
+
+    from saccade.ops.measure import machine
+    from saccade.report import claims
     from saccade.train.lab import Lab, run_claim
 
-    if bool(slugs) == everything:
-        raise ValueError("say which claims: names, or --all")
-    names = [part.slug for part in catalogue.parts()] if everything else list(slugs or ())
+    if bool(slugs) + everything + missing != 1:
+        raise ValueError("say which claims: names, --all, or --missing with --out")
+    if (missing and out is None) or (smoke and out is not None):
+        raise ValueError("--missing needs --out" if missing else "a smoke run measures nothing: leave --out away")
+    records = claims.read(out) if out else {}
+    names = [part.slug for part in catalogue.parts() if everything or missing] or list(slugs or ())
     lab = Lab(seed=seed, smoke=smoke, show_progress=not as_json and Console().is_terminal)
     outcomes = []
     for name in names:
+        if missing and name in records:
+            continue
         outcome = run_claim(name, lab)
         outcomes.append(outcome)
         if not as_json:
-            print(outcome.text())
+            print(outcome.text(), flush=True)
+        if out:
+            records[name] = claims.record(outcome, date.today().isoformat(), machine())
+            claims.write(out, records)
     if as_json:
         _print_json([outcome.as_dict() for outcome in outcomes])
 

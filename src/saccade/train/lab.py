@@ -149,6 +149,7 @@ class Outcome:
     note: str
     seconds: float
     smoke: bool
+    seed: int
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -184,4 +185,5 @@ def run_claim(slug: str, lab: Lab) -> Outcome:
         note=result.note,
         seconds=time.perf_counter() - start,
         smoke=lab.smoke,
+        seed=lab.seed,
     )
