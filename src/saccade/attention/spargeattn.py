@@ -54,6 +54,7 @@ from saccade.ops.attend import attend
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
+from saccade.ops.selection import block_causal, block_sparsity, pool_blocks, top_blocks
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -216,17 +217,16 @@ def sparge_block_map(
 
     scores = q_BHnD @ k_BHmD.mT * (D**-0.5 if scale is None else scale)
     absent = ~similar_BHm[:, :, None]
-    past = _past(n, m, block_q, block_k, device) if causal else None
+    past = block_causal(n, m, block_q, block_k, device=device) if causal else None
     if past is not None:
         absent = absent | ~past
     # a row that has no candidate at all is NaN here, as in the authors' code; its blocks are kept by the next rules
-    share, order = scores.masked_fill(absent, float("-inf")).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    share = scores.masked_fill(absent, float("-inf")).softmax(-1)
     if top_k is None:
-        count = (share.cumsum(-1) <= tau[:, None, None]).sum(-1, keepdim=True)
+        keep = top_blocks(share, p=tau[:, None, None])
     else:
-        count = (fraction.double() * m).floor().long()[:, None, None]
-    first = torch.arange(m, device=device) < count.clamp(min=1)
-    keep = torch.zeros_like(absent.expand_as(share)).scatter(-1, order, first.expand_as(order))
+        count = (fraction.double() * m).floor().long().clamp(min=1)
+        keep = top_blocks(share, at_least=count[:, None, None])
     keep = keep | ~similar_BHm[:, :, None] | ~similar_BHn[..., None]
     if past is not None:
         keep = keep & past
@@ -238,8 +238,7 @@ def sparge_block_map(
 def sparge_sparsity(keep_BHnm: Tensor, *, causal: bool = False, block_q: int = 128, block_k: int = 64) -> Tensor:
     """Share of the blocks left out, (B, H); under a causal mask, of those that are not wholly in the future."""
     n, m = keep_BHnm.shape[2:]
-    every = _past(n, m, block_q, block_k, keep_BHnm.device).sum() if causal else n * m
-    return 1 - keep_BHnm.sum((2, 3)) / every
+    return block_sparsity(keep_BHnm, block_causal(n, m, block_q, block_k, device=keep_BHnm.device) if causal else None)
 
 
 def self_similarity(x_BHND: Tensor, block_size: int) -> Tensor:
@@ -250,13 +249,7 @@ def self_similarity(x_BHND: Tensor, block_size: int) -> Tensor:
 def _block_statistics(x_BHND: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean (B, H, n, D) and self-similarity (B, H, n) of each block's tokens."""
     x = x_BHND.float()
-    N = x.shape[2]
-    counts = torch.arange(0, N, size, device=x.device).neg().add(N).clamp(max=size)
-
-    def mean(rows: Tensor) -> Tensor:
-        return F.pad(rows, (0, 0, 0, -N % size)).unflatten(2, (-1, size)).sum(3) / counts[:, None]
-
-    return mean(x), mean(F.normalize(x, dim=-1)).square().sum(-1)
+    return pool_blocks(x, size), pool_blocks(F.normalize(x, dim=-1), size).square().sum(-1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
@@ -287,11 +280,6 @@ def _per_head(
     if per_head.ndim > 1 or (per_head.ndim == 1 and per_head.shape[0] != heads):
         raise ValueError(f"{name} must be one number or one per head ({heads}), got shape {tuple(per_head.shape)}")
     return per_head.expand(heads)
-
-
-def _past(n: int, m: int, block_q: int, block_k: int, device: torch.device) -> Tensor:
-    """(n, m): the key block begins no later than the query block ends."""
-    return torch.arange(m, device=device) * block_k < (torch.arange(n, device=device)[:, None] + 1) * block_q
 
 
 def _cover(keep_BHnm: Tensor, block_q: int, block_k: int) -> Tensor:
