@@ -24,6 +24,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "create": ("saccade.catalogue", "create"),
     "load_authors": ("saccade.catalogue", "load_authors"),
     "switch": ("saccade.integrations.transformers", "switch"),
+    "advise": ("saccade.integrations.advise", "advise"),
     "compare": ("saccade.train", "compare"),
 }
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from saccade import catalogue as catalogue
     from saccade.catalogue import create as create
     from saccade.catalogue import load_authors as load_authors
+    from saccade.integrations.advise import advise as advise
     from saccade.integrations.transformers import switch as switch
     from saccade.ops import masks as masks
     from saccade.ops.attend import attend as attend

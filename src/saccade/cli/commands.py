@@ -311,6 +311,63 @@ def compare(
         typer.launch(str(report))
 
 
+@app.command()
+def advise(
+    model: Annotated[
+        str | None, typer.Argument(help="A transformers model: its folder, or its name where a network is there.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of a model: B,H,N,D (B,H,K,N,D: K key heads).")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens to measure at; the longest that --data gives.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text file as sample input; English by default.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest acceptable deviation of the output (relative L1).")] = 0.05,
+    bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
+    mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for advice.json and a picture, advice.png.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Which training-free mechanism is worth it here? Measures all of them over their settings, prints the frontier.
+
+    `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
+    shapes alone.
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from saccade.integrations.advise import advise as measure
+    from saccade.report.advice import sample_model, write_advice
+
+    if (model is None) == (shape is None):
+        raise ValueError("give a model, or --shape")
+    subject: Any
+    if model is not None:
+        subject, inputs = sample_model(model, data, context)
+    elif data is not None:
+        raise ValueError("--data is read by a model's tokenizer: --shape has none")
+    else:
+        subject, inputs = _integers(str(shape), "shape"), None
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
+        task = progress.add_task("dense attention")
+        advice = measure(
+            subject,
+            context=context,
+            inputs=inputs,
+            tolerance=tolerance,
+            causal=not bidirectional,
+            mechanisms=mechanism or None,
+            seed=seed,
+            on_trial=lambda name: progress.update(task, description=name),
+        )
+    if out is not None:
+        write_advice(advice, out)
+    if as_json:
+        _print_json(advice.as_dict())
+    else:
+        print(advice.table(everything))
+
+
 def _integers(text: str, name: str, count: int | None = None) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]

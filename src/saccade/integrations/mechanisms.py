@@ -42,6 +42,7 @@ class Mechanism:
             queries as keys; padded and packed rows are taken apart for it.
         kept: (N, M, causal, offset, options) -> the pairs that it computes, for the report: a mask, or their number
             per head. None where the function gives them with `return_map`, as blocks of `block_q` x `block_k` tokens.
+        settings: context length -> options worth trying, from the fastest to the closest; what `saccade.advise` runs.
     """
 
     slug: str
@@ -50,6 +51,7 @@ class Mechanism:
     bidirectional: bool = True
     masks: Literal["any", "sequences", "none"] = "none"
     kept: Callable[[int, int, bool, int, Mapping[str, Any]], Mask | float] | None = None
+    settings: Callable[[int], list[dict[str, Any]]] | None = None
 
     @property
     def implementation(self) -> str:
@@ -198,15 +200,43 @@ def _moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str,
     return float((t % size + 1 + (t // size).clamp(max=top_k - 1) * size).sum())
 
 
+def _tiles(n: int) -> dict[str, int]:
+    """SpargeAttn's blocks, smaller where there would be fewer than 32 of them."""
+    size = max(8, min(128, 1 << (max(1, n // 32)).bit_length() - 1))
+    return {"block_q": size, "block_k": max(4, size // 2)}
+
+
 MECHANISMS: dict[str, Mechanism] = {
     entry.slug: entry
     for entry in (
         Mechanism("softmax", "saccade.integrations.mechanisms:softmax_attend", masks="any", kept=_everything),
-        Mechanism("window", "saccade.integrations.mechanisms:window_attend", masks="any", kept=_window),
         Mechanism(
-            "moba", "saccade.attention.moba:moba_attend", bidirectional=False, masks="sequences", kept=_moba_pairs
+            "window",
+            "saccade.integrations.mechanisms:window_attend",
+            masks="any",
+            kept=_window,
+            settings=lambda n: [{"left": left} for left in sorted({max(1, n // part) for part in (32, 16, 8, 4, 2)})],
         ),
-        Mechanism("spargeattn", "saccade.attention.spargeattn:spargeattn_attend"),
+        Mechanism(
+            "moba",
+            "saccade.attention.moba:moba_attend",
+            bidirectional=False,
+            masks="sequences",
+            kept=_moba_pairs,
+            settings=lambda n: [
+                {"block_size": size, "top_k": top_k}
+                for size in sorted({max(1, n // part) for part in (64, 32, 16)})
+                for top_k in (2, 4, 8)
+            ],
+        ),
+        Mechanism(
+            "spargeattn",
+            "saccade.attention.spargeattn:spargeattn_attend",
+            settings=lambda n: [
+                *({"top_k": share, **_tiles(n)} for share in (0.1, 0.25, 0.5)),
+                *({"cdf_threshold": share, **_tiles(n)} for share in (0.8, 0.9, 0.98)),
+            ],
+        ),
     )
 }
 

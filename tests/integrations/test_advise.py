@@ -1,0 +1,91 @@
+"""Advice: what is measured, what is on the frontier, what is recommended, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from saccade.integrations.advise import Advice, Trial, advise, trials
+from saccade.integrations.mechanisms import MECHANISMS
+
+
+def trial(speedup: float, deviation: float, **options: object) -> Trial:
+    return Trial("window", options, 1 / speedup, speedup, deviation, 0.5, deviation)
+
+
+def test_frontier_and_recommendation() -> None:
+    advice = Advice("a model", 64, 0.1, 1.0)
+    advice.trials = [trial(4, 0.5, left=1), trial(3, 0.05, left=2), trial(2, 0.06, left=3), trial(0.9, 0.0, left=4)]
+    assert [t.options["left"] for t in advice.frontier] == [1, 2, 4]
+    assert advice.best is not None and advice.best.options == {"left": 2}
+    assert advice.code() == 'with saccade.switch(model, "window", left=2):'
+    assert advice.code() in advice.table() and "window:left=2, 3.00 x as fast" in advice.table()
+    advice.tolerance = 0.01
+    assert advice.best is None and "keep" in advice.table()
+    assert json.loads(json.dumps(advice.as_dict()))["recommendation"] is None
+
+
+def test_settings_are_valid_at_any_length() -> None:
+    for n in (1, 7, 100, 4096):
+        for entry, options in trials(n):
+            entry.check(options)
+    assert {entry.slug for entry, _ in trials(64)} == set(MECHANISMS) - {"softmax"}
+
+
+def test_on_a_model() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        )
+    ).train()
+    ids = torch.randint(11, (1, 80))
+    asked: list[str] = []
+    advice = advise(model, context=64, inputs=ids, mechanisms=["moba", "window"], repeats=1, on_trial=asked.append)
+    assert model.training and model.config._attn_implementation == "sdpa"
+    assert advice.context == 64 and len(asked) == len(advice.trials) and not advice.skipped and not advice.warning
+    by_name = {t.name: t for t in advice.trials}
+    assert all(t.agreement is not None and 0 < t.density <= 1 for t in advice.trials)
+    # more keys, smaller deviation; the deviation is that of the output under `switch`
+    assert by_name["window:left=32"].deviation < by_name["window:left=2"].deviation
+    everything = advise(model, context=8, inputs=ids, mechanisms=["moba"], repeats=1).trials[-1]
+    assert everything.density == 1.0 and everything.deviation < 1e-5
+    assert "random" in advise(model, context=8, mechanisms=["window"], repeats=1).warning
+
+
+def test_what_cannot_run_says_why() -> None:
+    transformers = pytest.importorskip("transformers")
+    encoder = transformers.BertModel(
+        transformers.BertConfig(
+            vocab_size=11, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    advice = advise(encoder, inputs=torch.randint(11, (1, 32)), mechanisms=["moba", "window"], repeats=1)
+    assert "bidirectional" in advice.skipped["moba"] and {t.slug for t in advice.trials} == {"window"}
+    assert "not here: moba" in advice.table()
+
+
+def test_on_shapes() -> None:
+    advice = advise((1, 4, 2, 96, 8), mechanisms=["spargeattn", "moba"], repeats=1)
+    assert {t.slug for t in advice.trials} == {"spargeattn", "moba"} and advice.context == 96
+    q = torch.randn(1, 2, 32, 8)
+    given = advise((1,), inputs=(q, q, q), causal=False, mechanisms=["moba", "window"], repeats=1)
+    assert "not defined" in given.skipped["moba"] and not given.warning
+    best = Advice("shapes", 32, 9.0, 1.0, on_model=False, trials=[trial(2, 0.1, left=3)])
+    assert best.code().endswith("window_attend(q, k, v, left=3)")
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="tolerance"):
+        advise((1, 1, 8, 4), tolerance=-1)
+    with pytest.raises(ValueError, match="shapes must be"):
+        advise((1, 8, 4))
+    with pytest.raises(ValueError, match="cannot replace"):
+        advise((1, 1, 8, 4), mechanisms=["nothing"])
+    with pytest.raises(ValueError, match="fewer than 9"):
+        advise((1,), inputs=[torch.randn(1, 1, 8, 4)] * 3, context=9)
+    with pytest.raises(ValueError, match="context length"):
+        advise(torch.nn.Linear(2, 2))
