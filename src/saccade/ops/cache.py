@@ -45,3 +45,24 @@ class KVCache:
         """Bytes of the keys and values held (not of the room to grow)."""
         held = [buffer[:, :, : self.length] for buffer in (self._keys, self._values) if buffer is not None]
         return sum(part.numel() * part.element_size() for part in held)
+
+
+class NamedCache:
+    """Tensors over all tokens so far, by name; for mechanisms that keep other things than keys and values."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, KVCache] = {}
+
+    def append(self, name: str, x_BKND: Tensor) -> Tensor:
+        """Add N tokens to what is called `name`; returns a view of all its tokens (B, K, length, D)."""
+        return self._stores.setdefault(name, KVCache()).append(x_BKND, x_BKND[..., :0])[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        return max((store.length for store in self._stores.values()), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held (not of the room to grow)."""
+        return sum(store.nbytes for store in self._stores.values())
