@@ -21,8 +21,9 @@ block y counts c_y times, and the two are merged by their log-sum-exp. MRA-2-s k
 
 Choices that the paper leaves open: tiles are ranked by S less its row's largest value, one ranking for the whole
 matrix, as in the released MRA-2 (the paper ranks by mu); deeper scales take off the same row value. With padding, a
-sequence gets the tiles that it would get alone. The code's 1e-6 in the denominators is left out (weights sum to 1). In
-the code, tiles that tie with the last chosen one are in neither part; `ties="drop"` does that, by default they count.
+sequence gets the tiles that it would get alone. The code's 1e-6 in the denominators is left out (weights sum to 1).
+`released_ranking` has two peculiarities of the code: row maxima are taken over padding too, and tiles that tie with the
+last chosen one are in neither part (it happens with fewer tiles than rows, whose largest values are all 0).
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
 block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
@@ -70,7 +71,7 @@ def mra_attend(
     diagonal_blocks: int = 0,
     mask: Tensor | Mask | None = None,
     scale: float | None = None,
-    ties: Literal["coarse", "drop"] = "coarse",
+    released_ranking: bool = False,
     return_map: bool = False,
 ) -> Any:
     """Bidirectional attention with the weights Ahat / D. All tiles chosen: dense softmax attention.
@@ -88,7 +89,7 @@ def mra_attend(
         mask: bool (B, M), True = real token, or the same as a mask object. Where N = M the queries that are padding
             are left out of their blocks' means and give 0.
         scale: factor of the dot product, D ** -0.5 where None.
-        ties: "coarse", or "drop": see above; the latter for two resolutions only.
+        released_ranking: see above; for two resolutions only, the second 1.
         return_map: also return which tiles of the first scale were cut.
 
     Returns:
@@ -102,7 +103,7 @@ def mra_attend(
     out, chosen = _attend(
         q_BHND, k_BKMD, v_BKME, query_valid_BN, valid_BM, resolutions=resolutions, num_blocks=num_blocks,
         blocks_per_row=blocks_per_row, mode=mode, first_blocks=first_blocks, diagonal_blocks=diagonal_blocks,
-        scale=scale, ties=ties,
+        scale=scale, released_ranking=released_ranking,
     )  # fmt: skip
     return (out, chosen) if return_map else out
 
@@ -121,14 +122,14 @@ def _attend(
     first_blocks: int,
     diagonal_blocks: int,
     scale: float | None,
-    ties: str,
+    released_ranking: bool,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, mode, ties, first_blocks, diagonal_blocks)
+    _check(q, k, v, mode, first_blocks, diagonal_blocks)
     scales = _scales(resolutions)
     budget = _per_cut(num_blocks, len(scales) - 1, "num_blocks")
     share = _per_cut(blocks_per_row, len(scales) - 1, "blocks_per_row")
-    if ties == "drop" and scales[1:] != [1]:
-        raise ValueError(f"ties='drop' is for two resolutions, the second 1, got {tuple(scales)}")
+    if released_ranking and scales[1:] != [1]:
+        raise ValueError(f"released_ranking is for two resolutions, the second 1, got {tuple(scales)}")
     (B, H, N, D), M, b = q.shape, k.shape[2], scales[0]
     factor = D**-0.5 if scale is None else float(scale)
     X, Y = -(-N // b), -(-M // b)
@@ -152,8 +153,9 @@ def _attend(
         counts = (real[0] * share[0]).ceil().long().minimum(real[0] * real[1])
     total = math.ceil(share[0] * X) if budget[0] is None else int(budget[0])
     best, kept, top, threshold = _choose(
-        qbar, kbar, factor, min(total, X * Y), counts, query_count, key_count, first_blocks, diagonal_blocks
-    )
+        qbar, kbar, factor, min(total, X * Y), counts, query_count, key_count, first_blocks, diagonal_blocks,
+        released_ranking,
+    )  # fmt: skip
     chosen = torch.zeros(B, H, X * Y + 1, dtype=torch.bool, device=q.device)
     chosen = chosen.scatter_(2, best if kept is None else best.masked_fill(~kept, X * Y), True)
     chosen = chosen[..., : X * Y].view(B, H, X, Y)
@@ -161,11 +163,12 @@ def _attend(
     parts = []  # (out, lse) of each scale, per block of that scale
     if mode == "full":
         coarse = ~chosen
-        if ties == "drop":
+        if released_ranking:
             ranks = _ranks(qbar, kbar, factor, top, query_count, key_count, first_blocks, diagonal_blocks, 0, X)
             coarse = coarse & (ranks.view(B, H, X, Y) < threshold[..., None, None])
         vbar = repeat_heads(pool_blocks(v, b, valid_BN=key_valid_BM), H)
-        parts.append((b, *_coarse(qbar, kbar, vbar, coarse, key_count, factor)))
+        weight = None if key_valid_BM is None and M % b == 0 else key_count
+        parts.append((b, *_coarse(qbar, kbar, vbar, coarse, weight, b, factor)))
     if scales[1:] == [1]:
         exact = masks.blocks(chosen, b)
         seen = exact if key_valid_BM is None else exact & masks.padding(key_valid_BM)
@@ -178,7 +181,7 @@ def _attend(
         parts += fine[:-1]
         out, lse = _to_tokens(*fine[-1], N)
     for size, out_part, lse_part in parts:
-        out, lse = merge(out, lse, *_to_tokens(size, out_part, lse_part, N))
+        out, lse = _merge_blocks(out, lse, size, out_part, lse_part)
     if query_valid_BN is not None:
         out = out.masked_fill(~query_valid_BN[:, None, :, None], 0.0)
     return out.to(q.dtype), chosen
@@ -195,6 +198,7 @@ def _choose(
     key_count: Tensor,
     first: int,
     diagonal: int,
+    released: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The `total` best tiles of each head: flat indices (B, H, m), which of them count, row maxima (B, H, X), and the
     value of the last chosen. Ranked in pieces of query blocks, the best so far against the next piece."""
@@ -207,7 +211,8 @@ def _choose(
     for start in range(0, X, step):
         stop = min(start + step, X)
         scores = (qbar[:, :, start:stop] @ kbar.mT) * factor
-        tops.append(scores.amax(-1))
+        top = scores if released else scores.masked_fill((key_count == 0)[:, None, None], -math.inf)
+        tops.append(top.amax(-1).clamp(min=torch.finfo(scores.dtype).min))
         here = _ranks(qbar, kbar, factor, tops[-1], query_count, key_count, first, diagonal, start, stop, scores)
         index = torch.arange(start * Y, stop * Y, device=qbar.device).expand(B, H, -1)
         if start:
@@ -249,12 +254,12 @@ def _ranks(
 
 
 def _coarse(
-    qbar: Tensor, kbar: Tensor, vbar: Tensor, allowed: Tensor, key_count: Tensor, factor: float
+    qbar: Tensor, kbar: Tensor, vbar: Tensor, allowed: Tensor, key_count: Tensor | None, size: int, factor: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over block means, block y counted c_y times: out (B, H, X, E), lse (B, H, X)."""
-    if bool((key_count == key_count[0, 0]).all()):
+    """Attention over block means, block y counted c_y times (`size` where None): out (B, H, X, E), lse (B, H, X)."""
+    if key_count is None:
         out, lse = attend(qbar, kbar, vbar, mask=allowed, scale=factor, return_lse=True)
-        return out, lse + torch.log(key_count[0, 0].to(lse.dtype))
+        return out, lse + math.log(size)
     # log c_y as one more channel of the keys, against 1 in the queries
     weight = key_count.to(kbar.dtype).clamp(min=1).log()[:, None, :, None].expand(*kbar.shape[:3], 1)
     qbar, kbar = torch.cat([qbar * factor, torch.ones_like(qbar[..., :1])], -1), torch.cat([kbar, weight], -1)
@@ -300,8 +305,13 @@ def _refine(
             absent = absent | ~kept[..., None, None]
         if level < len(scales) - 1:
             ranks = (scores.detach() - row_top[..., None, None]).masked_fill(absent, -math.inf).flatten(2)
-            values, picked = ranks.topk(_cut_count(budget[level], share[level], count, N, size, ranks), -1)
+            blocks_B = (_counts(query_valid, N, size, q.device) > 0).sum(-1).expand(B)
+            wanted = math.ceil(share[level] * -(-N // size)) if budget[level] is None else int(budget[level])
+            values, picked = ranks.topk(min(wanted, ranks.shape[-1]), -1)
             next_kept = values > -math.inf
+            if budget[level] is None:  # a sequence gets what it would get alone
+                limit = (blocks_B * share[level]).ceil()[:, None, None]
+                next_kept = next_kept & (torch.arange(values.shape[-1], device=q.device) < limit)
             parent, child_x, child_y = picked // (r * r), picked // r % r, picked % r
             left = torch.zeros_like(ranks, dtype=torch.bool).scatter_(2, picked, next_kept).view(scores.shape)
             absent = absent | left
@@ -312,11 +322,6 @@ def _refine(
             row_top, kept = row_top.gather(2, parent), next_kept
             x, y = x.gather(2, parent) * r + child_x, y.gather(2, parent) * r + child_y
     return parts
-
-
-def _cut_count(number: Any, share: Any, count: Tensor, N: int, size: int, ranks: Tensor) -> int:
-    wanted = math.ceil(share * -(-N // size)) if number is None else int(number)
-    return min(wanted, ranks.shape[-1])
 
 
 def _in_tiles(means: Tensor, blocks: int, r: int, index: Tensor) -> Tensor:
@@ -343,7 +348,21 @@ def _sum_rows(logits: Tensor, value: Tensor, x: Tensor, blocks: int) -> tuple[Te
 
 
 def _to_tokens(size: int, out: Tensor, lse: Tensor, N: int) -> tuple[Tensor, Tensor]:
-    return tuple(x.repeat_interleave(size, 2)[:, :, :N] if size > 1 else x[:, :, :N] for x in (out, lse))  # type: ignore[return-value]
+    """What each block got, for each of its tokens."""
+    if size == 1:
+        return out[:, :, :N], lse[:, :, :N]
+    return out.repeat_interleave(size, 2)[:, :, :N], lse.repeat_interleave(size, 2)[:, :, :N]
+
+
+def _merge_blocks(out: Tensor, lse: Tensor, size: int, out_part: Tensor, lse_part: Tensor) -> tuple[Tensor, Tensor]:
+    """`merge` of tokens with blocks, the blocks' rows not copied where they are whole."""
+    N, blocks = out.shape[2], out_part.shape[2]
+    if size == 1 or N != blocks * size:
+        return merge(out, lse, *_to_tokens(size, out_part, lse_part, N))
+    out, lse = out.unflatten(2, (blocks, size)), lse.unflatten(2, (blocks, size))
+    rows = out_part[:, :, :, None].to(out.dtype).expand(out.shape), lse_part[..., None].to(lse.dtype).expand(lse.shape)
+    out, lse = merge(out, lse, *rows)
+    return out.flatten(2, 3), lse.flatten(2, 3)
 
 
 def _counts(valid: Tensor | None, length: int, size: int, device: torch.device) -> Tensor:
@@ -382,7 +401,7 @@ def _per_cut(value: Any, cuts: int, name: str) -> list[Any]:
     return numbers
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mode: str, ties: str, first: int, diagonal: int) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mode: str, first: int, diagonal: int) -> None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -391,8 +410,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mode: str, ties: str, first: int, di
         raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
-    if mode not in ("full", "sparse") or ties not in ("coarse", "drop"):
-        raise ValueError(f"mode must be 'full' or 'sparse' and ties 'coarse' or 'drop', got {mode!r} and {ties!r}")
+    if mode not in ("full", "sparse"):
+        raise ValueError(f"mode must be 'full' or 'sparse', got {mode!r}")
     if first < 0 or diagonal < 0:
         raise ValueError(f"first_blocks and diagonal_blocks must be at least 0, got {first} and {diagonal}")
 
@@ -490,7 +509,7 @@ class MRA(QKVAttention):
                 raise ValueError(f"the grid has {len(order)} tokens, got {q.shape[2]} queries and {k.shape[2]} keys")
             q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
             query_valid = key_valid = None if key_valid is None else key_valid[:, order]
-        out, _ = _attend(q, k, v, query_valid, key_valid, scale=None, ties="coarse", **self.options)
+        out, _ = _attend(q, k, v, query_valid, key_valid, scale=None, released_ranking=False, **self.options)
         return out if order is None else out[:, :, order.argsort()]
 
     def extra_repr(self) -> str:
@@ -527,7 +546,7 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
         first_blocks=int(args.get("initial_prior_first_n_blocks", 0)),
         diagonal_blocks=int(args.get("initial_prior_diagonal_n_blocks", 0)),
         mask=None if mask is None else mask > 0.5,
-        ties="drop",
+        released_ranking=True,
         return_map=True,
     )
     return {"out": out[:, 0], "fine_blocks": chosen[:, 0]} if flat else {"out": out, "fine_blocks": chosen}
@@ -604,6 +623,7 @@ register(
         "resolutions": (min(32, max(4, length // 16)), 1),
         "blocks_per_row": 8 if length >= 1024 else 4,
     },
+    data_dependent=True,
     ports=_ports(),
     claim=Claim(
         paper="lowest error at equal time among efficient attentions over the whole range of entropies; MRA-2-s best "
