@@ -122,6 +122,17 @@ def test_empty_axes(path, shape) -> None:
 
 
 @pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+def test_any_memory_layout_will_do(path) -> None:
+    q, k, v = (torch.randn(2, 4, 9, 8, requires_grad=True) for _ in range(3))
+    outs = [saccade.attend(q, k, v, return_lse=True, backend=path)]
+    heads_last = [x.contiguous(memory_format=torch.channels_last) for x in (q, k, v)]
+    outs.append(saccade.attend(*heads_last, return_lse=True, backend=path))
+    gradients = [torch.autograd.grad(out.sin().sum() + lse.sum(), (q, k, v)) for out, lse in outs]
+    for pair in (*zip(*outs, strict=True), *zip(*gradients, strict=True)):
+        torch.testing.assert_close(*pair)
+
+
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
 def test_values_of_no_width_still_have_an_lse(path) -> None:
     q, k, v = qkv(N=20, M=20)
     out, lse = saccade.attend(q, k, v[..., :0], mask=masks.window(3), return_lse=True, backend=path)
