@@ -41,7 +41,7 @@ def simple_masks(draw: st.DrawFn, n: int, m: int) -> Mask:
     random = torch.Generator().manual_seed(seed)
     batch = draw(st.sampled_from([1, 2]))
     kind = draw(st.sampled_from(["causal", "window", "prefix", "prefixes", "padding", "documents", "blocks", "dense",
-                                 "neighborhood"]))  # fmt: skip
+                                 "neighborhood", "function", "per_document"]))  # fmt: skip
     if kind == "causal":
         return masks.causal(draw(st.integers(-m, m)))
     if kind == "window":
@@ -53,7 +53,13 @@ def simple_masks(draw: st.DrawFn, n: int, m: int) -> Mask:
         return masks.prefix(torch.randint(0, m + 2, (batch,), generator=random))
     if kind == "padding":
         return masks.padding(torch.rand(batch, m, generator=random) < 0.7)
-    if kind == "documents":
+    if kind == "function":
+        table = torch.rand(batch, 3, n, m, generator=random) < 0.5
+        return masks.function(lambda b, h, q, k: table[b, h, q, k], batch=batch, heads=3)
+    if kind == "per_document" and n == m:
+        ids = torch.randint(0, 3, (batch, n), generator=random).sort(-1).values
+        return masks.per_document(ids, masks.prefix(draw(st.integers(0, n))) | masks.causal())
+    if kind in ("documents", "per_document"):
         ids = [torch.randint(0, 3, (batch, length), generator=random) for length in (n, m)]
         if draw(st.booleans()):
             ids = [x.sort(-1).values for x in ids]

@@ -16,7 +16,7 @@ Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and k
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
+#: pairs for which a mask function is asked at a time
+_PAIRS_AT_A_TIME = 2**22
+
 __all__ = [
     "EMPTY",
     "FULL",
@@ -37,8 +40,10 @@ __all__ = [
     "causal",
     "dense",
     "documents",
+    "function",
     "neighborhood",
     "padding",
+    "per_document",
     "prefix",
     "window",
 ]
@@ -495,6 +500,134 @@ def documents(ids_BN: Tensor, key_ids_BM: Tensor | None = None) -> Mask:
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
             raise ValueError(f"ids must be integers of shape (B, N), got {ids.dtype} of shape {tuple(ids.shape)}")
     return Documents(query, key)
+
+
+@dataclass(frozen=True, eq=False)
+class PerDocument(Mask):
+    """A mask within each document, its positions counted from the document's first token."""
+
+    documents: Documents
+    inner: Mask
+    query_start_BN: Tensor
+    key_start_BM: Tensor
+
+    @property
+    def batch(self) -> int:
+        return _agree(self.documents.batch, self.inner.batch, "batch rows")
+
+    @property
+    def heads(self) -> int:
+        return self.inner.heads
+
+    def check(self, n: int, m: int) -> None:
+        self.documents.check(n, m)
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.documents.tensors(), *self.inner.tensors(), self.query_start_BN, self.key_start_BM]
+
+    def to(self, device: torch.device | str) -> Mask:
+        starts = self.query_start_BN.to(device), self.key_start_BM.to(device)
+        return PerDocument(self.documents.to(device), self.inner.to(device), *starts)  # type: ignore[arg-type]
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        first_q = self.query_start_BN[_row(b, self.query_start_BN.shape[0]), q]
+        first_k = self.key_start_BM[_row(b, self.key_start_BM.shape[0]), k]
+        # of another document the inner mask may say what it likes, but it must be asked for positions that there are
+        inner = self.inner.allowed(b, h, q - first_q, (k - first_k).clamp(min=0))
+        return self.documents.allowed(b, h, q, k) & inner
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        # what the inner mask allows depends on where the document begins; only the documents are known by blocks
+        return self.documents.block_map(n, m, block_size, device).clamp(max=PARTIAL)
+
+    def __repr__(self) -> str:
+        return f"per_document({self.documents!r}, {self.inner!r})"
+
+
+def per_document(ids_BN: Tensor, inner: Mask) -> Mask:
+    """`inner` within each document of a packed sequence, with positions counted from the document's first token.
+
+    >>> import torch
+    >>> mask = per_document(torch.tensor([0, 0, 0, 1, 1, 1]), prefix(1) | causal())
+    >>> mask.dense(6, 6)[0, 0, 3].tolist()
+    [False, False, False, True, False, False]
+
+    Args:
+        ids_BN: sorted integer ids, as `documents` takes them.
+        inner: a mask of positions within a document.
+    """
+    same = documents(ids_BN)
+    assert isinstance(same, Documents)
+    if isinstance(inner, Band):  # knows differences of positions only, which a common start does not change
+        return same & inner
+    ids = same.query_BN
+    change = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (1, 0), value=True)
+    start = torch.where(change, torch.arange(ids.shape[1], device=ids.device), 0).cummax(-1).values
+    return PerDocument(same, inner, start, start)
+
+
+@dataclass(frozen=True, eq=False)
+class Function(Mask):
+    """Pairs for which a function says yes."""
+
+    mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    rows: int = 1
+    planes: int = 1
+    _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def batch(self) -> int:
+        return self.rows
+
+    @property
+    def heads(self) -> int:
+        return self.planes
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        answer = self.mask_mod(_row(b, self.rows), _row(h, self.planes), q, k)
+        shape = torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape)
+        return torch.as_tensor(answer, dtype=torch.bool, device=q.device).expand(shape)
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Exact, by asking for every pair once, some blocks of queries at a time; the answer is kept."""
+        block_q, block_k = _pair(block_size, "block_size")
+        key = (n, m, block_q, block_k)
+        if key not in self._maps:
+            b = torch.arange(self.rows, device=device)[:, None, None, None]
+            h = torch.arange(self.planes, device=device)[:, None, None]
+            k = torch.arange(m, device=device)
+            ones_k = _block_sums(torch.ones(m, dtype=torch.int32, device=device), block_k)
+            step = block_q * max(1, _PAIRS_AT_A_TIME // max(1, self.rows * self.planes * block_q * m))
+            bands = []
+            for first in range(0, n, step):
+                q = torch.arange(first, min(first + step, n), device=device)[:, None]
+                count = _block_sums(_block_sums(self.allowed(b, h, q, k).to(torch.int32), block_k).mT, block_q).mT
+                ones_q = _block_sums(torch.ones(q.shape[0], dtype=torch.int32, device=device), block_q)
+                bands.append(_state(count > 0, count == ones_q[:, None] * ones_k))
+            empty = torch.zeros(self.rows, self.planes, 0, ceil(m / block_k), dtype=torch.int8, device=device)
+            self._maps[key] = torch.cat(bands or [empty], -2)
+        return self._maps[key].to(device)
+
+    def __repr__(self) -> str:
+        return f"function({getattr(self.mask_mod, '__name__', 'mask_mod')})"
+
+
+def function(mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, batch: int = 1, heads: int = 1) -> Mask:
+    """FlexAttention's `mask_mod(b, h, q_idx, kv_idx) -> bool` as a mask; index tensors broadcast.
+
+    Its block structure is found by asking for each pair once (N M evaluations, never held at once) and is kept with the
+    mask, so make a mask once and use it in every layer; tensors that the function captures must not change afterwards.
+
+    Args:
+        batch, heads: how many rows and heads the function tells apart; 1 where it ignores `b` or `h`.
+
+    >>> even = function(lambda b, h, q, k: (q - k) % 2 == 0)
+    >>> (even & causal()).dense(4, 4)[0, 0, 3].tolist()
+    [False, True, False, True]
+    """
+    if batch < 1 or heads < 1:
+        raise ValueError(f"batch and heads must be positive, got {batch} and {heads}")
+    return Function(mask_mod, batch, heads)
 
 
 @dataclass(frozen=True, eq=False)
