@@ -23,7 +23,7 @@ def heads(B: int, H: int, N: int, D: int, *, K: int | None = None, M: int | None
 
 def definition(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, b: int, mode: str = "full") -> Tensor:
     """Ahat V / D written out as a matrix, for whole blocks."""
-    N, D = q.shape[2:]
+    D = q.shape[3]
     scores = q @ k.mT / math.sqrt(D)
     means = [x.unflatten(2, (-1, b)).mean(3) for x in (q, k)]
     coarse = (means[0] @ means[1].mT / math.sqrt(D)).repeat_interleave(b, 2).repeat_interleave(b, 3)

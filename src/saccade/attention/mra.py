@@ -357,7 +357,7 @@ def _to_tokens(size: int, out: Tensor, lse: Tensor, N: int) -> tuple[Tensor, Ten
 def _merge_blocks(out: Tensor, lse: Tensor, size: int, out_part: Tensor, lse_part: Tensor) -> tuple[Tensor, Tensor]:
     """`merge` of tokens with blocks, the blocks' rows not copied where they are whole."""
     N, blocks = out.shape[2], out_part.shape[2]
-    if size == 1 or N != blocks * size:
+    if size == 1 or blocks * size != N:
         return merge(out, lse, *_to_tokens(size, out_part, lse_part, N))
     out, lse = out.unflatten(2, (blocks, size)), lse.unflatten(2, (blocks, size))
     rows = out_part[:, :, :, None].to(out.dtype).expand(out.shape), lse_part[..., None].to(lse.dtype).expand(lse.shape)
@@ -476,6 +476,7 @@ class MRA(QKVAttention):
         if grid is not None:
             rows = 2 ** (int(math.log2(scales[0])) // 2)
             order = patch_order(grid, (rows, scales[0] // rows))
+        self.order_N: Tensor | None
         self.register_buffer("order_N", order, persistent=False)
 
     def attend(
@@ -503,7 +504,7 @@ class MRA(QKVAttention):
         return self.out_proj(self._mix(q_BHND, k_BKMD, v_BKMD, None, valid).transpose(1, 2).flatten(2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, query_valid: Tensor | None, key_valid: Tensor | None) -> Tensor:
-        order: Tensor | None = self.order_N
+        order = self.order_N
         if order is not None:
             if not q.shape[2] == k.shape[2] == len(order):
                 raise ValueError(f"the grid has {len(order)} tokens, got {q.shape[2]} queries and {k.shape[2]} keys")
@@ -628,7 +629,7 @@ register(
     claim=Claim(
         paper="lowest error at equal time among efficient attentions over the whole range of entropies; MRA-2-s best "
         "where weights are peaked (low entropy), MRA-2 good for both (Fig. 5, 6)",
-        expected="on locally smooth q, k of length 2048 the error falls as more blocks are exact; with an eighth of the "
+        expected="for locally smooth q, k (length 2048) the error falls as more blocks are exact; with an eighth of the "
         "pairs MRA-2 is nearer to dense attention than a window of as many keys, for flat and for peaked weights, and "
         "nearer than MRA-2-s for flat ones; at 16k tokens (8 blocks a row) at least 5 x as fast as SDPA",
         run=_claim,

@@ -206,6 +206,15 @@ def _tiles(n: int) -> dict[str, int]:
     return {"block_q": size, "block_k": max(4, size // 2)}
 
 
+def _mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
+    return float(import_module("saccade.attention.mra").mra_pairs(n, m, options))
+
+
+def _mra_scales(n: int) -> tuple[int, int]:
+    """The paper's 32, smaller where that would leave few blocks."""
+    return min(32, max(4, 1 << (n // 16).bit_length() - 1)), 1
+
+
 MECHANISMS: dict[str, Mechanism] = {
     entry.slug: entry
     for entry in (
@@ -236,6 +245,13 @@ MECHANISMS: dict[str, Mechanism] = {
                 *({"top_k": share, **_tiles(n)} for share in (0.1, 0.25, 0.5)),
                 *({"cdf_threshold": share, **_tiles(n)} for share in (0.8, 0.9, 0.98)),
             ],
+        ),
+        Mechanism(
+            "mra",
+            "saccade.attention.mra:mra_attend",
+            causal=False,
+            kept=_mra_pairs,
+            settings=lambda n: [{"resolutions": _mra_scales(n), "blocks_per_row": rows} for rows in (2, 4, 8, 16)],
         ),
     )
 }
