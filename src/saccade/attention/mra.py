@@ -629,7 +629,7 @@ register(
     claim=Claim(
         paper="lowest error at equal time among efficient attentions over the whole range of entropies; MRA-2-s best "
         "where weights are peaked (low entropy), MRA-2 good for both (Fig. 5, 6)",
-        expected="for locally smooth q, k (length 2048) the error falls as more blocks are exact; with an eighth of the "
+        expected="for locally smooth q, k (length 2048) the error falls with the exact blocks; with an eighth of the "
         "pairs MRA-2 is nearer to dense attention than a window of as many keys, for flat and for peaked weights, and "
         "nearer than MRA-2-s for flat ones; at 16k tokens (8 blocks a row) at least 5 x as fast as SDPA",
         run=_claim,

@@ -212,7 +212,7 @@ def _mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, 
 
 def _mra_scales(n: int) -> tuple[int, int]:
     """The paper's 32, smaller where that would leave few blocks."""
-    return min(32, max(4, 1 << (n // 16).bit_length() - 1)), 1
+    return min(32, max(4, 1 << max(1, n // 16).bit_length() - 1)), 1
 
 
 MECHANISMS: dict[str, Mechanism] = {
