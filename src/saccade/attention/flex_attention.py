@@ -1,0 +1,597 @@
+"""FlexAttention's modifications, block masks, paged cache and jagged batches, over `saccade.attend`.
+
+Dong et al., "Flex Attention: A Programming Model for Generating Optimized Attention Kernels", arXiv 2412.05496.
+
+    s = scale q.k^T;   s' = score_mod(s, b, h, i, j);   s' = -inf where not mask_mod(b, h, i, j);   out = softmax(s') v
+
+Two small functions say what a variant is. Here `attend` takes both: a `score_mod` of the paper's signature, and a mask
+object, which `masks.function` makes from a `mask_mod` and whose block structure the engine uses to skip work. This room
+holds what the paper defines with them:
+
+| modification | here |
+|---|---|
+| causal, sliding window w, prefix LM p, neighbourhood | `masks.causal()`, `masks.window(w)`, `masks.prefix(p) \\| masks.causal()`, `masks.neighborhood(...)` |
+| documents, a mask within each | `masks.documents(ids)`, `masks.per_document(ids, inner)` |
+| dilated window, global tokens and window, any other | `dilated_window(w, d)`, `global_window(g, w)`, `masks.function(mask_mod)` |
+| ALiBi, soft cap, relative bias, bias table, rotary part of MLA | `alibi(H)`, `soft_cap(c)`, `relative()`, `bias(table)`, `rope_part(q, k, scale)` |
+| compositions | `&`, `\\|`, `~` of masks; `compose(...)` of score modifications |
+| another activation than exp | `activation_attend(q, k, v, f, offset)` |
+| block mask | `create_block_mask(mask, n, m, block_size)` |
+| paged key-value cache | `PagedCache` |
+| jagged (nested) batches | `attend_jagged` |
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v; R, C rows and columns
+of blocks; P pages of S tokens, T tokens of all sequences laid end to end.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops import masks
+from saccade.ops.attend import attend
+from saccade.ops.layer import QKVAttention
+from saccade.ops.masks import EMPTY, FULL, PARTIAL, Mask
+from saccade.ops.planning import ScoreMod
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+
+def alibi(num_heads: int) -> ScoreMod:
+    """s + 2^(-8 (h + 1) / H) (j - i): a penalty on distance, steeper in some heads (Press et al., arXiv 2108.12409)."""
+    return lambda s, b, h, i, j: s + torch.exp2(-8.0 * (h + 1) / num_heads) * (j - i)
+
+
+def soft_cap(cap: float) -> ScoreMod:
+    """c tanh(s / c): scores stay between -c and c.
+
+    Raises:
+        ValueError: if `cap` is not positive.
+    """
+    if cap <= 0:
+        raise ValueError(f"cap must be positive, got {cap}")
+    return lambda s, b, h, i, j: cap * (s / cap).tanh()
+
+
+def relative() -> ScoreMod:
+    """s + (i - j)."""
+    return lambda s, b, h, i, j: s + (i - j)
+
+
+def bias(table_HNM: Tensor) -> ScoreMod:
+    """s + table[h, i, j]; the table may be (N, M) for all heads, and receives its gradient."""
+    if table_HNM.ndim == 2:
+        return lambda s, b, h, i, j: s + table_HNM[i, j]
+    return lambda s, b, h, i, j: s + table_HNM[h, i, j]
+
+
+def distance_bias(table_HR: Tensor) -> ScoreMod:
+    """s + table[h, clamp(j - i + r, 0, 2 r)]: a learned bias per head and distance, the last ones for all farther."""
+    reach = table_HR.shape[-1] // 2
+    return lambda s, b, h, i, j: s + table_HR[h, (j - i + reach).clamp(0, 2 * reach)]
+
+
+def rope_part(q_BHNR: Tensor, k_BKMR: Tensor, scale: float) -> ScoreMod:
+    """s + scale q_rope . k_rope: the decoupled rotary part of multi-head latent attention; K divides H."""
+    group = q_BHNR.shape[1] // k_BKMR.shape[1]
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        b, h, i, j = (x.flatten() for x in (b, h, i, j))
+        q = q_BHNR[b[:, None, None], h[:, None], i]
+        k = k_BKMR[b[:, None, None], (h // group)[:, None], j]
+        return s + scale * (q @ k.mT)
+
+    return mod
+
+
+def compose(*mods: ScoreMod) -> ScoreMod:
+    """One modification after the other, from left to right."""
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        for each in mods:
+            s = each(s, b, h, i, j)
+        return s
+
+    return mod
+
+
+def dilated_window(reach: int, dilation: int) -> Mask:
+    """|i - j| <= reach and |i - j| a multiple of `dilation`."""
+    if reach < 0 or dilation < 1:
+        raise ValueError(f"reach must not be negative and dilation at least 1, got {reach} and {dilation}")
+    return masks.window(reach, reach) & masks.function(lambda b, h, q, k: (q - k) % dilation == 0)
+
+
+def global_window(tokens: int, left: int, right: int = 0) -> Mask:
+    """A sliding window, and the first `tokens` keys for everybody."""
+    return masks.prefix(tokens) | masks.window(left, right)
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """FlexAttention's block lists: columns by row, and (`q_*`) rows by column; entries after the counted ones are none.
+
+    A block is partial where some of its pairs are allowed, full where all are; pairs beyond the last token are not.
+    """
+
+    kv_num_blocks: Tensor
+    kv_indices: Tensor
+    full_kv_num_blocks: Tensor
+    full_kv_indices: Tensor
+    q_num_blocks: Tensor
+    q_indices: Tensor
+    full_q_num_blocks: Tensor
+    full_q_indices: Tensor
+    shape: tuple[int, int]
+    block_size: tuple[int, int]
+
+    def to_dense(self) -> Tensor:
+        """1 where a block is partial or full, (B', H', R, C)."""
+        dense = torch.zeros_like(self.kv_indices)
+        columns = torch.arange(dense.shape[-1], device=dense.device)
+        for count, index in ((self.kv_num_blocks, self.kv_indices), (self.full_kv_num_blocks, self.full_kv_indices)):
+            dense = dense.scatter_add(-1, index.long(), (columns < count[..., None]).to(dense.dtype))
+        return dense
+
+    def sparsity(self) -> float:
+        """Per cent of the pairs that lie in no listed block; below 0 where blocks reach beyond the tokens."""
+        blocks = self.to_dense()
+        computed = blocks.sum().item() * self.block_size[0] * self.block_size[1]
+        return 100.0 * (1.0 - computed / (blocks.shape[0] * blocks.shape[1] * self.shape[0] * self.shape[1]))
+
+
+def create_block_mask(mask: Mask, n: int, m: int, block_size: int | Sequence[int] = 128) -> BlockMask:
+    """The block lists of a mask for `n` queries and `m` keys, each block judged by all its pairs.
+
+    Raises:
+        ValueError: if the mask is not for these lengths or the block size not positive.
+    """
+    block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+    mask.check(n, m)
+    # whatever a mask knows of its blocks is cautious: partial may be said of any. Asking for each pair is exact.
+    exact = masks.function(mask.allowed, batch=mask.batch, heads=mask.heads)
+    states = exact.block_map(n, m, (block_q, block_k)).clone()
+    # a block that reaches beyond the last token holds pairs that are not allowed
+    if n % block_q:
+        states[..., -1, :] = states[..., -1, :].clamp(max=PARTIAL)
+    if m % block_k:
+        states[..., -1] = states[..., -1].clamp(max=PARTIAL)
+    partial, full = states == PARTIAL, states == FULL
+    lists = [_list(x) for x in (partial, full, partial.mT, full.mT)]
+    (partial_rows, full_rows, partial_columns, full_columns) = lists
+    return BlockMask(*partial_rows, *full_rows, *partial_columns, *full_columns, (n, m), (block_q, block_k))
+
+
+def _list(there: Tensor) -> tuple[Tensor, Tensor]:
+    """How many columns of each row are True, and which, in ascending order, the others after them."""
+    order = there.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return there.sum(-1, dtype=torch.int32), order.to(torch.int32)
+
+
+def activation_attend(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    function: Callable[[Tensor], Tensor],
+    offset: float,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """sum_j f(s_ij) v_j over the allowed pairs, through softmax attention: w = softmax(log(f(s) + N)).
+
+    f(S) V = out exp(lse) - N sum of allowed v. The paper's trick; a `Normalizer` says the same directly.
+
+    Args:
+        function: f, element-wise.
+        offset: N, so large that f(s) + N > 0.
+    """
+    plain: dict[str, Any] = {"mask": mask, "scale": scale}
+    mod = lambda s, b, h, i, j: (function(s) + offset).log()  # noqa: E731
+    out, lse = attend(q_BHND, k_BKMD, v_BKME, score_mod=mod, return_lse=True, **plain)
+    mean, size = attend(q_BHND, k_BKMD, v_BKME, score_mod=lambda s, *_: s * 0, return_lse=True, **plain)
+    return out * lse.exp()[..., None] - offset * mean * size.exp()[..., None]
+
+
+def attend_jagged(q: Any, k: Any, v: Any, *, mask: Mask | None = None, **options: Any) -> Tensor:
+    """`attend` on nested tensors of jagged layout, (B, tokens of each sequence, heads, D), without padding.
+
+    The sequences are laid end to end and kept apart by a document mask, so empty pairs cost nothing.
+
+    Args:
+        mask: within each sequence, positions counted from its first token; one that does not vary over the batch.
+        options: `attend`'s, but `return_lse`.
+
+    Returns:
+        a nested tensor like `q`, of width E.
+
+    Raises:
+        ValueError: if the tensors are not nested, their sequences differ in length, or the mask varies over the batch.
+    """
+    for name, x in (("query", q), ("key", k), ("value", v)):
+        if not x.is_nested or x.layout != torch.jagged or x.values().ndim != 3:
+            raise ValueError(f"{name} must be a nested tensor of jagged layout, (batch, tokens, heads, width)")
+        if not torch.equal(x.offsets(), q.offsets()):
+            raise ValueError("query, key and value must have sequences of the same lengths")
+    if mask is not None and mask.batch != 1:
+        raise ValueError("a mask for jagged sequences must not vary over the batch")
+    lengths = q.offsets().diff()
+    ids = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)[None]
+    packed = masks.documents(ids) if mask is None else masks.per_document(ids, mask)
+    heads_first = [x.values().transpose(0, 1)[None] for x in (q, k, v)]
+    out_1HTE = attend(heads_first[0], heads_first[1], heads_first[2], mask=packed, **options)
+    return torch.nested.nested_tensor_from_jagged(out_1HTE[0].transpose(0, 1), q.offsets())
+
+
+class PagedCache:
+    """Keys and values of many sequences in one pool of pages, as PagedAttention keeps them.
+
+    A sequence holds ceil(length / page_size) pages anywhere in the pool. Attention reads the pool itself: the mask of a
+    sequence is translated from logical to physical positions, so nothing is copied together.
+
+    Args:
+        pages, page_size: the pool holds pages * page_size tokens.
+        batch: sequences.
+        num_kv_heads, head_dim, value_dim: K, D, E (D where None).
+
+    >>> cache = PagedCache(pages=8, page_size=4, batch=2, num_kv_heads=1, head_dim=2)
+    >>> cache.append(1, torch.randn(1, 5, 2), torch.randn(1, 5, 2))
+    >>> cache.lengths.tolist(), cache.free_pages
+    ([0, 5], 6)
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        page_size: int,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if min(pages, page_size, batch, num_kv_heads, head_dim) < 1:
+            raise ValueError("pages, page_size, batch, num_kv_heads and head_dim must be positive")
+        self.page_size = page_size
+        self.keys = torch.zeros(1, num_kv_heads, pages * page_size, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros(1, num_kv_heads, pages * page_size, value_dim or head_dim, device=device, dtype=dtype)
+        self.page_table = torch.full((batch, pages), -1, dtype=torch.long, device=device)
+        self.logical_page = torch.full((batch, pages), -1, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+        self._free = list(range(pages))[::-1]
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages in use."""
+        pages = self.page_table.shape[1]
+        used = self.keys.numel() * self.keys.element_size() + self.values.numel() * self.values.element_size()
+        return used * (pages - len(self._free)) // pages
+
+    def reserve(self, sequence: int, length: int) -> None:
+        """Give `sequence` pages for `length` tokens.
+
+        Raises:
+            ValueError: if the pool has too few free pages; nothing is given then.
+        """
+        held = int((self.page_table[sequence] >= 0).sum())
+        wanted = ceil(length / self.page_size) - held
+        if wanted > len(self._free):
+            raise ValueError(f"sequence {sequence} needs {wanted} more pages, but {len(self._free)} are free")
+        for logical in range(held, held + max(0, wanted)):
+            page = self._free.pop()
+            self.page_table[sequence, logical] = page
+            self.logical_page[sequence, page] = logical
+
+    def append(self, sequence: int, k_KND: Tensor, v_KNE: Tensor) -> None:
+        """Add N tokens to one sequence, reserving what they need.
+
+        Raises:
+            ValueError: if the pool is full; the sequence is then as it was.
+        """
+        start = int(self.lengths[sequence])
+        self.reserve(sequence, start + k_KND.shape[1])
+        logical = torch.arange(start, start + k_KND.shape[1], device=self.keys.device)
+        place = self.page_table[sequence, logical // self.page_size] * self.page_size + logical % self.page_size
+        self.keys[0, :, place] = k_KND.detach().to(self.keys.dtype)
+        self.values[0, :, place] = v_KNE.detach().to(self.values.dtype)
+        self.lengths[sequence] = start + k_KND.shape[1]
+
+    def erase(self, sequence: int) -> None:
+        """Forget a sequence and free its pages."""
+        pages = self.page_table[sequence]
+        self._free += pages[pages >= 0].tolist()
+        self.page_table[sequence] = -1
+        self.logical_page[sequence] = -1
+        self.lengths[sequence] = 0
+
+    def attend(
+        self,
+        q_BHND: Tensor,
+        *,
+        mask: Mask | None = None,
+        score_mod: ScoreMod | None = None,
+        scale: float | None = None,
+        backend: str | None = None,
+    ) -> Tensor:
+        """Attention of each sequence's queries to its own tokens; `mask` and `score_mod` speak of logical positions.
+
+        Raises:
+            ValueError: if there is not one row of queries per sequence.
+        """
+        B = self.page_table.shape[0]
+        if q_BHND.shape[0] != B:
+            raise ValueError(f"the cache holds {B} sequences, got queries of {q_BHND.shape[0]}")
+        paged = PagedMask(mask or masks.prefix(self.keys.shape[2]), self.logical_page, self.lengths, self.page_size)
+        mod = None
+        if score_mod is not None:
+            mod = lambda s, b, h, i, j: score_mod(s, b, h, i, paged.logical(b, j).clamp(min=0))  # noqa: E731
+        keys, values = (x.expand(B, -1, -1, -1) for x in (self.keys, self.values))
+        return attend(q_BHND, keys, values, mask=paged, score_mod=mod, scale=scale, backend=backend)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedMask(Mask):
+    """A mask of logical positions over a pool of pages."""
+
+    inner: Mask
+    logical_page_BP: Tensor
+    lengths_B: Tensor
+    page_size: int
+
+    @property
+    def batch(self) -> int:
+        return self.logical_page_BP.shape[0]
+
+    @property
+    def heads(self) -> int:
+        return self.inner.heads
+
+    def tensors(self) -> list[Tensor]:
+        return [self.logical_page_BP, self.lengths_B, *self.inner.tensors()]
+
+    def to(self, device: torch.device | str) -> Mask:
+        return replace(
+            self,
+            inner=self.inner.to(device),
+            logical_page_BP=self.logical_page_BP.to(device),
+            lengths_B=self.lengths_B.to(device),
+        )
+
+    def logical(self, b: Tensor, k: Tensor) -> Tensor:
+        """The position of a physical one in its sequence; negative where its page belongs to another."""
+        page = self.logical_page_BP[b, k // self.page_size]
+        return torch.where(page < 0, -1, page * self.page_size + k % self.page_size)
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        position = self.logical(b, k)
+        own = (position >= 0) & (position < self.lengths_B[b])
+        return own & self.inner.allowed(b, h, q, position.clamp(min=0))
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+        if block_k % self.page_size and self.page_size % block_k:
+            every = masks.function(self.to(device).allowed, batch=self.batch, heads=self.heads)
+            return every.block_map(n, m, (block_q, block_k), device)
+        # the states of logical pages, moved to where the pages lie
+        logical = self.inner.block_map(n, self.logical_page_BP.shape[1] * self.page_size, (block_q, self.page_size))
+        page = self.logical_page_BP.to(device)
+        states = logical.to(device).expand(page.shape[0], -1, -1, -1)
+        index = page.clamp(min=0)[:, None, None].expand(-1, *states.shape[1:3], -1)
+        moved = states.gather(-1, index)
+        room = (self.lengths_B.to(device)[:, None] - page * self.page_size)[:, None, None]
+        moved = torch.where(room < self.page_size, moved.clamp(max=PARTIAL), moved)
+        moved = torch.where((page[:, None, None] < 0) | (room <= 0), torch.full_like(moved, EMPTY), moved)
+        if block_k < self.page_size:
+            return moved.clamp(max=PARTIAL).repeat_interleave(self.page_size // block_k, -1)
+        tiles = moved.unflatten(-1, (-1, 1)) if block_k == self.page_size else _tiles(moved, block_k // self.page_size)
+        some, all_ = tiles.amax(-1) > EMPTY, tiles.amin(-1) == FULL
+        return some.to(torch.int8) + all_.to(torch.int8)
+
+    def __repr__(self) -> str:
+        return f"paged({self.inner!r}, {self.page_size} tokens a page)"
+
+
+def _tiles(states: Tensor, count: int) -> Tensor:
+    """Neighbouring columns in groups of `count`; a short last group is filled with its own last column."""
+    short = -states.shape[-1] % count
+    last = states[..., -1:].expand(*states.shape[:-1], short)
+    return torch.cat([states, last], -1).unflatten(-1, (-1, count))
+
+
+class FlexAttention(QKVAttention):
+    """Softmax attention with modifications by name, as a layer.
+
+    Args:
+        dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
+        window: keys before a query that it sees beside its own (in a layer that is not causal, after it as well).
+        global_tokens: first keys that everybody sees beside the window.
+        use_alibi: ALiBi's penalty on distance.
+        cap: soft cap of the scores.
+        reach: a learned bias per head and distance up to `reach`, zero at first.
+        score_mod: any other modification; it comes last.
+        attend_mask: any other mask, beside causality and window.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        causal: bool = False,
+        *,
+        window: int | None = None,
+        global_tokens: int = 0,
+        use_alibi: bool = False,
+        cap: float | None = None,
+        reach: int | None = None,
+        score_mod: ScoreMod | None = None,
+        attend_mask: Mask | None = None,
+        **projections: Any,
+    ) -> None:
+        super().__init__(dim, num_heads, causal, **projections)
+        if window is not None and window < 0:
+            raise ValueError(f"window must be a number of keys, 0 or more, got {window}")
+        if global_tokens and window is None:
+            raise ValueError("global_tokens go with a window: without one every token sees all")
+        if reach is not None and reach < 1:
+            raise ValueError(f"reach must be at least 1, got {reach}")
+        self.window, self.global_tokens = window, global_tokens
+        self.score_mod, self.attend_mask = score_mod, attend_mask
+        self.distances = None if reach is None else nn.Parameter(torch.zeros(num_heads, 2 * reach + 1))
+        self._fixed = [alibi(num_heads)] if use_alibi else []
+        if cap is not None:
+            self._fixed.append(soft_cap(cap))
+
+    def attend(
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
+    ) -> Tensor:
+        parts = [masks.causal(offset)] if causal else []
+        if self.window is not None:
+            near = masks.window(self.window, 0 if causal else self.window, offset=offset)
+            parts.append(masks.prefix(self.global_tokens) | near if self.global_tokens else near)
+        parts += [part for part in (self.attend_mask, mask) if part is not None]
+        whole: Mask | None = None
+        for part in parts:
+            whole = part if whole is None else whole & part
+        mods = [*self._fixed]
+        if self.distances is not None:
+            mods.append(distance_bias(self.distances.to(q_BHND.dtype)))
+        if self.score_mod is not None:
+            mods.append(self.score_mod)
+        mod = None
+        if mods:
+            every = compose(*mods)
+            mod = lambda s, b, h, i, j: every(s, b, h, i + offset, j)  # noqa: E731
+        return attend(q_BHND, k_BKMD, v_BKME, mask=whole, score_mod=mod)
+
+
+def _recorded_masks(ids: Tensor, args: dict[str, Any]) -> dict[str, Mask]:
+    return {
+        "causal": masks.causal(),
+        "sliding_window": masks.window(args["window"]),
+        "prefix_lm": masks.prefix(args["prefix"]) | masks.causal(),
+        "document_causal": masks.documents(ids) & masks.causal(),
+    }
+
+
+def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    q, k, v, ids = inputs["q"], inputs["k"], inputs["v"], inputs["document_id"]
+    out: dict[str, Tensor] = {}
+    for name, mask in _recorded_masks(ids, args).items():
+        out[f"{name}.out"], out[f"{name}.lse"] = attend(q, k, v, mask=mask, return_lse=True)
+        lists = create_block_mask(mask, q.shape[2], k.shape[2], args["BLOCK_SIZE"])
+        for field in (
+            "kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices",
+        ):  # fmt: skip
+            out[f"{name}.{field}"] = getattr(lists, field)
+        out[f"{name}.dense_blocks"] = lists.to_dense()
+    mods = {
+        "alibi": alibi(q.shape[1]),
+        "softcap": soft_cap(args["soft_cap"]),
+        "bias": bias(inputs["bias"]),
+        "relative": relative(),
+    }
+    for name, mod in mods.items():
+        out[f"{name}_causal.out"] = attend(q, k, v, mask=masks.causal(), score_mod=mod)
+    both = masks.documents(ids) & masks.window(args["window"])
+    out["alibi_document_window.out"] = attend(q, k, v, mask=both, score_mod=mods["alibi"])
+    return out
+
+
+def _compare(
+    name: str, ours: Tensor, recorded: Tensor, inputs: dict[str, Tensor], args: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Of a list of blocks, the entries that its count names; the others have no meaning."""
+    if not name.endswith("_indices"):
+        return ours, recorded
+    which, field = name.rsplit(".", 1)
+    mask = _recorded_masks(inputs["document_id"], args)[which]
+    lists = create_block_mask(mask, inputs["q"].shape[2], inputs["k"].shape[2], args["BLOCK_SIZE"])
+    count = getattr(lists, field.replace("indices", "num_blocks"))
+    valid = torch.arange(ours.shape[-1]) < count[..., None]
+    return ours * valid, recorded * valid
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    """A window at length against dense SDPA, and score modifications against plain causal attention by the engine."""
+    n = lab.size(16384, 256)
+    reach = lab.size(1023, 31)
+    q, k, v = (torch.randn(1, 4, n, 64, generator=lab.generator()) for _ in range(3))
+    dense = lab.seconds(lambda: attend(q, k, v, mask=masks.causal()), repeats=2)
+    window = lab.seconds(lambda: attend(q, k, v, mask=masks.window(reach)), repeats=3)
+    pairs = n * (reach + 1) - reach * (reach + 1) / 2
+    ideal = (n * (n + 1) / 2) / pairs
+    few = lab.size(4096, 64)
+    short = [x[:, :, :few] for x in (q, k, v)]
+    plain = lab.seconds(lambda: attend(*short, mask=masks.causal()), repeats=3)
+    eager = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=soft_cap(30.0), backend="reference"), 2)
+    capped = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=soft_cap(30.0)), repeats=3)
+    measured = {
+        "window_1024_at_16k_speedup": dense / window,
+        "window_speedup_share_of_ideal": dense / window / ideal,
+        "soft_cap_speedup_over_eager": eager / capped,
+        "soft_cap_time_over_plain_causal": capped / plain,
+    }
+    return ClaimResult(measured, holds=dense / window > 0.7 * ideal and capped < eager)
+
+
+register(
+    "flex-attention",
+    kind="sequence",
+    summary="Any variant from two small functions: score modifications, masks with block structure, a paged cache.",
+    supports=("causal", "bidirectional", "cross", "padding", "decoding", "grouped-heads", "from-softmax"),
+    taxonomy={"sequences": "self", "levels": "single", "positions": "soft", "representations": "single"},
+    efficiency="dense",
+    note="a programming model rather than one mechanism; the class path is that of the mask it is given",
+    complexity="time in proportion to the blocks with work, memory linear; a mask function is asked N M times, once",
+    invariants=(
+        "without modifications equals SDPA; -inf from a score modification equals a mask",
+        "block lists hold every allowed pair, full blocks nothing else, and the lists of rows are the transpose",
+        "packed documents, jagged batches and paged caches equal each sequence alone",
+        "soft cap at infinity and zero bias change nothing; a captured bias gets the dense form's gradient",
+        "pages in any order give the same output, and a freed page leaks nothing",
+    ),
+    build=FlexAttention,
+    example={
+        "dim": 16,
+        "num_heads": 4,
+        "causal": True,
+        "num_kv_heads": 2,
+        "window": 9,
+        "global_tokens": 2,
+        "use_alibi": True,
+        "cap": 20.0,
+        "reach": 4,
+    },
+    ports=(
+        AuthorsPort(
+            "flex_attention",
+            build=lambda args: nn.Identity(),
+            convert=lambda state: state,
+            run=_run_authors,
+            compare=_compare,
+        ),
+    ),
+    claim=Claim(
+        paper="variants of two functions run at 0.68 to 1.43 times FlashAttention's speed; masks skip empty blocks",
+        expected="a window of 1024 at 16k reaches 70 % of its ideal speed-up; a soft cap is faster than the eager form",
+        run=_claim,
+    ),
+)
