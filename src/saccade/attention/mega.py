@@ -1,0 +1,1047 @@
+"""Mega: gated attention whose queries and keys come from a moving average of the input.
+
+Ma et al., "Mega: Moving Average Equipped Gated Attention", arXiv 2209.10655 (ICLR 2023). f = SiLU.
+
+    X' = SiLU(EMA(X) + omega X)                         damped, h dimensions per channel (`ops.ema`)
+    V  = f(X W_v)                                       from X, not from X'
+    [u | z r | h] = X' W_mx;   u = sigmoid(u),  z, r = SiLU(z r)
+    Q, K = z gamma_0 + beta_0,  z gamma_1 + beta_1
+    H  = f(h + (A V * r) W_h),   Y = X + u (H - X)      the layer has its own, gated residual
+    A  = softmax(Q K^T / sqrt(Z) + B),   or phi(Q K^T / n + B),  n the number of keys that the query may see
+
+    phi laplace: (1 + erf((s - mu) / (sigma sqrt 2))) / 2,   relu2: relu(s)^2;   mu = sqrt(1/2), sigma = sqrt(1/(4 pi))
+
+Mega-chunk attends inside chunks of C tokens, at a cost linear in N; the average carries what crosses them.
+
+| paper | here |
+|---|---|
+| damping delta, alpha of the EMA | sigmoid of the raw `alpha`, `delta`: the code's names, swapped against the paper's |
+| EMA beta, eta | `beta`, `gamma` / sqrt(h); the 1 / sqrt(h) is the code's only |
+| z, v, h | key_dim, value_dim, ema_dim |
+| phi | `attention`: "softmax", "laplace", "relu2" |
+| b_rel | `position`: "simple", one learned number per distance up to max_positions (the chunk size), or "rotary" |
+
+The rotary bias is the product of two learned vectors, each rotated to its place: further channels of Q and K.
+
+What the paper leaves open: padded tokens enter the average as 0 and are no keys; a query without keys gets A V = 0 (the
+authors unmask a row that is padding throughout; nothing real depends on it). More than one head is not in the paper:
+z and v are split over heads, each with its own part of Q, K, gamma and beta. The default position is rotary.
+
+Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops import masks
+from saccade.ops.attend import attend
+from saccade.ops.cache import KVCache
+from saccade.ops.ema import ema, ema_step
+from saccade.ops.layer import as_mask
+from saccade.ops.masks import Dense, Mask, Padding
+from saccade.ops.normalizers import Normalizer, State
+from saccade.ops.rope import rotate
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+Attention = Literal["softmax", "laplace", "relu2"]
+Norm = Literal["layer", "scale", "rms", "batch"]
+
+_MU, _SIGMA = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
+
+
+def laplace(s: Tensor) -> Tensor:
+    """(1 + erf((s - mu) / (sigma sqrt 2))) / 2: near relu(s)^2 in value and slope at mu, and bounded."""
+    return 0.5 * (1.0 + torch.erf((s - _MU) / (_SIGMA * math.sqrt(2.0))))
+
+
+class _Elementwise(Normalizer):
+    """Weights that depend on their own score alone, not divided by their sum."""
+
+    none_is_all = True
+
+    def function(self, scores: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def slope(self, scores: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def update(self, scores: Tensor, allowed: Any, state: State) -> tuple[Tensor, State, None]:
+        weights = self.function(scores)
+        return weights if allowed is None else weights.masked_fill(~allowed, 0.0), state, None
+
+    def weights(self, scores: Tensor, allowed: Any, final: State) -> Tensor:
+        return self.update(scores, allowed, final)[0]
+
+    def grad(self, scores: Tensor, weights: Tensor, grad_weights: Tensor, delta: Tensor, final: State) -> Tensor:
+        return self.slope(scores) * grad_weights
+
+
+class Laplace(_Elementwise):
+    def function(self, scores: Tensor) -> Tensor:
+        return laplace(scores)
+
+    def slope(self, scores: Tensor) -> Tensor:
+        return torch.exp((scores - _MU).square() / (-2.0 * _SIGMA**2)) / (_SIGMA * math.sqrt(2.0 * math.pi))
+
+
+class SquaredRelu(_Elementwise):
+    def function(self, scores: Tensor) -> Tensor:
+        return scores.relu().square()
+
+    def slope(self, scores: Tensor) -> Tensor:
+        return 2.0 * scores.relu()
+
+
+_NORMALIZERS: dict[str, Any] = {"softmax": "softmax", "laplace": Laplace(), "relu2": SquaredRelu()}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "relu2": lambda x: x.relu().square(),
+    "laplace": laplace,
+    "linear": lambda x: x,
+}
+
+
+class SimpleBias(nn.Module):
+    """B_ij = b[M - 1 + j - i], one learned number per distance below M."""
+
+    def __init__(self, max_positions: int) -> None:
+        super().__init__()
+        self.max_positions = max_positions
+        self.weight = nn.Parameter(0.02 * torch.randn(2 * max_positions - 1))
+
+
+class RotaryBias(nn.Module):
+    """B_ij = rot(alpha, i) . rot(beta, j), which depends on i - j."""
+
+    def __init__(self, key_dim: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(0.02 * torch.randn(1, key_dim))
+        self.beta = nn.Parameter(0.02 * torch.randn(1, key_dim))
+
+
+def mega_attend(
+    q_BHNZ: Tensor,
+    k_BHMZ: Tensor,
+    v_BHME: Tensor,
+    *,
+    attention: Attention = "softmax",
+    bias: SimpleBias | RotaryBias | None = None,
+    mask: Tensor | Mask | None = None,
+    causal: bool = False,
+    offset: int = 0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """A V with the paper's attention functions and relative biases; query 0 stands at key `offset`.
+
+    Args:
+        bias: B; None for none.
+        mask: bool (B, M), True = real token, or 4 axes, or a mask object (softmax), on top of causality.
+        dropout: of the weights.
+
+    Returns:
+        (B, H, N, E).
+
+    Raises:
+        ValueError: if shapes do not fit, positions exceed the simple bias, or a mask's keys cannot be counted.
+    """
+    if attention not in _NORMALIZERS:
+        raise ValueError(f"attention must be one of {', '.join(_NORMALIZERS)}, got {attention!r}")
+    (N, Z), M = q_BHNZ.shape[2:], k_BHMZ.shape[2]
+    given = as_mask(mask, k_BHMZ)
+    both = given
+    if causal and not (N == 1 and offset >= M - 1):
+        both = masks.causal(offset) if given is None else given & masks.causal(offset)
+    if attention == "softmax":
+        q_BHNZ = q_BHNZ * Z**-0.5
+    else:
+        q_BHNZ = q_BHNZ / _keys_seen(given, both, q_BHNZ, M, causal, offset).to(q_BHNZ.dtype)
+    score_mod = None
+    if isinstance(bias, RotaryBias):
+        q_BHNZ = _with_channels(q_BHNZ, bias.alpha, offset)
+        k_BHMZ = _with_channels(k_BHMZ, bias.beta, 0)
+    elif bias is not None:
+        first, limit = bias.max_positions - 1 - offset, bias.max_positions
+        if max(offset + N, M) > limit:
+            raise ValueError(f"the simple bias reaches {limit} positions, got {max(offset + N, M)}")
+        b = bias.weight
+
+        def score_mod(s: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return s + b[first + j - i]
+
+    normalize = _NORMALIZERS[attention]
+    return attend(
+        q_BHNZ, k_BHMZ, v_BHME, mask=both, score_mod=score_mod, normalize=normalize, scale=1.0, dropout=dropout
+    )
+
+
+def _with_channels(x_BHNZ: Tensor, vector_1Z: Tensor, start: int) -> Tensor:
+    """x with the rotated vector as further channels: their product is the rotary bias, added to the scores."""
+    B, H, N, _ = x_BHNZ.shape
+    positions_N = torch.arange(start, start + N, device=x_BHNZ.device)
+    rotated_HNZ = rotate(vector_1Z.view(H, 1, -1).expand(H, N, -1), positions_N)
+    return torch.cat([x_BHNZ, rotated_HNZ.to(x_BHNZ.dtype).expand(B, -1, -1, -1)], -1)
+
+
+def _keys_seen(given: Mask | None, both: Mask | None, q_BHNZ: Tensor, M: int, causal: bool, offset: int) -> Tensor:
+    """n of each query, at least 1; broadcasts to (B, H, N, 1)."""
+    N, device = q_BHNZ.shape[2], q_BHNZ.device
+    last_N = torch.arange(offset, offset + N, device=device).clamp(max=M - 1)
+    if given is None:
+        count = last_N + 1 if causal else torch.full_like(last_N, M)
+        return count.clamp(min=1)[:, None]
+    if isinstance(given, Padding):
+        running_BM = given.valid_BM.cumsum(1)
+        count_BN = running_BM[:, last_N] if causal else running_BM[:, -1:].expand(-1, N)
+        return count_BN.clamp(min=1)[:, None, :, None]
+    if not isinstance(given, Dense):
+        raise ValueError(f"laplace and relu2 count each query's keys: mask must be a bool tensor, got {given!r}")
+    assert both is not None
+    return both.dense(N, M, device).sum(-1, keepdim=True).clamp(min=1)
+
+
+class DampedEMA(nn.Module):
+    """SiLU(EMA(x) + omega x) with p = sigmoid(delta), a = sigmoid(alpha), q = 1 - p a:
+
+        s_t = p beta x_t + q s_{t-1},   EMA(x)_t = sum_n gamma_n s_tn / sqrt(h)
+
+    Args:
+        dim: channels; ema_dim: h, averages per channel.
+        bidirectional: a second bank runs backwards; both see the current token.
+        truncation: taps of the kernel, all where None.
+    """
+
+    def __init__(
+        self, dim: int, ema_dim: int = 16, *, bidirectional: bool = False, truncation: int | None = None
+    ) -> None:
+        super().__init__()
+        if dim < 1 or ema_dim < 1:
+            raise ValueError(f"dim and ema_dim must be positive, got {dim} and {ema_dim}")
+        if truncation is not None and truncation < 1:
+            raise ValueError(f"truncation must be at least 1, got {truncation}")
+        self.dim, self.ema_dim, self.bidirectional, self.truncation = dim, ema_dim, bidirectional, truncation
+        rows = 2 * dim if bidirectional else dim
+        self.delta = nn.Parameter(0.2 * torch.randn(rows, ema_dim, 1))
+        self.alpha = nn.Parameter(0.2 * torch.randn(rows, ema_dim, 1))
+        signs = 1.0 - 2.0 * (torch.arange(ema_dim) % 2)
+        self.beta = nn.Parameter(signs[:, None] + 0.02 * torch.randn(rows, ema_dim, 1))
+        self.gamma = nn.Parameter(torch.randn(rows, ema_dim))
+        self.omega = nn.Parameter(torch.randn(dim))
+
+    def forward(self, x_BNC: Tensor, valid_BN: Tensor | None = None) -> Tensor:
+        """Args:
+        valid_BN: True = real token; others enter the average as 0.
+        """
+        given = x_BNC if valid_BN is None else x_BNC * valid_BN[..., None]
+        if self.bidirectional:
+            both = ema(torch.cat([given, given.flip(1)], -1), *self.coefficients(), taps=self.truncation)
+            y = both[..., : self.dim] + both[..., self.dim :].flip(1)
+        else:
+            y = ema(given, *self.coefficients(), taps=self.truncation)
+        return F.silu(y + self.omega * x_BNC)
+
+    def decode(self, x_BNC: Tensor, state: Tensor | None, valid_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The next tokens after `state`, and the state after them: s (B, C, h), or, where the kernel is cut, the
+        inputs (B, < truncation, C) that it still reaches."""
+        given = x_BNC if valid_BN is None else x_BNC * valid_BN[..., None]
+        if self.truncation is not None:
+            held = given if state is None else torch.cat([state, given], 1)
+            y = ema(held, *self.coefficients(), taps=self.truncation)[:, held.shape[1] - given.shape[1] :]
+            state = held[:, max(0, held.shape[1] - self.truncation + 1) :]
+        elif given.shape[1] == 1:
+            y, state = ema_step(given, *self.coefficients(), state)
+        else:
+            y, state = ema(given, *self.coefficients(), state=state, return_state=True)
+        assert state is not None
+        return F.silu(y + self.omega * x_BNC), state
+
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """decay q, weight p beta and mix gamma / sqrt(h) of `ops.ema`."""
+        wide = torch.promote_types(self.delta.dtype, torch.float32)
+        p, a, beta = self.delta.to(wide).sigmoid(), self.alpha.to(wide).sigmoid(), self.beta.to(wide)
+        return (1.0 - p * a).squeeze(-1), (p * beta).squeeze(-1), self.gamma.to(wide) / math.sqrt(self.ema_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, ema_dim={self.ema_dim}, bidirectional={self.bidirectional}, truncation={self.truncation}"
+
+
+@dataclass
+class MegaCache:
+    """State of the average, and keys and values of all tokens, or of those in the chunk that is not full yet."""
+
+    average: Tensor | None = None
+    keys: KVCache = field(default_factory=KVCache)
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        own = 0 if self.average is None else self.average.numel() * self.average.element_size()
+        return own + self.keys.nbytes
+
+
+class MegaAttention(nn.Module):
+    """The Mega layer, with its gated residual; equations at the top of this file.
+
+    Args:
+        dim: channels C.
+        num_heads: 1 in the paper.
+        causal: one-directional average, and no token attends to a later one.
+        key_dim: Z, a quarter of dim (rounded up to fit) where None.
+        value_dim: V, twice dim where None.
+        ema_dim: h.
+        chunk_size: attend inside chunks of so many tokens; None: to all.
+        attention: "softmax", "laplace" or "relu2".
+        position: "rotary", "simple" or None.
+        max_positions: reach of the simple bias; that of a chunked layer is its chunk.
+        norm: "layer", "scale", "rms", "batch", or None; prenorm: of the input, else of the output.
+        activation: f.
+        truncation: taps of the average's kernel, all where None.
+        dropout: of the average and of H; attn_drop: of the weights; feature_dropout: drop whole channels instead.
+
+    Raises:
+        ValueError: if sizes do not fit or a name is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        causal: bool = False,
+        *,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        ema_dim: int = 16,
+        chunk_size: int | None = None,
+        attention: Attention = "softmax",
+        position: Literal["rotary", "simple"] | None = "rotary",
+        max_positions: int = 1024,
+        norm: Norm | None = "layer",
+        prenorm: bool = True,
+        activation: str = "silu",
+        truncation: int | None = None,
+        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+        feature_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        key_dim = _key_dim(dim, num_heads) if key_dim is None else key_dim
+        value_dim = 2 * dim if value_dim is None else value_dim
+        _check_names(dim, num_heads, key_dim, value_dim, attention, activation)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.dim, self.num_heads, self.causal = dim, num_heads, causal
+        self.key_dim, self.value_dim, self.chunk_size = key_dim, value_dim, chunk_size
+        self.attention: Attention = attention
+        self.prenorm, self.activation = prenorm, activation
+        self.attn_drop, self.dropout = attn_drop, _Dropout(dropout, feature_dropout)
+        self.norm = _norm(norm, dim)
+        self.ema = DampedEMA(dim, ema_dim, bidirectional=not causal, truncation=truncation)
+        self.v_proj = nn.Linear(dim, value_dim)
+        self.mx_proj = nn.Linear(dim, 2 * dim + key_dim + value_dim)
+        self.h_proj = nn.Linear(value_dim, dim)
+        self.gamma = nn.Parameter(0.02 * torch.randn(2, key_dim))
+        self.beta = nn.Parameter(torch.zeros(2, key_dim))
+        self.bias = _bias(position, max_positions if chunk_size is None else chunk_size, key_dim, num_heads)
+        self.apply(_initialise)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Tensor | Mask | None = None,
+        cache: MegaCache | None = None,
+    ) -> Tensor:
+        """Args:
+            mask: bool (B, M), True = real token (with a cache M counts all tokens so far); pairs, 4 axes or a mask
+                object, where all tokens are in one chunk.
+            cache: of `new_cache`; the sequence goes on where it ended.
+
+        Raises:
+            ValueError: if the arguments do not fit together, or there is a context (see `MegaCrossAttention`).
+        """
+        if context_BMC is not None:
+            raise ValueError("Mega attends to its own tokens: MegaCrossAttention takes a context")
+        _check_tokens(x_BNC, self.dim)
+        if cache is None:
+            valid_BN, pairs = self._split_mask(mask, x_BNC, 0)
+            return self._layer(x_BNC, valid_BN, self.causal, pairs)
+        if not self.causal:
+            raise ValueError("only a causal layer decodes with a cache")
+        with torch.no_grad():
+            return self._decode(x_BNC, mask, cache)
+
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+        """This layer's weights A on `x_BNC`, applied to given values (B, H, M, E); what `attention_map` calls."""
+        valid_BN, pairs = self._split_mask(mask, x_BNC, 0)
+        return self._weights(x_BNC, values_BHME, valid_BN, self.causal, pairs)
+
+    def new_cache(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MegaCache:
+        """An empty cache; of bounded size where the layer is chunked. The average is kept in float32."""
+        return MegaCache()
+
+    def extra_repr(self) -> str:
+        return f"attention={self.attention!r}, causal={self.causal}, chunk_size={self.chunk_size}"
+
+    def _weights(
+        self, x_BNC: Tensor, values_BHME: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None
+    ) -> Tensor:
+        normed = self.norm(x_BNC) if self.prenorm else x_BNC
+        z_BNZ = F.silu(self._split(self.mx_proj(self.ema(normed, valid_BN)))[1])
+        return self._chunks(*self._queries_and_keys(z_BNZ), values_BHME, valid_BN, causal, pairs)
+
+    def _layer(self, x_BNC: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None) -> Tensor:
+        normed = self.norm(x_BNC) if self.prenorm else x_BNC
+        average_BNC = self.ema(normed, valid_BN)
+
+        def weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._chunks(q, k, v, valid_BN, causal, pairs)
+
+        return self._gated(x_BNC, normed, average_BNC, weighted)
+
+    def _gated(
+        self, x_BNC: Tensor, normed: Tensor, average_BNC: Tensor, weighted: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Everything around the average and the attention: projections, gates, residual."""
+        f = _ACTIVATIONS[self.activation]
+        value_BHNV = f(self.v_proj(normed)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        update, z, reset, h = self._split(self.mx_proj(self.dropout(average_BNC)))
+        out_BHNV = weighted(*self._queries_and_keys(F.silu(z)), value_BHNV)
+        out_BNV = out_BHNV.transpose(1, 2).flatten(2) * F.silu(reset)
+        candidate = self.dropout(f(h + self.h_proj(out_BNV)))
+        y_BNC = torch.lerp(x_BNC, candidate, update.sigmoid())
+        return y_BNC if self.prenorm else self.norm(y_BNC)
+
+    def _decode(self, x_BNC: Tensor, mask: Tensor | Mask | None, cache: MegaCache) -> Tensor:
+        if cache.average is not None and cache.average.shape[0] != x_BNC.shape[0]:
+            raise ValueError(f"the cache is for {cache.average.shape[0]} sequences, got {x_BNC.shape[0]}")
+        valid_BM, pairs = self._split_mask(mask, x_BNC, cache.length)
+        if pairs is not None:
+            raise ValueError("with a cache the mask must be padding, (batch, all tokens)")
+        normed = self.norm(x_BNC) if self.prenorm else x_BNC
+        valid_BN = None if valid_BM is None else valid_BM[:, cache.length :]
+        average_BNC, cache.average = self.ema.decode(normed, cache.average, valid_BN)
+
+        def weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._continue(q, k, v, valid_BM, cache)
+
+        return self._gated(x_BNC, normed, average_BNC, weighted)
+
+    def _continue(self, q: Tensor, k: Tensor, v: Tensor, valid_BM: Tensor | None, cache: MegaCache) -> Tensor:
+        """The rest of the chunk that is being filled, whole chunks, and the beginning of the next."""
+        N, size = q.shape[2], self.chunk_size
+
+        def grow(begin: int, end: int) -> Tensor:
+            held = cache.keys.length
+            keys, values = cache.keys.append(k[:, :, begin:end], v[:, :, begin:end])
+            valid = None if valid_BM is None else valid_BM[:, cache.length + begin - held : cache.length + end]
+            if cache.keys.length == size:
+                cache.keys = KVCache()
+            return self._attend(q[:, :, begin:end], keys, values, valid, True, None, held)
+
+        head = N if size is None else min(N, -cache.keys.length % size)
+        tail = 0 if size is None else (N - head) % size
+        pieces = [v[:, :, :0]]
+        if head:
+            pieces.append(grow(0, head))
+        if head + tail < N:
+            rows, start = slice(head, N - tail), cache.length + head
+            valid = None if valid_BM is None else valid_BM[:, start : cache.length + N - tail]
+            pieces.append(self._chunks(q[:, :, rows], k[:, :, rows], v[:, :, rows], valid, True))
+        if tail:
+            pieces.append(grow(N - tail, N))
+        cache.length += N
+        return torch.cat(pieces, 2)
+
+    def _chunks(
+        self, q: Tensor, k: Tensor, v: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None = None
+    ) -> Tensor:
+        """Attention inside each chunk: the whole ones as one batch, and what is left."""
+        (B, _, N, _), size = q.shape, self.chunk_size
+        if size is None or size >= N:
+            return self._attend(q, k, v, valid_BN, causal, pairs, 0)
+        whole = N // size * size
+
+        def fold(x: Tensor) -> Tensor:
+            """(B, H, n size, D) -> (B n, H, size, D)"""
+            return x[:, :, :whole].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+
+        valid = None if valid_BN is None else valid_BN[:, :whole].reshape(-1, size)
+        out = self._attend(fold(q), fold(k), fold(v), valid, causal, pairs, 0)
+        out = out.unflatten(0, (B, whole // size)).transpose(1, 2).flatten(2, 3)
+        if whole == N:
+            return out
+        valid = None if valid_BN is None else valid_BN[:, whole:]
+        rest = self._attend(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], valid, causal, pairs, 0)
+        return torch.cat([out, rest], 2)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        valid_BM: Tensor | None,
+        causal: bool,
+        pairs: Mask | None,
+        offset: int,
+    ) -> Tensor:
+        mask = pairs
+        if valid_BM is not None:
+            mask = masks.padding(valid_BM) if pairs is None else masks.dense(valid_BM[:, None, None]) & pairs
+        dropout = self.attn_drop if self.training else 0.0
+        return mega_attend(
+            q,
+            k,
+            v,
+            attention=self.attention,
+            bias=self.bias,
+            mask=mask,
+            causal=causal,
+            offset=offset,
+            dropout=dropout,
+        )
+
+    def _split(self, base_BN: Tensor) -> tuple[Tensor, ...]:
+        return base_BN.split([self.dim, self.key_dim, self.value_dim, self.dim], -1)
+
+    def _queries_and_keys(self, z_BNZ: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = (z_BNZ * gamma + beta for gamma, beta in zip(self.gamma, self.beta, strict=True))
+        return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))  # type: ignore[return-value]
+
+    def _split_mask(self, mask: Tensor | Mask | None, x_BNC: Tensor, start: int) -> tuple[Tensor | None, Mask | None]:
+        """A caller's mask as padding (B, M), or as pairs."""
+        if mask is None:
+            return None, None
+        if isinstance(mask, Padding):
+            mask = mask.valid_BM
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            wanted = (x_BNC.shape[0], start + x_BNC.shape[1])
+            if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
+                raise ValueError(f"mask must be bool (batch, tokens) = {wanted}, got {mask.dtype} {tuple(mask.shape)}")
+            return mask, None
+        if self.chunk_size is not None and x_BNC.shape[1] > self.chunk_size:
+            raise ValueError(f"a mask of pairs needs all tokens in one chunk of {self.chunk_size}")
+        return None, as_mask(mask, x_BNC[:, None])
+
+
+class MegaCrossAttention(nn.Module):
+    """Gated attention of a decoder to a context; no average, no causality.
+
+        [u | r | q] = norm(x) W_q;  k = c W_k,  v = f(c W_v);  y = x + u (f((A v * r) W_h) - x)
+
+    Arguments as in `MegaAttention`; the value width is dim. The simple bias counts x and context from their starts.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        key_dim: int | None = None,
+        attention: Attention = "softmax",
+        position: Literal["rotary", "simple"] | None = "rotary",
+        max_positions: int = 1024,
+        norm: Norm | None = "layer",
+        prenorm: bool = True,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        attn_drop: float = 0.0,
+        feature_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        key_dim = _key_dim(dim, num_heads) if key_dim is None else key_dim
+        _check_names(dim, num_heads, key_dim, dim, attention, activation)
+        self.dim, self.num_heads, self.key_dim = dim, num_heads, key_dim
+        self.attention: Attention = attention
+        self.prenorm, self.activation = prenorm, activation
+        self.attn_drop, self.dropout = attn_drop, _Dropout(dropout, feature_dropout)
+        self.norm = _norm(norm, dim)
+        self.q_proj = nn.Linear(dim, 2 * dim + key_dim)
+        self.k_proj, self.v_proj = nn.Linear(dim, key_dim), nn.Linear(dim, dim)
+        self.h_proj = nn.Linear(dim, dim)
+        self.bias = _bias(position, max_positions, key_dim, num_heads)
+        self.apply(_initialise)
+
+    def forward(
+        self, x_BNC: Tensor, context_BMC: Tensor, *, mask: Tensor | Mask | None = None, start: int = 0
+    ) -> Tensor:
+        """Args:
+            mask: bool (B, M) of the context, True = real token; or pairs.
+            start: position of the first of `x_BNC`, where they are decoded piece by piece.
+
+        Raises:
+            ValueError: if shapes do not fit.
+        """
+        for tokens in (x_BNC, context_BMC):
+            _check_tokens(tokens, self.dim)
+        f = _ACTIVATIONS[self.activation]
+        update, reset, q_BNZ = self._project(x_BNC)
+        v_BHMV = self._heads(f(self.v_proj(context_BMC)))
+        out_BNC = self._weighted(q_BNZ, context_BMC, v_BHMV, mask, start).transpose(1, 2).flatten(2)
+        candidate = self.dropout(f(self.h_proj(out_BNC * F.silu(reset))))
+        y_BNC = torch.lerp(x_BNC, candidate, update.sigmoid())
+        return y_BNC if self.prenorm else self.norm(y_BNC)
+
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
+        """The weights A applied to given values (B, H, M, E); what `attention_map` calls."""
+        return self._weighted(self._project(x_BNC)[2], context, values_BHME, mask, 0)
+
+    def _project(self, x_BNC: Tensor) -> tuple[Tensor, ...]:
+        normed = self.norm(x_BNC) if self.prenorm else x_BNC
+        return self.q_proj(normed).split([self.dim, self.dim, self.key_dim], -1)
+
+    def _weighted(self, q_BNZ: Tensor, context: Tensor, v: Tensor, mask: Tensor | Mask | None, start: int) -> Tensor:
+        k = self._heads(self.k_proj(context))
+        return mega_attend(
+            self._heads(q_BNZ),
+            k,
+            v,
+            attention=self.attention,
+            bias=self.bias,
+            mask=mask,
+            offset=start,
+            dropout=self.attn_drop if self.training else 0.0,
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class NormalizedFeedForward(nn.Module):
+    """y = x + W2 f(W1 norm(x)), or norm(x + W2 f(W1 x)) where not prenorm."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        norm: Norm | None = "layer",
+        prenorm: bool = True,
+        activation: str = "silu",
+        dropout: float = 0.0,
+        feature_dropout: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_names(dim, 1, 1, hidden_dim, "softmax", activation)
+        self.prenorm, self.activation = prenorm, activation
+        self.dropout = _Dropout(dropout, feature_dropout)
+        self.norm = _norm(norm, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        self.apply(_initialise)
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        hidden = _ACTIVATIONS[self.activation](self.fc1(self.norm(x_BNC) if self.prenorm else x_BNC))
+        y_BNC = x_BNC + self.dropout(self.fc2(self.dropout(hidden)))
+        return y_BNC if self.prenorm else self.norm(y_BNC)
+
+
+def _sizes(dim: int, key_dim: int, **rest: Any) -> dict[str, Any]:
+    return {"dim": dim, "key_dim": key_dim, "value_dim": 2 * dim, "ffn_dim": 2 * dim, **rest}
+
+
+class MegaBlock(nn.Module):
+    """A Mega layer, gated cross-attention where there is a context, and the normalised feed-forward network.
+
+    Args:
+        dim, num_heads, causal: and what else `MegaAttention` takes.
+        ffn_dim: hidden width, twice dim where None.
+        cross: with cross-attention, for a decoder.
+    """
+
+    #: the card's table: the layers of each published model. Path-X's batch norm is synchronised; batch norm over
+    #: several processes is `nn.SyncBatchNorm.convert_sync_batchnorm`'s
+    CONFIGS: dict[str, dict[str, Any]] = {
+        "listops": _sizes(80, 64, prenorm=False),
+        "text": _sizes(128, 64, prenorm=False, norm="scale"),
+        "retrieval": _sizes(128, 64, prenorm=False, norm="scale"),
+        "image": _sizes(160, 96, norm="batch", attention="laplace"),
+        "pathfinder": _sizes(128, 64, norm="batch", attention="laplace"),
+        "path-x": _sizes(64, 32, norm="batch", attention="laplace", truncation=4096),
+        "wmt-base": _sizes(512, 128, prenorm=False),
+        "wmt-big": _sizes(1024, 256, prenorm=False),
+        "wikitext-103": _sizes(1024, 256, causal=True, chunk_size=1024),
+        "enwik8": _sizes(512, 128, causal=True, chunk_size=2048),
+    }
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        causal: bool = False,
+        *,
+        ffn_dim: int | None = None,
+        cross: bool = False,
+        **layer: Any,
+    ) -> None:
+        super().__init__()
+        self.attention = MegaAttention(dim, num_heads, causal, **layer)
+        own = ("ema_dim", "value_dim", "chunk_size", "truncation")
+        self.cross = None
+        if cross:
+            shared = {name: value for name, value in layer.items() if name not in own}
+            self.cross = MegaCrossAttention(dim, num_heads, **shared)
+        names = ("norm", "prenorm", "activation", "dropout", "feature_dropout")
+        self.ffn = NormalizedFeedForward(
+            dim, 2 * dim if ffn_dim is None else ffn_dim, **{name: layer[name] for name in names if name in layer}
+        )
+
+    @classmethod
+    def from_config(cls, name: str, **changes: Any) -> MegaBlock:
+        """The layer of a published model; `changes` override its arguments.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if name not in cls.CONFIGS:
+            raise ValueError(f"config must be one of {', '.join(cls.CONFIGS)}, got {name!r}")
+        return cls(**{**cls.CONFIGS[name], **changes})
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        cache: MegaCache | None = None,
+    ) -> Tensor:
+        """Raises:
+        ValueError: if a context is given to a block without cross-attention, or none to one with it.
+        """
+        if (context_BMC is None) != (self.cross is None):
+            raise ValueError(f"a context must be given if and only if cross=True, got {context_BMC is not None}")
+        start = 0 if cache is None else cache.length
+        x_BNC = self.attention(x_BNC, mask=mask, cache=cache)
+        if self.cross is not None:
+            x_BNC = self.cross(x_BNC, context_BMC, mask=context_mask, start=start)
+        return self.ffn(x_BNC)
+
+    def new_cache(self, batch_size: int, **options: Any) -> MegaCache:
+        return self.attention.new_cache(batch_size, **options)
+
+
+class ScaleNorm(nn.Module):
+    """x s / rms(x) with one learned number s."""
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps, self.scale = eps, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Over batch and tokens."""
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return super().forward(x_BNC.transpose(1, 2)).transpose(1, 2)
+
+
+class _Dropout(nn.Module):
+    """Dropout, or that of whole channels: one choice for all tokens."""
+
+    def __init__(self, rate: float, channels: bool) -> None:
+        super().__init__()
+        self.rate, self.channels = rate, channels
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        if self.channels:
+            return F.dropout1d(x_BNC.transpose(1, 2), self.rate, self.training).transpose(1, 2)
+        return F.dropout(x_BNC, self.rate, self.training)
+
+
+def _norm(kind: str | None, dim: int) -> nn.Module:
+    norms: dict[str | None, Callable[[], nn.Module]] = {
+        "layer": lambda: nn.LayerNorm(dim),
+        "scale": ScaleNorm,
+        "rms": lambda: nn.RMSNorm(dim, eps=1e-5),
+        "batch": lambda: _BatchNorm(dim),
+        None: nn.Identity,
+    }
+    if kind not in norms:
+        raise ValueError(f"norm must be 'layer', 'scale', 'rms', 'batch' or None, got {kind!r}")
+    return norms[kind]()
+
+
+def _bias(position: str | None, reach: int, key_dim: int, num_heads: int) -> SimpleBias | RotaryBias | None:
+    if position not in ("rotary", "simple", None):
+        raise ValueError(f"position must be 'rotary', 'simple' or None, got {position!r}")
+    if position is None:
+        return None
+    if position == "simple":
+        if reach < 1:
+            raise ValueError(f"max_positions must be at least 1, got {reach}")
+        return SimpleBias(reach)
+    if key_dim % (2 * num_heads):
+        raise ValueError(f"the rotary position needs an even key_dim per head, got {key_dim} for {num_heads} heads")
+    return RotaryBias(key_dim)
+
+
+def _key_dim(dim: int, num_heads: int) -> int:
+    """A quarter of dim, rounded up to an even width per head."""
+    step = 2 * max(1, num_heads)
+    return -(-max(1, dim // 4) // step) * step
+
+
+def _check_names(dim: int, num_heads: int, key_dim: int, value_dim: int, attention: str, activation: str) -> None:
+    if dim < 1:
+        raise ValueError(f"dim must be positive, got {dim}")
+    if num_heads < 1 or min(key_dim, value_dim) < 1 or key_dim % num_heads or value_dim % num_heads:
+        raise ValueError(f"num_heads must divide key_dim ({key_dim}) and value_dim ({value_dim}), got {num_heads}")
+    if attention not in _NORMALIZERS:
+        raise ValueError(f"attention must be one of {', '.join(_NORMALIZERS)}, got {attention!r}")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+
+
+def _check_tokens(x_BNC: Tensor, dim: int) -> None:
+    if x_BNC.ndim != 3 or x_BNC.shape[-1] != dim:
+        raise ValueError(f"x must be (batch, tokens, {dim}), got {tuple(x_BNC.shape)}")
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+# The authors' modules. Theirs are time-major: (time, batch, dim).
+
+_NORM_NAMES = {
+    "layernorm": "layer",
+    "scalenorm": "scale",
+    "rmsnorm": "rms",
+    "batchnorm": "batch",
+    "syncbatchnorm": "batch",
+}
+
+
+def _arguments(args: dict[str, Any], *taken: str) -> dict[str, Any]:
+    """What several of their constructors have in common, in our names; and no argument that nobody knows."""
+    names = {"zdim": "key_dim", "hdim": "value_dim", "ndim": "ema_dim", "attention_activation": "attention"}
+    same = ("activation", "prenorm", "max_positions", "feature_dropout")
+    ours = {}
+    for name, value in args.items():
+        if name in names:
+            ours[names[name]] = value
+        elif name in same:
+            ours[name] = value
+        elif name == "norm_type":
+            ours["norm"] = _NORM_NAMES[value]
+        elif name == "rel_pos_bias":
+            ours["position"] = value
+        elif name == "truncation":
+            ours["truncation"] = value if value is not None and value > 0 else None
+        elif not name.endswith("dropout") and name not in taken:  # dropouts do nothing where weights are read
+            raise ValueError(f"{name!r} is not an argument of the authors' modules that is known here")
+    return ours
+
+
+def _build_ema(args: dict[str, Any]) -> nn.Module:
+    ours = _arguments(args, "embed_dim", "bidirectional")
+    return DampedEMA(args["embed_dim"], bidirectional=args.get("bidirectional", False), **ours)
+
+
+def _run_ema(module: DampedEMA, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    x_BNC = inputs["x"].transpose(0, 1)
+    out = {"y": module(x_BNC).transpose(0, 1)}
+    if "padding_mask" in inputs:
+        out["y_padded"] = module(x_BNC, inputs["padding_mask"] == 0).transpose(0, 1)
+    if not module.bidirectional:
+        out["state"] = ema(x_BNC, *module.coefficients(), return_state=True)[1]
+    return out
+
+
+def _build_attention(args: dict[str, Any]) -> nn.Module:
+    ours = {"position": "simple", **_arguments(args, "embed_dim", "bidirectional", "chunk_size")}
+    size = args.get("chunk_size", -1)
+    causal = not args.get("bidirectional", False)
+    return MegaAttention(args["embed_dim"], causal=causal, chunk_size=size if size > 0 else None, **ours)
+
+
+def _convert_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefixes = {"norm.norm.": "norm.", "move.": "ema.", "rel_pos_bias.rel_pos_bias": "bias.weight"}
+    prefixes |= {"rel_pos_bias.": "bias."}
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, prefix in prefixes.items():
+            if name.startswith(theirs):
+                name = prefix + name[len(theirs) :]
+                break
+        if name == "norm.scalar":
+            name = "norm.scale" if tensor.numel() == 1 else "norm.weight"
+        ours[name] = tensor
+    return ours
+
+
+def _run_attention(module: MegaAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    """They mask the attention by an argument, 1 = visible, not by a property of the layer."""
+    x_BNC = inputs["x"].transpose(0, 1)
+    B, N, _ = x_BNC.shape
+    size = min(N, module.chunk_size or N)
+    visible = inputs.get("attn_mask")
+    causal = visible is not None and bool((visible.bool() == torch.ones_like(visible).tril().bool()).all())
+    pairs = None if visible is None or causal else masks.dense(visible.bool())
+    valid_BN = inputs["padding_mask"] == 0 if "padding_mask" in inputs else None
+    units_BHNE = torch.eye(size).repeat(-(-N // size), 1)[:N].expand(B, module.num_heads, N, size)
+    y_BNC = module._layer(x_BNC, valid_BN, causal, pairs)
+    attn = module._weights(x_BNC, units_BHNE, valid_BN, causal, pairs)
+    return {"y": y_BNC.transpose(0, 1), "attn": attn[:, 0].unflatten(1, (-1, size))}
+
+
+def _build_cross(args: dict[str, Any]) -> nn.Module:
+    ours = {"position": "simple", **_arguments(args, "embed_dim")}
+    ours.pop("ema_dim", None)  # an argument of theirs that does nothing
+    return MegaCrossAttention(args["embed_dim"], **ours)
+
+
+def _run_cross(module: MegaCrossAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    query, key = inputs["query"].transpose(0, 1), inputs["key"].transpose(0, 1)
+    mask_BM = None
+    if "key_padding_mask" in inputs:
+        mask_BM = inputs["key_padding_mask"] == 0
+        if module.attention == "softmax":  # a row that is padding throughout they leave unmasked
+            mask_BM = mask_BM | ~mask_BM.any(1, keepdim=True)
+    units_BHME = torch.eye(key.shape[1]).expand(key.shape[0], module.num_heads, -1, -1)
+    return {
+        "y": module(query, key, mask=mask_BM).transpose(0, 1),
+        "attn": module.mix(query, units_BHME, context=key, mask=mask_BM)[:, 0],
+    }
+
+
+def _build_ffn(args: dict[str, Any]) -> nn.Module:
+    ours = _arguments(args, "embed_dim", "ffn_hidden_dim")
+    return NormalizedFeedForward(args["embed_dim"], args["ffn_hidden_dim"], **ours)
+
+
+# The claim: the average is what makes the layer work, and chunks cost little.
+
+
+class _NoAverage(DampedEMA):
+    """The layer with its average taken out: SiLU(omega x)."""
+
+    def forward(self, x_BNC: Tensor, valid_BN: Tensor | None = None) -> Tensor:
+        return F.silu(self.omega * x_BNC)
+
+
+class _ByteModel(nn.Module):
+    def __init__(self, average: bool, **layer: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, 64)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.Sequential(*(MegaBlock(64, causal=True, key_dim=32, **layer) for _ in range(2)))
+        if not average:
+            for block in self.blocks:
+                block.attention.ema = _NoAverage(64)  # type: ignore[union-attr]
+        self.norm, self.head = nn.LayerNorm(64), nn.Linear(64, 256)
+
+    def forward(self, tokens_BN: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(self.embedding(tokens_BN))))
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    models: dict[str, dict[str, Any]] = {
+        "mega": {"average": True},
+        "mega_chunk_32": {"average": True, "chunk_size": 32},
+        "without_average": {"average": False},
+        "without_average_and_position": {"average": False, "position": None},
+    }
+    bits = {name: _train(lab, name, arguments) for name, arguments in models.items()}
+    measured = {f"{name}_bits_per_byte": value for name, value in bits.items()}
+    times: dict[str, list[float]] = {"chunk": [], "full": []}
+    for length in lab.progress(lab.size((2048, 8192), (64, 128)), "time by length"):
+        x = torch.randn(1, length, 64, generator=lab.generator())
+        for name, size in (("chunk", 128), ("full", None)):
+            layer = MegaAttention(64, causal=True, chunk_size=size).eval()
+            with torch.no_grad():
+                times[name].append(lab.seconds(lambda layer=layer, x=x: layer(x), 3))
+    measured |= {f"{name}_time_ratio_at_4_times_the_length": taken[1] / taken[0] for name, taken in times.items()}
+    holds = (
+        bits["mega"] < bits["without_average"] - 0.1
+        and bits["mega"] < bits["without_average_and_position"] - 0.5
+        and bits["mega_chunk_32"] < bits["mega"] + 0.1
+        and times["chunk"][1] < 6 * times["chunk"][0]
+    )
+    return ClaimResult(measured, holds=holds)
+
+
+def _train(lab: Lab, name: str, arguments: dict[str, Any]) -> float:
+    """Held-out bits per byte of a two-layer byte-level model."""
+    batch, length = lab.size((16, 128), (2, 32))
+    with lab.seeded():
+        model = _ByteModel(**arguments)
+
+    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(pair[0]).flatten(0, 1), pair[1].flatten())
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        generator, text = lab.generator(), lab.data.text_bytes("train")
+        while True:
+            yield lab.data.windows(text, batch, length, generator)
+
+    lab.train(model, batches(), loss, 300, lr=4e-3, description=name)
+    generator = torch.Generator().manual_seed(10**6 + lab.seed)
+    test = lab.data.windows(lab.data.text_bytes("held-out"), lab.size(64, 2), length, generator)
+    with torch.no_grad():
+        return float(loss(model.eval(), test)) / math.log(2)
+
+
+register(
+    "mega",
+    kind="sequence",
+    summary="Gated attention whose queries and keys come from a moving average of the input; linear where chunked.",
+    supports=("causal", "bidirectional", "padding", "decoding"),
+    taxonomy={"sequences": "self", "levels": "single", "positions": "soft", "representations": "single"},
+    efficiency="linear/decay/data-independent",
+    complexity="time O(N^2 (Z + V)), or O(N C (Z + V)) in chunks of C; the average O(N h D); state O(h D + C (Z + V))",
+    note="Has its own gated residual. Cross-attention, feed-forward network, block and the models' configurations are "
+    "in saccade.attention.mega: MegaCrossAttention, NormalizedFeedForward, MegaBlock. More than one head is not in "
+    "the paper.",
+    invariants=(
+        "the average by chunks, by FFT, step by step and as a Toeplitz matrix is one, in both directions",
+        "p = 0: the average is 0 and its module gives SiLU(omega x); a = 0: a cumulative sum",
+        "update gate 0: the identity; a chunk as long as the sequence: full attention",
+        "laplace and relu2 agree in value (1/2) and slope (sqrt 2) at mu",
+        "the past does not see the future; information crosses chunks, through the average only",
+        "step by step equals the parallel form; the cache of a chunked layer stays bounded",
+    ),
+    build=MegaAttention,
+    example={"dim": 16, "ema_dim": 4, "chunk_size": 8},
+    ports=(
+        *(AuthorsPort(name, build=_build_ema, convert=dict, run=_run_ema) for name in ("ema_uni", "ema_bi")),
+        *(
+            AuthorsPort(f"mega_attention{i}", build=_build_attention, convert=_convert_attention, run=_run_attention)
+            for i in range(3)
+        ),
+        AuthorsPort("gated_cross_attention", build=_build_cross, convert=_convert_attention, run=_run_cross),
+        AuthorsPort(
+            "nffn",
+            build=_build_ffn,
+            convert=_convert_attention,
+            run=lambda module, inputs, args: {"y": module(inputs["x"].transpose(0, 1)).transpose(0, 1)},
+        ),
+    ),
+    claim=Claim(
+        paper="the moving average gives attention its inductive bias of positions; Mega-chunk has linear cost at "
+        "little loss",
+        expected="a byte-level model: 0.1 bit per byte better than without the average, 0.5 better than without "
+        "average and positions; chunks of 32 within 0.1 bit; 4 times the length in less than 6 times the time",
+        run=_claim,
+    ),
+)
