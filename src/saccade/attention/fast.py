@@ -83,9 +83,9 @@ def fastmax_normalize(
             wide = wide - wide.mean(2, keepdim=True)
         else:
             wide = wide - (wide * keep).sum(2, keepdim=True) / keep.sum(2, keepdim=True).clamp(min=1)
+    if keep is not None:  # before the norm: other tokens could be of any size
+        wide = wide.masked_fill(~keep, 0.0)
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    if keep is not None:
-        norm = norm.masked_fill(~keep, 0.0)
     largest = norm.amax(2, keepdim=True).clamp(min=torch.finfo(norm.dtype).tiny)
     return wide / largest * (limit if normalization == "limited" else 1.0)
 
@@ -323,26 +323,27 @@ def _claim(lab: Lab) -> ClaimResult:
     for width in lab.progress((32, 64), "speed by head dim"):
         times = []
         for length in lengths:
-            tensors = torch.randn(3, 1, 4, length, width, generator=lab.generator()).unbind()
-            fast = partial(fastmax_attend, *tensors, causal=True, normalization="standardized")
-            dense = partial(F.scaled_dot_product_attention, *tensors, is_causal=True)
+            q, k, v = torch.randn(3, 1, 4, length, width, generator=lab.generator())
+            fast = partial(fastmax_attend, q, k, v, causal=True, normalization="standardized")
+            dense = partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
             times.append(lab.seconds(fast, 3))
             measured[f"times_as_fast_as_sdpa_at_{length}_head_dim_{width}"] = lab.seconds(dense, 1) / times[-1]
         exponent = math.log(times[1] / times[0]) / math.log(lengths[1] / lengths[0])
         measured[f"exponent_of_time_head_dim_{width}"] = exponent
     ways = {
         "softmax": lambda: SoftmaxAttention(64, 4),
-        "fastmax2": lambda: FastmaxAttention(64, 4),
+        "fastmax2": lambda: FastmaxAttention(64, 4, normalization="standardized"),
+        "fastmax2_centered": lambda: FastmaxAttention(64, 4),
         "fastmax1": lambda: FastmaxAttention(64, 4, degree=1),
     }
     for name, way in ways.items():
         measured[f"{name}_accuracy"] = _accuracy(lab, name, way)
-    softmax, second, first = (measured[f"{name}_accuracy"] for name in ways)
+    softmax, second, centered, first = (measured[f"{name}_accuracy"] for name in ways)
     linear = max(measured[f"exponent_of_time_head_dim_{width}"] for width in (32, 64)) < 1.1
     return ClaimResult(
         measured,
-        holds=linear and second > softmax - 0.03,
-        note=f"degree 1 is {'below' if first < second else 'not below'} degree 2 in this run",
+        holds=linear and second > softmax - 0.03 and second > first,
+        note=f"with |x| <= 1 (centered) degree 2 is {centered - first:+.2f} from degree 1: weights are nearly even",
     )
 
 
@@ -393,8 +394,8 @@ register(
     ),
     claim=Claim(
         paper="Fastmax keeps softmax's accuracy while time and memory are linear in the number of tokens",
-        expected="digits read as 64 tokens: Fastmax of degree 2 within 0.03 of softmax, degree 1 lower; time grows "
-        "with an exponent near 1 and passes SDPA's between 4k and 16k tokens, sooner at head dim 32 than at 64",
+        expected="digits read as 64 tokens, 200 steps: Fastmax of degree 2 (standardized) within 0.03 of softmax or "
+        "above, degree 1 lower; time from 4k to 16k tokens has an exponent below 1.1, and at 16k is below SDPA's",
         run=_claim,
     ),
 )
