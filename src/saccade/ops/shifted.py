@@ -1,24 +1,49 @@
 """Attention inside the non-overlapping windows of a grid of tokens, which may be shifted (Swin), exactly.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v; W windows of
-the batch, T rows of a window (tokens x G), L keys of a window.
+    S = scale * Q K^T + bias,   P = exp2(S log2 e - lse),   O = P V
+    dV = P^T dO,   dS = P * (dO V^T - rowsum(dO * O) + dlse),   dQ = scale * dS K,   dK = scale * dS^T Q
+    dbias = sum of dS over windows
+
+Cyclic shift and region mask are only a way to write down that the windows at the border are cut in two. Here they are
+cut: on each axis the grid falls into a first part, whole windows, and a rest, so the whole grid falls into at most 3^d
+kinds of equal boxes. Nothing is rolled, padded or masked, and a part of a window costs what its own pairs cost.
+
+What makes it fast: windows are taken in pieces whose scores stay in the cache, a strided copy brings a piece from any
+layout of tokens and heads to (window, head, row); bias and scale ride along with the product; the weights are powers of
+two of scores without their maximum (rows whose sum leaves the safe range are computed again, with it), and the output
+is divided instead of the weights. The backward pass computes the weights again: nothing of T x T is kept. On a CPU the
+buffers of a piece (some 10 MB a thread that calls) stay from call to call: the first touch of a page of new memory
+costs more than the arithmetic on it.
+
+Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
+c windows of a piece, T tokens of a window, R = G T rows of a window.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["relative_bias", "window_attend"]
+__all__ = ["packed_window_attend", "relative_bias", "window_attend"]
 
-#: bytes of scores per thread that stay in a CPU's second-level cache
-_PIECE_BYTES = 2 * 2**20
+#: bytes of scores per thread and piece: larger ones leave the cache, smaller ones pay for more calls
+_PIECE_BYTES = 2**20
+
+#: bytes of a buffer that is kept from call to call
+_KEPT_BYTES = 16 * 2**20
+
+_LOG2_E = 1.4426950408889634
+
+#: sums of exp2(scores) in which neither the weights nor their products with values leave the range of floats
+_SAFE_SUMS = (2.0**-90, 2.0**80)
 
 
 def window_attend(
@@ -30,41 +55,37 @@ def window_attend(
     shift: int | Sequence[int] = 0,
     bias: Tensor | None = None,
     *,
+    mask: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     memory_mb: float = 64.0,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention inside the windows of a grid of tokens, which are moved by `shift` (Swin's shifted windows).
 
         out_i = sum_j softmax_j(scale q_i . k_j + bias[h, i mod window, j mod window]) v_j,   j in the window of i
 
-    The grid is shifted cyclically, and tokens that only meet because of that do not see each other; where the window
-    does not divide the grid, the windows at its end are smaller. On an axis that is no longer than the window there
-    is one window and no shift.
+    Tokens that a cyclic shift would bring together do not see each other; where the window does not divide the grid,
+    the windows at its end are smaller. On an axis that is no longer than the window there is one window and no shift.
 
     Args:
-        q_BHND, k_BKND, v_BKNE: tokens in row-major order of the grid; K divides H.
+        q_BHND, k_BKND, v_BKNE: tokens in row-major order of the grid, in any layout; K divides H.
         size: the grid, an int or a tuple of up to three.
         window: tokens per window, per axis; T = prod(window).
         shift: 0 <= shift < window, per axis; window i starts at i * window + shift.
         bias: (H, T, T) or (1, T, T), added to the scores; see `relative_bias`. Gradients reach it.
+        mask: (P, T, T), added to the scores of all heads where the grid is one window; row b of the batch takes mask
+            b mod P. No gradient.
         scale: D ** -0.5 where None.
         return_lse: also return the log of the sum of the exponentials (B, H, N).
-        memory_mb: bound of the scores held at a time, in MiB.
+        memory_mb: bound of the scores held at a time, in MiB; at least those of one window and head are.
+
+    Returns:
+        (B, H, N, E); a row that may attend to nothing gives zeros.
 
     Raises:
         ValueError: if shapes do not fit.
     """
-    grid = (size,) if isinstance(size, int) else tuple(size)
-    if not 1 <= len(grid) <= 3 or min(grid) < 1:
-        raise ValueError(f"size must be one to three positive lengths, got {size}")
-    windows = (window,) * len(grid) if isinstance(window, int) else tuple(window)
-    shifts = (shift,) * len(grid) if isinstance(shift, int) else tuple(shift)
-    if len(windows) != len(grid) or len(shifts) != len(grid):
-        raise ValueError(f"window and shift must have one entry per axis ({len(grid)}), got {window} and {shift}")
-    for w, s in zip(windows, shifts):
-        if w < 1 or not 0 <= s < w:
-            raise ValueError(f"shift must be at least 0 and below the window, got {s} and {w}")
+    grid, windows, shifts = _grid(size, window, shift)
     for name, x in (("query", q_BHND), ("key", k_BKND), ("value", v_BKNE)):
         if x.ndim != 4 or x.shape[2] != prod(grid):
             raise ValueError(
@@ -78,30 +99,42 @@ def window_attend(
             "query, key and value must agree in batch and head_dim, and the key heads must divide the query heads, "
             f"got {tuple(q_BHND.shape)}, {tuple(k_BKND.shape)} and {tuple(v_BKNE.shape)}"
         )
-    G, T = H // K, prod(windows)
-    if bias is not None:
-        if bias.shape not in ((H, T, T), (1, T, T)):
-            raise ValueError(f"bias must be ({H} or 1, {T}, {T}), got shape {tuple(bias.shape)}")
-        bias = bias.expand(H, T, T).reshape(K, G * T, T)
-    shifts = tuple(0 if n <= w else s for n, w, s in zip(grid, windows, shifts))
-    kinds, forbidden = _regions(grid, windows, shifts)
-    q = _partition(q_BHND, grid, windows, shifts).unflatten(2, (K, G)).flatten(3, 4)
-    k, v = (_partition(x, grid, windows, shifts) for x in (k_BKND, v_BKNE))
-    out, lse = _partition_forward(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        bias,
-        forbidden.repeat(1, G, 1).to(q.device),
-        kinds * B,
-        D**-0.5 if scale is None else float(scale),
-        return_lse,
-        memory_mb,
-    )
-    out = _join(out.view(B, -1, H, T, v.shape[-1]), grid, windows, shifts)
-    if not return_lse:
-        return out
-    return out, _join(lse.view(B, -1, H, T, 1), grid, windows, shifts)[..., 0]
+    bias = _check_bias(bias, mask, H, grid, windows)
+    scale = D**-0.5 if scale is None else float(scale)
+    out, lse = _forward([q_BHND, k_BKND, v_BKNE], bias, mask, [*grid, *windows, *shifts], scale, memory_mb)
+    return (out, lse) if return_lse else out
+
+
+def packed_window_attend(
+    qkv_BN3HD: Tensor,
+    size: int | Sequence[int],
+    window: int | Sequence[int],
+    shift: int | Sequence[int] = 0,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    memory_mb: float = 64.0,
+) -> Tensor:
+    """`window_attend` of queries, keys and values that lie side by side, as one projection gives them.
+
+    Returns:
+        (B, H, N, D), in memory (B, N, H, D), so that merging the heads copies nothing. The gradient of `qkv_BN3HD` is
+        written in place, without the stacking of three.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    grid, windows, shifts = _grid(size, window, shift)
+    if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[1] != prod(grid) or qkv_BN3HD.shape[2] != 3:
+        raise ValueError(
+            f"qkv must be (batch, {prod(grid)} tokens, 3, heads, head_dim) for a grid of {grid}, "
+            f"got shape {tuple(qkv_BN3HD.shape)}"
+        )
+    H, D = qkv_BN3HD.shape[3:]
+    bias = _check_bias(bias, mask, H, grid, windows)
+    scale = D**-0.5 if scale is None else float(scale)
+    return _forward([qkv_BN3HD], bias, mask, [*grid, *windows, *shifts], scale, memory_mb)[0]
 
 
 def relative_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
@@ -130,208 +163,107 @@ def relative_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
     return table.movedim(0, -1)[tuple(index)].movedim(-1, 0).reshape(table.shape[0], prod(windows), prod(windows))
 
 
-@lru_cache(maxsize=32)
-def _regions(grid: tuple[int, ...], windows: tuple[int, ...], shifts: tuple[int, ...]) -> tuple[list[int], Tensor]:
-    """Kind of each window, and the pairs forbidden in each kind (kinds, T, T); kind 0 forbids nothing."""
-    allowed = torch.ones(1, 1, 1, dtype=torch.bool)
-    for n, w, s in zip(grid, windows, shifts):
-        padded = -(-n // w) * w
-        place = (torch.arange(padded) + s) % padded  # before the cyclic shift
-        # what was moved from the front to the end is a region of its own, the padding is seen by nobody
-        region = torch.where(place < n, (place < s).long(), -1).view(-1, w)
-        axis = (region[:, :, None] == region[:, None]) & (region[:, None] >= 0) | (region[:, :, None] < 0)
-        a, b = allowed.shape[0], allowed.shape[1]
-        allowed = allowed[:, None, :, None, :, None] & axis[None, :, None, :, None, :]
-        allowed = allowed.reshape(a * axis.shape[0], b * w, b * w)
-    plain = torch.ones(1, *allowed.shape[1:], dtype=torch.bool)
-    # counted from the plain window, so that it is kind 0
-    distinct, kinds = torch.unique(torch.cat([~plain, ~allowed]), dim=0, return_inverse=True)
-    return kinds[1:].tolist(), distinct
+def _grid(
+    size: int | Sequence[int], window: int | Sequence[int], shift: int | Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    grid = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(grid) <= 3 or min(grid) < 1:
+        raise ValueError(f"size must be one to three positive lengths, got {size}")
+    windows = (window,) * len(grid) if isinstance(window, int) else tuple(window)
+    shifts = (shift,) * len(grid) if isinstance(shift, int) else tuple(shift)
+    if len(windows) != len(grid) or len(shifts) != len(grid):
+        raise ValueError(f"window and shift must have one entry per axis ({len(grid)}), got {window} and {shift}")
+    for w, s in zip(windows, shifts):
+        if w < 1 or not 0 <= s < w:
+            raise ValueError(f"shift must be at least 0 and below the window, got {s} and {w}")
+    return grid, windows, shifts
 
 
-def _partition(x: Tensor, grid: Sequence[int], windows: Sequence[int], shifts: Sequence[int]) -> Tensor:
-    """(B, H, N, X) in windows (B, P, H, T, X)."""
-    axes = len(grid)
-    x = x.unflatten(2, tuple(grid))
-    pad = [-n % w for n, w in zip(grid, windows)]
-    if any(pad):
-        x = F.pad(x, (0, 0, *(side for p in reversed(pad) for side in (0, p))))
-    if any(shifts):
-        x = x.roll([-s for s in shifts], list(range(2, 2 + axes)))
-    for axis, w in reversed(list(enumerate(windows))):
-        x = x.unflatten(2 + axis, (-1, w))
-    outer, inner = range(2, 2 + 2 * axes, 2), range(3, 3 + 2 * axes, 2)
-    x = x.permute(0, *outer, 1, *inner, 2 + 2 * axes)
-    return x.flatten(2 + axes, 1 + 2 * axes).flatten(1, axes)
+def _check_bias(
+    bias: Tensor | None, mask: Tensor | None, H: int, grid: tuple[int, ...], windows: tuple[int, ...]
+) -> Tensor | None:
+    T = prod(windows)
+    if bias is not None and bias.shape not in ((H, T, T), (1, T, T)):
+        raise ValueError(f"bias must be ({H} or 1, {T}, {T}), got shape {tuple(bias.shape)}")
+    if mask is not None:
+        if grid != windows:
+            raise ValueError(f"mask is for a grid of one window ({windows}), got a grid of {grid}")
+        if mask.ndim != 3 or mask.shape[1:] != (T, T) or not mask.shape[0] or not mask.is_floating_point():
+            raise ValueError(f"mask must be (masks, {T}, {T}) of numbers to add, got {mask.dtype} {tuple(mask.shape)}")
+    return None if bias is None else bias.expand(H, T, T)
 
 
-def _join(x: Tensor, grid: Sequence[int], windows: Sequence[int], shifts: Sequence[int]) -> Tensor:
-    """Windows (B, P, H, T, X) as tokens (B, H, N, X)."""
-    axes = len(grid)
-    counts = [-(-n // w) for n, w in zip(grid, windows)]
-    x = x.unflatten(3, tuple(windows)).unflatten(1, counts)  # B, counts, H, windows, X
-    order = [i for axis in range(axes) for i in (1 + axis, 2 + axes + axis)]
-    x = x.permute(0, 1 + axes, *order, 2 + 2 * axes)
-    for axis in range(axes):
-        x = x.flatten(2 + axis, 3 + axis)
-    if any(shifts):
-        x = x.roll(list(shifts), list(range(2, 2 + axes)))
-    for axis, n in enumerate(grid):
-        x = x.narrow(2 + axis, 0, n)
-    return x.flatten(2, 1 + axes)
+# ---------------------------------------------------------------------------- the boxes
 
 
-def _window_pieces(W: int, K: int, T: int, L: int, itemsize: int, limit: int) -> Iterator[tuple[int, int]]:
-    step = max(1, limit // (K * T * L * itemsize))
-    yield from ((a, min(a + step, W)) for a in range(0, W, step))
+@dataclass(frozen=True)
+class _Segment:
+    """Equal parts of windows on one axis."""
+
+    start: int  #: first token
+    count: int
+    length: int  #: tokens of each
+    inside: int  #: place of its first token in the window
 
 
-def _window_biases(bias: Tensor | None, forbidden: Tensor, K: int, like: Tensor) -> Tensor:
-    """Bias of each kind of window (kinds, K T L): the heads' own, and -inf where the region forbids."""
-    plain = like.new_zeros(K, *forbidden.shape[1:]) if bias is None else bias
-    return plain.masked_fill(forbidden[:, None], float("-inf")).flatten(1)
+def _segments(n: int, window: int, shift: int) -> list[_Segment]:
+    if n <= window:
+        return [_Segment(0, 1, n, 0)]
+    whole, rest = divmod(n - shift, window)
+    parts = [
+        _Segment(0, 1, shift, window - shift),
+        _Segment(shift, whole, window, 0),
+        _Segment(n - rest, 1, rest, 0),
+    ]
+    return [part for part in parts if part.count and part.length]
 
 
-def _window_bias(biases: Tensor, kinds: Tensor, K: int, T: int, L: int, scratch: _Scratch) -> Tensor:
-    """Bias of some windows (c K, T, L)."""
-    piece = scratch.take("bias", kinds.numel(), K * T * L)
-    torch.index_select(biases, 0, kinds, out=piece)
-    return piece.view(-1, T, L)
+@dataclass(frozen=True)
+class _Boxes:
+    """The boxes of one kind: a segment of each axis."""
+
+    grid: tuple[int, ...]
+    windows: tuple[int, ...]
+    segments: tuple[_Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        return prod(s.length for s in self.segments)
+
+    def view(self, x_BXNY: Tensor) -> Tensor:
+        """(B, n_1 .. n_d, X, l_1 .. l_d, Y): the boxes' tokens, a view."""
+        x, d = x_BXNY.unflatten(2, self.grid), len(self.grid)
+        for axis, s in enumerate(self.segments):
+            x = x.narrow(2 + 2 * axis, s.start, s.count * s.length).unflatten(2 + 2 * axis, (s.count, s.length))
+        return x.permute(0, *range(2, 2 + 2 * d, 2), 1, *range(3, 3 + 2 * d, 2), 2 + 2 * d)
+
+    def pairs(self, bias_HTT: Tensor) -> Tensor:
+        """(H, l_1 .. l_d, l_1 .. l_d) of a bias, a view."""
+        x, d = bias_HTT.unflatten(2, self.windows).unflatten(1, self.windows), len(self.grid)
+        for axis, s in enumerate(self.segments):
+            x = x.narrow(1 + axis, s.inside, s.length).narrow(1 + d + axis, s.inside, s.length)
+        return x
 
 
-@torch.library.custom_op("saccade::partition_attend", mutates_args=())
-def _partition_forward(
-    q_WKTD: Tensor,
-    k_WKLD: Tensor,
-    v_WKLE: Tensor,
-    bias_KTL: Tensor | None,
-    forbidden: Tensor,
-    kinds: list[int],
-    scale: float,
-    return_lse: bool,
-    memory_mb: float,
-) -> tuple[Tensor, Tensor]:
-    W, K, T, _ = q_WKTD.shape
-    L, E = v_WKLE.shape[2:]
-    dtype = _working_dtype(q_WKTD.dtype)
-    out = torch.empty(W * K, T, E, dtype=dtype, device=q_WKTD.device)
-    lse = torch.empty((W * K, T) if return_lse else (0,), dtype=dtype, device=q_WKTD.device)
-    q, k, v = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE))
-    biases = _window_biases(None if bias_KTL is None else bias_KTL.to(dtype), forbidden, K, out)
-    kinds_W, scratch = torch.tensor(kinds, device=out.device), _Scratch(out)
-    for a, b in _window_pieces(W, K, T, L, out.element_size(), _piece_bytes(memory_mb) // 2):
-        piece = slice(a * K, b * K)
-        _piece_forward(
-            q[piece],
-            k[piece],
-            v[piece],
-            _window_bias(biases, kinds_W[a:b], K, T, L, scratch),
-            scale,
-            scratch,
-            out[piece],
-            lse[piece] if return_lse else None,
-        )
-    return out.view(W, K, T, E).to(q_WKTD.dtype), lse.view(W, K, T) if return_lse else lse
+@lru_cache(maxsize=64)
+def _kinds(spec: tuple[int, ...]) -> tuple[_Boxes, ...]:
+    d = len(spec) // 3
+    grid, windows, shifts = spec[:d], spec[d : 2 * d], spec[2 * d :]
+    axes = [_segments(n, w, s) for n, w, s in zip(grid, windows, shifts)]
+    return tuple(_Boxes(grid, windows, segments) for segments in product(*axes))
 
 
-@_partition_forward.register_fake
-def _(
-    q_WKTD: Tensor,
-    k_WKLD: Tensor,
-    v_WKLE: Tensor,
-    bias_KTL: Tensor | None,
-    forbidden: Tensor,
-    kinds: list[int],
-    scale: float,
-    return_lse: bool,
-    memory_mb: float,
-) -> Any:
-    lse = q_WKTD.new_empty(q_WKTD.shape[:3] if return_lse else (0,), dtype=_working_dtype(q_WKTD.dtype))
-    return q_WKTD.new_empty(*q_WKTD.shape[:3], v_WKLE.shape[3]), lse
+def _slices(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cuts of axes of `counts` in which there are at most `most` items (but one at least)."""
+    cuts: list[list[slice]] = []
+    for count in reversed(counts):
+        step = max(1, min(count, most))
+        most //= step
+        cuts.insert(0, [slice(a, min(a + step, count)) for a in range(0, count, step)])
+    yield from product(*cuts)
 
 
-@torch.library.custom_op("saccade::partition_attend_backward", mutates_args=())
-def _partition_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q_WKTD: Tensor,
-    k_WKLD: Tensor,
-    v_WKLE: Tensor,
-    bias_KTL: Tensor | None,
-    out: Tensor,
-    forbidden: Tensor,
-    kinds: list[int],
-    scale: float,
-    memory_mb: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    W, K, T, _ = q_WKTD.shape
-    L = k_WKLD.shape[2]
-    dtype = _working_dtype(q_WKTD.dtype)
-    q, k, v, go, o = (x.to(dtype).contiguous().flatten(0, 1) for x in (q_WKTD, k_WKLD, v_WKLE, grad_out, out))
-    biases = _window_biases(None if bias_KTL is None else bias_KTL.to(dtype), forbidden, K, q)
-    delta = -(go * o).sum(-1, keepdim=True)
-    if grad_lse is not None:
-        delta = delta + grad_lse.flatten(0, 1)[..., None]
-    grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-    grad_bias = torch.zeros((0,) if bias_KTL is None else (K, T, L), dtype=dtype, device=q.device)
-    kinds_W, scratch = torch.tensor(kinds, device=q.device), _Scratch(q)
-    for a, b in _window_pieces(W, K, T, L, q.element_size(), _piece_bytes(memory_mb) // 3):
-        piece = slice(a * K, b * K)
-        bias_piece = _window_bias(biases, kinds_W[a:b], K, T, L, scratch)
-        boxes_k, boxes_v, grad_scores = _piece_backward(
-            q[piece], k[piece], v[piece], bias_piece, scale, scratch, go[piece], delta[piece], grad_q[piece]
-        )
-        grad_k[piece], grad_v[piece] = boxes_k, boxes_v
-        if bias_KTL is not None:
-            grad_bias += grad_scores.view(b - a, K, T, L).sum(0)
-    grads = (x.view(like.shape).to(like.dtype) for x, like in zip((grad_q, grad_k, grad_v), (q_WKTD, k_WKLD, v_WKLE)))
-    grad_q, grad_k, grad_v = grads
-    return grad_q, grad_k, grad_v, grad_bias if bias_KTL is None else grad_bias.to(bias_KTL.dtype)
-
-
-@_partition_backward.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q_WKTD: Tensor,
-    k_WKLD: Tensor,
-    v_WKLE: Tensor,
-    bias_KTL: Tensor | None,
-    out: Tensor,
-    forbidden: Tensor,
-    kinds: list[int],
-    scale: float,
-    memory_mb: float,
-) -> Any:
-    grad_bias = q_WKTD.new_empty(0) if bias_KTL is None else bias_KTL.new_empty(bias_KTL.shape)
-    grads = (x.new_empty(x.shape) for x in (q_WKTD, k_WKLD, v_WKLE))
-    return (*grads, grad_bias)
-
-
-def _setup_partition(ctx: Any, inputs: Any, output: Any) -> None:
-    q, k, v, bias, forbidden, ctx.kinds, ctx.scale, ctx.return_lse, ctx.memory_mb = inputs
-    ctx.save_for_backward(q, k, v, bias, output[0], forbidden)
-
-
-def _differentiate_partition(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
-    q, k, v, bias, out, forbidden = ctx.saved_tensors
-    *grads, grad_bias = _partition_backward(
-        grad_out,
-        grad_lse if ctx.return_lse else None,
-        q,
-        k,
-        v,
-        bias,
-        out,
-        forbidden,
-        ctx.kinds,
-        ctx.scale,
-        ctx.memory_mb,
-    )
-    return (*grads, None if bias is None else grad_bias, None, None, None, None, None)
-
-
-_partition_forward.register_autograd(_differentiate_partition, setup_context=_setup_partition)
+# ---------------------------------------------------------------------------- pieces
 
 
 def _working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -339,70 +271,283 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _piece_bytes(memory_mb: float) -> int:
-    return int(min(_PIECE_BYTES * torch.get_num_threads(), memory_mb * 2**20 / 3))
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What weights are rounded to before they meet the values: bfloat16 where the machine multiplies it quickly."""
+    if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return torch.bfloat16
+    return _working_dtype(x.dtype)
 
 
 class _Scratch:
-    """Buffers that are used again from piece to piece."""
+    """Buffers that are used again from piece to piece, and from call to call where they are small."""
 
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.buffers: dict[str, Tensor] = {}
+    _kept = threading.local()
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        if device.type == "cpu":
+            self.buffers = self._kept.__dict__.setdefault("buffers", {})
+
+    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
         need = prod(shape)
-        buffer = self.buffers.get(name)
+        buffer = self.buffers.get((name, dtype))
         if buffer is None or buffer.numel() < need:
-            self.buffers[name] = buffer = self.like.new_empty(need)
+            with torch.inference_mode(False):  # it may be used again outside
+                buffer = torch.empty(need, dtype=dtype, device=self.device)
+            if buffer.nbytes <= _KEPT_BYTES:
+                self.buffers[name, dtype] = buffer
         return buffer[:need].view(shape)
 
+    def load(self, name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+        """`x` in one block of memory, itself where it is."""
+        if x.dtype == dtype and x.is_contiguous():
+            return x.view(shape)
+        buffer = self.take(name, dtype, *x.shape)
+        return buffer.copy_(x).view(shape)
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: _Scratch, lse: Tensor | None) -> Tensor:
-    """softmax(scale q k^T + bias), (c, T, L); its log-sum-exp is written to `lse` (c, T) where given."""
-    scores = scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
-    torch.baddbmm(bias.expand_as(scores), q, k.mT, alpha=scale, out=scores)
-    if lse is None:
-        return torch.softmax(scores, -1, out=scores)
-    top = scores.amax(-1)
-    torch.softmax(scores, -1, out=scores)
-    # the largest weight is exp(top - lse)
-    torch.sub(top, scores.amax(-1).log_(), out=lse)
-    return scores
+    def target(self, name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Where to write what belongs to `x`: `x` itself where it is one block."""
+        return x.view(shape) if x.dtype == dtype and x.is_contiguous() else self.take(name, dtype, *shape)
 
 
-def _piece_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
+def _store(x: Tensor, written: Tensor) -> None:
+    if written.data_ptr() != x.data_ptr():
+        x.copy_(written.view(x.shape))
+
+
+class _Call:
+    """What all pieces of a call share: the addends of the scores, in powers of two, and the buffers."""
+
+    def __init__(
+        self, q: Tensor, bias: Tensor | None, mask: Tensor | None, spec: list[int], scale: float, memory: float
+    ) -> None:
+        dtype, self.scale = _working_dtype(q.dtype), scale
+        self.kinds = _kinds(tuple(spec))
+        self.bias, self.mask = (None if x is None else x.to(dtype) * _LOG2_E for x in (bias, mask))
+        cache = _PIECE_BYTES * torch.get_num_threads() if q.device.type == "cpu" else memory
+        self.limit = int(min(cache, memory))
+        self.scratch = _Scratch(q.device)
+
+    def cuts(self, boxes: _Boxes, B: int, K: int, G: int) -> Iterator[tuple[slice, ...]]:
+        """Slices of batch, windows per axis, and key heads, whose scores fit into the limit."""
+        return _slices([B, *(s.count for s in boxes.segments), K], self.limit // (4 * G * boxes.tokens**2))
+
+    def bias_of(self, boxes: _Boxes, G: int) -> Tensor | None:
+        """(K, G, T, T)."""
+        T = boxes.tokens
+        return None if self.bias is None else boxes.pairs(self.bias).reshape(-1, G, T, T)
+
+    def score(
+        self,
+        scores_nRT: Tensor,
+        q_nRD: Tensor,
+        k_nTD: Tensor,
+        bias_KGTT: Tensor | None,
+        cut: tuple[slice, ...],
+        minus: Tensor | None = None,
+    ) -> None:
+        """Writes scale * q k^T + bias + mask - minus, in powers of two."""
+        T, heads = k_nTD.shape[1], cut[-1]
+        addends = [] if bias_KGTT is None else [bias_KGTT[heads]]
+        if self.mask is not None:
+            rows = torch.arange(cut[0].start, cut[0].stop, device=self.mask.device) % self.mask.shape[0]
+            addends.append(self.mask[rows][:, None, None])
+        if minus is not None:
+            addends.append(minus.neg())
+        split = scores_nRT.view(-1, heads.stop - heads.start, q_nRD.shape[1] // T, T, T)
+        if len(addends) == 1:
+            split.copy_(addends[0])
+        elif addends:
+            torch.add(addends[0], addends[1], out=split)
+            for addend in addends[2:]:
+                split.add_(addend)
+        scores_nRT.baddbmm_(q_nRD, k_nTD.mT, beta=min(1, len(addends)), alpha=self.scale * _LOG2_E)
+
+
+def _part(view: Tensor, cut: tuple[slice, ...], G: int = 1) -> Tensor:
+    """A piece of a view of boxes; G heads for each of the cut's."""
+    *windows, heads = cut
+    return view[(*windows, heads if G == 1 else slice(heads.start * G, heads.stop * G))]
+
+
+def _unpack(tensors: list[Tensor]) -> list[Tensor]:
+    """Views (B, H, N, D) of query, key and value."""
+    return [x.transpose(1, 2) for x in tensors[0].unbind(2)] if len(tensors) == 1 else tensors
+
+
+# ---------------------------------------------------------------------------- the operator
+
+
+def _empty_out(v: Tensor, H: int) -> Tensor:
+    """The output, tokens and heads in memory as in the values."""
+    return torch.empty_like(v) if v.shape[1] == H else v.new_empty(v.shape[0], H, *v.shape[2:])
+
+
+@torch.library.custom_op("saccade::shifted_attend", mutates_args=())
+def _forward(
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    spec: list[int],
     scale: float,
-    scratch: _Scratch,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    torch.bmm(_probabilities(q, k, bias, scale, scratch, lse), v, out=out)
+    memory_mb: float,
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _unpack(tensors)
+    (B, H, N, D), K, E = q.shape, k.shape[1], v.shape[3]
+    G, dtype, low = H // K, _working_dtype(q.dtype), _product_dtype(q)
+    out = _empty_out(v, H)
+    lse = torch.empty(B, H, N, dtype=dtype, device=q.device)
+    call = _Call(q, bias, mask, spec, scale, memory_mb * 2**20 / 3)
+    scratch, safe = call.scratch, q.device.type == "cpu"  # elsewhere a look at the sums would wait for the device
+    for boxes in call.kinds:
+        T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
+        q_boxes, k_boxes, v_boxes, out_boxes, lse_boxes = (boxes.view(x) for x in (q, k, v, out, lse[..., None]))
+        for cut in call.cuts(boxes, B, K, G):
+            n = prod(s.stop - s.start for s in cut)  # windows and key heads of the piece
+            k_piece = scratch.load("k", _part(k_boxes, cut), dtype, n, T, D)
+            q_piece = scratch.load("q", _part(q_boxes, cut, G), dtype, n, G * T, D)
+            v_piece = scratch.load("v", _part(v_boxes, cut), low, n, T, E)
+            scores = scratch.take("scores", dtype, n, G * T, T)
+            call.score(scores, q_piece, k_piece, bias_KGTT, cut)
+            top = None
+            if safe:
+                weights = _powers(scores, low, scratch)
+                sums = weights.sum(-1, keepdim=True, dtype=dtype)
+                smallest, largest = sums.aminmax()
+                safe = _SAFE_SUMS[0] < smallest.item() and largest.item() < _SAFE_SUMS[1]
+                if not safe:
+                    call.score(scores, q_piece, k_piece, bias_KGTT, cut)
+            if not safe:
+                top = scores.amax(-1, keepdim=True)
+                top.masked_fill_(top == float("-inf"), 0.0)
+                weights = _powers(scores.sub_(top), low, scratch)
+                sums = weights.sum(-1, keepdim=True, dtype=dtype)
+            lse_view, out_view = _part(lse_boxes, cut, G), _part(out_boxes, cut, G)
+            logs = sums.log2() if top is None else sums.log2().add_(top)
+            torch.mul(logs.view(lse_view.shape), 1 / _LOG2_E, out=lse_view)
+            if top is not None:
+                sums.masked_fill_(sums == 0, 1.0)
+            weighted = torch.bmm(weights, v_piece, out=scratch.take("out", low, n, G * T, E))
+            torch.mul(weighted.view(out_view.shape), sums.reciprocal_().view(lse_view.shape), out=out_view)
+    return out, lse
 
 
-def _piece_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
+def _powers(scores: Tensor, low: torch.dtype, scratch: _Scratch) -> Tensor:
+    """exp2(scores), in their place where no rounding is asked for."""
+    out = scores if scores.dtype == low else scratch.take("weights", low, *scores.shape)
+    return torch.exp2(scores, out=out)
+
+
+@_forward.register_fake
+def _(
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    spec: list[int],
     scale: float,
-    scratch: _Scratch,
+    memory_mb: float,
+) -> Any:
+    q, _, v = _unpack(tensors)
+    return _empty_out(v, q.shape[1]), q.new_empty(q.shape[:3], dtype=_working_dtype(q.dtype))
+
+
+@torch.library.custom_op("saccade::shifted_attend_backward", mutates_args=())
+def _backward(
     grad_out: Tensor,
-    delta: Tensor,
-    grad_q: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dQ; returns dK and dV of the boxes and dS. `delta` is rowsum(dO * O) - dlse, (c, T, 1), negated."""
-    weights = _probabilities(q, k, bias, scale, scratch, None)
-    grad_v = scratch.take("grad_v", *v.shape)
-    torch.bmm(weights.mT, grad_out, out=grad_v)
-    grad_scores = scratch.take("grad_scores", *weights.shape)
-    torch.baddbmm(delta.expand_as(grad_scores), grad_out, v.mT, out=grad_scores)
-    grad_scores.mul_(weights)
-    torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=scale, out=grad_q)
-    grad_k = scratch.take("grad_k", *k.shape)
-    torch.baddbmm(grad_k, grad_scores.mT, q, beta=0, alpha=scale, out=grad_k)
-    return grad_k, grad_v, grad_scores
+    grad_lse: Tensor | None,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    spec: list[int],
+    scale: float,
+    memory_mb: float,
+) -> list[Tensor]:
+    q, k, v = _unpack(tensors)
+    B, H, _, D = q.shape
+    K, E = k.shape[1], v.shape[3]
+    G, dtype, low = H // K, _working_dtype(q.dtype), _product_dtype(q)
+    grads = [torch.empty_like(x) for x in tensors]
+    grad_q, grad_k, grad_v = _unpack(grads)
+    grad_bias = torch.zeros((0,) if bias is None else bias.shape, dtype=dtype, device=q.device)
+    shift = lse.masked_fill(lse == float("-inf"), 0.0).mul_(_LOG2_E)[..., None]
+    call = _Call(q, bias, mask, spec, scale, memory_mb * 2**20 / 6)
+    scratch = call.scratch
+    for boxes in call.kinds:
+        T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
+        q_boxes, go_boxes, out_boxes, shift_boxes, gq_boxes = (boxes.view(x) for x in (q, grad_out, out, shift, grad_q))
+        k_boxes, v_boxes, gk_boxes, gv_boxes = (boxes.view(x) for x in (k, v, grad_k, grad_v))
+        grad_lse_boxes = None if grad_lse is None else boxes.view(grad_lse[..., None])
+        for cut in call.cuts(boxes, B, K, G):
+            heads, n = cut[-1].stop - cut[-1].start, prod(s.stop - s.start for s in cut)
+            k_view, q_view, go_view = _part(k_boxes, cut), _part(q_boxes, cut, G), _part(go_boxes, cut, G)
+            k_piece = scratch.load("k", k_view, dtype, n, T, D)
+            q_piece = scratch.load("q", q_view, dtype, n, G * T, D)
+            v_piece = scratch.load("v", _part(v_boxes, cut), low, n, T, E)
+            go = scratch.load("grad_out", go_view, low, n, G * T, E)
+
+            scores = scratch.take("scores", dtype, n, G * T, T)
+            minus = _part(shift_boxes, cut, G).reshape(-1, heads, G, T, 1)
+            call.score(scores, q_piece, k_piece, bias_KGTT, cut, minus)
+            weights = _powers(scores, low, scratch)
+
+            gv_view = _part(gv_boxes, cut)
+            gv = scratch.target("grad_k", gv_view, low, n, T, E)
+            _store(gv_view, torch.bmm(weights.mT, go, out=gv))
+
+            both = scratch.take("product", dtype, *go_view.shape)
+            delta = torch.mul(go_view, _part(out_boxes, cut, G), out=both).sum(-1).neg_()
+            if grad_lse_boxes is not None:
+                delta += _part(grad_lse_boxes, cut, G)[..., 0]
+            grad_scores = scratch.take("grad_scores", low, n, G * T, T)
+            grad_scores.copy_(delta.view(n, G * T, 1))
+            grad_scores.baddbmm_(go, v_piece.mT).mul_(weights)
+
+            if low != dtype:
+                q_piece = scratch.load("q_low", q_view, low, n, G * T, D)
+                k_piece = scratch.load("k_low", k_view, low, n, T, D)
+            gq_view, gk_view = _part(gq_boxes, cut, G), _part(gk_boxes, cut)
+            gq = scratch.target("grad_q", gq_view, low, n, G * T, D)
+            _store(gq_view, torch.baddbmm(gq, grad_scores, k_piece, beta=0, alpha=scale, out=gq))
+            gk = scratch.target("grad_k", gk_view, low, n, T, D)
+            _store(gk_view, torch.baddbmm(gk, grad_scores.mT, q_piece, beta=0, alpha=scale, out=gk))
+            if bias is not None:
+                total = grad_scores.view(-1, heads * G * T * T).sum(0, dtype=dtype)
+                part = boxes.pairs(grad_bias)[cut[-1].start * G : cut[-1].stop * G]
+                part += total.view(part.shape)
+    return [*grads, grad_bias if bias is None else grad_bias.to(bias.dtype)]
+
+
+@_backward.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    spec: list[int],
+    scale: float,
+    memory_mb: float,
+) -> Any:
+    grad_bias = out.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return [*(torch.empty_like(x) for x in tensors), grad_bias]
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    tensors, bias, mask, ctx.spec, ctx.scale, ctx.memory_mb = inputs
+    ctx.save_for_backward(*tensors, bias, mask, *output)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
+    *tensors, bias, mask, out, lse = ctx.saved_tensors
+    *grads, grad_bias = _backward(
+        grad_out, grad_lse, list(tensors), bias, mask, out, lse, ctx.spec, ctx.scale, ctx.memory_mb
+    )
+    return grads, None if bias is None else grad_bias, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
