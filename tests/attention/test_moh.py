@@ -11,6 +11,7 @@ from torch import Tensor
 
 import saccade
 from saccade import masks
+from saccade.attention import moh
 from saccade.attention.moh import (
     PRESETS,
     MoH,
@@ -199,7 +200,16 @@ def test_gathered_equals_masked_forward_and_backward(kv_heads: int, N: int, offs
         torch.testing.assert_close(gradients[1][3] * chosen, gradients[0][3] * chosen, atol=2e-5, rtol=1e-4)
 
 
-def test_a_long_layer_gathers_of_itself_and_agrees() -> None:
+def test_a_long_layer_gathers_of_itself_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, context = layer(16, 8, shared_heads=0, routed_heads=2), torch.randn(1, 9, 16)
+    x = torch.randn(1, 700, 16)
+    lists, listed = [], moh._listed
+    monkeypatch.setattr(moh, "_listed", lambda active: lists.append(active.shape) or listed(active))
+    outs = both(x), both(x, context)
+    assert lists == [(1, 8, 700)] * 2
+    both.form = "masked"
+    for out, expected in zip(outs, (both(x), both(x, context)), strict=True):
+        torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-5)
     module = layer(16, 8, shared_heads=2, routed_heads=2, causal=True)
     x = torch.randn(1, 700, 16)
     out = module(x)

@@ -33,7 +33,7 @@ Two forms compute the same: "masked" (all heads, then gates) and "gathered" (a r
 tokens that chose it, nothing else). Decoding keeps all heads' keys and values: later tokens may choose any head.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E width of values,
-R routed heads (h_r), L queries in a list, S tokens of a range.
+R routed heads (h_r), L queries in a list, S tokens of a stretch, T tokens with those that fill up the last one.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ if TYPE_CHECKING:
 Router = Literal["trained", "query-norm"]
 Form = Literal["auto", "masked", "gathered"]
 
-#: queries of one range of the gathered causal form
-_RANGE = 256
-#: below so many queries, or with a larger share of rows left, gathering costs more than it saves (measured)
-_LEAST_QUERIES, _LARGEST_SHARE = 512, 0.9
+#: least number of queries that the gathered causal form does without lists
+_LEAF = 128
+#: fewest queries, and largest share of rows left, at which gathering is faster (measured); causality costs merges
+_PAYS = {False: (512, 0.9), True: (2048, 0.65)}
 
 
 class Routing(NamedTuple):
@@ -197,9 +197,9 @@ def gated_attend(
     if causal:
         parts.append(_gathered_causal(q, k, v, active_BRN, real_BM, offset, scale))
     else:
-        order_BRN = active_BRN.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        order_BRL = order_BRN[..., : int(active_BRN.sum(-1).max())]
-        parts.append(_put(attend(_take(q, order_BRL), k, v, mask=mask, scale=scale), order_BRL, N))
+        order_BRL = _listed(active_BRN)
+        out = attend(_take(q, order_BRL), k, v, mask=mask, scale=scale)
+        parts.append(_put(out, order_BRL, out.new_zeros(*q.shape[:3], out.shape[3])))
     return torch.cat(parts, 1) * gates_BHN[..., None]
 
 
@@ -207,10 +207,11 @@ def _pays(active_BRN: Tensor, H: int, causal: bool) -> bool:
     """Whether gathering is faster: long inputs with enough rows to leave out, outside torch.compile (the lengths of the
     lists are data), and on CUDA without causality (its fused kernels give no LSE to merge by)."""
     R, N = active_BRN.shape[1:]
-    if torch.compiler.is_compiling() or N < _LEAST_QUERIES or (causal and active_BRN.device.type == "cuda"):
+    fewest, largest = _PAYS[causal]
+    if torch.compiler.is_compiling() or fewest > N or (causal and active_BRN.device.type == "cuda"):
         return False
     longest = int(active_BRN.sum(-1).max()) if active_BRN.numel() else 0
-    return (H - R + R * longest / N) / H <= _LARGEST_SHARE
+    return (H - R + R * longest / N) / H <= largest
 
 
 def _gathered_causal(
@@ -222,52 +223,67 @@ def _gathered_causal(
     offset: int,
     scale: float | None,
 ) -> Tensor:
-    """Ranges of queries: all of them to their own range causally, the listed ones to everything before it."""
-    B, R, N = q_BRND.shape[:3]
-    E, S = v_BRME.shape[3], min(_RANGE, N)
-    k_BRMD, v_BRME = repeat_heads(k_BRMD, R), repeat_heads(v_BRME, R)
-    pad = -N % S
-    n = (N + pad) // S
+    """Listed queries to the keys before them, by halves: of any stretch, the second half sees all of the first.
 
-    def ranges(x_BRND: Tensor) -> Tensor:
-        return F.pad(x_BRND, (0, 0, 0, pad)).unflatten(2, (n, S)).transpose(1, 2).flatten(0, 1)
+    Stretches of one size are one call without a mask; the smallest ones are done for all queries, causally.
+    """
+    B, R, N = q_BRND.shape[:3]
+    k_BRMD, v_BRME = repeat_heads(k_BRMD, R), repeat_heads(v_BRME, R)
+    levels = max(0, (N // _LEAF).bit_length() - 1)
+    S = -(-N // 2**levels)
+    pad = (S << levels) - N
+    q, k, v = q_BRND, k_BRMD[:, :, offset:], v_BRME[:, :, offset:]
+    active, real = active_BRN, None if real_BM is None else real_BM[:, offset:]
+    if pad:
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        active, real = F.pad(active, (0, pad)), None if real is None else F.pad(real, (0, pad))
+
+    def stretches(x_BRT: Tensor, size: int) -> Tensor:  # n stretches become rows of the batch
+        return x_BRT.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+
+    def together(x_BRS: Tensor) -> Tensor:
+        return x_BRS.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)
 
     within = masks.causal()
-    if real_BM is not None:
-        within = within & masks.padding(F.pad(real_BM[:, offset:], (0, pad)).view(B * n, S))
-    own, lse = attend(
-        ranges(q_BRND),
-        ranges(k_BRMD[:, :, offset:]),
-        ranges(v_BRME[:, :, offset:]),
-        mask=within,
-        scale=scale,
-        return_lse=True,
-    )
-    own_BnRSE, lse_BnRS = own.view(B, n, R, S, E), lse.view(B, n, R, S)
-    active_BRnS = F.pad(active_BRN, (0, pad)).unflatten(2, (n, S))
-    order_BRnS = active_BRnS.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    outs = []
-    for i, length in enumerate(active_BRnS.sum(-1).amax((0, 1)).tolist()):
-        order_BRL, before = order_BRnS[:, :, i, :length], offset + i * S
-        here, here_lse = _take(own_BnRSE[:, i], order_BRL), lse_BnRS[:, i].gather(2, order_BRL)
-        if before and length:
-            q_BRLD = _take(q_BRND[:, :, i * S : (i + 1) * S], order_BRL.clamp(max=N - i * S - 1))
-            past = None if real_BM is None else masks.padding(real_BM[:, :before])
-            there, there_lse = attend(
-                q_BRLD, k_BRMD[:, :, :before], v_BRME[:, :, :before], mask=past, scale=scale, return_lse=True
-            )
-            here, _ = merge(here, here_lse, there, there_lse)
-        outs.append(_put(here, order_BRL, S))
-    return torch.cat(outs, 2)[:, :, :N]
+    if real is not None:
+        within = within & masks.padding(real.reshape(-1, S))
+    out, lse = attend(*(stretches(x, S) for x in (q, k, v)), mask=within, scale=scale, return_lse=True)
+    out, lse = together(out), together(lse)
+
+    def add(part: Tensor, part_lse: Tensor, order_BRL: Tensor) -> None:
+        nonlocal out, lse
+        part, part_lse = merge(_take(out, order_BRL), lse.gather(2, order_BRL), part, part_lse)
+        out, lse = _put(part, order_BRL, out), lse.scatter(2, order_BRL, part_lse)
+
+    for level in range(levels):
+        n, half = 2**level, S << (levels - level - 1)
+        order_BRnL = _listed(active.unflatten(2, (n, 2 * half))[..., half:])
+        order_BRnL = order_BRnL + torch.arange(half, 2 * half * n, 2 * half, device=q.device)[:, None]
+        L = order_BRnL.shape[-1]
+        order_BRL = order_BRnL.flatten(2)
+        first = (stretches(x, 2 * half)[:, :, :half] for x in (k, v))
+        mask = None if real is None else masks.padding(real.unflatten(1, (n, 2, half))[:, :, 0].flatten(0, 1))
+        part, part_lse = attend(stretches(_take(q, order_BRL), L), *first, mask=mask, scale=scale, return_lse=True)
+        add(together(part), together(part_lse), order_BRL)
+    if offset:
+        order_BRL, before = _listed(active), (x[:, :, :offset] for x in (k_BRMD, v_BRME))
+        mask = None if real_BM is None else masks.padding(real_BM[:, :offset])
+        add(*attend(_take(q, order_BRL), *before, mask=mask, scale=scale, return_lse=True), order_BRL)
+    return out[:, :, :N]
+
+
+def _listed(active_BRN: Tensor) -> Tensor:
+    """Positions of the active tokens in their order, filled up to one length by others, (B, R, L)."""
+    order_BRN = active_BRN.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return order_BRN[..., : int(active_BRN.sum(-1).max())]
 
 
 def _take(x_BRND: Tensor, order_BRL: Tensor) -> Tensor:
     return x_BRND.gather(2, order_BRL[..., None].expand(*order_BRL.shape, x_BRND.shape[3]))
 
 
-def _put(x_BRLE: Tensor, order_BRL: Tensor, length: int) -> Tensor:
-    out = x_BRLE.new_zeros(*x_BRLE.shape[:2], length, x_BRLE.shape[3])
-    return out.scatter(2, order_BRL[..., None].expand_as(x_BRLE), x_BRLE)
+def _put(x_BRLE: Tensor, order_BRL: Tensor, out_BRNE: Tensor) -> Tensor:
+    return out_BRNE.scatter(2, order_BRL[..., None].expand_as(x_BRLE), x_BRLE)
 
 
 def _key_heads(x_BKMD: Tensor, H: int, first: int, last: int) -> Tensor:
