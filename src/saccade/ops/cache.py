@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,3 +69,27 @@ class NamedCache:
     def nbytes(self) -> int:
         """Bytes of what is held (not of the room to grow)."""
         return sum(store.nbytes for store in self._stores.values())
+
+
+@dataclass
+class StateCache:
+    """A state of the same size however many tokens there were: a tensor, or tuples of tensors.
+
+    Attributes:
+        state: None before the first token.
+        length: tokens seen.
+    """
+
+    state: Any = None
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state."""
+        return _nbytes(self.state)
+
+
+def _nbytes(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    return sum(map(_nbytes, state)) if isinstance(state, (tuple, list)) else 0
