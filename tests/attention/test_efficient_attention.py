@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import saccade
+from saccade.attention import efficient_attention
 from saccade.attention.efficient_attention import (
     EfficientAttention,
     EfficientAttention2d,
@@ -110,6 +111,18 @@ def test_padded_decoding_equals_the_sequence_alone(normalization: str) -> None:
         sizes.append(cache.nbytes)
     torch.testing.assert_close(torch.cat(pieces, 1)[:, 6:], layer(x), atol=1e-5, rtol=1e-5)
     assert len(set(sizes)) == 1 and cache.length == 39
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+def test_long_sequences_in_pieces_equal_the_whole(normalization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = heads(2, 2, 50, 4)
+    valid = torch.rand(2, 50) < 0.8
+    whole, last = efficient_attend(q, k, v, mask=valid, causal=True, normalization=normalization, return_state=True)
+    monkeypatch.setattr(efficient_attention, "_PIECE", 16)
+    with torch.no_grad():
+        out, state = efficient_attend(q, k, v, mask=valid, causal=True, normalization=normalization, return_state=True)
+    torch.testing.assert_close(out, whole)
+    torch.testing.assert_close(state, last)
 
 
 def test_maps_one_head_and_identity() -> None:
