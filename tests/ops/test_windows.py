@@ -220,19 +220,23 @@ def test_merge_with_extra_keys_is_one_softmax_forward_and_gradient() -> None:
 def test_only_boxes_that_the_neighbourhood_needs_are_visited() -> None:
     q = k = v = torch.empty(1, 1, 4096, 64)
     problem = ask(q, k, v, masks.neighborhood((64, 64), (13, 13)))
-    (grid,) = windows._layout(windows.regular(problem), 4096, 4096, 1)
-    tiles = torch.Size(axis.tiles for axis in grid.axes).numel()
-    # tiles at the border may leave out a part of their box
-    assert 0.9 * tiles * grid.rows * grid.box < grid.pairs <= tiles * grid.rows * grid.box
-    # a box is no more than the tile and its halo, up to the rounding of one axis
-    assert grid.box <= 1.25 * torch.Size(axis.tile + w - 1 for axis, w in zip(grid.axes, (13, 13, 1))).numel()
-    assert windows.density(problem) == grid.pairs / 4096**2 < 0.12
-    visited = torch.zeros(64, 64, dtype=torch.bool)
-    for axis, positions in ((grid.axes[0], visited), (grid.axes[1], visited.T)):
-        for start in axis.starts:
-            assert 0 <= start <= axis.keys - axis.box
-            positions[start : start + axis.box] = True
-    assert visited.all()
+    spec = windows.regular(problem)
+    assert spec is not None
+    for backward in (False, True):
+        (grid,) = windows._layout(spec, 4096, 4096, 1, backward)
+        computed = torch.zeros(64, 64, dtype=torch.long)
+        for part in grid.parts:
+            # the seven queries at a border share their 13 keys; elsewhere a box is the tile and its halo
+            for segment in (part.segments[part.order.index(axis)] for axis in (0, 1)):
+                border = segment.query in (0, 57)
+                assert segment.box == (13 if border else segment.tile + 12)
+                assert segment.tile == 7 or not border
+                assert segment.key >= 0 and segment.key + segment.span <= 64
+            one, two = (part.segments[part.order.index(axis)] for axis in (0, 1))
+            computed[one.query : one.query + one.queries, two.query : two.query + two.queries] += part.box
+            assert part.pairs == one.queries * two.queries * part.box
+        assert (computed >= 169).all() and computed.sum() == sum(part.pairs for part in grid.parts)
+    assert windows.density(problem) < 0.075
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

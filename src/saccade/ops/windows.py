@@ -1,23 +1,28 @@
 """Windows and neighbourhoods on 1-D, 2-D and 3-D grids of tokens, exactly, without N x M work.
 
 Queries are cut into tiles (a block of positions on every axis). The keys that a tile's queries may see lie in a
-box, the tile plus a halo; all boxes have one size, those at the borders are moved inwards. A tile is then one small
-dense attention over its box, and the pairs of the box that the mask forbids get a bias of -inf:
+box, the tile plus a halo. A tile is then one small dense attention over its box, and the pairs of the box that the
+mask forbids get a bias of -inf:
 
     S = scale * Q K_box^T + bias,   P = softmax(S),   O = P V_box,   lse = log sum exp(S)
     dS = P * (dO V_box^T - rowsum(dO * O) + dlse)
     dQ = scale * dS K_box,   dK_box += scale * dS^T Q,   dV_box += P^T dO
 
-Three things make it fast. Boxes are not copied: along the first axis they are a strided view of the keys; the other
-axes are cut into overlapping strips, once. Tiles that look the same (all but those near a border) share one bias.
-Tiles are taken in pieces whose scores stay in the cache; the backward pass computes them again.
+What makes it fast:
+
+- Small tiles waste little of their box, large ones make fast matrix products: `_cost` weighs the two, with copies and
+  calls, and finds the tile of each region of the grid. Near a border windows are moved inwards until several queries
+  share one: these are tiles of their own, without a halo.
+- A part (equal tiles at equal distances) has one bias. Along its first axis boxes are a strided view; the other axes
+  are cut into overlapping strips, some at a time, which are in the cache when they are used.
+- Scores are made piece by piece in the cache too; the backward pass computes them again.
 
 Dilation d is d separate grids (card `neighborhood`: residue classes), and query heads that share a key head are
 further rows of a tile.
 
 Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), P strips per grid, m tiles along the first axis,
-T rows of a tile (positions x G), L keys of a box, R keys of a strip, S strips at a time.
+C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
+T rows of a tile (positions x G), R keys of a strip, S strips at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +35,6 @@ from math import ceil, prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.masks import Band, Mask, Neighborhood
@@ -38,57 +42,24 @@ from saccade.ops.planning import Problem
 
 __all__ = ["density", "extra_bytes", "regular", "run", "share"]
 
-#: bytes of scores per thread that stay in a CPU's second-level cache
-_PIECE_BYTES = 2 * 2**20
+#: bytes of scores of a piece, per thread
+_PIECE_BYTES = 2**20
 
-#: bytes of key and value strips copied at a time
-_STRIP_BYTES = 8 * 2**20
+#: bytes of tiles and strips of queries, keys and values that are copied at a time
+_STRIP_BYTES = 2 * 2**20
 
 #: bytes of biases that a layout keeps from call to call
 _BIAS_BYTES = 8 * 2**20
 
-#: runs of equal tiles shorter than this are taken tile by tile, many strips at a time
-_SHORT = 4
+#: tiles, in positions per axis, among which the fastest is chosen
+_FLAT_TILES = (16, 32, 64, 128, 256)
+_TILES = {2: (1, 2, 3, 4, 5, 6, 8, 10, 12, 16), 3: (1, 2, 3, 4, 6, 8)}
+
+#: rows of a tile, at most
+_ROWS = 512
 
 
-@dataclass(frozen=True)
-class _Axis:
-    """One axis of a grid, cut into tiles."""
-
-    queries: int
-    keys: int
-    tile: int
-    box: int
-    starts: tuple[int, ...]
-    kinds: tuple[int, ...]  #: tiles whose windows look the same from the box's start have one number
-    windows: Tensor = field(repr=False)  #: (kinds, 2, tile), first and last key of the box that a query sees
-
-    def allowed(self, kind: int, device: torch.device) -> Tensor:
-        """Bool (tile, box)."""
-        first, last = self.windows[kind].to(device)[..., None]
-        j = torch.arange(self.box, device=device)
-        return (j >= first) & (j <= last)
-
-    @property
-    def tiles(self) -> int:
-        return len(self.starts)
-
-    def runs(self) -> Iterator[tuple[int, int]]:
-        """(first tile, number of tiles) of stretches in which kind and step do not change; short ones one by one."""
-        m = 0
-        while m < self.tiles:
-            end = m + 1
-            while (
-                end < self.tiles
-                and self.kinds[end] == self.kinds[m]
-                and self.starts[end] - self.starts[end - 1] == self.tile
-            ):
-                end += 1
-            if end - m >= _SHORT:
-                yield m, end - m
-            else:
-                yield from ((single, 1) for single in range(m, end))
-            m = end
+# ---------------------------------------------------------------------------- how a grid is cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,190 +75,212 @@ class _Window:
     def queries(self) -> int:
         return self.first.numel()
 
+    def stretches(self) -> list[tuple[int, int]]:
+        """Queries [a, b) that share one window at the start and at the end, and those between."""
+        n = self.queries
+        if self.step > 1 or n == 1:
+            return [(0, n)]
+        moves = ((self.first.diff() != 0) | (self.last.diff() != 0)).nonzero()
+        if not len(moves):
+            return [(0, n)]
+        left, right = int(moves[0]) + 1, int(moves[-1]) + 1
+        cuts = [0, left if left > 1 else 0, right if n - right > 1 else n, n]
+        return [(a, b) for a, b in zip(cuts, cuts[1:]) if a < b]
 
-def _box(window: _Window, tile: int) -> int:
-    """Keys from the first to the last that a tile sees, at most over all tiles."""
-    rows = _tile_rows(window.queries, tile)
-    return min(window.keys, int((window.last[rows].amax(1) - window.first[rows].amin(1)).max()) + 1)
+
+@dataclass(frozen=True, eq=False)
+class _Segment:
+    """Tiles of an axis whose boxes look alike and move on by a tile."""
+
+    query: int
+    tile: int
+    count: int
+    key: int
+    box: int
+    windows: Tensor = field(repr=False)  #: (2, tile), first and last key of the box that a query sees
+
+    @property
+    def queries(self) -> int:
+        return self.count * self.tile
+
+    @property
+    def span(self) -> int:
+        """Keys of all boxes."""
+        return (self.count - 1) * self.tile + self.box
+
+    def allowed(self, device: torch.device) -> Tensor:
+        """Bool (tile, box)."""
+        first, last = self.windows.to(device)[..., None]
+        j = torch.arange(self.box, device=device)
+        return (j >= first) & (j <= last)
 
 
-def _tile_rows(queries: int, tile: int) -> Tensor:
-    """Positions of each tile (tiles, tile); those past the end repeat the last."""
-    return torch.arange(ceil(queries / tile) * tile).clamp(max=queries - 1).view(-1, tile)
-
-
-def _axis(window: _Window, tile: int, box: int) -> _Axis:
-    keys, rows = window.keys, _tile_rows(window.queries, tile)
-    low, high = window.first[rows], window.last[rows]
-    starts = low.amin(1).clamp(max=keys - box)
-    bounds = torch.cat([low, high], 1) - starts[:, None]
-    distinct, kinds = torch.unique(bounds, dim=0, return_inverse=True)
-    kinds_of_tiles = tuple(kinds.tolist())
-    return _Axis(
-        window.queries, keys, tile, box, tuple(starts.tolist()), kinds_of_tiles, distinct.unflatten(1, (2, tile))
-    )
+def _segments(window: _Window, start: int, end: int, tile: int, multiple: int) -> list[_Segment]:
+    """The queries [start, end) in tiles; boxes are rounded up to a multiple where there are as many keys."""
+    whole = (end - start) // tile
+    found = []
+    for a, count, size in ((start, whole, tile), (start + whole * tile, 1, end - start - whole * tile)):
+        if not count or not size:
+            continue
+        first, last = (x[a : a + count * size].view(count, size) for x in (window.first, window.last))
+        low = first.amin(1)
+        box = last.amax(1) - low + 1
+        box = torch.minimum(box + -box % multiple, torch.tensor(window.keys))
+        low = torch.minimum(low, window.keys - box)
+        look = torch.cat([box[:, None], first - low[:, None], last - low[:, None]], 1)
+        changes = (look.diff(dim=0) != 0).any(1) | (low.diff() != size)
+        edges = [0, *(changes.nonzero().flatten() + 1).tolist(), count]
+        for i, j in zip(edges, edges[1:]):
+            windows = look[i, 1:].view(2, size)
+            found.append(_Segment(a + i * size, size, j - i, int(low[i]), int(box[i]), windows))
+    return found
 
 
 @dataclass(eq=False)
-class _Grid:
-    """One grid with three axes (those that are not needed have length 1), and how it is cut."""
+class _Part:
+    """Tiles that look alike: a segment of each axis, of which the first is the one whose boxes need no copy."""
 
-    axes: tuple[_Axis, _Axis, _Axis]
+    segments: tuple[_Segment, _Segment, _Segment]
+    order: tuple[int, int, int]  #: axes of the tokens' grid in the order of `segments`
     group: int
-    residues: tuple[tuple[int, int, int], ...]  #: per axis: first residue class, number of classes, dilation
-    order: tuple[int, int, int] = (0, 1, 2)  #: axes of the tokens' grid in the order of `axes`
-    empty: Tensor | None = None  #: bool (N,), queries that see nothing
+    whole: bool  #: one strip is all keys, so nothing needs to be copied
     biases: dict[Any, Tensor] = field(default_factory=dict, repr=False)
-    bias_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        _, second, third = self.axes
-        places = list(product(range(second.tiles), range(third.tiles)))
-        kind = [(second.kinds[a], third.kinds[b]) for a, b in places]
-        #: strips in the order in which they are taken, equal kinds together
-        taken = sorted(range(len(places)), key=lambda p: (kind[p], p))
-        self.places = [(second.starts[places[p][0]], third.starts[places[p][1]]) for p in taken]
-        self.kinds = [kind[p] for p in taken]
-        self.taken = None if taken == sorted(taken) else torch.tensor(taken)
-        self.runs = list(self.axes[0].runs())
-
-    @property
-    def tile(self) -> tuple[int, ...]:
-        return tuple(axis.tile for axis in self.axes)
 
     @property
     def rows(self) -> int:
-        return prod(self.tile) * self.group
+        return prod(s.tile for s in self.segments) * self.group
 
     @property
     def inner(self) -> int:
         """Keys of a strip per step along the first axis."""
-        return self.axes[1].box * self.axes[2].box
+        return self.segments[1].box * self.segments[2].box
 
     @property
     def box(self) -> int:
-        return self.axes[0].box * self.inner
+        return self.segments[0].box * self.inner
+
+    @property
+    def strips(self) -> int:
+        return self.segments[1].count * self.segments[2].count
 
     @property
     def strip(self) -> int:
-        return self.axes[0].keys * self.inner
+        """Keys of a strip."""
+        return self.segments[0].span * self.inner
 
     @property
-    def whole(self) -> bool:
-        """One strip is all keys, so nothing needs to be copied."""
-        return self.inner == self.axes[1].keys * self.axes[2].keys
+    def tiles(self) -> int:
+        return self.segments[0].count * self.strips
 
     @property
-    def plain(self) -> bool:
-        """Tile order is token order."""
-        first = self.axes[0]
-        undilated = all(d == 1 for _, _, d in self.residues)
-        return self.whole and undilated and self.inner == self.group == 1 and first.queries % first.tile == 0
+    def pairs(self) -> int:
+        return self.tiles * self.rows * self.box
+
+    def bias(self, like: Tensor) -> Tensor:
+        """0 or -inf, (1, T, L)."""
+        key = (like.dtype, like.device)
+        known = self.biases.get(key)
+        if known is not None:
+            return known
+        one, two, three = (segment.allowed(like.device) for segment in self.segments)
+        one = one[:, None, None, :, None, None]
+        allowed = one & two[None, :, None, None, :, None] & three[None, None, :, None, None, :]
+        forbidden = ~allowed.reshape(1, -1, self.box).repeat_interleave(self.group, 1)
+        bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
+        if bias.nbytes <= _BIAS_BYTES // 8:
+            self.biases[key] = bias
+        return bias
+
+
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """One grid with three axes (those that are not needed have length 1), and how it is cut."""
+
+    parts: tuple[_Part, ...]
+    residues: tuple[tuple[int, int, int], ...]  #: per axis: first residue class, number of classes, dilation
+    empty: Tensor | None = None  #: bool (N,), queries that see nothing
 
     @property
     def classes(self) -> int:
         return prod(count for _, count, _ in self.residues)
 
     @property
-    def pairs(self) -> int:
-        """Pairs computed per key head and batch row."""
-        keys = sum(count * self.span(tile, count)[1] for tile, count in self.runs) * self.inner
-        return self.classes * len(self.places) * self.rows * keys
-
-    def span(self, tile: int, count: int) -> tuple[int, int]:
-        """First key and length along the first axis of a tile's box, from the box's start; what a tile that stands
-        alone does not need is left out."""
-        axis = self.axes[0]
-        if count > 1:
-            return 0, axis.box
-        first, last = axis.windows[axis.kinds[tile]]
-        low, high = int(first.min()), int(last.max())
-        length = _round_up(high - low + 1, self.inner, axis.box)
-        return min(low, axis.box - length), length
-
-    def bias(self, strip_kind: tuple[int, int], tile: int, span: tuple[int, int], like: Tensor) -> Tensor:
-        """0 or -inf, (1, T, L), for the keys of `span` along the first axis."""
-        kinds = (self.axes[0].kinds[tile], *strip_kind)
-        key = (kinds, span, like.dtype, like.device)
-        known = self.biases.get(key)
-        if known is not None:
-            return known
-        low, length = span
-        if self.inner == 1:
-            bias = self._band(self.axes[0].windows[kinds[0]] - low, length, like)
-        else:
-            one, two, three = (axis.allowed(kind, like.device) for axis, kind in zip(self.axes, kinds))
-            one = one[:, low : low + length, None, None]
-            allowed = one[:, None, None] & two[None, :, None, None, :, None] & three[None, None, :, None, None, :]
-            forbidden = (~allowed.flatten(3).flatten(0, 2)).repeat_interleave(self.group, 0)[None]
-            bias = like.new_zeros(forbidden.shape).masked_fill_(forbidden, float("-inf"))
-        if self.bias_bytes + bias.nbytes <= _BIAS_BYTES:
-            self.biases[key] = bias
-            self.bias_bytes += bias.nbytes
-        return bias
-
-    def _band(self, windows: Tensor, length: int, like: Tensor) -> Tensor:
-        """The bias of one axis: only its two ends are compared, what lies between all queries of the tile see."""
-        first, last = windows.repeat_interleave(self.group, 1)[..., None]
-        bias = like.new_zeros(1, first.shape[0], length)
-        left, right = int(first.max()), int(last.min()) + 1
-        j = torch.arange(length, device=like.device)
-        bias[0, :, :left].masked_fill_(j[:left] < first.to(like.device), float("-inf"))
-        bias[0, :, right:].masked_fill_(j[right:] > last.to(like.device), float("-inf"))
-        return bias
+    def dilated(self) -> bool:
+        return any(d > 1 for _, _, d in self.residues)
 
 
-def _rate(rows: int, box: int) -> float:
-    """Time of a pair in a tile of so many rows, in that of a pair of dense SDPA (two cores, fp32, D = E = 64)."""
-    # scores that do not fit into the cache are read and written in memory
-    return (0.95 + 6.8 / rows) * (1.0 if rows * box * 4 <= 2 * _PIECE_BYTES else 1.3)
+# Times are in those of a query-key pair of dense SDPA (two cores, fp32, D = E = 64; about 1.6 ns for both products).
 
 
-#: time to copy a key and a value into a strip, in pairs
-_COPY = 35.0
-
-#: time of the calls for one piece, in pairs
-_CALL = 30_000.0
-
-
-def _cost(windows: Sequence[_Window], tile: Sequence[int], box: Sequence[int], group: int) -> float:
-    tiles = [ceil(w.queries / t) for w, t in zip(windows, tile)]
-    rows, strips = prod(tile) * group, tiles[1] * tiles[2]
-    pairs = tiles[0] * rows * prod(box)
-    cost = strips * pairs * _rate(rows, prod(box))
-    if all(b == w.keys for b, w in zip(box[1:], windows[1:])):
-        return cost
-    # a piece at least for each strip, and some tiles at its ends, which strips share
-    return cost + strips * (windows[0].keys * box[1] * box[2] * _COPY + 1.5 * _CALL)
+def _rate(rows: int, box: int, backward: bool) -> float:
+    """Time of a pair in a tile of so many rows; backward, of the backward pass of SDPA."""
+    # rows of the softmax that end within a vector
+    tail = 0.06 if box % 16 else 0.0
+    return (0.8 + 7.0 / rows if backward else 1.08 + 4.8 / rows) + tail
 
 
-def _cut(windows: Sequence[_Window], group: int) -> tuple[float, tuple[int, ...], tuple[int, ...]]:
-    """The tile, and its box, that is expected to be fastest, after the time expected."""
-    flat = all(w.queries == 1 for w in windows[1:])
-    options: list[list[tuple[int, int]]] = []
-    for w in windows:
-        sizes = {16, 32, 64, 128, 256} if flat else {1, 2, 4, 8, 16}
-        sizes |= {w.step, 2 * w.step} if w.step > 1 else set()
-        sizes |= {w.queries} if w.queries <= 16 else set()
-        options.append([(t, _box(w, t)) for t in sorted(sizes) if t <= w.queries])
-    best: tuple[float, tuple[int, ...], tuple[int, ...]] = (float("inf"), (), ())
+#: to copy a key and a value into a strip; backward, also to add up their gradients
+_COPY, _COPY_BACKWARD = 10.0, 14.0
+
+#: to call a function of torch
+_CALL = 3000.0
+
+
+def _cost(part: _Part, backward: bool) -> float:
+    """Expected time of one grid."""
+    first = part.segments[0]
+    cost = part.pairs * _rate(part.rows, part.box, backward)
+    if not part.whole:
+        cost += part.strips * part.strip * (_COPY_BACKWARD if backward else _COPY)
+    # products are called strip by strip, where a strip has several tiles
+    calls = part.strips if first.count > 1 else 0.25
+    per_strip = 3.0 + 2.0 * ceil(first.box / first.tile) if backward and first.count > 1 else 2.0
+    pieces = part.pairs * 4 / (2 * _PIECE_BYTES)
+    return cost + _CALL * (calls * per_strip + 3.0 * pieces + 5.0)
+
+
+def _sizes_of_tiles(window: _Window, start: int, end: int, axes: int) -> list[int]:
+    length = end - start
+    if length == 1:
+        return [1]
+    if window.step > 1:
+        sizes = {window.step * times for times in (1, 2, 4)}
+    elif axes == 1:
+        sizes = set(_FLAT_TILES)
+    else:
+        sizes = set(_TILES[axes])
+        shared = bool((window.first[start:end] == window.first[start]).all())
+        if shared and bool((window.last[start:end] == window.last[start]).all()) and length <= 16:
+            return [length]  # one window: the more queries, the better
+    sizes |= {length} if length < 16 else set()
+    return sorted(size for size in sizes if size <= length) or [length]
+
+
+def _cut(windows: Sequence[_Window], stretch: Sequence[tuple[int, int]], group: int, backward: bool) -> list[_Part]:
+    """The parts of a region of the grid, in the tile and with the first axis that are expected to be fastest."""
+    axes = sum(w.queries > 1 for w in windows)
+    multiple = 16 if axes <= 1 else 1
+    options = [
+        [_segments(w, a, b, t, multiple) for t in _sizes_of_tiles(w, a, b, axes)] for w, (a, b) in zip(windows, stretch)
+    ]
+    best: tuple[float, list[_Part]] = (float("inf"), [])
     for choice in product(*options):
-        tile, box = [t for t, _ in choice], [b for _, b in choice]
-        if prod(tile) * group > 512 and prod(tile) > 1:
+        rows = prod(segments[0].tile for segments in choice) * group
+        if rows > _ROWS and rows > group:
             continue
-        box[0] = _round_up(box[0], prod(box[1:]), windows[0].keys)
-        cost = _cost(windows, tile, box, group)
-        if cost < best[0]:
-            best = (cost, tuple(tile), tuple(box))
-    return best
-
-
-def _round_up(box: int, inner: int, keys: int) -> int:
-    """A longer box whose number of keys is a multiple of 16, where that costs little: matrix products like it."""
-    for more in range(box, min(keys, box + max(1, box // 12) + 16 * (inner == 1)) + 1):
-        if more * inner % 16 == 0:
-            return more
-    return box
+        for first in range(3):
+            if first and windows[first].queries == 1:
+                continue
+            order = (first, *(a for a in range(3) if a != first))
+            parts = []
+            for picked in product(*(choice[a] for a in order)):
+                inner = [(s.count == 1 and s.box == windows[a].keys) for s, a in zip(picked[1:], order[1:])]
+                whole = order == (0, 1, 2) and all(inner)
+                parts.append(_Part(picked, order, group, whole))  # type: ignore[arg-type]
+            cost = sum(_cost(part, backward) for part in parts)
+            if cost < best[0]:
+                best = (cost, parts)
+    return best[1]
 
 
 _Spec = tuple[int, ...]
@@ -309,8 +302,8 @@ def _spec(mask: Mask | None) -> _Spec | None:
     return None
 
 
-@lru_cache(maxsize=16)
-def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
+@lru_cache(maxsize=32)
+def _layout(spec: _Spec, N: int, M: int, group: int, backward: bool = False) -> tuple[_Grid, ...]:
     """The grids that the mask falls into: one, or one for each combination of long and short residue classes."""
     zero = torch.zeros(1, dtype=torch.long)
     one = _Window(zero, zero, 1)
@@ -319,7 +312,8 @@ def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
         first, last = i + spec[1], i + spec[2]
         empty = (first >= M) | (last < 0)
         window = _Window(first.clamp(0, M - 1), last.clamp(0, M - 1), M)
-        return (_make_grid([window, one, one], group, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
+        parts = _parts([window, one, one], group, backward)
+        return (_Grid(parts, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
     axes = spec[0]
     size, kernel, dilation, stride, causal = (spec[1 + a * axes : 1 + (a + 1) * axes] for a in range(5))
     classes = []
@@ -336,26 +330,13 @@ def _layout(spec: _Spec, N: int, M: int, group: int) -> tuple[_Grid, ...]:
             windows.append(_Window(first, last, n, g))
         windows += [one] * (3 - axes)
         residues = tuple((r, count, d) for (r, count, _), d in zip(combination, dilation))
-        grids.append(_make_grid(windows, group, residues + ((0, 1, 1),) * (3 - axes)))
+        grids.append(_Grid(_parts(windows, group, backward), residues + ((0, 1, 1),) * (3 - axes)))
     return tuple(grids)
 
 
-def _make_grid(
-    windows: Sequence[_Window],
-    group: int,
-    residues: tuple[tuple[int, int, int], ...],
-    empty: Tensor | None = None,
-) -> _Grid:
-    """The grid with the axis first with which it is expected to be fastest: that one's boxes need no copy."""
-    cuts = []
-    for first in range(3):
-        if first and windows[first].queries == 1:
-            continue
-        order = (first, *(a for a in range(3) if a != first))
-        cuts.append((*_cut([windows[a] for a in order], group), order))
-    _, tile, box, order = min(cuts, key=lambda cut: cut[0])
-    axes = [_axis(windows[a], t, b) for a, t, b in zip(order, tile, box)]
-    return _Grid((axes[0], axes[1], axes[2]), group, residues, (order[0], order[1], order[2]), empty)
+def _parts(windows: Sequence[_Window], group: int, backward: bool) -> tuple[_Part, ...]:
+    regions = product(*(window.stretches() for window in windows))
+    return tuple(part for region in regions for part in _cut(windows, region, group, backward))
 
 
 # ---------------------------------------------------------------------------- what a backend asks
@@ -373,7 +354,7 @@ def regular(problem: Problem) -> tuple[int, ...] | None:
 
 
 def density(problem: Problem) -> float:
-    """Share of the N x M pairs that are computed, boxes and padded rows included."""
+    """Share of the N x M pairs that are computed, boxes included."""
     pairs = _forecast(_regular(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[0]
     return pairs / (problem.B * problem.H * problem.N * problem.M)
 
@@ -388,12 +369,10 @@ def _forecast(spec: _Spec, N: int, M: int, group: int, C: int) -> tuple[float, f
     """Pairs computed, and the time in pairs of dense SDPA."""
     pairs = time = 0.0
     for grid in _layout(spec, N, M, group):
-        pairs += C * grid.pairs
-        time += C * grid.pairs * _rate(grid.rows, grid.box)
-        if not grid.whole:
-            time += C * grid.classes * len(grid.places) * grid.strip * _COPY
-        pieces = C * grid.pairs * 4 / (_PIECE_BYTES * 2) + len(grid.runs) * len(set(grid.kinds))
-        time += _CALL * pieces
+        for part in grid.parts:
+            pairs += C * grid.classes * part.pairs
+            time += C * grid.classes * _cost(part, False)
+        time += 10 * _CALL * len(grid.parts)
     return pairs, time
 
 
@@ -402,7 +381,7 @@ _forecast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def extra_bytes(problem: Problem) -> int:
-    """Copies of the inputs in tile order and the scores of a piece."""
+    """Copies of the inputs where they are strided or half precision, the scores of a piece and some strips."""
     itemsize = 8 if problem.dtype == torch.float64 else 4
     rows = problem.B * problem.H * problem.N + problem.B * problem.K * problem.M
     return rows * (problem.D + problem.E) * itemsize + _piece_bytes(problem.memory_mb) + _STRIP_BYTES
@@ -421,7 +400,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return out, (lse if problem.return_lse else None)
 
 
-# ---------------------------------------------------------------------------- pieces
+# ---------------------------------------------------------------------------- portions and pieces
 
 
 def _piece_bytes(memory_mb: float) -> int:
@@ -435,7 +414,7 @@ class _Scratch:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, *shape: int) -> Tensor:
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
         need = prod(shape)
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < need:
@@ -443,205 +422,278 @@ class _Scratch:
         return buffer[:need].view(shape)
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: _Scratch, lse: Tensor | None) -> Tensor:
-    """softmax(scale q k^T + bias), (c, T, L); its log-sum-exp is written to `lse` (c, T) where given."""
-    scores = scratch.take("scores", q.shape[0], q.shape[1], k.shape[1])
-    torch.baddbmm(bias.expand_as(scores), q, k.mT, alpha=scale, out=scores)
-    if lse is None:
-        return torch.softmax(scores, -1, out=scores)
-    top = scores.amax(-1)
-    torch.softmax(scores, -1, out=scores)
-    # the largest weight is exp(top - lse)
-    torch.sub(top, scores.amax(-1).log_(), out=lse)
-    return scores
+@dataclass
+class _Portion:
+    """The strips [p0, p1) along the part's second axis, of the grids [c0, c1)."""
+
+    part: _Part
+    p0: int
+    p1: int
+    c0: int
+    c1: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.p1 - self.p0, self.c1 - self.c0
+
+    def tiles(self, x: Tensor) -> Tensor:
+        """A view of queries (C, G, n1, n2, n3, X): (p, m3, c, m1, t1, t2, t3, G, X)."""
+        one, two, three = self.part.segments
+        grid, group, *axes, last = x.stride()
+        s1, s2, s3 = (axes[a] for a in self.part.order)
+        return x.as_strided(
+            (*self._lead, one.count, one.tile, two.tile, three.tile, x.shape[1], x.shape[5]),
+            (two.tile * s2, three.tile * s3, grid, one.tile * s1, s1, s2, s3, group, last),
+            x.storage_offset()
+            + self.c0 * grid
+            + one.query * s1
+            + (two.query + self.p0 * two.tile) * s2
+            + three.query * s3,
+        )
+
+    def strips(self, x: Tensor, second: tuple[int, int] | None = None, third: tuple[int, int] | None = None) -> Tensor:
+        """A view of keys (C, n1, n2, n3, X): (p, m3, c, span, l2, l3, X).
+
+        `second` and `third` say which keys of the boxes, (first, number); all where None.
+        """
+        one, two, three = self.part.segments
+        grid, *axes, last = x.stride()
+        s1, s2, s3 = (axes[a] for a in self.part.order)
+        (a, l2), (b, l3) = second or (0, two.box), third or (0, three.box)
+        return x.as_strided(
+            (*self._lead, one.span, l2, l3, x.shape[4]),
+            (two.tile * s2, three.tile * s3, grid, s1, s2, s3, last),
+            x.storage_offset()
+            + self.c0 * grid
+            + one.key * s1
+            + (two.key + self.p0 * two.tile + a) * s2
+            + (three.key + b) * s3,
+        )
+
+    @property
+    def _lead(self) -> tuple[int, int, int]:
+        return self.p1 - self.p0, self.part.segments[2].count, self.c1 - self.c0
+
+    def rows(self, x: Tensor, name: str, scratch: _Scratch) -> Tensor:
+        """Room for the tiles of queries (C, G, n1, n2, n3, X), (batches, tiles, T, X); x itself where that will do."""
+        tiles = self.tiles(x)
+        if not _as_it_is(x, scratch):
+            tiles = scratch.take(name, tiles.shape)
+            return self._batched(tiles.view(prod(self._lead), -1, self.part.rows, x.shape[5]))
+        return self._batched(tiles[0, 0, :, :, :, 0, 0, 0])
+
+    def keys(self, x: Tensor, name: str, scratch: _Scratch) -> Tensor:
+        """Room for the strips of keys (C, n1, n2, n3, X), (S, R, X); x itself where nothing needs to be copied."""
+        strips = self.strips(x)
+        if not self.part.whole:
+            strips = scratch.take(name, strips.shape)
+        return strips.flatten(3, 5).flatten(0, 2)
+
+    def boxes(self, strips: Tensor, first: int = 0, number: int | None = None) -> Tensor:
+        """The boxes of strips (S, R, X), or `number` steps of each from `first` on: (batches, tiles, L, X), a view."""
+        one, inner = self.part.segments[0], self.part.inner
+        strip, token, last = strips.stride()
+        boxes = strips.as_strided(
+            (strips.shape[0], one.count, (one.box if number is None else number) * inner, strips.shape[2]),
+            (strip, one.tile * inner * token, token, last),
+            strips.storage_offset() + first * inner * token,
+        )
+        return self._batched(boxes)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        """(S, m1, ...) as (batches, tiles, ...): a strip's tiles, or where it has but one, those of all strips."""
+        return x.transpose(0, 1) if self.part.segments[0].count == 1 else x
+
+    def load_rows(self, x: Tensor, name: str, scratch: _Scratch) -> None:
+        if not _as_it_is(x, scratch):
+            tiles = self.tiles(x)
+            scratch.take(name, tiles.shape).copy_(tiles)
+
+    def store_rows(self, x: Tensor, name: str, scratch: _Scratch) -> None:
+        if not _as_it_is(x, scratch):
+            tiles = self.tiles(x)
+            tiles.copy_(scratch.take(name, tiles.shape))
+
+    def load_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
+        if not self.part.whole:
+            strips = self.strips(x)
+            scratch.take(name, strips.shape).copy_(strips)
+
+    def clear_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
+        if not self.part.whole:
+            scratch.take(name, self.strips(x).shape).zero_()
+
+    def add_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
+        """Strips overlap, so they are added in chunks that do not."""
+        if self.part.whole:
+            return
+        strips = scratch.take(name, self.strips(x).shape)
+        for a, b in product(_chunks(self.part.segments[1]), _chunks(self.part.segments[2])):
+            self.strips(x, a, b).add_(strips[..., a[0] : sum(a), b[0] : sum(b), :])
 
 
-def _piece_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    scale: float,
-    scratch: _Scratch,
-    out: Tensor,
-    lse: Tensor | None,
-) -> None:
-    torch.bmm(_probabilities(q, k, bias, scale, scratch, lse), v, out=out)
+def _as_it_is(x: Tensor, scratch: _Scratch) -> bool:
+    """Whether tiles of queries (C, G, n1, n2, n3, X) have the order of the tokens, so that they need no copy."""
+    return x.shape[1] * x.shape[3] * x.shape[4] == 1 and x.dtype == scratch.like.dtype and x.stride(5) == 1
 
 
-def _piece_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
-    scale: float,
-    scratch: _Scratch,
-    grad_out: Tensor,
-    delta: Tensor,
-    grad_q: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes dQ; returns dK and dV of the boxes and dS. `delta` is rowsum(dO * O) - dlse, (c, T, 1), negated."""
-    weights = _probabilities(q, k, bias, scale, scratch, None)
-    grad_v = scratch.take("grad_v", *v.shape)
-    torch.bmm(weights.mT, grad_out, out=grad_v)
-    grad_scores = scratch.take("grad_scores", *weights.shape)
-    torch.baddbmm(delta.expand_as(grad_scores), grad_out, v.mT, out=grad_scores)
-    grad_scores.mul_(weights)
-    torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=scale, out=grad_q)
-    grad_k = scratch.take("grad_k", *k.shape)
-    torch.baddbmm(grad_k, grad_scores.mT, q, beta=0, alpha=scale, out=grad_k)
-    return grad_k, grad_v, grad_scores
+def _chunks(segment: _Segment) -> list[tuple[int, int]]:
+    """(first, number) of the keys of a box, cut so that no chunk meets that of another tile."""
+    if segment.count == 1:
+        return [(0, segment.box)]
+    return [(a, min(segment.tile, segment.box - a)) for a in range(0, segment.box, segment.tile)]
+
+
+def _portions(part: _Part, C: int, width: int, itemsize: int) -> Iterator[_Portion]:
+    """All strips of all grids, as many at a time as `_STRIP_BYTES` hold."""
+    two, three = part.segments[1:]
+    strip = (part.segments[0].count * part.rows + (0 if part.whole else part.strip)) * width * itemsize
+    most = max(1, _STRIP_BYTES // (strip * three.count))
+    if most >= C:
+        step = ceil(two.count / ceil(two.count * C / most))
+        yield from (_Portion(part, p, min(p + step, two.count), 0, C) for p in range(0, two.count, step))
+        return
+    step = ceil(C / ceil(C / most))
+    for p, c in product(range(two.count), range(0, C, step)):
+        yield _Portion(part, p, p + 1, c, min(c + step, C))
 
 
 @dataclass
 class _Piece:
-    """Some tiles along the first axis of one strip, or one tile of several strips."""
+    """Tiles [i, j) of each of the batches [a, b). A batch is one call of each product, a piece one of each softmax."""
 
-    strips: slice  #: among all strips of the grid
-    local: slice  #: among those at hand
-    first: int
-    count: int
-    start: int  #: first key of the (first) box within the strip
-    step: int  #: keys from box to box
-    box: int
-    bias: Tensor
+    a: int
+    b: int
+    i: int
+    j: int
 
-    def rows(self, x: Tensor) -> Tensor:
-        """(c, T, X) of a tensor in tile order (P C, m, T, X)."""
-        if self.count > 1:
-            return x[self.strips.start, self.first : self.first + self.count]
-        return x[self.strips, self.first]
+    def of(self, x: Tensor) -> Tensor:
+        """Its part of a tensor (batches, tiles, ...)."""
+        return x[self.a : self.b, self.i : self.j]
 
-    def boxes(self, source: Tensor) -> Tensor:
-        """(c, L, X) of the strips at hand (S, R, X), without a copy."""
-        if self.count == 1:
-            return source[self.local, self.start : self.start + self.box]
-        strip = source[self.local.start]
-        token = strip.stride(0)
-        return strip.as_strided(
-            (self.count, self.box, strip.shape[1]),
-            (self.step * token, token, 1),
-            strip.storage_offset() + self.start * token,
-        )
+    def products(self, *factors: Tensor) -> list[tuple[Tensor, ...]]:
+        """What each call takes of tensors (batches, tiles, ...)."""
+        return list(zip(*(self.of(x).unbind() for x in factors)))
 
-    def fold(self, boxes: Tensor, source: Tensor) -> None:
-        """Add boxes (c, L, X), which overlap, to the strips at hand."""
-        if self.count == 1:
-            source[self.local, self.start : self.start + self.box].add_(boxes)
-            return
-        strip = source[self.local.start]
-        token = strip.stride(0)
-        for a in range(0, self.box, self.step):
-            b = min(a + self.step, self.box)
-            strip.as_strided(
-                (self.count, b - a, strip.shape[1]),
-                (self.step * token, token, 1),
-                strip.storage_offset() + (self.start + a) * token,
-            ).add_(boxes[:, a:b])
+    def scores(self, rows: int, box: int, name: str, scratch: _Scratch) -> Tensor:
+        return scratch.take(name, (self.b - self.a, self.j - self.i, rows, box))
 
 
-def _pieces(grid: _Grid, kind: tuple[int, int], first: int, S: int, like: Tensor, limit: int) -> Iterator[_Piece]:
-    """All tiles of the strips from `first` to `first + S`, which are of one kind; scores fit into `limit` bytes."""
-    axis, step = grid.axes[0], grid.tile[0] * grid.inner
-    for tile, count in grid.runs:
-        low, length = grid.span(tile, count)
-        bias = grid.bias(kind, tile, (low, length), like)
-        start, box = (axis.starts[tile] + low) * grid.inner, length * grid.inner
-        most = max(1, limit // (grid.rows * box * like.element_size()))
-        if count == 1:
-            for a in range(0, S, most):
-                b = min(a + most, S)
-                yield _Piece(slice(first + a, first + b), slice(a, b), tile, 1, start, step, box, bias)
-            continue
-        for a, m in product(range(S), range(0, count, most)):
-            c = min(most, count - m)
-            at = start + m * step
-            yield _Piece(slice(first + a, first + a + 1), slice(a, a + 1), tile + m, c, at, step, box, bias)
-
-
-def _portions(grid: _Grid, C: int, strip_bytes: int) -> Iterator[tuple[int, int, int, int]]:
-    """Strips to take at a time: places [p0, p1) of one kind, grids [c0, c1), all of them where there are two places."""
-    if grid.whole:
-        yield 0, 1, 0, C
+def _pieces(batches: int, tiles: int, tile_bytes: int, limit: int) -> Iterator[_Piece]:
+    """All tiles, in pieces whose scores fit into `limit` bytes."""
+    most = max(1, limit // tile_bytes)
+    if tiles >= most:
+        step = ceil(tiles / ceil(tiles / most))
+        yield from (_Piece(a, a + 1, i, min(i + step, tiles)) for a in range(batches) for i in range(0, tiles, step))
         return
-    most = max(1, _STRIP_BYTES // strip_bytes)
-    P, p = len(grid.places), 0
-    while p < P:
-        if most < C:
-            yield from ((p, p + 1, c, min(c + most, C)) for c in range(0, C, most))
-            p += 1
-            continue
-        end = p + 1
-        while end < P and grid.kinds[end] == grid.kinds[p] and (end + 1 - p) * C <= most:
-            end += 1
-        yield p, end, 0, C
-        p = end
+    step = ceil(batches / ceil(batches * tiles / most))
+    yield from (_Piece(a, min(a + step, batches), 0, tiles) for a in range(0, batches, step))
 
 
-def _strip_views(grid: _Grid, x: Tensor, portion: tuple[int, int, int, int]) -> Iterator[Tensor]:
-    """(c, n1, L2, L3, X) of keys (C, n1, n2, n3, X), per place."""
-    p0, p1, c0, c1 = portion
-    _, second, third = grid.axes
-    for a, b in grid.places[p0:p1]:
-        yield x[c0:c1, :, a : a + second.box, b : b + third.box]
+class _Softmax:
+    """P = softmax(scale q k^T + bias) of a piece."""
+
+    def __init__(self, piece: _Piece, q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: _Scratch) -> None:
+        self.scores = piece.scores(q.shape[2], k.shape[2], "scores", scratch)
+        self.bias, self.scale = bias.expand(self.scores.shape[1], -1, -1), scale
+        self.calls = list(zip(*(x.unbind() for x in (piece.of(q), piece.of(k.mT), self.scores))))
+
+    def run(self, lse: Tensor | None) -> None:
+        for q, k, out in self.calls:
+            torch.baddbmm(self.bias, q, k, alpha=self.scale, out=out)
+        if lse is None:
+            torch.softmax(self.scores, -1, out=self.scores)
+            return
+        top = self.scores.amax(-1)
+        torch.softmax(self.scores, -1, out=self.scores)
+        # the largest weight is exp(top - lse)
+        torch.sub(top, self.scores.amax(-1).log_(), out=lse)
 
 
-def _strips(grid: _Grid, x: Tensor, portion: tuple[int, int, int, int], name: str, scratch: _Scratch) -> Tensor:
-    """The keys of some strips, (S, R, X): a view where nothing needs to be copied."""
-    p0, p1, c0, c1 = portion
-    if grid.whole:
-        return x[c0:c1].flatten(1, 3)
-    strips = scratch.take(name, p1 - p0, c1 - c0, *x.shape[1:2], grid.axes[1].box, grid.axes[2].box, x.shape[-1])
-    for strip, view in zip(strips, _strip_views(grid, x, portion)):
-        strip.copy_(view)
-    return strips.flatten(2, 4).flatten(0, 1)
+class _Forward:
+    """The calls of one portion, on its buffers; made once for portions of one size."""
+
+    def __init__(
+        self, portion: _Portion, tensors: Sequence[Tensor | None], scale: float, scratch: _Scratch, limit: int
+    ) -> None:
+        queries, keys, values, outs, lses = tensors
+        assert queries is not None and keys is not None and values is not None and outs is not None
+        part = portion.part
+        q = portion.rows(queries, "queries", scratch)
+        k = portion.boxes(portion.keys(keys, "keys", scratch))
+        v = portion.boxes(portion.keys(values, "values", scratch))
+        out = portion.rows(outs, "out", scratch)
+        lse = None if lses is None else portion.rows(lses, "lse", scratch)[..., 0]
+        bias = part.bias(q)
+        self.pieces = []
+        for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
+            softmax = _Softmax(piece, q, k, bias, scale, scratch)
+            calls = list(zip(*(x.unbind() for x in (softmax.scores, piece.of(v), piece.of(out)))))
+            self.pieces.append((softmax, calls, None if lse is None else piece.of(lse)))
+
+    def run(self) -> None:
+        for softmax, calls, lse in self.pieces:
+            softmax.run(lse)
+            for weights, v, out in calls:
+                torch.bmm(weights, v, out=out)
 
 
-# ---------------------------------------------------------------------------- token order <-> tile order
+class _Backward:
+    """Writes dQ and adds dK and dV to their strips; `deltas` is rowsum(dO * O) - dlse, negated."""
+
+    def __init__(
+        self, portion: _Portion, tensors: Sequence[Tensor], scale: float, scratch: _Scratch, limit: int
+    ) -> None:
+        queries, keys, values, grad_outs, deltas, grad_queries, grad_keys, grad_values = tensors
+        part, self.scale = portion.part, scale
+        q = portion.rows(queries, "queries", scratch)
+        k = portion.boxes(portion.keys(keys, "keys", scratch))
+        v = portion.boxes(portion.keys(values, "values", scratch))
+        go = portion.rows(grad_outs, "grad_out", scratch)
+        delta = portion.rows(deltas, "delta", scratch).expand(-1, -1, -1, part.box)
+        gq = portion.rows(grad_queries, "grad_queries", scratch)
+        gk, gv = portion.keys(grad_keys, "grad_keys", scratch), portion.keys(grad_values, "grad_values", scratch)
+        bias = part.bias(q)
+        self.pieces = []
+        for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
+            softmax = _Softmax(piece, q, k, bias, scale, scratch)
+            weights, ds = softmax.scores, piece.scores(part.rows, part.box, "grad_scores", scratch)
+            here = [piece.of(x).unbind() for x in (q, k, v.mT, go, delta, gq)]
+            scores_calls = list(zip(here[4], here[3], here[2], ds.unbind()))
+            query_calls = list(zip(ds.unbind(), here[1], here[5]))
+            key_calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
+            for first, number in _chunks(part.segments[0]):
+                columns = slice(first * part.inner, (first + number) * part.inner)
+                for grads, w, x in ((gv, weights, here[3]), (gk, ds, here[0])):
+                    boxes = piece.of(portion.boxes(grads, first, number)).unbind()
+                    key_calls += zip(boxes, w[..., columns].mT.unbind(), x, [scale if w is ds else 1.0] * len(x))
+            self.pieces.append((softmax, ds, scores_calls, query_calls, key_calls))
+
+    def run(self) -> None:
+        for softmax, ds, scores_calls, query_calls, key_calls in self.pieces:
+            softmax.run(None)
+            for delta, go, v, out in scores_calls:
+                torch.baddbmm(delta, go, v, out=out)
+            ds.mul_(softmax.scores)
+            for grads, k, out in query_calls:
+                torch.baddbmm(out, grads, k, beta=0, alpha=self.scale, out=out)
+            # chunk after chunk: those of one tile meet those of the next
+            for boxes, weights, rows, alpha in key_calls:
+                boxes.baddbmm_(weights, rows, alpha=alpha)
+
+
+# ---------------------------------------------------------------------------- tokens <-> grids
 
 
 def _residue_view(grid: _Grid, x: Tensor, sizes: Sequence[int], axis: int) -> Tensor:
-    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view.
-
-    r1 to r3 are in the order of the tokens' axes, n1 to n3 in that of the grid's.
-    """
+    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view."""
     x = x.unflatten(axis, tuple(sizes))
+    if not grid.dilated:
+        return x[None, None, None]
     for offset, ((first, count, d), n) in enumerate(zip(grid.residues, sizes)):
         length = (n - first + d - 1) // d
         x = x.narrow(axis + offset, first, (length - 1) * d + count).unfold(axis + offset, count, d)
-    return x.permute(*range(x.ndim - 3, x.ndim), *range(axis), *(axis + a for a in grid.order), axis + 3)
-
-
-def _to_tiles(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Queries (B, K, G, N, X) in tile order (P C, m, T, X)."""
-    x = _residue_view(grid, x, sizes, 3)
-    x = x.flatten(0, 4)  # C, G, n1, n2, n3, X
-    pad = [(-n % axis.tile) for n, axis in zip(x.shape[2:5], grid.axes)]
-    if any(pad):
-        x = F.pad(x, (0, 0, 0, pad[2], 0, pad[1], 0, pad[0]))
-    t1, t2, t3 = grid.tile
-    C, G, n1, n2, n3, X = x.shape
-    x = x.view(C, G, n1 // t1, t1, n2 // t2, t2, n3 // t3, t3, X).permute(4, 6, 0, 2, 3, 5, 7, 1, 8)
-    x = x.reshape(len(grid.places), C, n1 // t1, t1 * t2 * t3 * G, X)
-    if grid.taken is not None:
-        x = x[grid.taken.to(x.device)]
-    return x.flatten(0, 1).contiguous()
-
-
-def _from_tiles(grid: _Grid, x: Tensor, out: Tensor, sizes: Sequence[int]) -> None:
-    """Write a tensor in tile order (P C, m, T, X) to the grid's places of `out` (B, K, G, N, X)."""
-    view = _residue_view(grid, out, sizes, 3)  # r1, r2, r3, B, K, G, n1, n2, n3, X
-    lead, G, X = view.shape[:5], view.shape[5], view.shape[-1]
-    (t1, t2, t3), (m1, m2, m3) = grid.tile, (axis.tiles for axis in grid.axes)
-    x = x.view(m2 * m3, -1, m1, x.shape[-2], X)
-    if grid.taken is not None:
-        x = x[grid.taken.argsort().to(x.device)]
-    x = x.view(m2, m3, *lead, m1, t1, t2, t3, G, X).permute(2, 3, 4, 5, 6, 11, 7, 8, 0, 9, 1, 10, 12)
-    n1, n2, n3 = view.shape[6:9]
-    if (n1, n2, n3) == (m1 * t1, m2 * t2, m3 * t3):
-        view.unflatten(8, (m3, t3)).unflatten(7, (m2, t2)).unflatten(6, (m1, t1)).copy_(x)
-    else:
-        view.copy_(x.reshape(*lead, G, m1 * t1, m2 * t2, m3 * t3, X)[..., :n1, :n2, :n3, :])
+    return x.permute(*range(x.ndim - 3, x.ndim), *range(x.ndim - 3))
 
 
 def _sizes(spec: Sequence[int], N: int) -> tuple[int, int, int]:
@@ -649,9 +701,27 @@ def _sizes(spec: Sequence[int], N: int) -> tuple[int, int, int]:
     return (N, 1, 1) if spec[0] == 0 else (*spec[1 : 1 + spec[0]], 1, 1)[:3]  # type: ignore[return-value]
 
 
+def _queries(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Queries (B, K, G, N, X) as (C, G, n1, n2, n3, X)."""
+    return _residue_view(grid, x, sizes, 3).flatten(0, 4)
+
+
 def _keys(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Keys or values (B, K, M, X) as (C, n1, n2, n3, X)."""
     return _residue_view(grid, x, sizes, 2).flatten(0, 4).contiguous()
+
+
+def _target(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where the grid's part of a new tensor (B, K, G, N, X) is to be written, (C, G, n1, n2, n3, X), and the view of
+    the tensor that it has to be copied to; where nothing needs to be copied the two are one memory."""
+    view = _residue_view(grid, x, sizes, 3)
+    made = view.new_empty(view.shape) if grid.dilated else view
+    return made.flatten(0, 4), view
+
+
+def _return(grid: _Grid, made: Tensor, view: Tensor) -> None:
+    if grid.dilated:
+        view.copy_(made.view(view.shape))
 
 
 # ---------------------------------------------------------------------------- the operator
@@ -666,7 +736,7 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
 def _window_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float
 ) -> tuple[Tensor, Tensor]:
-    B, H, N, _ = q.shape
+    B, H, N, D = q.shape
     K, M, E = k.shape[1], k.shape[2], v.shape[3]
     dtype = _working_dtype(q.dtype)
     q_BKGND = q.to(dtype).unflatten(1, (K, H // K))
@@ -676,31 +746,29 @@ def _window_forward(
     sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
     limit = _piece_bytes(memory_mb)
     for grid in _layout(tuple(spec), N, M, H // K):
-        q_tiles = _to_tiles(grid, q_BKGND, sizes_q)
+        queries = _queries(grid, q_BKGND, sizes_q)
         keys, values = _keys(grid, k, sizes_k), _keys(grid, v, sizes_k)
-        direct = grid.plain and out.dtype == dtype
-        out_tiles = out.view(*q_tiles.shape[:-1], E) if direct else q_tiles.new_empty(*q_tiles.shape[:-1], E)
-        lse_tiles = q_tiles.new_empty(q_tiles.shape[:-1]) if return_lse else None
-        C, scratch = keys.shape[0], _Scratch(q_tiles)
-        for portion in _portions(grid, C, grid.strip * (q.shape[3] + E) * q_tiles.element_size()):
-            p0, p1, c0, c1 = portion
-            k_strips = _strips(grid, keys, portion, "keys", scratch)
-            v_strips = _strips(grid, values, portion, "values", scratch)
-            for piece in _pieces(grid, grid.kinds[p0], p0 * C + c0, (p1 - p0) * (c1 - c0), q_tiles, limit):
-                _piece_forward(
-                    piece.rows(q_tiles),
-                    piece.boxes(k_strips),
-                    piece.boxes(v_strips),
-                    piece.bias,
-                    scale,
-                    scratch,
-                    piece.rows(out_tiles),
-                    None if lse_tiles is None else piece.rows(lse_tiles),
-                )
-        if not direct:
-            _from_tiles(grid, out_tiles, out, sizes_q)
-        if lse_tiles is not None:
-            _from_tiles(grid, lse_tiles[..., None], lse, sizes_q)
+        outs, out_view = _target(grid, out, sizes_q)
+        lses, lse_view = _target(grid, lse, sizes_q) if return_lse else (None, None)
+        scratch = _Scratch(keys)
+        for part in grid.parts:
+            known: dict[tuple[int, int], _Forward] = {}
+            for portion in _portions(part, keys.shape[0], D + E, keys.element_size()):
+                portion.load_rows(queries, "queries", scratch)
+                portion.load_keys(keys, "keys", scratch)
+                portion.load_keys(values, "values", scratch)
+                work = known.get(portion.size)
+                if work is None:
+                    work = _Forward(portion, (queries, keys, values, outs, lses), scale, scratch, limit)
+                    if not part.whole:
+                        known[portion.size] = work
+                work.run()
+                portion.store_rows(outs, "out", scratch)
+                if lses is not None:
+                    portion.store_rows(lses, "lse", scratch)
+        _return(grid, outs, out_view)
+        if lses is not None and lse_view is not None:
+            _return(grid, lses, lse_view)
         if grid.empty is not None:
             empty = grid.empty.to(q.device)
             out.masked_fill_(empty[:, None], 0.0)
@@ -731,7 +799,7 @@ def _window_backward(
     B, H, N, D = q.shape
     K, M, E = k.shape[1], k.shape[2], v.shape[3]
     G, dtype = H // K, _working_dtype(q.dtype)
-    grids = _layout(tuple(spec), N, M, G)
+    grids = _layout(tuple(spec), N, M, G, True)
     empty = grids[0].empty
     if empty is not None:
         grad_out = grad_out.masked_fill(empty.to(q.device)[:, None], 0.0)
@@ -739,52 +807,36 @@ def _window_backward(
     delta = -(grad_out.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta + grad_lse
-    heads = (K, G)
     sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
-    rows = [x.to(dtype).unflatten(1, heads) for x in (q, grad_out, delta[..., None])]
+    rows = [x.to(dtype).unflatten(1, (K, G)) for x in (q, grad_out, delta[..., None])]
     k_all, v_all = k.to(dtype), v.to(dtype)
     grad_q, grad_k, grad_v = q.new_empty(B, K, G, N, D), torch.empty_like(k), torch.empty_like(v)
     limit = _piece_bytes(memory_mb) // 2
     for grid in grids:
-        q_tiles, grad_out_tiles, delta_tiles = (_to_tiles(grid, x, sizes_q) for x in rows)
+        queries, grad_outs, deltas = (_queries(grid, x, sizes_q) for x in rows)
         keys, values = _keys(grid, k_all, sizes_k), _keys(grid, v_all, sizes_k)
-        direct = grid.plain and grad_q.dtype == dtype
-        grad_q_tiles = grad_q.view(q_tiles.shape) if direct else torch.empty_like(q_tiles)
+        grad_queries, grad_view = _target(grid, grad_q, sizes_q)
         grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        C, scratch = keys.shape[0], _Scratch(q_tiles)
-        for portion in _portions(grid, C, 2 * grid.strip * (D + E) * q_tiles.element_size()):
-            p0, p1, c0, c1 = portion
-            k_strips = _strips(grid, keys, portion, "keys", scratch)
-            v_strips = _strips(grid, values, portion, "values", scratch)
-            if grid.whole:
-                grad_k_strips, grad_v_strips = (
-                    grad_keys[c0:c1].flatten(1, 3),
-                    grad_values[c0:c1].flatten(1, 3),
-                )
-            else:
-                grad_k_strips = scratch.take("grad_keys", *k_strips.shape).zero_()
-                grad_v_strips = scratch.take("grad_values", *v_strips.shape).zero_()
-            for piece in _pieces(grid, grid.kinds[p0], p0 * C + c0, (p1 - p0) * (c1 - c0), q_tiles, limit):
-                grad_k_boxes, grad_v_boxes, _ = _piece_backward(
-                    piece.rows(q_tiles),
-                    piece.boxes(k_strips),
-                    piece.boxes(v_strips),
-                    piece.bias,
-                    scale,
-                    scratch,
-                    piece.rows(grad_out_tiles),
-                    piece.rows(delta_tiles),
-                    piece.rows(grad_q_tiles),
-                )
-                piece.fold(grad_k_boxes, grad_k_strips)
-                piece.fold(grad_v_boxes, grad_v_strips)
-            if not grid.whole:
-                for grads, strips in ((grad_keys, grad_k_strips), (grad_values, grad_v_strips)):
-                    shape = (p1 - p0, c1 - c0, grid.axes[0].keys, grid.axes[1].box, grid.axes[2].box, -1)
-                    for strip, view in zip(strips.view(shape), _strip_views(grid, grads, portion)):
-                        view.add_(strip)
-        if not direct:
-            _from_tiles(grid, grad_q_tiles, grad_q, sizes_q)
+        tensors = (queries, keys, values, grad_outs, deltas, grad_queries, grad_keys, grad_values)
+        scratch = _Scratch(keys)
+        for part in grid.parts:
+            known: dict[tuple[int, int], _Backward] = {}
+            for portion in _portions(part, keys.shape[0], 2 * (D + E), keys.element_size()):
+                for x, name in ((queries, "queries"), (grad_outs, "grad_out"), (deltas, "delta")):
+                    portion.load_rows(x, name, scratch)
+                for x, name in ((keys, "keys"), (values, "values")):
+                    portion.load_keys(x, name, scratch)
+                    portion.clear_keys(x, "grad_" + name, scratch)
+                work = known.get(portion.size)
+                if work is None:
+                    work = _Backward(portion, tensors, scale, scratch, limit)
+                    if not part.whole:
+                        known[portion.size] = work
+                work.run()
+                portion.store_rows(grad_queries, "grad_queries", scratch)
+                for x, name in ((grad_keys, "grad_keys"), (grad_values, "grad_values")):
+                    portion.add_keys(x, name, scratch)
+        _return(grid, grad_queries, grad_view)
         for grads, target in ((grad_keys, grad_k), (grad_values, grad_v)):
             view = _residue_view(grid, target, sizes_k, 2)
             view.copy_(grads.view(view.shape))
