@@ -366,7 +366,7 @@ def _claim(lab: Lab) -> ClaimResult:
     for name, options in rows.items():
         with lab.seeded():
             model = _OneLayer(Nexus(dim, 4, True, rope=False, **options), dim, entities)
-        lab.train(model, batches(lab.generator()), loss, 1500, lr=5e-3, description=name)
+        lab.train(model, batches(lab.generator()), loss, 1300, lr=1e-2, description=name)
         held_out = torch.Generator().manual_seed(10**6 + lab.seed)
         tokens, labels, twice = two_hops(lab.size(512, 2), chains, entities, held_out)
         with torch.no_grad():

@@ -12,10 +12,10 @@ arXiv 2405.16727 (the Dual Attention Transformer, DAT).
 A symbol s_j tags the sender: retrieved from a library by attention over learned templates (symbolic attention), by
 position, by relative position s_ij, or by comparisons with the neighbours (relational symbolic attention).
 
-No pair has its relations or messages stored: sum_j alpha_ij r_ij is made for 128 queries at a time, as a product of
+No pair has its relations or messages stored: sum_j alpha_ij r_ij is made for 64 queries at a time, as a product of
 each query's weights (n x M) with its relations (M x R), and W_r is applied to the sums; a backward pass makes each
 piece again. Time O(N M (n d + R p + n R)), memory linear in N + M. (sum_j alpha_ij r_ij[l] = <q_i,rel^l, sum_j alpha_ij
-k_j,rel^l> / sqrt(p) would do with a fused kernel, but costs n R p a pair, measured twice as long at n = 4.)
+k_j,rel^l> / sqrt(p) would do with a fused kernel, but costs n R p a pair, measured 1.5 to 2 times as long at n = 4.)
 
 | here                  | paper / code    | meaning                                          | default             |
 |-----------------------|-----------------|--------------------------------------------------|---------------------|
@@ -64,7 +64,7 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 #: queries per piece
-_ROWS = 128
+_ROWS = 64
 
 
 def relational_attend(
@@ -609,7 +609,6 @@ class DualAttention(nn.Module):
         symbols: "symbolic", "positional", "relative" or "relational" (see `RETRIEVERS`), or None: `forward` gets them.
         symbol_options: the retriever's further arguments.
         num_kv_heads: key heads of all heads; or a pair, of the sensory and of the relational heads. Grouped alike.
-        head_dim: d, dim / num_heads where None; the output has num_heads * head_dim channels, so it must be that here.
         rope, rope_base, proj_bias, dropout: of both branches.
         share_attention: both branches have the same W_q and W_k (as many heads each).
         **relational: `RelationalAttention`'s num_relations, relation_dim, relation_activation, symmetric, key_dim.
