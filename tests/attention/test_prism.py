@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+import saccade
 from saccade import masks
 from saccade.attention import prism
 from saccade.attention.prism import (
@@ -236,6 +237,33 @@ def test_layer_takes_a_trained_layers_weights_and_decodes_densely() -> None:
         sparse(x[:, :39], cache=sparse_cache)
         expected = dense(x[:, 39:], cache=other)
         torch.testing.assert_close(sparse(x[:, 39:], cache=sparse_cache), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_in_a_transformers_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model, tokens = transformers.LlamaForCausalLM(config).eval(), torch.randint(64, (2, 40))
+    real = torch.ones_like(tokens)
+    real[0, :9] = 0
+    with torch.no_grad():
+        dense = model(tokens, attention_mask=real).logits[real.bool()]
+        with saccade.switch(model, "prism", block_size=8, **ALL):
+            out = model(tokens, attention_mask=real).logits[real.bool()]
+            torch.testing.assert_close(out, dense, atol=1e-4, rtol=0)
+        with saccade.switch(model, "prism", report=True, block_size=4, **LEAST) as report:
+            sparse = model(tokens, attention_mask=real).logits[real.bool()]
+            alone = model(tokens[:1, 9:]).logits[0]
+            torch.testing.assert_close(sparse[:31], alone, atol=1e-4, rtol=0)
+        assert 0.1 < report.density < 0.9 and (sparse - dense).abs().max() > 1e-3
 
 
 def test_half_precision() -> None:

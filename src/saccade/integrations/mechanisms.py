@@ -41,7 +41,8 @@ class Mechanism:
             packed documents, and queries that are the last of the keys. "none": sequences of one length, as many
             queries as keys; padded and packed rows are taken apart for it.
         kept: (N, M, causal, offset, options) -> the pairs that it computes, for the report: a mask, or their number
-            per head. None where the function gives them with `return_map`, as blocks of `block_q` x `block_k` tokens.
+            per head. None where the function gives them with `return_map`, as a mask or as blocks of `block_q` x
+            `block_k` (or `block_size`) tokens.
         settings: context length -> options worth trying, from the fastest to the closest; what `saccade.advise` runs.
     """
 
@@ -129,12 +130,14 @@ class Mechanism:
             mask = masks.causal(offset)
         dense = pairs(mask, B, H, N, M, q_BHND.device)
         options = {**self.options, **options}
-        kept: Mask | float
+        kept: Any
         if self.kept is not None:
             kept = self.kept(N, M, causal, offset, options)
         else:
-            _, kept_BHnm = self.function(q_BHND, k_BKMD, v_BKME, causal=causal, scale=scale, return_map=True, **options)
-            kept = masks.blocks(kept_BHnm, (options["block_q"], options["block_k"]))
+            _, kept = self.function(q_BHND, k_BKMD, v_BKME, causal=causal, scale=scale, return_map=True, **options)
+            if isinstance(kept, Tensor):
+                both = options.get("block_size")
+                kept = masks.blocks(kept, (options["block_q"], options["block_k"]) if both is None else both)
         if isinstance(kept, Mask):
             return pairs(kept if mask is None else kept & mask, B, H, N, M, q_BHND.device), dense
         return kept * B * H, dense
@@ -245,6 +248,21 @@ MECHANISMS: dict[str, Mechanism] = {
                 *({"top_k": share, **_tiles(n)} for share in (0.1, 0.25, 0.5)),
                 *({"cdf_threshold": share, **_tiles(n)} for share in (0.8, 0.9, 0.98)),
             ],
+        ),
+        Mechanism(
+            "prism",
+            "saccade.attention.prism:prism_attend",
+            bidirectional=False,
+            settings=lambda n: [
+                {"low_freq_threshold": tau, "high_freq_threshold": tau, "block_size": _tiles(n)["block_q"]}
+                for tau in (0.6, 0.8, 0.9, 0.95)
+            ],
+        ),
+        Mechanism(
+            "block-sparse-vggt",
+            "saccade.attention.block_sparse_vggt:block_sparse_vggt_attend",
+            causal=False,
+            settings=lambda n: [{"cdf_threshold": tau, **_tiles(n)} for tau in (0.6, 0.8, 0.9, 0.97)],
         ),
         Mechanism(
             "mra",
