@@ -11,19 +11,19 @@ Ren et al., "Combiner: Full Attention Transformer with Sparse Computation Cost",
 Every allowed position gets a positive weight and the weights sum to 1. With n segments ("rows") of s tokens, token i =
 (row a, column b):
 
-| `variant`    | direct                        | spans                                                   | cost           |
-|--------------|-------------------------------|---------------------------------------------------------|----------------|
-| `"fixed"`    | own segment up to i           | each earlier segment                                    | O(L (s + n))   |
-| `"logn"`     | itself                        | aligned blocks of 1, 2, 4 ... that make up [0, i)       | O(L log L)     |
-| `"rowmajor"` | own row up to i               | earlier rows, as their token in column b sees them      | O(L (s + n))   |
-| `"mixture"`  | own column above, own row up  | above a: the other columns; each earlier row, left of b and right of b | O(L (s + n)) |
-|              | to i                          |                                                         |                |
+| `variant`    | direct                          | spans                                               | cost         |
+|--------------|---------------------------------|-----------------------------------------------------|--------------|
+| `"fixed"`    | own segment up to i             | each earlier segment                                | O(L (s + n)) |
+| `"logn"`     | itself                          | aligned blocks of 1, 2, 4 ... that make up [0, i)   | O(L log L)   |
+| `"rowmajor"` | own row up to i                 | earlier rows, as their token in column b sees them  | O(L (s + n)) |
+| `"mixture"`  | own column above, own row to i  | each other column above; left and right of b in     | O(L (s + n)) |
+|              |                                 | each earlier row                                    |              |
 
 In "rowmajor" a token attends to its whole row, which gives row_out; later rows read row_out with the keys
 W_key LayerNorm(W row_out + x). "mixture" covers tokens of other rows and columns twice: by a column and by a row.
-Bidirectional forms: "fixed" (direct: own segment; spans: all, the own one with `own_span`, as in the TensorFlow code) and
-"mixture" (direct: own row and own column, the token itself in both; spans at each column of the own row: above, below;
-at each row of the own column: left, right).
+Bidirectional forms: "fixed" (direct: own segment; spans: all, the own one with `own_span`, as in the TensorFlow code)
+and "mixture" (direct: own row and own column, the token itself in both; spans at each column of the own row: above,
+below; at each row of the own column: left, right).
 
 Choices that the paper leaves open: `pooling` is "max" as in the JAX code, or "mean" or "sum", after a transformation of
 each token's q and k: "relu-max", or "deepset-max" with relu(W x), W one map for q and k; padding is in no span, and a
@@ -60,6 +60,7 @@ if TYPE_CHECKING:
 Variant = Literal["fixed", "logn", "rowmajor", "mixture"]
 Attended = tuple[Tensor, Tensor]
 Map = Callable[[Tensor], Tensor]
+RowKeys = Callable[[Tensor, Tensor], Tensor]
 
 _VARIANTS = ("fixed", "logn", "rowmajor", "mixture")
 _INF = math.inf
@@ -250,31 +251,33 @@ def _mixture(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: _Pooling,
     joint = _in_rows(q, k, v, ok, scale, masks.causal())
     joint = _join(joint, _rows_before(q, k, v, ok, scale))
     if n > 1 and s > 1:
-        columns = _running(*(_columns(x) for x in (q, k, v)), _columns_ok(ok), pool, scale)
+        columns = _running(_columns(q), _columns(k), _columns(v), _columns_ok(ok), pool, scale)
         kbar, vbar = (_columns(x)[:, :-1] for x in columns[:2])
         some = None if columns[2] is None else columns[2].transpose(1, 2)[:, :-1]
         others = ~torch.eye(s, dtype=torch.bool, device=q.device)
-        joint = _join(joint, _pad(_in_rows(q[:, 1:], kbar, vbar, some, scale, masks.dense(others[None, None])), 1, 1, 0))
+        joint = _join(
+            joint, _pad(_in_rows(q[:, 1:], kbar, vbar, some, scale, masks.dense(others[None, None])), 1, 1, 0)
+        )
         for reverse in (False, True):
             kbar, vbar, some = _running(q, k, v, ok, pool, scale, reverse)
             shifted, here = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
             seen = None if some is None else some[:, :, shifted]
-            part = _rows_before(q[:, :, here], kbar[:, :, shifted], vbar[:, :, shifted], seen, scale)
-            joint = _join(joint, None if part is None else _pad(part, 2, int(not reverse), int(reverse)))
+            rows = _rows_before(q[:, :, here], kbar[:, :, shifted], vbar[:, :, shifted], seen, scale)
+            joint = _join(joint, None if rows is None else _pad(rows, 2, int(not reverse), int(reverse)))
     return joint[0]
 
 
 def _mixture_both(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: _Pooling, scale: float) -> Tensor:
     """E: own row, own column, and summaries of both sides at each column of the row and each row of the column."""
-    turned = tuple(_columns(x) for x in (q, k, v))
+    turned_q, turned_k, turned_v = (_columns(x) for x in (q, k, v))
     turned_ok = _columns_ok(ok)
     joint = _in_rows(q, k, v, ok, scale)
-    joint = _join(joint, _turn(_in_rows(*turned, turned_ok, scale)))
+    joint = _join(joint, _turn(_in_rows(turned_q, turned_k, turned_v, turned_ok, scale)))
     for reverse in (False, True):
         away, here = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
         front = int(not reverse), int(reverse)
         if q.shape[1] > 1:  # columns above (below), at each column of the own row
-            kbar, vbar, some = _running(*turned, turned_ok, pool, scale, reverse)
+            kbar, vbar, some = _running(turned_q, turned_k, turned_v, turned_ok, pool, scale, reverse)
             kbar, vbar = _columns(kbar)[:, away], _columns(vbar)[:, away]
             some = None if some is None else some.transpose(1, 2)[:, away]
             joint = _join(joint, _pad(_in_rows(q[:, here], kbar, vbar, some, scale), 1, *front))
@@ -282,7 +285,7 @@ def _mixture_both(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: _Poo
             kbar, vbar, some = _running(q, k, v, ok, pool, scale, reverse)
             kbar, vbar = _columns(kbar)[:, away], _columns(vbar)[:, away]
             some = None if some is None else some.transpose(1, 2)[:, away]
-            joint = _join(joint, _turn(_pad(_in_rows(turned[0][:, here], kbar, vbar, some, scale), 1, *front)))
+            joint = _join(joint, _turn(_pad(_in_rows(turned_q[:, here], kbar, vbar, some, scale), 1, *front)))
     return joint[0]
 
 
@@ -292,16 +295,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Mask | None, scale: 
     return attend(q, k, v, mask=mask, scale=scale, return_lse=True)
 
 
-def _in_rows(
-    q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float, mask: Mask | None = None
-) -> Attended:
+def _in_rows(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float, mask: Mask | None = None) -> Attended:
     """Attention within each row of (G, n, s, D): out (G, n, s, E) and lse (G, n, s)."""
     rows = q.shape[:2]
     if ok is not None:
         real = masks.dense(ok.flatten(0, 1)[:, None, None])
         mask = real if mask is None else mask & real
     # a row for each batch entry, so that the kernel writes tokens in their order
-    out, lse = _attend(*(x.flatten(0, 1)[:, None] for x in (q, k, v)), mask, scale)
+    q, k, v = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+    out, lse = _attend(q, k, v, mask, scale)
     return out[:, 0].unflatten(0, rows), lse[:, 0].unflatten(0, rows)
 
 
@@ -312,7 +314,8 @@ def _rows_before(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: floa
     mask: Mask = masks.causal()
     if ok is not None:
         mask = mask & masks.dense(ok.transpose(1, 2)[:, :, None, :-1])
-    out, lse = _attend(*(_columns(x) for x in (q[:, 1:], k[:, :-1], v[:, :-1])), mask, scale)
+    q, k, v = (_columns(x) for x in (q[:, 1:], k[:, :-1], v[:, :-1]))
+    out, lse = _attend(q, k, v, mask, scale)
     return _pad((_columns(out), _columns(lse)), 1, 1, 0)
 
 
@@ -321,7 +324,7 @@ def _running(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """kbar and vbar of the span from the start (or end) of each row to each token, that one too; whether it is one."""
     if reverse:
-        turned = _running(*(x.flip(2) for x in (q, k, v)), None if ok is None else ok.flip(2), pool, scale)
+        turned = _running(q.flip(2), k.flip(2), v.flip(2), None if ok is None else ok.flip(2), pool, scale)
         return turned[0].flip(2), turned[1].flip(2), None if turned[2] is None else turned[2].flip(2)
     count = torch.arange(1, q.shape[2] + 1, device=q.device) if ok is None else ok.cumsum(2)
     qbar, kbar = (pool.finish(pool.running(pool.start(x, ok), 2), count) for x in (q, k))
@@ -437,7 +440,9 @@ class CombinerCache:
         if self._variant == "fixed":
             yield self._held["spans"]
             return
-        yield _every(self._held["spans"], b, s) if self._variant == "rowmajor" or b else _every(self._held["right"], b, s)
+        yield (
+            _every(self._held["spans"], b, s) if self._variant == "rowmajor" or b else _every(self._held["right"], b, s)
+        )
         if self._variant == "mixture":
             rows = self.length // s
             yield _every(tuple(x[:, :, : rows * s] for x in self._held["tokens"]), b, s)
@@ -446,7 +451,7 @@ class CombinerCache:
             for part in (slice(0, b), slice(b + 1, None)):
                 yield self._above[2][:, :, part], self._above[3][:, :, part]
 
-    def append(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, row_keys: Map) -> None:
+    def append(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, row_keys: RowKeys) -> None:
         """Add tokens (B, H, N, D), x (B, 1, N, C); finished segments are summarised."""
         self.length += q.shape[2]
         if self._variant in ("logn", "mixture"):
@@ -458,38 +463,35 @@ class CombinerCache:
         self._open = [torch.cat(pair, 2) for pair in zip(self._open, new)] if self._open else list(new)
         done = self._open[0].shape[2] // self._segment * self._segment
         if done:
-            self._close(*(part[:, :, :done] for part in self._open), row_keys)
-            self._open = [part[:, :, done:].clone() for part in self._open] if q.shape[2] > 1 or done else self._open
-        if not self._open[0].shape[2]:
-            self._open = []
+            self._close([part[:, :, :done] for part in self._open], row_keys)
+            # a copy, so that what is finished is freed
+            self._open = [part[:, :, done:].clone() for part in self._open]
 
-    def _close(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, row_keys: Any) -> None:
-        pool, scale, s, heads = self._pool, self._scale, self._segment, q.shape[:2]
-        rows = tuple(part.flatten(0, 1).unflatten(1, (-1, s)) for part in (q, k, v))
+    def _close(self, finished: list[Tensor], row_keys: RowKeys) -> None:
+        pool, scale, s, heads = self._pool, self._scale, self._segment, finished[0].shape[:2]
+        q, k, v = (part.flatten(0, 1).unflatten(1, (-1, s)) for part in finished[:3])
 
         def back(part: Tensor) -> Tensor:
             return part.reshape(*heads, -1, part.shape[-1])
 
         if self._variant == "fixed":
-            _, kbar, vbar = pool.span(*rows, None, scale)
+            _, kbar, vbar = pool.span(q, k, v, None, scale)
             self._held["spans"] = self._spans.append(back(kbar), back(vbar))
         elif self._variant == "rowmajor":
-            row_out = back(_in_rows(*rows, None, scale)[0])
-            self._held["spans"] = self._spans.append(row_keys(row_out, x[:, 0]), row_out)
+            row_out = back(_in_rows(q, k, v, None, scale)[0])
+            self._held["spans"] = self._spans.append(row_keys(row_out, finished[3][:, 0]), row_out)
         else:
             for name, store, reverse in (("spans", self._spans, False), ("right", self._right, True)):
-                kbar, vbar, _ = _running(*rows, None, pool, scale, reverse)
+                kbar, vbar, _ = _running(q, k, v, None, pool, scale, reverse)
                 # place b holds what ends before it (begins after it); the place at the border is never read
                 kbar, vbar = (y.roll(-1 if reverse else 1, 2) for y in (kbar, vbar))
                 self._held[name] = store.append(back(kbar), back(vbar))
-            states = tuple(pool.reduce(pool.start(part, None), 1).unflatten(0, heads) for part in rows[:2])
+            states = tuple(pool.reduce(pool.start(part, None), 1).unflatten(0, heads) for part in (q, k))
             if self._above:
                 states = tuple(map(pool.both, self._above, states))
             n = self.length // s
             qbar, kbar = (pool.finish(state, n) for state in states)
-            keys, values = (
-                y[:, :, : n * s].unflatten(2, (n, s)).transpose(2, 3) for y in self._held["tokens"]
-            )
+            keys, values = (y[:, :, : n * s].unflatten(2, (n, s)).transpose(2, 3) for y in self._held["tokens"])
             self._above = (*states, kbar, _expected(qbar, keys, values, None, scale))
 
     def _count(self, q: Tensor, k: Tensor) -> None:
@@ -500,9 +502,7 @@ class CombinerCache:
             # the largest aligned block that begins here and has ended
             level = min((start & -start).bit_length() - 1 if start else 62, (self.length - start).bit_length() - 1)
             inside = slice(start - self.length + q.shape[2], start - self.length + q.shape[2] + (1 << level))
-            states = tuple(
-                self._pool.reduce(self._pool.start(x[:, :, inside], None), 2)[:, :, None] for x in (q, k)
-            )
+            states = tuple(self._pool.reduce(self._pool.start(x[:, :, inside], None), 2)[:, :, None] for x in (q, k))
             start += 1 << level
             while self._blocks and self._blocks[-1][0] == level:
                 states = tuple(map(self._pool.both, self._blocks.pop()[1], states))
@@ -587,7 +587,9 @@ class Combiner(QKVAttention):
                 out = self._combine(q, k, v, None, lambda row_out: self._row_keys(row_out, x_BNC))
                 cache.append(q, k, v, x_BNC[:, None], self._row_keys)
             else:
-                steps = [self._step(*token, cache) for token in zip(*(y.split(1, 2) for y in (q, k, v, x_BNC[:, None])))]
+                steps = [
+                    self._step(*token, cache) for token in zip(*(y.split(1, 2) for y in (q, k, v, x_BNC[:, None])))
+                ]
                 out = torch.cat(steps, 2) if steps else q
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -673,7 +675,10 @@ class CombinerLayer(nn.Module):
         super().__init__()
         hidden = 4 * dim if hidden_dim is None else hidden_dim
         self.norm1, self.attention = nn.LayerNorm(dim), Combiner(dim, num_heads, causal, **attention)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)),
+        )
 
     def forward(
         self, x_BNC: Tensor, *, mask: Tensor | Mask | None = None, cache: CombinerCache | None = None
@@ -798,7 +803,7 @@ def _claim(lab: Lab) -> ClaimResult:
 register(
     "combiner",
     kind="sequence",
-    summary="Every token attends to all: directly to near ones, through pooled spans to far ones; O(L sqrt L), O(L log L).",
+    summary="Every token attends to all: directly to near ones, through pooled spans to far ones.",
     supports=("causal", "bidirectional", "padding", "decoding", "grouped-heads", "from-softmax"),
     taxonomy={"sequences": "self", "levels": "multi", "positions": "soft", "representations": "single"},
     efficiency="sparse/block/data-independent",
@@ -822,10 +827,10 @@ register(
         _port("combiner_axial_mixture", "mixture"),
     ),
     claim=Claim(
-        paper="lower perplexity than the corresponding sparse pattern without abstractions in every pair, at equal cost "
-        "O(L sqrt L); 2.77 bits/dim on CIFAR-10 (Tables 1 to 5)",
-        expected="a two-layer byte model of length 256 with segments of 16 has fewer bits per byte than with the local "
-        "pattern alone; at 16k tokens the fixed form runs at least 10 x as fast as causal SDPA",
+        paper="lower perplexity than the corresponding sparse pattern without abstractions in every pair, at equal "
+        "cost O(L sqrt L); 2.77 bits/dim on CIFAR-10 (Tables 1 to 5)",
+        expected="a two-layer byte model of length 256 with segments of 16 has fewer bits per byte than with the "
+        "local pattern alone; at 16k tokens the fixed form runs at least 10 x as fast as causal SDPA",
         run=_claim,
     ),
 )
