@@ -88,6 +88,13 @@ def test_masks_of_pairs(kind: str) -> None:
         torch.testing.assert_close(out, definition(q, k, v, kind, None, both))
 
 
+def test_simple_bias_takes_the_reach_of_a_checkpoint() -> None:
+    full, chunked = (MegaAttention(8, ema_dim=2, position="simple", chunk_size=c, max_positions=30) for c in (None, 12))
+    chunked.load_state_dict(full.state_dict())
+    x = torch.randn(1, 12, 8)
+    torch.testing.assert_close(chunked(x), full(x))
+
+
 def test_laplace_and_squared_relu_touch_at_mu() -> None:
     mu = torch.tensor(math.sqrt(0.5), dtype=torch.float64, requires_grad=True)
     for function in (laplace, lambda x: x.relu().square()):

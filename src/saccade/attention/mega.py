@@ -126,6 +126,14 @@ class SimpleBias(nn.Module):
         self.max_positions = max_positions
         self.weight = nn.Parameter(0.02 * torch.randn(2 * max_positions - 1))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # a checkpoint knows its own reach: a chunked layer may have been trained with that of max_positions
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.ndim == 1 and given.numel() % 2 and given.shape != self.weight.shape:
+            self.max_positions = (given.numel() + 1) // 2
+            self.weight = nn.Parameter(torch.empty_like(self.weight[:1]).expand(given.numel()).clone())
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
 
 class RotaryBias(nn.Module):
     """B_ij = rot(alpha, i) . rot(beta, j), which depends on i - j."""
