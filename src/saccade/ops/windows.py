@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
+from threading import local
 from typing import Any
 
 import torch
@@ -50,6 +51,9 @@ _STRIP_BYTES = 2 * 2**20
 
 #: bytes of biases that a layout keeps from call to call
 _BIAS_BYTES = 8 * 2**20
+
+#: scratch memories that a thread keeps from call to call, and their bytes at most
+_KEPT, _KEPT_BYTES = 4, 2**24
 
 #: tiles, in positions per axis, among which the fastest is chosen
 _FLAT_TILES = (16, 32, 64, 128, 256)
@@ -143,7 +147,8 @@ class _Part:
     segments: tuple[_Segment, _Segment, _Segment]
     order: tuple[int, int, int]  #: axes of the tokens' grid in the order of `segments`
     group: int
-    whole: bool  #: one strip is all keys, so nothing needs to be copied
+    whole: bool  #: one strip is all keys, so they need no copy
+    straight: bool  #: tiles of queries are in the order of tokens
     biases: dict[Any, Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -204,10 +209,6 @@ class _Grid:
     def classes(self) -> int:
         return prod(count for _, count, _ in self.residues)
 
-    @property
-    def dilated(self) -> bool:
-        return any(d > 1 for _, _, d in self.residues)
-
 
 # Times are in those of a query-key pair of dense SDPA (two cores, fp32, D = E = 64; about 1.6 ns for both products).
 
@@ -256,7 +257,9 @@ def _sizes_of_tiles(window: _Window, start: int, end: int, axes: int) -> list[in
     return sorted(size for size in sizes if size <= length) or [length]
 
 
-def _cut(windows: Sequence[_Window], stretch: Sequence[tuple[int, int]], group: int, backward: bool) -> list[_Part]:
+def _cut(
+    windows: Sequence[_Window], stretch: Sequence[tuple[int, int]], group: int, dilated: bool, backward: bool
+) -> list[_Part]:
     """The parts of a region of the grid, in the tile and with the first axis that are expected to be fastest."""
     axes = sum(w.queries > 1 for w in windows)
     multiple = 16 if axes <= 1 else 1
@@ -275,8 +278,9 @@ def _cut(windows: Sequence[_Window], stretch: Sequence[tuple[int, int]], group: 
             parts = []
             for picked in product(*(choice[a] for a in order)):
                 inner = [(s.count == 1 and s.box == windows[a].keys) for s, a in zip(picked[1:], order[1:])]
-                whole = order == (0, 1, 2) and all(inner)
-                parts.append(_Part(picked, order, group, whole))  # type: ignore[arg-type]
+                whole = order == (0, 1, 2) and all(inner) and not dilated
+                straight = whole and group == 1 and all(w.queries == 1 for w in windows[1:])
+                parts.append(_Part(picked, order, group, whole, straight))  # type: ignore[arg-type]
             cost = sum(_cost(part, backward) for part in parts)
             if cost < best[0]:
                 best = (cost, parts)
@@ -312,7 +316,7 @@ def _layout(spec: _Spec, N: int, M: int, group: int, backward: bool = False) -> 
         first, last = i + spec[1], i + spec[2]
         empty = (first >= M) | (last < 0)
         window = _Window(first.clamp(0, M - 1), last.clamp(0, M - 1), M)
-        parts = _parts([window, one, one], group, backward)
+        parts = _parts([window, one, one], group, False, backward)
         return (_Grid(parts, ((0, 1, 1),) * 3, empty if bool(empty.any()) else None),)
     axes = spec[0]
     size, kernel, dilation, stride, causal = (spec[1 + a * axes : 1 + (a + 1) * axes] for a in range(5))
@@ -330,13 +334,13 @@ def _layout(spec: _Spec, N: int, M: int, group: int, backward: bool = False) -> 
             windows.append(_Window(first, last, n, g))
         windows += [one] * (3 - axes)
         residues = tuple((r, count, d) for (r, count, _), d in zip(combination, dilation))
-        grids.append(_Grid(_parts(windows, group, backward), residues + ((0, 1, 1),) * (3 - axes)))
+        grids.append(_Grid(_parts(windows, group, max(dilation) > 1, backward), residues + ((0, 1, 1),) * (3 - axes)))
     return tuple(grids)
 
 
-def _parts(windows: Sequence[_Window], group: int, backward: bool) -> tuple[_Part, ...]:
+def _parts(windows: Sequence[_Window], group: int, dilated: bool, backward: bool) -> tuple[_Part, ...]:
     regions = product(*(window.stretches() for window in windows))
-    return tuple(part for region in regions for part in _cut(windows, region, group, backward))
+    return tuple(part for region in regions for part in _cut(windows, region, group, dilated, backward))
 
 
 # ---------------------------------------------------------------------------- what a backend asks
@@ -408,11 +412,12 @@ def _piece_bytes(memory_mb: float) -> int:
 
 
 class _Scratch:
-    """Buffers that are used again from piece to piece."""
+    """Buffers that are used again from piece to piece, and the calls that are bound to them, from call to call."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
         self.buffers: dict[str, Tensor] = {}
+        self.bound: dict[Any, Any] = {}
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
         need = prod(shape)
@@ -422,72 +427,113 @@ class _Scratch:
         return buffer[:need].view(shape)
 
 
-@dataclass
+class _Kept(local):
+    """What a thread keeps of its last calls on a CPU: fresh memory costs more than what is done with it."""
+
+    def __init__(self) -> None:
+        self.scratches: dict[Any, _Scratch] = {}
+
+    def scratch(self, key: Any, like: Tensor) -> _Scratch:
+        if like.device.type != "cpu":
+            return _Scratch(like)
+        found = self.scratches.pop(key, None) or _Scratch(like.new_empty(0))
+        self.scratches[key] = found
+        if len(self.scratches) > _KEPT:
+            del self.scratches[next(iter(self.scratches))]
+        return found
+
+    def trim(self, key: Any) -> None:
+        found = self.scratches.get(key)
+        if found is not None and sum(buffer.nbytes for buffer in found.buffers.values()) > _KEPT_BYTES:
+            del self.scratches[key]
+
+
+_kept = _Kept()
+
+
+class _Field:
+    """A tensor (C, G, N, X) as residue classes of a grid: strides from class to class, and along a class's axes."""
+
+    def __init__(self, x: Tensor, grid: _Grid, sizes: Sequence[int]) -> None:
+        self.x, self.group, self.width = x, x.shape[1], x.shape[3]
+        self.grid_stride, self.group_stride, token, self.last = x.stride()
+        self.classes = (token * sizes[1] * sizes[2], token * sizes[2], token)
+        self.axes = tuple(step * d for step, (_, _, d) in zip(self.classes, grid.residues))
+        self.offset = x.storage_offset() + sum(step * r for step, (r, _, _) in zip(self.classes, grid.residues))
+
+
+@dataclass(eq=False)
 class _Portion:
-    """The strips [p0, p1) along the part's second axis, of the grids [c0, c1)."""
+    """The strips [p0, p1) along the part's second axis, of classes [r0, r1) along the first axis of tokens, all other
+    classes, and [c0, c1) of batch x key heads."""
 
     part: _Part
+    residues: tuple[tuple[int, int, int], ...]
     p0: int
     p1: int
+    r0: int
+    r1: int
     c0: int
     c1: int
 
     @property
-    def size(self) -> tuple[int, int]:
-        return self.p1 - self.p0, self.c1 - self.c0
+    def size(self) -> tuple[int, int, int]:
+        return self.p1 - self.p0, self.r1 - self.r0, self.c1 - self.c0
 
-    def tiles(self, x: Tensor) -> Tensor:
-        """A view of queries (C, G, n1, n2, n3, X): (p, m3, c, m1, t1, t2, t3, G, X)."""
+    def _lead(self, x: _Field, s2: int, s3: int) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """Sizes and strides of (p, m3, r1, r2, r3, c), and the offset of the first."""
+        _, two, three = self.part.segments
+        sizes = (self.p1 - self.p0, three.count, self.r1 - self.r0, self.residues[1][1], self.residues[2][1])
+        strides = (two.tile * s2, three.tile * s3, *x.classes, x.grid_stride)
+        offset = int(x.offset) + self.p0 * two.tile * s2 + self.r0 * x.classes[0] + self.c0 * x.grid_stride
+        return (*sizes, self.c1 - self.c0), strides, offset
+
+    def tiles(self, x: _Field) -> Tensor:
+        """A view of queries: (p, m3, r1, r2, r3, c, m1, t1, t2, t3, G, X)."""
         one, two, three = self.part.segments
-        grid, group, *axes, last = x.stride()
-        s1, s2, s3 = (axes[a] for a in self.part.order)
-        return x.as_strided(
-            (*self._lead, one.count, one.tile, two.tile, three.tile, x.shape[1], x.shape[5]),
-            (two.tile * s2, three.tile * s3, grid, one.tile * s1, s1, s2, s3, group, last),
-            x.storage_offset()
-            + self.c0 * grid
-            + one.query * s1
-            + (two.query + self.p0 * two.tile) * s2
-            + three.query * s3,
+        s1, s2, s3 = (x.axes[a] for a in self.part.order)
+        sizes, strides, offset = self._lead(x, s2, s3)
+        return x.x.as_strided(
+            (*sizes, one.count, one.tile, two.tile, three.tile, x.group, x.width),
+            (*strides, one.tile * s1, s1, s2, s3, x.group_stride, x.last),
+            offset + one.query * s1 + two.query * s2 + three.query * s3,
         )
 
-    def strips(self, x: Tensor, second: tuple[int, int] | None = None, third: tuple[int, int] | None = None) -> Tensor:
-        """A view of keys (C, n1, n2, n3, X): (p, m3, c, span, l2, l3, X).
+    def strips(self, x: _Field, second: tuple[int, int] | None = None, third: tuple[int, int] | None = None) -> Tensor:
+        """A view of keys: (p, m3, r1, r2, r3, c, span, l2, l3, X).
 
         `second` and `third` say which keys of the boxes, (first, number); all where None.
         """
         one, two, three = self.part.segments
-        grid, *axes, last = x.stride()
-        s1, s2, s3 = (axes[a] for a in self.part.order)
+        s1, s2, s3 = (x.axes[a] for a in self.part.order)
         (a, l2), (b, l3) = second or (0, two.box), third or (0, three.box)
-        return x.as_strided(
-            (*self._lead, one.span, l2, l3, x.shape[4]),
-            (two.tile * s2, three.tile * s3, grid, s1, s2, s3, last),
-            x.storage_offset()
-            + self.c0 * grid
-            + one.key * s1
-            + (two.key + self.p0 * two.tile + a) * s2
-            + (three.key + b) * s3,
+        sizes, strides, offset = self._lead(x, s2, s3)
+        return x.x.as_strided(
+            (*sizes, one.span, l2, l3, x.width),
+            (*strides, s1, s2, s3, x.last),
+            offset + one.key * s1 + (two.key + a) * s2 + (three.key + b) * s3,
         )
 
-    @property
-    def _lead(self) -> tuple[int, int, int]:
-        return self.p1 - self.p0, self.part.segments[2].count, self.c1 - self.c0
+    def _as_it_is(self, x: _Field, scratch: _Scratch) -> bool:
+        """Whether tiles have the order of the tokens, so that they need no copy."""
+        return self.part.straight and x.x.dtype == scratch.like.dtype and x.last == 1
 
-    def rows(self, x: Tensor, name: str, scratch: _Scratch) -> Tensor:
-        """Room for the tiles of queries (C, G, n1, n2, n3, X), (batches, tiles, T, X); x itself where that will do."""
-        tiles = self.tiles(x)
-        if not _as_it_is(x, scratch):
-            tiles = scratch.take(name, tiles.shape)
-            return self._batched(tiles.view(prod(self._lead), -1, self.part.rows, x.shape[5]))
-        return self._batched(tiles[0, 0, :, :, :, 0, 0, 0])
+    def rows(self, x: _Field, name: str, scratch: _Scratch, load: list[Any], store: list[Any]) -> Tensor:
+        """The tiles of queries, (batches, tiles, T, X): a buffer, noted as to be filled or emptied, or x itself."""
+        if self._as_it_is(x, scratch):
+            return self._batched(self.tiles(x)[0, 0, 0, 0, 0, :, :, :, 0, 0, 0])
+        buffer = scratch.take(name, self.tiles(x).shape)
+        load.append((name, buffer))
+        store.append((name, buffer))
+        return self._batched(buffer.view(-1, self.part.segments[0].count, self.part.rows, x.width))
 
-    def keys(self, x: Tensor, name: str, scratch: _Scratch) -> Tensor:
-        """Room for the strips of keys (C, n1, n2, n3, X), (S, R, X); x itself where nothing needs to be copied."""
+    def keys(self, x: _Field, name: str, scratch: _Scratch, load: list[Any]) -> Tensor:
+        """The strips of keys, (S, R, X): a buffer, noted as to be filled, or x itself."""
         strips = self.strips(x)
         if not self.part.whole:
             strips = scratch.take(name, strips.shape)
-        return strips.flatten(3, 5).flatten(0, 2)
+            load.append((name, strips))
+        return strips.flatten(6, 8).flatten(0, 5)
 
     def boxes(self, strips: Tensor, first: int = 0, number: int | None = None) -> Tensor:
         """The boxes of strips (S, R, X), or `number` steps of each from `first` on: (batches, tiles, L, X), a view."""
@@ -504,37 +550,10 @@ class _Portion:
         """(S, m1, ...) as (batches, tiles, ...): a strip's tiles, or where it has but one, those of all strips."""
         return x.transpose(0, 1) if self.part.segments[0].count == 1 else x
 
-    def load_rows(self, x: Tensor, name: str, scratch: _Scratch) -> None:
-        if not _as_it_is(x, scratch):
-            tiles = self.tiles(x)
-            scratch.take(name, tiles.shape).copy_(tiles)
-
-    def store_rows(self, x: Tensor, name: str, scratch: _Scratch) -> None:
-        if not _as_it_is(x, scratch):
-            tiles = self.tiles(x)
-            tiles.copy_(scratch.take(name, tiles.shape))
-
-    def load_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
-        if not self.part.whole:
-            strips = self.strips(x)
-            scratch.take(name, strips.shape).copy_(strips)
-
-    def clear_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
-        if not self.part.whole:
-            scratch.take(name, self.strips(x).shape).zero_()
-
-    def add_keys(self, x: Tensor, name: str, scratch: _Scratch) -> None:
-        """Strips overlap, so they are added in chunks that do not."""
-        if self.part.whole:
-            return
-        strips = scratch.take(name, self.strips(x).shape)
+    def add(self, strips: Tensor, x: _Field) -> None:
+        """Add strips to where they come from; they overlap, so they are added in chunks that do not."""
         for a, b in product(_chunks(self.part.segments[1]), _chunks(self.part.segments[2])):
             self.strips(x, a, b).add_(strips[..., a[0] : sum(a), b[0] : sum(b), :])
-
-
-def _as_it_is(x: Tensor, scratch: _Scratch) -> bool:
-    """Whether tiles of queries (C, G, n1, n2, n3, X) have the order of the tokens, so that they need no copy."""
-    return x.shape[1] * x.shape[3] * x.shape[4] == 1 and x.dtype == scratch.like.dtype and x.stride(5) == 1
 
 
 def _chunks(segment: _Segment) -> list[tuple[int, int]]:
@@ -544,18 +563,20 @@ def _chunks(segment: _Segment) -> list[tuple[int, int]]:
     return [(a, min(segment.tile, segment.box - a)) for a in range(0, segment.box, segment.tile)]
 
 
-def _portions(part: _Part, C: int, width: int, itemsize: int) -> Iterator[_Portion]:
+def _portions(part: _Part, grid: _Grid, C: int, width: int, itemsize: int) -> Iterator[_Portion]:
     """All strips of all grids, as many at a time as `_STRIP_BYTES` hold."""
     two, three = part.segments[1:]
-    strip = (part.segments[0].count * part.rows + (0 if part.whole else part.strip)) * width * itemsize
-    most = max(1, _STRIP_BYTES // (strip * three.count))
-    if most >= C:
-        step = ceil(two.count / ceil(two.count * C / most))
-        yield from (_Portion(part, p, min(p + step, two.count), 0, C) for p in range(0, two.count, step))
-        return
-    step = ceil(C / ceil(C / most))
-    for p, c in product(range(two.count), range(0, C, step)):
-        yield _Portion(part, p, p + 1, c, min(c + step, C))
+    first, *others = (count for _, count, _ in grid.residues)
+    strip = (0 if part.straight else part.segments[0].count * part.rows) + (0 if part.whole else part.strip)
+    most = max(1, _STRIP_BYTES // max(1, strip * three.count * prod(others) * width * itemsize))
+    steps = []
+    for count in (C, first, two.count):
+        steps.append(ceil(count / ceil(count / max(1, most))))
+        most //= count
+    for p, r, c in product(*(range(0, n, step) for n, step in zip((two.count, first, C), steps[::-1]))):
+        ends = (min(a + step, n) for a, step, n in zip((p, r, c), steps[::-1], (two.count, first, C)))
+        p1, r1, c1 = ends
+        yield _Portion(part, grid.residues, p, p1, r, r1, c, c1)
 
 
 @dataclass
@@ -611,65 +632,65 @@ class _Softmax:
 
 
 class _Forward:
-    """The calls of one portion, on its buffers; made once for portions of one size."""
+    """The calls of portions of one size, on their buffers."""
 
-    def __init__(
-        self, portion: _Portion, tensors: Sequence[Tensor | None], scale: float, scratch: _Scratch, limit: int
-    ) -> None:
-        queries, keys, values, outs, lses = tensors
-        assert queries is not None and keys is not None and values is not None and outs is not None
-        part = portion.part
-        q = portion.rows(queries, "queries", scratch)
-        k = portion.boxes(portion.keys(keys, "keys", scratch))
-        v = portion.boxes(portion.keys(values, "values", scratch))
-        out = portion.rows(outs, "out", scratch)
-        lse = None if lses is None else portion.rows(lses, "lse", scratch)[..., 0]
+    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, scratch: _Scratch, limit: int) -> None:
+        part, self.load, self.store = portion.part, list[Any](), list[Any]()
+        q = portion.rows(x["queries"], "queries", scratch, self.load, [])
+        k = portion.boxes(portion.keys(x["keys"], "keys", scratch, self.load))
+        v = portion.boxes(portion.keys(x["values"], "values", scratch, self.load))
+        out = portion.rows(x["out"], "out", scratch, [], self.store)
+        lse = portion.rows(x["lse"], "lse", scratch, [], self.store)[..., 0] if "lse" in x else None
         bias = part.bias(q)
         self.pieces = []
         for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
             softmax = _Softmax(piece, q, k, bias, scale, scratch)
-            calls = list(zip(*(x.unbind() for x in (softmax.scores, piece.of(v), piece.of(out)))))
+            calls = list(zip(*(y.unbind() for y in (softmax.scores, piece.of(v), piece.of(out)))))
             self.pieces.append((softmax, calls, None if lse is None else piece.of(lse)))
 
-    def run(self) -> None:
+    def run(self, portion: _Portion, x: dict[str, _Field]) -> None:
+        _load(portion, x, self.load)
         for softmax, calls, lse in self.pieces:
             softmax.run(lse)
             for weights, v, out in calls:
                 torch.bmm(weights, v, out=out)
+        for name, buffer in self.store:
+            portion.tiles(x[name]).copy_(buffer)
 
 
 class _Backward:
-    """Writes dQ and adds dK and dV to their strips; `deltas` is rowsum(dO * O) - dlse, negated."""
+    """Writes dQ and adds dK and dV to their strips; "delta" is rowsum(dO * O) - dlse, negated."""
 
-    def __init__(
-        self, portion: _Portion, tensors: Sequence[Tensor], scale: float, scratch: _Scratch, limit: int
-    ) -> None:
-        queries, keys, values, grad_outs, deltas, grad_queries, grad_keys, grad_values = tensors
-        part, self.scale = portion.part, scale
-        q = portion.rows(queries, "queries", scratch)
-        k = portion.boxes(portion.keys(keys, "keys", scratch))
-        v = portion.boxes(portion.keys(values, "values", scratch))
-        go = portion.rows(grad_outs, "grad_out", scratch)
-        delta = portion.rows(deltas, "delta", scratch).expand(-1, -1, -1, part.box)
-        gq = portion.rows(grad_queries, "grad_queries", scratch)
-        gk, gv = portion.keys(grad_keys, "grad_keys", scratch), portion.keys(grad_values, "grad_values", scratch)
+    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, scratch: _Scratch, limit: int) -> None:
+        part, self.scale, self.load, self.store, self.add = portion.part, scale, list[Any](), list[Any](), list[Any]()
+        q = portion.rows(x["queries"], "queries", scratch, self.load, [])
+        k = portion.boxes(portion.keys(x["keys"], "keys", scratch, self.load))
+        v = portion.boxes(portion.keys(x["values"], "values", scratch, self.load))
+        go = portion.rows(x["grad_out"], "grad_out", scratch, self.load, [])
+        delta = portion.rows(x["delta"], "delta", scratch, self.load, []).expand(-1, -1, -1, part.box)
+        gq = portion.rows(x["grad_queries"], "grad_queries", scratch, [], self.store)
+        gk = portion.keys(x["grad_keys"], "grad_keys", scratch, self.add)
+        gv = portion.keys(x["grad_values"], "grad_values", scratch, self.add)
         bias = part.bias(q)
         self.pieces = []
         for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
             softmax = _Softmax(piece, q, k, bias, scale, scratch)
             weights, ds = softmax.scores, piece.scores(part.rows, part.box, "grad_scores", scratch)
-            here = [piece.of(x).unbind() for x in (q, k, v.mT, go, delta, gq)]
+            here = [piece.of(y).unbind() for y in (q, k, v.mT, go, delta, gq)]
             scores_calls = list(zip(here[4], here[3], here[2], ds.unbind()))
             query_calls = list(zip(ds.unbind(), here[1], here[5]))
             key_calls: list[tuple[Tensor, Tensor, Tensor, float]] = []
             for first, number in _chunks(part.segments[0]):
                 columns = slice(first * part.inner, (first + number) * part.inner)
-                for grads, w, x in ((gv, weights, here[3]), (gk, ds, here[0])):
+                for grads, w, rows in ((gv, weights, here[3]), (gk, ds, here[0])):
                     boxes = piece.of(portion.boxes(grads, first, number)).unbind()
-                    key_calls += zip(boxes, w[..., columns].mT.unbind(), x, [scale if w is ds else 1.0] * len(x))
+                    key_calls += zip(boxes, w[..., columns].mT.unbind(), rows, [scale if w is ds else 1.0] * len(rows))
             self.pieces.append((softmax, ds, scores_calls, query_calls, key_calls))
 
-    def run(self) -> None:
+    def run(self, portion: _Portion, x: dict[str, _Field]) -> None:
+        _load(portion, x, self.load)
+        for _, buffer in self.add:
+            buffer.zero_()
         for softmax, ds, scores_calls, query_calls, key_calls in self.pieces:
             softmax.run(None)
             for delta, go, v, out in scores_calls:
@@ -680,48 +701,49 @@ class _Backward:
             # chunk after chunk: those of one tile meet those of the next
             for boxes, weights, rows, alpha in key_calls:
                 boxes.baddbmm_(weights, rows, alpha=alpha)
+        for name, buffer in self.store:
+            portion.tiles(x[name]).copy_(buffer)
+        for name, buffer in self.add:
+            portion.add(buffer, x[name])
 
 
-# ---------------------------------------------------------------------------- tokens <-> grids
+def _load(portion: _Portion, x: dict[str, _Field], buffers: Sequence[tuple[str, Tensor]]) -> None:
+    for name, buffer in buffers:
+        buffer.copy_(portion.strips(x[name]) if name in ("keys", "values") else portion.tiles(x[name]))
 
 
-def _residue_view(grid: _Grid, x: Tensor, sizes: Sequence[int], axis: int) -> Tensor:
-    """The grid's residue classes of a tensor (B, K, [G,] N, X): (r1, r2, r3, B, K, [G,] n1, n2, n3, X), a view."""
-    x = x.unflatten(axis, tuple(sizes))
-    if not grid.dilated:
-        return x[None, None, None]
-    for offset, ((first, count, d), n) in enumerate(zip(grid.residues, sizes)):
-        length = (n - first + d - 1) // d
-        x = x.narrow(axis + offset, first, (length - 1) * d + count).unfold(axis + offset, count, d)
-    return x.permute(*range(x.ndim - 3, x.ndim), *range(x.ndim - 3))
+def _run(
+    kind: type[_Forward] | type[_Backward],
+    key: tuple[Any, ...],
+    tensors: dict[str, Tensor],
+    sizes: dict[str, tuple[int, int, int]],
+    scale: float,
+    limit: int,
+) -> None:
+    """All parts of all grids, on tensors (C, G, N, X)."""
+    keys = tensors["keys"]
+    C, width = keys.shape[0], keys.shape[3] + tensors["values"].shape[3]
+    key = (kind, *key, C, width, keys.shape[3], scale, limit, keys.dtype, keys.device, tuple(tensors))
+    scratch = _kept.scratch(key, keys)
+    width = width if kind is _Forward else 2 * width
+    for number, grid in enumerate(_layout(*key[1:5], kind is _Backward)):
+        fields = {
+            name: _Field(x, grid, sizes["keys" if name in _OF_KEYS else "queries"]) for name, x in tensors.items()
+        }
+        for place, part in enumerate(grid.parts):
+            for portion in _portions(part, grid, C, width, keys.element_size()):
+                name = (number, place, portion.size)
+                bound = scratch.bound.get(name)
+                if bound is None:
+                    bound = kind(portion, fields, scale, scratch, limit)
+                    # what works on the tensors themselves is for this call only
+                    if not part.whole and not part.straight:
+                        scratch.bound[name] = bound
+                bound.run(portion, fields)
+    _kept.trim(key)
 
 
-def _sizes(spec: Sequence[int], N: int) -> tuple[int, int, int]:
-    """Lengths of the three axes of N tokens."""
-    return (N, 1, 1) if spec[0] == 0 else (*spec[1 : 1 + spec[0]], 1, 1)[:3]  # type: ignore[return-value]
-
-
-def _queries(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Queries (B, K, G, N, X) as (C, G, n1, n2, n3, X)."""
-    return _residue_view(grid, x, sizes, 3).flatten(0, 4)
-
-
-def _keys(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Keys or values (B, K, M, X) as (C, n1, n2, n3, X)."""
-    return _residue_view(grid, x, sizes, 2).flatten(0, 4).contiguous()
-
-
-def _target(grid: _Grid, x: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where the grid's part of a new tensor (B, K, G, N, X) is to be written, (C, G, n1, n2, n3, X), and the view of
-    the tensor that it has to be copied to; where nothing needs to be copied the two are one memory."""
-    view = _residue_view(grid, x, sizes, 3)
-    made = view.new_empty(view.shape) if grid.dilated else view
-    return made.flatten(0, 4), view
-
-
-def _return(grid: _Grid, made: Tensor, view: Tensor) -> None:
-    if grid.dilated:
-        view.copy_(made.view(view.shape))
+_OF_KEYS = ("keys", "values", "grad_keys", "grad_values")
 
 
 # ---------------------------------------------------------------------------- the operator
@@ -732,49 +754,45 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _sizes(spec: Sequence[int], N: int, M: int) -> dict[str, tuple[int, int, int]]:
+    """Lengths of the three axes of queries and keys."""
+    if spec[0] == 0:
+        return {"queries": (N, 1, 1), "keys": (M, 1, 1)}
+    grid = (*spec[1 : 1 + spec[0]], 1, 1)[:3]
+    return {"queries": grid, "keys": grid}  # type: ignore[dict-item]
+
+
+def _grouped(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """(B, H, N, X) as (C, G, N, X)."""
+    return x.to(dtype).unflatten(1, (K, -1)).flatten(0, 1)
+
+
 @torch.library.custom_op("saccade::window_attend", mutates_args=())
 def _window_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float
 ) -> tuple[Tensor, Tensor]:
-    B, H, N, D = q.shape
+    B, H, N, _ = q.shape
     K, M, E = k.shape[1], k.shape[2], v.shape[3]
     dtype = _working_dtype(q.dtype)
-    q_BKGND = q.to(dtype).unflatten(1, (K, H // K))
-    k, v = k.to(dtype), v.to(dtype)
-    out = q.new_empty(B, K, H // K, N, E)
-    lse = q.new_empty((B, K, H // K, N, 1) if return_lse else (0,), dtype=dtype)
-    sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
-    limit = _piece_bytes(memory_mb)
-    for grid in _layout(tuple(spec), N, M, H // K):
-        queries = _queries(grid, q_BKGND, sizes_q)
-        keys, values = _keys(grid, k, sizes_k), _keys(grid, v, sizes_k)
-        outs, out_view = _target(grid, out, sizes_q)
-        lses, lse_view = _target(grid, lse, sizes_q) if return_lse else (None, None)
-        scratch = _Scratch(keys)
-        for part in grid.parts:
-            known: dict[tuple[int, int], _Forward] = {}
-            for portion in _portions(part, keys.shape[0], D + E, keys.element_size()):
-                portion.load_rows(queries, "queries", scratch)
-                portion.load_keys(keys, "keys", scratch)
-                portion.load_keys(values, "values", scratch)
-                work = known.get(portion.size)
-                if work is None:
-                    work = _Forward(portion, (queries, keys, values, outs, lses), scale, scratch, limit)
-                    if not part.whole:
-                        known[portion.size] = work
-                work.run()
-                portion.store_rows(outs, "out", scratch)
-                if lses is not None:
-                    portion.store_rows(lses, "lse", scratch)
-        _return(grid, outs, out_view)
-        if lses is not None and lse_view is not None:
-            _return(grid, lses, lse_view)
-        if grid.empty is not None:
-            empty = grid.empty.to(q.device)
-            out.masked_fill_(empty[:, None], 0.0)
-            if return_lse:
-                lse.masked_fill_(empty[:, None], float("-inf"))
-    return out.view(B, H, N, E), lse.view(B, H, N) if return_lse else lse
+    out = q.new_empty(B, H, N, E)
+    lse = q.new_empty((B, H, N) if return_lse else (0,), dtype=dtype)
+    tensors = {
+        "queries": _grouped(q, K, dtype),
+        "keys": _grouped(k, K, dtype).contiguous(),
+        "values": _grouped(v, K, dtype).contiguous(),
+        "out": _grouped(out, K, out.dtype),
+    }
+    if return_lse:
+        tensors["lse"] = _grouped(lse[..., None], K, dtype)
+    layout = (tuple(spec), N, M, H // K)
+    _run(_Forward, layout, tensors, _sizes(spec, N, M), scale, _piece_bytes(memory_mb))
+    empty = _layout(*layout)[0].empty
+    if empty is not None:
+        empty = empty.to(q.device)
+        out.masked_fill_(empty[:, None], 0.0)
+        if return_lse:
+            lse.masked_fill_(empty, float("-inf"))
+    return out, lse
 
 
 @_window_forward.register_fake
@@ -796,51 +814,31 @@ def _window_backward(
     scale: float,
     memory_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    B, H, N, D = q.shape
-    K, M, E = k.shape[1], k.shape[2], v.shape[3]
-    G, dtype = H // K, _working_dtype(q.dtype)
-    grids = _layout(tuple(spec), N, M, G, True)
-    empty = grids[0].empty
+    H, N = q.shape[1:3]
+    K, M = k.shape[1:3]
+    dtype = _working_dtype(q.dtype)
+    layout = (tuple(spec), N, M, H // K)
+    empty = _layout(*layout, True)[0].empty
     if empty is not None:
         grad_out = grad_out.masked_fill(empty.to(q.device)[:, None], 0.0)
         grad_lse = None if grad_lse is None else grad_lse.masked_fill(empty.to(q.device), 0.0)
     delta = -(grad_out.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta + grad_lse
-    sizes_q, sizes_k = _sizes(spec, N), _sizes(spec, M)
-    rows = [x.to(dtype).unflatten(1, (K, G)) for x in (q, grad_out, delta[..., None])]
-    k_all, v_all = k.to(dtype), v.to(dtype)
-    grad_q, grad_k, grad_v = q.new_empty(B, K, G, N, D), torch.empty_like(k), torch.empty_like(v)
-    limit = _piece_bytes(memory_mb) // 2
-    for grid in grids:
-        queries, grad_outs, deltas = (_queries(grid, x, sizes_q) for x in rows)
-        keys, values = _keys(grid, k_all, sizes_k), _keys(grid, v_all, sizes_k)
-        grad_queries, grad_view = _target(grid, grad_q, sizes_q)
-        grad_keys, grad_values = torch.zeros_like(keys), torch.zeros_like(values)
-        tensors = (queries, keys, values, grad_outs, deltas, grad_queries, grad_keys, grad_values)
-        scratch = _Scratch(keys)
-        for part in grid.parts:
-            known: dict[tuple[int, int], _Backward] = {}
-            for portion in _portions(part, keys.shape[0], 2 * (D + E), keys.element_size()):
-                for x, name in ((queries, "queries"), (grad_outs, "grad_out"), (deltas, "delta")):
-                    portion.load_rows(x, name, scratch)
-                for x, name in ((keys, "keys"), (values, "values")):
-                    portion.load_keys(x, name, scratch)
-                    portion.clear_keys(x, "grad_" + name, scratch)
-                work = known.get(portion.size)
-                if work is None:
-                    work = _Backward(portion, tensors, scale, scratch, limit)
-                    if not part.whole:
-                        known[portion.size] = work
-                work.run()
-                portion.store_rows(grad_queries, "grad_queries", scratch)
-                for x, name in ((grad_keys, "grad_keys"), (grad_values, "grad_values")):
-                    portion.add_keys(x, name, scratch)
-        _return(grid, grad_queries, grad_view)
-        for grads, target in ((grad_keys, grad_k), (grad_values, grad_v)):
-            view = _residue_view(grid, target, sizes_k, 2)
-            view.copy_(grads.view(view.shape))
-    return grad_q.view(B, H, N, D), grad_k, grad_v
+    grad_q = q.new_empty(q.shape)
+    grad_k, grad_v = (x.new_zeros(x.shape, dtype=dtype) for x in (k, v))
+    tensors = {
+        "queries": _grouped(q, K, dtype),
+        "keys": _grouped(k, K, dtype).contiguous(),
+        "values": _grouped(v, K, dtype).contiguous(),
+        "grad_out": _grouped(grad_out, K, dtype),
+        "delta": _grouped(delta[..., None], K, dtype),
+        "grad_queries": _grouped(grad_q, K, grad_q.dtype),
+        "grad_keys": _grouped(grad_k, K, dtype),
+        "grad_values": _grouped(grad_v, K, dtype),
+    }
+    _run(_Backward, layout, tensors, _sizes(spec, N, M), scale, _piece_bytes(memory_mb) // 2)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
 @_window_backward.register_fake
