@@ -587,9 +587,8 @@ class Combiner(QKVAttention):
                 out = self._combine(q, k, v, None, lambda row_out: self._row_keys(row_out, x_BNC))
                 cache.append(q, k, v, x_BNC[:, None], self._row_keys)
             else:
-                steps = [
-                    self._step(*token, cache) for token in zip(*(y.split(1, 2) for y in (q, k, v, x_BNC[:, None])))
-                ]
+                spans = [slice(t, t + 1) for t in range(x_BNC.shape[1])]
+                steps = [self._step(q[:, :, t], k[:, :, t], v[:, :, t], x_BNC[:, None, t], cache) for t in spans]
                 out = torch.cat(steps, 2) if steps else q
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
