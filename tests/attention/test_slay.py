@@ -87,7 +87,7 @@ def test_error_falls_with_the_number_of_positive_features() -> None:
     # Monte Carlo: each eightfold number divides the error by about sqrt(8)
     for earlier, later in zip(errors, errors[1:], strict=False):
         assert 1.7 < earlier / later < 5.0
-    assert errors[-1] < 0.03
+    assert errors[-1] < 0.1
 
 
 @pytest.mark.parametrize("variant", ["anchor", "maclaurin", "tensorsketch"])

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.ops.expansion import Expansion, Outer, Polynomial, _Buffers, expanded_attend, expanded_attend_reference
+from saccade.ops.expansion import (
+    Expansion,
+    Outer,
+    Polynomial,
+    _Buffers,
+    expanded_attend,
+    expanded_attend_reference,
+    in_segments,
+)
 
 EXPANSIONS = [Polynomial(), Polynomial(0.3, -1.5, 0.7), Polynomial(1.0, 0.5, 0.0), Outer(2)]
 
@@ -94,6 +102,30 @@ def test_compiles_and_passes_the_operator_checks() -> None:
         settings = Polynomial().code, causal, 4, True, False, True
         torch.library.opcheck(torch.ops.saccade.expanded, (*flat, state, *settings), test_utils="test_schema")
         torch.library.opcheck(torch.ops.saccade.expanded, (*flat, state, *settings), test_utils="test_faketensor")
+
+
+def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.detach() for x in inputs(1, 2, 1100, 1100, 3, 2))
+    lengths = []
+
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, state: Tensor | None, return_state: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        assert mask is not None
+        lengths.append(q.shape[2])
+        v = v * mask[:, None, :, None]
+        out = expanded_attend(q, k, v, Polynomial(), state=state, return_state=return_state)
+        return out if return_state else (out, None)
+
+    mask = torch.rand(1, 1100) > 0.5
+    whole, last = in_segments(attend, q, k, v, mask, None, True)
+    monkeypatch.setattr("saccade.ops.expansion._SEGMENT_ELEMENTS", 1)
+    parts, end = in_segments(attend, q, k, v, mask, None, True)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(end, last)
+    assert in_segments(attend, q, k, v, mask, None, False)[1] is None
+    in_segments(attend, q.requires_grad_(), k, v, mask, None, False)
+    assert lengths == [1100, 512, 512, 76, 512, 512, 76, 1100]
 
 
 def test_half_precision_and_empty_inputs() -> None:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
-from saccade.ops.expansion import Polynomial, expanded_attend
+from saccade.ops.expansion import Polynomial, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
 from saccade.ops.state_layer import StateAttention, StateCache
@@ -132,29 +132,44 @@ def fastmax_attend(
         raise ValueError(f"degree must be 1 or 2, got {degree}")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {', '.join(NORMALIZATIONS)}, got {normalization!r}")
-    H, D = q_BHND.shape[1], q_BHND.shape[3]
+    if dropout and (state is not None or return_state):
+        raise ValueError("dropout is for training: it takes and returns no state")
     plain = normalization == "plain"
     temperature = (8.0 if plain else 1.0) if temperature is None else temperature
-    options: dict[str, Any] = {"limit": limit, "norm_bound": norm_bound}
-    q = fastmax_normalize(q_BHND, normalization, valid_BN=query_mask_BN, **options)
-    k = fastmax_normalize(k_BKMD, normalization, valid_BN=mask_BM, **options)
-    q = q / (temperature * math.sqrt(D) if plain else temperature)
-    # the last column counts keys: f(0) = 1, so that a key of zeros would have weight
-    v = torch.cat([v_BKME.to(q.dtype), v_BKME.new_ones(*v_BKME.shape[:3], 1, dtype=q.dtype)], -1)
-    if mask_BM is not None:
-        v = v.masked_fill(~mask_BM[:, None, :, None], 0.0)
-    k, v = repeat_heads(k, H), repeat_heads(v, H)
+    divisor = temperature * math.sqrt(q_BHND.shape[3]) if plain else temperature
     kernel = Polynomial(*coefficients[:2], coefficients[2] if degree == 2 else 0.0)
-    if dropout:
-        if state is not None or return_state:
-            raise ValueError("dropout is for training: it takes and returns no state")
-        sums, after = _sums_with_dropout(q, k, v, kernel, dropout, causal), None
-    elif return_state:
-        sums, after = expanded_attend(q, k, v, kernel, state=state, return_state=True, chunk_size=chunk_size)
+
+    def normalize(x: Tensor, valid_BN: Tensor | None) -> Tensor:
+        return fastmax_normalize(x, normalization, valid_BN=valid_BN, limit=limit, norm_bound=norm_bound)
+
+    def mean(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, before: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Any]:
+        H = q_BHND.shape[1]
+        q, k = (normalize(q, None), normalize(k, None)) if by_token else (q, k)
+        # the last column counts keys: f(0) = 1, so that a key of zeros would have weight
+        v = torch.cat([v.to(q.dtype), v.new_ones(*v.shape[:3], 1, dtype=q.dtype)], -1)
+        if mask is not None:
+            v = v.masked_fill(~mask[:, None, :, None], 0.0)
+        q, k, v = q / divisor, repeat_heads(k, H), repeat_heads(v, H)
+        if dropout:
+            out = _sums_with_dropout(q, k, v, kernel, dropout, causal)
+        else:
+            out = expanded_attend(
+                q, k, v, kernel, causal=causal, state=before, return_state=keep, chunk_size=chunk_size
+            )
+        out, after = out if keep else (out, None)
+        total = out[..., -1:]
+        out = torch.where(total == 0, 0.0, out[..., :-1] / torch.where(total == 0, 1.0, total))
+        return out, after
+
+    by_token = normalization in ("plain", "standardized") or (normalization == "limited" and norm_bound is not None)
+    q, k = (q_BHND, k_BKMD) if by_token else (normalize(q_BHND, query_mask_BN), normalize(k_BKMD, mask_BM))
+    if causal and not dropout:
+        out, after = in_segments(mean, q, k, v_BKME, mask_BM, state, return_state)
     else:
-        sums, after = expanded_attend(q, k, v, kernel, causal=causal, state=state, chunk_size=chunk_size), None
-    total = sums[..., -1:]
-    out = torch.where(total == 0, 0.0, sums[..., :-1] / torch.where(total == 0, 1.0, total)).to(q_BHND.dtype)
+        out, after = mean(q, k, v_BKME, mask_BM, state, return_state)
+    out = out.to(q_BHND.dtype)
     return (out, after) if return_state else out
 
 

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.expansion import Outer, expanded_attend
+from saccade.ops.expansion import Outer, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
@@ -301,6 +301,23 @@ class SLAYAttention(StateAttention):
         state: Tensor | None = None,
         return_state: bool = False,
     ) -> Any:
+        tensors = q_BHND, k_BKMD, v_BKME, mask_BM
+        if not causal:
+            return self._mean(*tensors, None, False, causal=False)[0]
+        out, after = in_segments(partial(self._mean, causal=True), *tensors, state, return_state)
+        return (out, after) if return_state else out
+
+    def _mean(
+        self,
+        q_BHND: Tensor,
+        k_BKMD: Tensor,
+        v_BKME: Tensor,
+        mask_BM: Tensor | None,
+        state: Tensor | None,
+        return_state: bool,
+        *,
+        causal: bool,
+    ) -> tuple[Tensor, Any]:
         H = q_BHND.shape[1]
         q, k = self.factors(q_BHND), self.factors(repeat_heads(k_BKMD, H))
         v = _wide(repeat_heads(v_BKME, H))
@@ -315,8 +332,7 @@ class SLAYAttention(StateAttention):
         sums, after = sums if return_state else (sums, None)
         total = sums[..., -1:]
         total = total.clamp(min=self.delta) if self.variant in SMALL else total + self.delta
-        out = (sums[..., :-1] / total).to(q_BHND.dtype)
-        return (out, after) if return_state else out
+        return (sums[..., :-1] / total).to(q_BHND.dtype), after
 
     @property
     def width(self) -> int:
@@ -446,7 +462,7 @@ def _claim(lab: Lab) -> ClaimResult:
 
 def _reverse(lab: Lab, name: str, mixer: Any) -> float:
     """Held-out accuracy of writing a sequence backwards; two layers, nothing but attention."""
-    symbols, length, dim = 16, lab.size(12, 4), 64
+    symbols, length, dim = 32, lab.size(32, 4), 64
     with lab.seeded():
         model = _AttentionOnly([mixer(dim) for _ in range(2)], symbols + 1, dim, 2 * length)
 
@@ -457,13 +473,13 @@ def _reverse(lab: Lab, name: str, mixer: Any) -> float:
     def batches() -> Iterator[Tensor]:
         generator = lab.generator()
         while True:
-            yield draw(lab.size(64, 4), generator)
+            yield draw(lab.size(32, 4), generator)
 
     def loss(model: nn.Module, tokens: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens[:, :-1])[:, length:].flatten(0, 1), tokens[:, length + 1 :].flatten())
 
-    lab.train(model, batches(), loss, 600, lr=3e-3, description=name)
-    test = draw(lab.size(512, 4), torch.Generator().manual_seed(10**6 + lab.seed))
+    lab.train(model, batches(), loss, 150, lr=3e-3, description=name)
+    test = draw(lab.size(256, 4), torch.Generator().manual_seed(10**6 + lab.seed))
     with torch.no_grad():
         return (model.eval()(test[:, :-1])[:, length:].argmax(-1) == test[:, length + 1 :]).float().mean().item()
 
@@ -496,8 +512,8 @@ register(
     claim=Claim(
         paper="linear-time attention close to softmax: on reversal 0.50 (hadamard) and 0.42 (anchor) beside softmax's "
         "0.51, where linear attention with elu + 1 has 0.05; latency grows linearly with length",
-        expected="a two-layer attention-only model reverses 12 symbols with SLAY (the better of anchor and hadamard) "
-        "at least 0.1 more accurately than with elu + 1; time from 4k to 16k tokens has an exponent below 1.1",
+        expected="a two-layer attention-only model reverses 32 symbols after 150 steps with SLAY (the better of anchor "
+        "and hadamard) at least 0.1 more accurately than with elu + 1; time from 4k to 16k tokens has an exponent below 1.1",
         run=_claim,
     ),
 )

@@ -20,14 +20,16 @@ c tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Expansion", "Outer", "Polynomial", "expanded_attend", "expanded_attend_reference"]
+from saccade.ops.linear import _room
+
+__all__ = ["Expansion", "Outer", "Polynomial", "expanded_attend", "expanded_attend_reference", "in_segments"]
 
 
 class _Buffers:
@@ -230,6 +232,37 @@ def expanded_attend(
     out, after, _ = torch.ops.saccade.expanded(*inputs, *settings, keep)
     out = out.unflatten(0, (B, H))
     return (out, after.unflatten(0, (B, H))) if return_state else out
+
+
+def in_segments(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    q_BHND: Tensor,
+    k_BKND: Tensor,
+    v_BKNE: Tensor,
+    mask_BN: Tensor | None,
+    state: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A causal attend(q, k, v, mask, state, return_state) -> (out, state), a few thousand tokens at a time.
+
+    For inference: what is computed around the sums (norms, projections on random directions, columns of ones) would
+    else be fresh memory in proportion to the length, which costs more than its arithmetic.
+    """
+    (B, H, N, D), E = q_BHND.shape, v_BKNE.shape[3]
+    size = max(512, _SEGMENT_ELEMENTS // max(1, B * H * D))
+    grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_BHND, k_BKND, v_BKNE, state))
+    if size >= N or grads or torch.compiler.is_compiling():
+        return attend(q_BHND, k_BKND, v_BKNE, mask_BN, state, return_state)
+    out = _room((B, H, N, E), q_BHND.dtype, q_BHND.device)
+    for at in _chunks(N, size):
+        mask = None if mask_BN is None else mask_BN[:, at]
+        parts = (x[:, :, at] for x in (q_BHND, k_BKND, v_BKNE))
+        out[:, :, at], state = attend(*parts, mask, state, return_state or at.stop < N)
+    return out, state
+
+
+#: elements of the queries of a segment
+_SEGMENT_ELEMENTS = 1 << 19
 
 
 def expanded_attend_reference(
