@@ -684,7 +684,7 @@ def _digits(lab: Lab, heads: dict[str, Any], balance: float, name: str) -> tuple
         task = F.cross_entropy(model(batch[0]), batch[1])
         return task + balance * balance_loss(model) if balance else task
 
-    lab.train(model, batches(), loss, 400, lr=2e-3, description=name)
+    lab.train(model, batches(), loss, 800, lr=2e-3, description=name)
     model.eval()
     seen: list[Tensor] = []
 

@@ -22,9 +22,9 @@ knows positions by itself.
 | `kernel_init`     |        | "xavier", "orthogonal" or "identity" (= Efficient) | "xavier"     |
 
 Choices: an input of n < L tokens uses W_A[:n, :n]; a causal W_A is used without its upper part (inferred); padded
-tokens' values are zeroed before W_A, which would spread them; the softmax is over the keys (the published port's is over
-the queries); no biases by default, as in the paper's equations (the port has them everywhere: `qkv_bias`, `proj_bias`,
-`kernel_bias`, the last one added to each row position t of W_A v, the same for all channels).
+tokens' values are zeroed before W_A, which would spread them; the softmax is over the keys (the published port's is
+over the queries); no biases by default, as in the paper's equations (the port has them everywhere: `qkv_bias`,
+`proj_bias`, `kernel_bias`, the last one added to each row position t of W_A v, the same for all channels).
 
 Decoding: "efficient" keeps the raw tokens once (keys and values are the same numbers), half of a KV cache; "super"
 keeps them and the rows of W_A v; "optimised" keeps projected keys and raw values.
@@ -479,7 +479,7 @@ def _claim(lab: Lab) -> ClaimResult:
     holds = (
         par > measured["standard_accuracy"] - 0.03
         and measured["super_accuracy_without_positions"] > blind + 0.02
-        and measured["super_shift_error"] < 0.5 * measured["standard_shift_error"]
+        and 3 * measured["super_shift_error"] < 2 * min(measured[f"{v}_shift_error"] for v in get_args(Variant)[:3])
     )
     return ClaimResult(measured, holds=holds)
 
@@ -512,7 +512,7 @@ register(
         paper="Optimised and Efficient perform on par with standard attention with 3/4 and 1/2 of its weights, "
         "Efficient up to 2 x faster; Super exceeds standard by a wide margin in vision and text",
         expected="digits: all within 3 points of standard with positions; without positions Super at least 2 points "
-        "above the others, and it alone learns a shift by three places",
+        "above the others, and its error on a shift by three places at most two thirds of theirs",
         run=_claim,
     ),
 )
