@@ -271,13 +271,6 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What weights are rounded to before they meet the values: bfloat16 where the machine multiplies it quickly."""
-    if x.dtype == torch.bfloat16 and (x.device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
-        return torch.bfloat16
-    return _working_dtype(x.dtype)
-
-
 class _Scratch:
     """Buffers that are used again from piece to piece, and from call to call where they are small."""
 
@@ -395,7 +388,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = _unpack(tensors)
     (B, H, N, D), K, E = q.shape, k.shape[1], v.shape[3]
-    G, dtype, low = H // K, _working_dtype(q.dtype), _product_dtype(q)
+    G, dtype = H // K, _working_dtype(q.dtype)
     out = _empty_out(v, H)
     lse = torch.empty(B, H, N, dtype=dtype, device=q.device)
     call = _Call(q, bias, mask, spec, scale, memory_mb * 2**20 / 3)
@@ -407,13 +400,13 @@ def _forward(
             n = prod(s.stop - s.start for s in cut)  # windows and key heads of the piece
             k_piece = scratch.load("k", _part(k_boxes, cut), dtype, n, T, D)
             q_piece = scratch.load("q", _part(q_boxes, cut, G), dtype, n, G * T, D)
-            v_piece = scratch.load("v", _part(v_boxes, cut), low, n, T, E)
+            v_piece = scratch.load("v", _part(v_boxes, cut), dtype, n, T, E)
             scores = scratch.take("scores", dtype, n, G * T, T)
             call.score(scores, q_piece, k_piece, bias_KGTT, cut)
             top = None
             if safe:
-                weights = _powers(scores, low, scratch)
-                sums = weights.sum(-1, keepdim=True, dtype=dtype)
+                weights = scores.exp2_()
+                sums = weights.sum(-1, keepdim=True)
                 smallest, largest = sums.aminmax()
                 safe = _SAFE_SUMS[0] < smallest.item() and largest.item() < _SAFE_SUMS[1]
                 if not safe:
@@ -421,22 +414,16 @@ def _forward(
             if not safe:
                 top = scores.amax(-1, keepdim=True)
                 top.masked_fill_(top == float("-inf"), 0.0)
-                weights = _powers(scores.sub_(top), low, scratch)
-                sums = weights.sum(-1, keepdim=True, dtype=dtype)
+                weights = scores.sub_(top).exp2_()
+                sums = weights.sum(-1, keepdim=True)
             lse_view, out_view = _part(lse_boxes, cut, G), _part(out_boxes, cut, G)
             logs = sums.log2() if top is None else sums.log2().add_(top)
             torch.mul(logs.view(lse_view.shape), 1 / _LOG2_E, out=lse_view)
             if top is not None:
                 sums.masked_fill_(sums == 0, 1.0)
-            weighted = torch.bmm(weights, v_piece, out=scratch.take("out", low, n, G * T, E))
+            weighted = torch.bmm(weights, v_piece, out=scratch.take("out", dtype, n, G * T, E))
             torch.mul(weighted.view(out_view.shape), sums.reciprocal_().view(lse_view.shape), out=out_view)
     return out, lse
-
-
-def _powers(scores: Tensor, low: torch.dtype, scratch: _Scratch) -> Tensor:
-    """exp2(scores), in their place where no rounding is asked for."""
-    out = scores if scores.dtype == low else scratch.take("weights", low, *scores.shape)
-    return torch.exp2(scores, out=out)
 
 
 @_forward.register_fake
@@ -468,7 +455,7 @@ def _backward(
     q, k, v = _unpack(tensors)
     B, H, _, D = q.shape
     K, E = k.shape[1], v.shape[3]
-    G, dtype, low = H // K, _working_dtype(q.dtype), _product_dtype(q)
+    G, dtype = H // K, _working_dtype(q.dtype)
     grads = [torch.empty_like(x) for x in tensors]
     grad_q, grad_k, grad_v = _unpack(grads)
     grad_bias = torch.zeros((0,) if bias is None else bias.shape, dtype=dtype, device=q.device)
@@ -485,36 +472,33 @@ def _backward(
             k_view, q_view, go_view = _part(k_boxes, cut), _part(q_boxes, cut, G), _part(go_boxes, cut, G)
             k_piece = scratch.load("k", k_view, dtype, n, T, D)
             q_piece = scratch.load("q", q_view, dtype, n, G * T, D)
-            v_piece = scratch.load("v", _part(v_boxes, cut), low, n, T, E)
-            go = scratch.load("grad_out", go_view, low, n, G * T, E)
+            v_piece = scratch.load("v", _part(v_boxes, cut), dtype, n, T, E)
+            go = scratch.load("grad_out", go_view, dtype, n, G * T, E)
 
             scores = scratch.take("scores", dtype, n, G * T, T)
             minus = _part(shift_boxes, cut, G).reshape(-1, heads, G, T, 1)
             call.score(scores, q_piece, k_piece, bias_KGTT, cut, minus)
-            weights = _powers(scores, low, scratch)
+            weights = scores.exp2_()
 
             gv_view = _part(gv_boxes, cut)
-            gv = scratch.target("grad_k", gv_view, low, n, T, E)
+            gv = scratch.target("grad_k", gv_view, dtype, n, T, E)
             _store(gv_view, torch.bmm(weights.mT, go, out=gv))
 
             both = scratch.take("product", dtype, *go_view.shape)
-            delta = torch.mul(go_view, _part(out_boxes, cut, G), out=both).sum(-1).neg_()
+            delta = torch.mul(go.view(go_view.shape), _part(out_boxes, cut, G), out=both).sum(-1).neg_()
             if grad_lse_boxes is not None:
                 delta += _part(grad_lse_boxes, cut, G)[..., 0]
-            grad_scores = scratch.take("grad_scores", low, n, G * T, T)
+            grad_scores = scratch.take("grad_scores", dtype, n, G * T, T)
             grad_scores.copy_(delta.view(n, G * T, 1))
             grad_scores.baddbmm_(go, v_piece.mT).mul_(weights)
 
-            if low != dtype:
-                q_piece = scratch.load("q_low", q_view, low, n, G * T, D)
-                k_piece = scratch.load("k_low", k_view, low, n, T, D)
             gq_view, gk_view = _part(gq_boxes, cut, G), _part(gk_boxes, cut)
-            gq = scratch.target("grad_q", gq_view, low, n, G * T, D)
+            gq = scratch.target("grad_q", gq_view, dtype, n, G * T, D)
             _store(gq_view, torch.baddbmm(gq, grad_scores, k_piece, beta=0, alpha=scale, out=gq))
-            gk = scratch.target("grad_k", gk_view, low, n, T, D)
+            gk = scratch.target("grad_k", gk_view, dtype, n, T, D)
             _store(gk_view, torch.baddbmm(gk, grad_scores.mT, q_piece, beta=0, alpha=scale, out=gk))
             if bias is not None:
-                total = grad_scores.view(-1, heads * G * T * T).sum(0, dtype=dtype)
+                total = grad_scores.view(-1, heads * G * T * T).sum(0)
                 part = boxes.pairs(grad_bias)[cut[-1].start * G : cut[-1].stop * G]
                 part += total.view(part.shape)
     return [*grads, grad_bias if bias is None else grad_bias.to(bias.dtype)]
