@@ -29,6 +29,10 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["kind"] for row in json.loads(out)} == {"gate"}
     code, out, _ = run(capsys, "list", "--taxonomy", "--ready")
     assert code == 0 and "softm" in out
+    code, out, _ = run(capsys, "list", "--tree")
+    assert code == 0 and "- moba" in out
+    _, out, _ = run(capsys, "list", "--tree", "--json")
+    assert {"moba"} <= {slug for row in json.loads(out) for slug in row["parts"]}
 
 
 def test_show_ready_and_planned(capsys: pytest.CaptureFixture[str]) -> None:

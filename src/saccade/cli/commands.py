@@ -52,9 +52,22 @@ def list_parts(
     supports: Annotated[str | None, typer.Option(help="Only parts that support this, e.g. decoding.")] = None,
     ready: Annotated[bool, typer.Option("--ready", help="Only what is built.")] = False,
     taxonomy: Annotated[bool, typer.Option("--taxonomy", help="Show each part's place in the surveys.")] = False,
+    tree: Annotated[
+        bool, typer.Option("--tree", help="The survey's classes of efficient attention, with parts.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the 119 papers and the parts built from them."""
+    if tree:
+        from saccade.explain.efficient_attention_survey import CLASSES, place
+        from saccade.explain.efficient_attention_survey import tree as draw
+
+        placed = {path: [part.slug for part in found] for path, found in place().items()}
+        if as_json:
+            _print_json([{**vars(entry), "parts": placed[path]} for path, entry in CLASSES.items()])
+        else:
+            print(draw())
+        return
     chosen = {part.slug: part for part in catalogue.select(kind=kind, supports=supports)}
     only_built = ready or kind is not None or supports is not None
     families = {paper.family for paper in catalogue.papers()}

@@ -1,0 +1,157 @@
+"""The tree holds every part; the recurrences agree in all their forms and reduce to each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade import catalogue
+from saccade.explain import efficient_attention_survey as survey
+from saccade.explain.efficient_attention_survey import RecurrentAttention, delta_attend
+from saccade.ops.linear import linear_attend
+
+UPDATES = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta")
+
+
+def tensors(n: int = 13) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, v = (torch.randn(2, 3, n, width, dtype=torch.float64) for width in (5, 4))
+    k = F.normalize(torch.randn(2, 3, n, 5, dtype=torch.float64), dim=-1)
+    beta = torch.rand(2, 3, n, dtype=torch.float64)
+    return q, k, v, beta, F.logsigmoid(torch.randn(2, 3, n, dtype=torch.float64))
+
+
+def step_by_step(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, gate: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    outs = []
+    for t in range(q.shape[2]):
+        key, rate = k[:, :, t, :, None], beta[:, :, t, None, None]
+        state = gate[:, :, t, None, None].exp() * (state - rate * key @ (key.mT @ state))
+        state = state + rate * key * v[:, :, t, None]
+        outs.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(outs, 2), state
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 64])
+def test_delta_by_chunks_is_the_recurrence(chunk: int) -> None:
+    q, k, v, beta, gate = tensors()
+    start = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    expected, last = step_by_step(q, k, v, beta, gate, start)
+    out, state = delta_attend(q, k, v, beta, gate, state=start, return_state=True, chunk_size=chunk)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(state, last)
+    first, middle = delta_attend(
+        q[:, :, :6], k[:, :, :6], v[:, :, :6], beta[:, :, :6], gate[:, :, :6], state=start, return_state=True
+    )
+    rest = delta_attend(q[:, :, 6:], k[:, :, 6:], v[:, :, 6:], beta[:, :, 6:], gate[:, :, 6:], state=middle)
+    torch.testing.assert_close(torch.cat([first, rest], 2), expected)
+
+
+def test_reductions_of_the_delta_rule() -> None:
+    q, k, v, beta, gate = tensors()
+    start = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    _, untouched = delta_attend(q, k, v, beta * 0, state=start, return_state=True)
+    torch.testing.assert_close(untouched, start)
+    _, stored = delta_attend(q, k, v, beta * 0 + 1, state=start, return_state=True)
+    torch.testing.assert_close(k[:, :, -1:] @ stored, v[:, :, -1:])
+    torch.testing.assert_close(delta_attend(q, k, v, beta, gate * 0), delta_attend(q, k, v, beta))
+    orthonormal = torch.linalg.qr(torch.randn(2, 3, 5, 5, dtype=torch.float64))[0]
+    few = [x[:, :, :5] for x in (q, v, beta)]
+    plain = linear_attend(few[0], orthonormal, few[1] * few[2][..., None])
+    torch.testing.assert_close(delta_attend(few[0], orthonormal, few[1], few[2]), plain)
+    # one token is one step of gradient descent
+    S = start.clone().requires_grad_()
+    loss = 0.5 * (k[:, :, :1] @ S - v[:, :, :1]).square().sum()
+    (slope,) = torch.autograd.grad(loss, S)
+    one = [x[:, :, :1] for x in (q, k, v, beta)]
+    _, after = delta_attend(*one, state=start, return_state=True)
+    torch.testing.assert_close(after, start - one[3][..., None] * slope)
+
+
+def test_a_constant_gate_is_retnet_and_a_long_state_stays_bounded() -> None:
+    torch.manual_seed(0)
+    layer = RecurrentAttention(12, 3, update="gated").double()
+    assert layer.gate is not None
+    torch.nn.init.zeros_(layer.gate.weight)
+    x = torch.randn(1, 9, 12, dtype=torch.float64)
+    q, k, v = (p(x).unflatten(-1, (3, 4)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    gamma = (layer.gate.bias.sigmoid() ** (1 / 16)).detach()
+    expected = layer.out_proj(linear_attend(q / 2, k, v, decay=gamma).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x), expected, atol=1e-6, rtol=1e-6)
+    norms = {}
+    for update in ("kernel", "decay"):
+        layer, cache = RecurrentAttention(12, 3, update=update), StateAt()
+        for part in torch.randn(1, 600, 12).split(200, 1):
+            cache.add(layer, part)
+        norms[update] = cache.norms
+    assert norms["kernel"][2] > 2.5 * norms["kernel"][0]  # sums grow without bound
+    assert norms["decay"][2] < 1.5 * norms["decay"][1]
+
+
+class StateAt:
+    """Norms of the state after each part of a sequence."""
+
+    def __init__(self) -> None:
+        self.cache, self.norms = survey.StateCache(), []
+
+    def add(self, layer: RecurrentAttention, x: Tensor) -> None:
+        with torch.no_grad():
+            layer(x, cache=self.cache)
+        state = self.cache.state
+        self.norms.append((state if isinstance(state, Tensor) else state.kv).norm().item())
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_every_update_decodes_and_leaves_padding_out(update: str) -> None:
+    torch.manual_seed(0)
+    layer = RecurrentAttention(12, 3, update=update, chunk_size=4)  # type: ignore[arg-type]
+    x = torch.randn(2, 11, 12)
+    with torch.no_grad():
+        whole, cache = layer(x), layer.new_cache(2)
+        pieces = [layer(x[:, :5], cache=cache)] + [layer(x[:, i : i + 1], cache=cache) for i in range(5, 11)]
+        bytes_then = cache.nbytes
+        layer(x, cache=cache)
+        torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-6, rtol=1e-5)
+        assert cache.length == 22 and cache.nbytes == bytes_then == (12 * 4 + 12 * (update == "kernel")) * 2 * 4
+        # padding in front changes nothing of what follows
+        real = torch.ones(2, 14, dtype=torch.bool)
+        real[:, :3] = False
+        padded = layer(torch.cat([torch.randn(2, 3, 12), x], 1), mask=real)
+    torch.testing.assert_close(padded[:, 3:], whole, atol=2e-6, rtol=1e-5)
+
+
+def test_random_features_come_closer_with_their_number() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(64, 4) / 4 for _ in range(2))
+    errors = []
+    for count in (16, 256, 4096):
+        total = 0.0
+        for seed in range(8):
+            features = survey.random_features(4, count, seed=seed)
+            total += (features(q) @ features(k).mT - (q @ k.mT).exp()).square().mean().item()
+        errors.append((total / 8) ** 0.5)
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]  # 1 / sqrt m would be 4 each time
+    assert (survey.elu_features(q) > 0).all()
+
+
+def test_every_part_has_its_place() -> None:
+    placed = survey.place()
+    assert sum(map(len, placed.values())) == sum(bool(part.efficiency) for part in catalogue.parts())
+    assert {"moba"} <= {part.slug for part in placed["sparse/block/trained-routing"]}
+    text = survey.tree()
+    assert all(f"- {part.slug}" in text for part in catalogue.parts() if part.efficiency)
+    stray = catalogue.Summary("x", "", "", "", "sequence", "", efficiency="quantum")
+    with pytest.raises(ValueError, match="quantum"):
+        survey.place([stray])
+
+
+def test_refusals() -> None:
+    for arguments in ({"causal": False}, {"update": "hope"}, {"chunk_size": 0}):
+        with pytest.raises(ValueError):
+            RecurrentAttention(12, 3, **arguments)
+    q, k, v, beta, _ = tensors()
+    with pytest.raises(ValueError, match="beta"):
+        delta_attend(q, k, v, beta[:, :1])
+    with pytest.raises(ValueError, match="no context"):
+        RecurrentAttention(12, 3)(torch.randn(1, 2, 12), torch.randn(1, 2, 12))
