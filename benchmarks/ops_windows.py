@@ -28,6 +28,7 @@ H, D = 4, 64
 CASES: list[tuple[str, Mask, int, float | None]] = [
     ("causal window 512, N=16384", masks.window(511), 16384, 22.4),
     ("13 x 13 on 64 x 64", masks.neighborhood((64, 64), (13, 13)), 4096, 4.0),
+    ("5 x 5 x 5 on 16 x 24 x 24", masks.neighborhood((16, 24, 24), 5), 9216, None),
     ("window 256 both sides, N=8192", masks.window(256, 256), 8192, None),
     ("7 x 7 on 56 x 56", masks.neighborhood((56, 56), (7, 7)), 3136, None),
     ("7 x 7, dilation 4, on 64 x 64", masks.neighborhood((64, 64), (7, 7), 4), 4096, None),

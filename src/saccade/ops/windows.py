@@ -210,21 +210,22 @@ class _Grid:
         return prod(count for _, count, _ in self.residues)
 
 
-# Times are in those of a query-key pair of dense SDPA (two cores, fp32, D = E = 64; about 1.6 ns for both products).
+# Times are in those of a query-key pair of dense SDPA (fp32, D = E = 64: about 3.1 ns of one core for both products),
+# as measured on AVX-512 cores.
 
 
 def _rate(rows: int, box: int, backward: bool) -> float:
-    """Time of a pair in a tile of so many rows; backward, of the backward pass of SDPA."""
-    # rows of the softmax that end within a vector
-    tail = 0.06 if box % 16 else 0.0
-    return (0.8 + 7.0 / rows if backward else 1.08 + 4.8 / rows) + tail
+    """Time of a pair of a tile; backward, in that of a pair of SDPA's backward pass."""
+    per_key = 14.0 if backward else 8.0
+    # vectors hold 16 keys, products are made of four rows
+    return 1.05 + per_key / rows + (21.0 + (15.0 if box % 16 else 0.0)) / box + (0.12 if rows % 4 else 0.0)
 
 
 #: to copy a key and a value into a strip; backward, also to add up their gradients
-_COPY, _COPY_BACKWARD = 10.0, 14.0
+_COPY, _COPY_BACKWARD = 12.0, 16.0
 
 #: to call a function of torch
-_CALL = 3000.0
+_CALL = 1500.0
 
 
 def _cost(part: _Part, backward: bool) -> float:
@@ -237,7 +238,7 @@ def _cost(part: _Part, backward: bool) -> float:
     calls = part.strips if first.count > 1 else 0.25
     per_strip = 3.0 + 2.0 * ceil(first.box / first.tile) if backward and first.count > 1 else 2.0
     pieces = part.pairs * 4 / (2 * _PIECE_BYTES)
-    return cost + _CALL * (calls * per_strip + 3.0 * pieces + 5.0)
+    return cost + _CALL * (calls * per_strip + 3.0 * pieces + 1.0)
 
 
 def _sizes_of_tiles(window: _Window, start: int, end: int, axes: int) -> list[int]:
