@@ -358,7 +358,7 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         measured,
         holds=linear and second > softmax - 0.03,
-        note=f"early in training (200 steps); the normalisation decides: both degrees centered, where weights are nearly "
+        note=f"early in training (200 steps); the normalisation decides: both centered, where weights are nearly "
         f"even, degree 2 is {centered - first:+.2f} from degree 1 and {centered - softmax:+.2f} from softmax",
     )
 
@@ -411,7 +411,8 @@ register(
     claim=Claim(
         paper="Fastmax keeps softmax's accuracy while time and memory are linear in the number of tokens",
         expected="digits read as 64 tokens, 200 steps: Fastmax of degree 2 (standardized) within 0.03 of softmax or "
-        "above; the paper's order of degrees 2 > 1 is reported, like for like, without a verdict; time from 4k to 16k tokens has an exponent below 1.1, and at 16k is below SDPA's",
+        "above; the paper's order of degrees 2 > 1 is reported, like for like, without a verdict; "
+        "time from 4k to 16k tokens has an exponent below 1.1, and at 16k is below SDPA's",
         run=_claim,
     ),
 )
