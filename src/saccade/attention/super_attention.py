@@ -80,7 +80,11 @@ def align(
     kernel = kernel_GLL[:, start:M, :M]
     if causal:
         kernel = kernel.tril(start)
-    out = kernel @ v_BHME
+    if kernel.shape[0] == 1:  # one product for all rows and heads: a broadcast one would copy W_A for each
+        columns = v_BHME.permute(2, 0, 1, 3)
+        out = (kernel[0] @ columns.flatten(1)).unflatten(1, columns.shape[1:]).permute(1, 2, 0, 3)
+    else:
+        out = kernel @ v_BHME
     return out if bias_GL is None else out + bias_GL[:, start:M, None]
 
 
