@@ -1,6 +1,7 @@
 """Windows and neighbourhoods: the definition (card `neighborhood`), on tiles as on the whole matrix."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,22 @@ def test_strided_inputs_and_a_small_memory_bound() -> None:
         want = attend(q, k, v, mask=mask, backend="reference")
         for memory_mb in (64.0, 0.01):
             torch.testing.assert_close(tiled(q, k, v, mask, memory_mb=memory_mb)[0], want)
+
+
+def test_what_is_kept_between_calls_serves_other_modes_threads_and_inputs() -> None:
+    mask = masks.neighborhood((10, 15), (5, 7), (1, 2))
+    first, second = inputs(150), [x.detach() + 1.0 for x in inputs(150)]
+    with torch.inference_mode():
+        inside = tiled(*(x.detach() for x in first), mask)[0].clone()
+    out = tiled(*first, mask)[0]
+    torch.testing.assert_close(out.detach(), inside.clone())
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda x: tiled(*x, mask)[0].detach(), [first, second] * 6))
+    for i, result in enumerate(results):
+        q, k, v = second if i % 2 else first
+        torch.testing.assert_close(result, attend(q, k, v, mask=mask, backend="reference").detach())
+    torch.autograd.grad(out.sum(), first)
+    assert len(windows._kept.scratches) <= windows._KEPT
 
 
 def test_lse_is_none_unless_asked_for() -> None:

@@ -44,10 +44,10 @@ from saccade.ops.planning import Problem
 __all__ = ["density", "extra_bytes", "regular", "run", "share"]
 
 #: bytes of scores of a piece, per thread
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2 * 2**20
 
 #: bytes of tiles and strips of queries, keys and values that are copied at a time
-_STRIP_BYTES = 2 * 2**20
+_STRIP_BYTES = 4 * 2**20
 
 #: bytes of biases that a layout keeps from call to call
 _BIAS_BYTES = 8 * 2**20
@@ -724,7 +724,9 @@ def _run(
     """All parts of all grids, on tensors (C, G, N, X)."""
     keys = tensors["keys"]
     C, width = keys.shape[0], keys.shape[3] + tensors["values"].shape[3]
-    key = (kind, *key, C, width, keys.shape[3], scale, limit, keys.dtype, keys.device, tuple(tensors))
+    # tensors made in inference mode cannot be written to outside of it
+    mode = torch.is_inference_mode_enabled()
+    key = (kind, *key, C, width, keys.shape[3], scale, limit, keys.dtype, keys.device, tuple(tensors), mode)
     scratch = _kept.scratch(key, keys)
     width = width if kind is _Forward else 2 * width
     for number, grid in enumerate(_layout(*key[1:5], kind is _Backward)):
