@@ -8,8 +8,8 @@ Lee et al., "Set Transformer: A Framework for Attention-based Permutation-Invari
     PMA_k(X) = MAB(S, X),            S learned, k seeds
 
 Choices where paper and code differ, as the code makes them: the softmax is scaled by the whole width C
-(`scale="width"`; the paper's by the head's is `"head"`), the residual adds the projected query, there is no layer norm unless asked for
-(`layer_norm=True`, after attention and after fc_o, is the paper's), and no feed-forward before PMA's attention.
+(`scale="width"`; the paper's by the head's is `"head"`), the residual adds the projected query, there is no layer norm
+unless asked for (`layer_norm=True`, after attention and after fc_o, is the paper's), and no feed-forward before PMA.
 
 Shape letters: B batch, N elements, M elements of the other set, C width, H heads, D = C / H, K seeds.
 """
