@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from saccade.train.loop import Training, fit
+from saccade.train.loop import Training, auxiliary_loss, fit
 
 
 def line(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -89,3 +89,25 @@ def test_a_state_of_another_model_is_refused() -> None:
         Training(nn.Linear(2, 2), 3).load_state(state)
     with pytest.raises(ValueError, match="steps must be positive"):
         Training(line()[0], 0)
+
+
+def test_what_parts_add_to_the_loss_is_trained_on_and_not_reported() -> None:
+    class Part(nn.Module):
+        aux_weight = 0.5
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.aux_loss: Tensor | None = None
+
+        def forward(self) -> Tensor:
+            self.aux_loss = 4 * self.weight if self.training else None
+            return self.weight * 0
+
+    model = nn.ModuleList([Part(), Part()])
+    seen = Training(model, 3, lr=0.1)(None, lambda model, _: 7 + model[0]() + model[1]())
+    assert seen == 7.0 and model[0].weight.item() < 1
+    assert auxiliary_loss(model).item() == pytest.approx(2.0)
+    model.eval()
+    model[0](), model[1]()
+    assert auxiliary_loss(model) is None

@@ -115,7 +115,7 @@ def retention_attend(
         exact_gradient: let the gradient go through the normaliser; the authors treat it as a constant.
     """
     if causal:
-        mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+        mask = masks.and_causal(mask, offset)
     if decay.ndim == 1:
         log = decay.log()
         # above the diagonal, where a causal mask forbids the pair, the power would overflow
@@ -324,7 +324,7 @@ class EngineAttention(QKVAttention):
             where: dict[str, Any] = {"causal": causal, "offset": offset, "mask": mask}
             return retention_attend(q_BHND, k_BKMD, v_BKME, self.decay, exact_gradient=self.exact_gradient, **where)
         if causal:
-            mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+            mask = masks.and_causal(mask, offset)
         if self.normalizer is not None:
             return attend(q_BHND, k_BKMD, v_BKME, mask=mask, normalize=self.normalizer)
         if self.variant == "sigmoid":

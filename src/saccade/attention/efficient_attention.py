@@ -33,7 +33,6 @@ H and W are height and width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -42,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops.cache import StateCache
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
@@ -191,18 +191,6 @@ def _valid(mask: Tensor | Mask | None, k_BKMD: Tensor) -> Tensor | None:
     return valid[:, None, :, None]
 
 
-@dataclass
-class EfficientCache:
-    """State of a causal layer, of the same size however many tokens there were."""
-
-    state: EfficientState | None = None
-    length: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.state is None else sum(part.numel() * part.element_size() for part in self.state)
-
-
 class EfficientAttention(QKVAttention):
     """Efficient attention on token sequences; without positions, as in the paper.
 
@@ -251,7 +239,7 @@ class EfficientAttention(QKVAttention):
         context_BMC: Tensor | None = None,
         *,
         mask: Tensor | Mask | None = None,
-        cache: EfficientCache | None = None,
+        cache: StateCache | None = None,
     ) -> Tensor:
         """Args:
             mask: bool (B, M), True = real token. With a cache, M counts all tokens so far.
@@ -290,9 +278,9 @@ class EfficientAttention(QKVAttention):
 
     def new_cache(  # type: ignore[override]
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> EfficientCache:
+    ) -> StateCache:
         """An empty cache; its state comes with the first tokens, in float32 (float64 for a float64 layer)."""
-        return EfficientCache()
+        return StateCache()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, causal={self.causal}, normalization={self.normalization!r}"

@@ -43,10 +43,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops.cache import StateCache
 from saccade.ops.expansion import Polynomial, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
-from saccade.ops.state_layer import StateAttention, StateCache
+from saccade.ops.state_layer import StateAttention
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

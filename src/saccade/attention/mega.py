@@ -175,7 +175,7 @@ def mega_attend(
     given = as_mask(mask, k_BHMZ)
     both = given
     if causal and not (N == 1 and offset >= M - 1):
-        both = masks.causal(offset) if given is None else given & masks.causal(offset)
+        both = masks.and_causal(given, offset)
     if attention == "softmax":
         q_BHNZ = q_BHNZ * Z**-0.5
     else:

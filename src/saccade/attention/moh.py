@@ -297,20 +297,22 @@ def _key_heads(x_BKMD: Tensor, H: int, first: int, last: int) -> Tensor:
 def _with_causal(mask: Mask | None, causal: bool, offset: int, N: int) -> Mask | None:
     if not causal or (offset and N == 1):
         return mask
-    return masks.causal(offset) if mask is None else mask & masks.causal(offset)
+    return masks.and_causal(mask, offset)
 
 
 class _KeepsLoss:
     """`aux_loss`: L_b of the last training call, with its graph; None after a call in eval. Copies leave it behind."""
 
     aux_loss: Tensor | None = None
+    aux_weight: float = 0.01
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "aux_loss"}
 
 
 def balance_loss(model: nn.Module) -> Tensor:
-    """The mean of L_b over the MoH layers of a model, of its last training call; add 0.01 of it to the task's loss.
+    """The mean of L_b over the MoH layers of a model, of its last training call; add 0.01 of it to the task's loss
+    (`saccade.compare` and the lab do, by `aux_loss` and `aux_weight`).
 
     Raises:
         ValueError: if no layer has one.
@@ -334,6 +336,7 @@ class MoH(_KeepsLoss, QKVAttention):
         router: "trained", or "query-norm" without parameters.
         qk_norm: layer norm of each head's queries and keys (DiT's option).
         form: of `gated_attend`.
+        balance: beta, the weight of L_b in training.
 
     Raises:
         ValueError: if the numbers of heads do not fit, or an option is unknown.
@@ -350,9 +353,11 @@ class MoH(_KeepsLoss, QKVAttention):
         router: Router = "trained",
         qk_norm: bool = False,
         form: Form = "auto",
+        balance: float = 0.01,
         **projections: Any,
     ) -> None:
         super().__init__(dim, num_heads, causal, **projections)
+        self.aux_weight = balance
         shared_heads = num_heads // 2 if shared_heads is None else shared_heads
         routed_heads = min(max(1, num_heads // 4), num_heads - shared_heads) if routed_heads is None else routed_heads
         if not 0 <= shared_heads <= num_heads:
@@ -672,7 +677,7 @@ def _digits(lab: Lab, heads: dict[str, Any], balance: float, name: str) -> tuple
     data = lab.data.digits()
     dim = 64
     with lab.seeded():
-        model = _Digits(dim, [MoH(dim, 8, rope=False, **heads) for _ in range(2)])
+        model = _Digits(dim, [MoH(dim, 8, rope=False, balance=balance, **heads) for _ in range(2)])
     generator = lab.generator()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -681,8 +686,7 @@ def _digits(lab: Lab, heads: dict[str, Any], balance: float, name: str) -> tuple
             yield data.train_images[chosen], data.train_labels[chosen]
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        task = F.cross_entropy(model(batch[0]), batch[1])
-        return task + balance * balance_loss(model) if balance else task
+        return F.cross_entropy(model(batch[0]), batch[1])
 
     lab.train(model, batches(), loss, 800, lr=2e-3, description=name)
     model.eval()

@@ -130,7 +130,7 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, offset: int, scale: float | None = None
 ) -> Tensor:
     if causal and not (offset and q.shape[2] == 1):
-        mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+        mask = masks.and_causal(mask, offset)
     return attend(q, k, v, mask=mask, scale=scale)
 
 

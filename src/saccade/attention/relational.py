@@ -452,7 +452,7 @@ class SensoryAttention(QKVAttention):
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
     ) -> Tensor:
         if causal and not (offset and q_BHND.shape[2] == 1):
-            mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+            mask = masks.and_causal(mask, offset)
         return attend(q_BHND, k_BKMD, v_BKME, mask=mask, scale=self.head_dim**-0.5)
 
     def _heads(self, x_BNC: Tensor, heads: int) -> Tensor:

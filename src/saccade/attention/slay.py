@@ -191,7 +191,7 @@ class YatAttention(QKVAttention):
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
     ) -> Tensor:
         if causal:
-            mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+            mask = masks.and_causal(mask, offset)
         options: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta, "score_scale": self.score_scale}
         return yat_attend(q_BHND, k_BKMD, v_BKME, mask=mask, **options)
 

@@ -31,7 +31,7 @@ class SoftmaxAttention(QKVAttention):
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
     ) -> Tensor:
         if causal and not (offset and q_BHND.shape[2] == 1):
-            mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+            mask = masks.and_causal(mask, offset)
         return attend(q_BHND, k_BKMD, v_BKME, mask=mask)
 
 

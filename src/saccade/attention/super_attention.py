@@ -330,7 +330,7 @@ class SuperAttention(nn.Module):
     def _causally(self, pairs: Mask | None, offset: int, N: int) -> Mask | None:
         if not self.causal or (offset and N == 1):
             return pairs
-        return masks.causal(offset) if pairs is None else pairs & masks.causal(offset)
+        return masks.and_causal(pairs, offset)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, tokens in (("x", query), ("key", key), ("value", value)):

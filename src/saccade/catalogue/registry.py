@@ -87,8 +87,8 @@ def select(
     """The parts of a family, kind, capability or place in the taxonomy.
 
     >>> from saccade import catalogue
-    >>> [part.slug for part in catalogue.select(kind="sequence", supports="training-free")][:1]
-    ['moba']
+    >>> [part.slug for part in catalogue.select(kind="sequence", family="baseline")]
+    ['softmax']
 
     Raises:
         ValueError: if a name is unknown.

@@ -78,10 +78,12 @@ class StateCache:
     Attributes:
         state: None before the first token.
         length: tokens seen.
+        batch_size: how many sequences it is for, where that is known.
     """
 
     state: Any = None
     length: int = 0
+    batch_size: int | None = None
 
     @property
     def nbytes(self) -> int:

@@ -36,6 +36,7 @@ __all__ = [
     "FULL",
     "PARTIAL",
     "Mask",
+    "and_causal",
     "blocks",
     "causal",
     "dense",
@@ -331,6 +332,11 @@ def _tighter(a: int | None, b: int | None, choose: Callable[[int, int], int]) ->
 def causal(offset: int = 0) -> Mask:
     """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key."""
     return Band(None, offset, f"causal({offset})" if offset else "causal()")
+
+
+def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
+    """`mask` (every pair, where None) less what lies after the query; `offset` as in `causal`."""
+    return causal(offset) if mask is None else mask & causal(offset)
 
 
 def window(left: int, right: int = 0, *, offset: int = 0) -> Mask:

@@ -8,27 +8,14 @@ Shape letters: B batch, N queries, M keys, C channels, H query heads, K key head
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade.ops.cache import StateCache
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask, Padding
-
-
-@dataclass
-class StateCache:
-    """What a layer keeps of the past: its state (None before the first token), in float32 or float64."""
-
-    batch_size: int
-    state: Tensor | None = None
-    length: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.state is None else self.state.numel() * self.state.element_size()
 
 
 class StateAttention(QKVAttention):
@@ -74,7 +61,7 @@ class StateAttention(QKVAttention):
         """
         self._check(x_BNC, context_BMC, cache)  # type: ignore[arg-type]
         start = 0 if cache is None else cache.length
-        if cache is not None and cache.batch_size != x_BNC.shape[0]:
+        if cache is not None and cache.batch_size not in (None, x_BNC.shape[0]):
             raise ValueError(f"the cache is for {cache.batch_size} sequences, got {x_BNC.shape[0]}")
         q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, start)
         v_BKMD = self._heads(self.v_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
@@ -99,7 +86,7 @@ class StateAttention(QKVAttention):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> StateCache:
         """An empty cache for `forward(x, cache=cache)`; its state comes with the first tokens, whatever the dtype."""
-        return StateCache(batch_size)
+        return StateCache(batch_size=batch_size)
 
 
 def key_padding(mask: Mask | None) -> Tensor | None:

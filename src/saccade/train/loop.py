@@ -55,7 +55,7 @@ class Training:
         return self.lr * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, share))))
 
     def __call__(self, batch: T, loss: Callable[[nn.Module, T], Tensor]) -> float:
-        """One step; returns its loss.
+        """One step; returns its loss, without what the parts add to it (see `auxiliary_loss`).
 
         Raises:
             ValueError: if the loss is not a finite number.
@@ -70,7 +70,8 @@ class Training:
                 f"the loss became {figure} at step {self.step + 1} of {self.steps}: try a lower learning rate"
             )
         self.optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        extra = auxiliary_loss(self.model)
+        (value if extra is None else value + extra).backward()
         nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.step += 1
@@ -108,6 +109,17 @@ class Training:
             self.step = int(tensors["step"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())[:200]}") from error
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """What the parts of a model add to the task's loss: the mean of `aux_weight * aux_loss` of those that have one.
+
+    A part with a loss of its own (MoH's load balance, say) leaves it as `aux_loss` after a call in training mode, None
+    otherwise, and says in `aux_weight` how much of it its paper adds.
+    """
+    parts: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
+    losses = [part.aux_weight * part.aux_loss for part in parts]
+    return torch.stack(losses).mean() if losses else None
 
 
 def fit(
