@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saccade import catalogue
+from saccade.report.sizes import count
 from saccade.train.lab import Lab
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,6 +46,11 @@ def call_arguments(slug: str, module: nn.Module, size: int) -> tuple[object, ...
     if part.kind == "sequence":
         return (torch.randn(2, size, part.example["dim"]),)
     return (torch.randn(2, part.example["channels"], size, max(1, size - 2)),)
+
+
+def published(slug: str) -> tuple[catalogue.Published, ...]:
+    """Rooms of models alone are imported to be asked."""
+    return catalogue.part(slug).published if catalogue.paper(slug).room.startswith("saccade.models") else ()
 
 
 def tensors(output: object) -> list[Tensor]:
@@ -265,6 +271,16 @@ def test_starts_from_a_softmax_layer(slug: str) -> None:
     assert torch.equal(ours.out_proj.bias, theirs.out_proj.bias)
     x = torch.randn(2, 9, module.dim)
     assert ours(x).isfinite().all()
+
+
+SIZES = [(part.slug, size.name) for part in catalogue.parts() for size in published(part.slug)]
+
+
+@pytest.mark.parametrize(("slug", "name"), SIZES)
+def test_published_sizes(slug: str, name: str) -> None:
+    size = count(slug, name)
+    assert size.error <= size.published.tolerance, (size.parameters, size.flops)
+    assert size.published.tolerance <= 0.01 or size.published.note
 
 
 @pytest.mark.parametrize("slug", SEQUENCES)

@@ -1,4 +1,4 @@
-"""Write the table of parts into README.md from the catalogue; `--check` only says whether it is stale."""
+"""Write the table of parts into README.md, and docs/sizes.md, from the catalogue; `--check` only says what is stale."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from saccade import catalogue
+from saccade.report import sizes
 
 README = Path(__file__).parent.parent / "README.md"
+SIZES = Path(__file__).parent.parent / "docs" / "sizes.md"
 BEGIN, END = "<!-- parts: written by tools/readme.py -->", "<!-- end of parts -->"
 
 
@@ -43,14 +45,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table is stale")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = written(old)
-    if check:
-        if old != new:
-            print("README.md is stale: run `make readme`", file=sys.stderr)
-        return int(old != new)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    pages = {README: written(README.read_text(encoding="utf-8")), SIZES: sizes.page()}
+    stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    for path in stale:
+        if check:
+            print(f"{path.name} is stale: run `make readme`", file=sys.stderr)
+        else:
+            path.write_text(pages[path], encoding="utf-8")
+    return int(check and bool(stale))
 
 
 if __name__ == "__main__":

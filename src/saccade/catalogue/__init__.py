@@ -24,6 +24,9 @@ from saccade.catalogue.cards import (
     Part as Part,
 )
 from saccade.catalogue.cards import (
+    Published as Published,
+)
+from saccade.catalogue.cards import (
     Summary as Summary,
 )
 from saccade.catalogue.registry import (

@@ -112,6 +112,28 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Published:
+    """A size of a model as its paper's table prints it.
+
+    Attributes:
+        name: the paper's, e.g. "Twins-SVT-S".
+        arguments: of `build`.
+        parameters: in millions.
+        flops: in thousand millions of multiply-adds at `resolution`; None where the paper gives none.
+        resolution: height and width of the input image.
+        tolerance: how far the table may be off, as a share; `note` says why where it is above 1 %.
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    parameters: float
+    flops: float | None = None
+    resolution: int = 224
+    tolerance: float = 0.01
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Part(Summary):
     """A full registration.
 
@@ -119,6 +141,7 @@ class Part(Summary):
     maps (a tiny instance, a size) to its call's positional arguments, where the default of its kind does not do.
     `at_length` gives arguments for short sequences, where the defaults are made for long ones.
     `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
+    `published` are the sizes of a model's paper, by which its parameters and FLOPs are checked.
     """
 
     build: Callable[..., nn.Module] | None = None
@@ -128,3 +151,4 @@ class Part(Summary):
     data_dependent: bool = False
     ports: tuple[AuthorsPort, ...] = ()
     claim: Claim | None = None
+    published: tuple[Published, ...] = ()

@@ -1,0 +1,1 @@
+"""Complete networks, a folder (or file) a paper."""

@@ -1,0 +1,78 @@
+"""What all image backbones share: the pyramid that `features` gives, the head on its last level, sizes by name.
+
+Shape letters: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from saccade import catalogue
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass
+class ImageOutput:
+    """What a backbone returns.
+
+    Attributes:
+        features: maps (B, C, H, W) from fine to coarse, of `channels` and `strides` of the backbone.
+        logits: (B, K), None without a head.
+    """
+
+    features: list[Tensor]
+    logits: Tensor | None = None
+
+
+class Backbone(nn.Module):
+    """Base of the image backbones; a subclass sets `slug`, `channels`, `strides` and gives `features` and `classify`.
+
+    Attributes:
+        slug: its paper.
+        channels, strides: of the maps that `features` gives; a stride is the input's size over the map's.
+    """
+
+    slug: ClassVar[str]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def features(self, x_BCHW: Tensor) -> list[Tensor]:
+        """The pyramid, from fine to coarse; images of any size.
+
+        Raises:
+            ValueError: if `x` is no batch of images with the channels that the stem takes.
+        """
+        raise NotImplementedError
+
+    def classify(self, x_BCHW: Tensor) -> Tensor | None:
+        """Logits (B, K) of the last map; None without a head."""
+        raise NotImplementedError
+
+    def forward(self, x_BCHW: Tensor) -> ImageOutput:
+        maps = self.features(x_BCHW)
+        return ImageOutput(maps, self.classify(maps[-1]))
+
+    @classmethod
+    def from_config(cls, name: str, **changes: Any) -> Self:
+        """A published size by the paper's name for it, e.g. "Twins-SVT-S"; `changes` go before its arguments.
+
+        Raises:
+            ValueError: if there is no such size; the message lists them.
+        """
+        sizes = {size.name: size for size in catalogue.part(cls.slug).published}
+        if name not in sizes:
+            raise ValueError(f"{cls.slug} was published as {', '.join(sizes)}; got {name!r}")
+        model = catalogue.create(cls.slug, **{**sizes[name].arguments, **changes})
+        assert isinstance(model, cls)
+        return model
+
+
+def check_images(x_BCHW: Tensor, channels: int) -> None:
+    """Raise ValueError unless `x` is (B, channels, H, W) with at least one pixel."""
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels or 0 in x_BCHW.shape[2:]:
+        raise ValueError(f"x must be images (batch, {channels}, height, width), got {tuple(x_BCHW.shape)}")
