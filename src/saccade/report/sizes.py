@@ -55,9 +55,9 @@ def page() -> str:
     lines = [
         "# Published sizes",
         "",
-        "Written by `make readme`; nothing here is typed by hand. Parameters in millions, FLOPs in thousand millions of",
-        "multiply-adds at the paper's resolution (our count: convolutions and matrix products, on the meta device). A",
-        "test holds each to its tolerance, 1 % where no other is given.",
+        "Written by `make readme`; nothing here is typed by hand. Parameters in millions, FLOPs in thousand millions",
+        "of multiply-adds at the paper's resolution (our count: convolutions and matrix products, on the meta device).",
+        "A test holds each to its tolerance, 1 % where no other is given.",
         "",
         "| part | size | parameters, paper | ours | FLOPs, paper | ours | off by | remark |",
         "|---|---|---|---|---|---|---|---|",
