@@ -113,7 +113,7 @@ def rectified_spaattn_attend(
 ) -> Any:
     """Block-sparse attention among visual tokens, rectified by a pooled map; dense from and to text tokens.
 
-    `top_k` of all blocks is dense attention. Gradients flow through the sparse output and the pooled weights and
+    `top_k` of all visual blocks, plus one where there is text, is dense attention. Gradients flow through the sparse output and the pooled weights and
     values, none through the choice of blocks. Time O(density V^2 D + N T D + V^2 D / (block_q block_k)), memory linear
     in N apart from the pooled map. No input is changed.
 
@@ -161,7 +161,7 @@ def rectified_spaattn_attend(
     )
     outs = []
     if V:
-        q_visual, k_visual, v_visual = q_BHND[:, :, :V], k_BKND[:, :, :V], v_BKNE[:, :, :V]
+        q_visual, v_visual = q_BHND[:, :, :V], v_BKNE[:, :, :V]
         pattern, keys, values = _with_text(found.critical_BHnm, k_BKND, v_BKNE, V, block_q, block_k, mask)
         out = attend(q_visual, keys, values, mask=pattern, scale=scale)
         if ipar:
@@ -219,7 +219,7 @@ def rectified_map(
         ValueError: if shapes or options do not fit.
     """
     _check(q_BHND, k_BKND, k_BKND, text_tokens, mask)
-    B, H, N, D = q_BHND.shape
+    H, N, D = q_BHND.shape[1:]
     V = N - text_tokens
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
@@ -523,9 +523,9 @@ def _run_video_text(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]
 
 def _video(grid: tuple[int, int, int], order: Tensor, heads: int, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Queries, keys and values of a smooth field on a (T, H, W) grid with noise on every token, along the curve."""
-    coarse = tuple(max(2, side // 4) for side in grid)
+    coarse = tuple(max(2, side // 8) for side in grid)
     fields = []
-    for sharpness, noise in ((2.5, 0.5), (2.5, 0.5), (1.0, 0.3)):
+    for sharpness, noise in ((1.5, 0.2), (1.5, 0.2), (1.0, 0.3)):
         field = torch.randn(heads, 64, *coarse, generator=generator)
         field = F.interpolate(field, size=grid, mode="trilinear", align_corners=True).flatten(2).mT[None, :, order]
         fields.append(sharpness * field + noise * torch.randn(field.shape, generator=generator))
@@ -539,7 +539,7 @@ def _claim(lab: Lab) -> ClaimResult:
     generator, measured = lab.generator(), {}
     grid = lab.size((8, 16, 16), (2, 4, 8))
     size = lab.size(32, 8)
-    blocks = {"block_q": size, "block_k": size, "cdf_threshold": 0.0}
+    blocks: dict[str, Any] = {"block_q": size, "block_k": size, "cdf_threshold": 0.0}
     order = gilbert_order(grid)
     q, k, v = _video(grid, order, 2, generator)
     forms = {"plain": (False, False), "ipar": (True, False), "gapr": (False, True), "rectified": (True, True)}
@@ -550,20 +550,21 @@ def _claim(lab: Lab) -> ClaimResult:
             for name, (ipar, gapr) in forms.items():
                 out = rectified_spaattn_attend(q, k, v, drop_rate=rate, ipar=ipar, gapr=gapr, **blocks)
                 measured[f"{name}_l1_error_drop_{rate}"] = float((out - dense).abs().sum() / dense.abs().sum())
-            better.append(measured[f"rectified_l1_error_drop_{rate}"] < measured[f"plain_l1_error_drop_{rate}"])
+            errors = {name: measured[f"{name}_l1_error_drop_{rate}"] for name in forms}
+            better.append(errors["rectified"] < min(errors["plain"] / 2, errors["ipar"], errors["gapr"]))
 
         grid = lab.size((16, 32, 32), (2, 8, 8))
         order = gilbert_order(grid)
         size = lab.size(128, 16)
         q, k, v = _video(grid, order, 4, generator)
-        options = {"neighbors": neighbor_blocks(grid, order, size), "block_q": size, "block_k": size}
+        options: dict[str, Any] = {"neighbors": neighbor_blocks(grid, order, size), "block_q": size, "block_k": size}
         found = rectified_map(q, k, **options)
         density = float(found.critical_BHnm.float().mean())
         dense = F.scaled_dot_product_attention(q, k, v)
         out = rectified_spaattn_attend(q, k, v, **options)
-        sdpa = lab.seconds(lambda: F.scaled_dot_product_attention(q, k, v), repeats=3)
-        sparse = lab.seconds(lambda: rectified_spaattn_attend(q, k, v, **options), repeats=3)
-        selection = lab.seconds(lambda: rectified_map(q, k, **options), repeats=3)
+        sdpa = lab.seconds(lambda: F.scaled_dot_product_attention(q, k, v), repeats=5)
+        sparse = lab.seconds(lambda: rectified_spaattn_attend(q, k, v, **options), repeats=5)
+        selection = lab.seconds(lambda: rectified_map(q, k, **options), repeats=5)
     measured |= {
         "density_16k": density,
         "l1_error_16k": float((out - dense).abs().sum() / dense.abs().sum()),
@@ -612,9 +613,9 @@ register(
     ),
     claim=Claim(
         paper="2.5 to 3.3 x faster HunyuanVideo, 1.8 to 2.1 x faster Wan 2.1, without training and at dense quality",
-        expected="a smooth field with noise along the curve: at every drop rate the rectified output is nearer to dense "
-        "attention than plain block-sparse attention over the same blocks; at 16k tokens and drop rate 0.8 over 2 x "
-        "the speed of SDPA, selection included",
+        expected="a smooth field with noise along the curve: at every drop rate the rectified output has under half the "
+        "error of plain block-sparse attention over the same blocks, each correction alone more; at 16k tokens and "
+        "drop rate 0.8 over 2 x the speed of SDPA, selection included",
         run=_claim,
     ),
 )

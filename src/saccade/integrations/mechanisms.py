@@ -265,6 +265,15 @@ MECHANISMS: dict[str, Mechanism] = {
             settings=lambda n: [{"cdf_threshold": tau, **_tiles(n)} for tau in (0.6, 0.8, 0.9, 0.97)],
         ),
         Mechanism(
+            "rectified-spaattn",
+            "saccade.attention.rectified_spaattn:rectified_spaattn_attend",
+            causal=False,
+            settings=lambda n: [
+                {"drop_rate": rate, "block_q": _tiles(n)["block_q"], "block_k": _tiles(n)["block_q"]}
+                for rate in (0.9, 0.8, 0.65, 0.5)
+            ],
+        ),
+        Mechanism(
             "mra",
             "saccade.attention.mra:mra_attend",
             causal=False,
