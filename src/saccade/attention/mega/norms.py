@@ -1,0 +1,62 @@
+"""Norms and initialisation that the layers share.
+
+Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ScaleNorm(nn.Module):
+    """x s / rms(x) with one learned number s."""
+
+    def __init__(self, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps, self.scale = eps, nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Over batch and tokens."""
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return super().forward(x_BNC.transpose(1, 2)).transpose(1, 2)
+
+
+class _Dropout(nn.Module):
+    """Dropout, or that of whole channels: one choice for all tokens."""
+
+    def __init__(self, rate: float, channels: bool) -> None:
+        super().__init__()
+        self.rate, self.channels = rate, channels
+
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        if self.channels:
+            return F.dropout1d(x_BNC.transpose(1, 2), self.rate, self.training).transpose(1, 2)
+        return F.dropout(x_BNC, self.rate, self.training)
+
+
+def _norm(kind: str | None, dim: int) -> nn.Module:
+    norms: dict[str | None, Callable[[], nn.Module]] = {
+        "layer": lambda: nn.LayerNorm(dim),
+        "scale": ScaleNorm,
+        "rms": lambda: nn.RMSNorm(dim, eps=1e-5),
+        "batch": lambda: _BatchNorm(dim),
+        None: nn.Identity,
+    }
+    if kind not in norms:
+        raise ValueError(f"norm must be 'layer', 'scale', 'rms', 'batch' or None, got {kind!r}")
+    return norms[kind]()
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)

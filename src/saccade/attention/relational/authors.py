@@ -1,0 +1,204 @@
+"""How the authors' modules, parameters and arguments map to ours.
+
+Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
+values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.attention.relational.layers import DualAttention, RelationalAttention
+from saccade.attention.relational.model import DualAttentionLM
+from saccade.attention.relational.symbols import RETRIEVERS
+
+_NAMES = {
+    "layers.token_embedder": "token_embedding",
+    "layers.symbol_retrievers": "retrievers",
+    "layers.blocks": "blocks",
+    "layers.norm": "norm",
+    "layers.final_out": "head",
+    "dual_attn": "attention",
+    "self_attention": "sensory",
+    "relational_attention": "relational",
+    "ff_block.linear1": "mlp.inner",
+    "ff_block.linear2": "mlp.out",
+    "ff_block.linear3": "mlp.factor",
+    "wq_attn": "q_proj",
+    "wk_attn": "k_proj",
+    "wq_rel": "q_rel_proj",
+    "wk_rel": "k_rel_proj",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "out_proj",
+    "wr": "relation_weights",
+    "model_dim_proj": "in_proj",
+    "rel_pos_enc.rel_pos_embeddings": "table",
+}
+
+
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in state.items():
+        dotted = f".{key}."
+        for theirs, ours in _NAMES.items():
+            dotted = dotted.replace(f".{theirs}.", f".{ours}.")
+        renamed[dotted[1:-1]] = tensor
+    return renamed
+
+
+def _known(args: dict[str, Any], *names: str) -> None:
+    unknown = sorted(set(args) - set(names))
+    if unknown:
+        raise ValueError(f"this port knows the arguments {', '.join(names)}, got {', '.join(unknown)}")
+
+
+_BRANCH = ("n_kv_heads", "add_bias_out", "key_dim")
+
+
+_RELATIONAL = (*_BRANCH, "n_relations", "rel_proj_dim", "rel_activation", "symmetric_rels")
+
+
+def _relational_arguments(args: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_relations": args.get("n_relations"),
+        "relation_dim": args.get("rel_proj_dim"),
+        "relation_activation": args.get("rel_activation") or "identity",
+        "symmetric": bool(args.get("symmetric_rels", False)),
+        "key_dim": args.get("key_dim"),
+    }
+
+
+def _build_relational(args: dict[str, Any]) -> nn.Module:
+    _known(args, "d_model", "n_heads", "total_n_heads", "dropout", "use_relative_positional_symbols", *_RELATIONAL)
+    dim, heads = int(args["d_model"]), int(args["n_heads"])
+    return RelationalAttention(
+        dim,
+        heads,
+        num_kv_heads=args.get("n_kv_heads"),
+        head_dim=dim // int(args.get("total_n_heads") or heads),
+        proj_bias=bool(args.get("add_bias_out", False)),
+        dropout=float(args.get("dropout") or 0.0),
+        **_relational_arguments(args),
+    )
+
+
+def _pairs(symbols: Tensor, x: Tensor, args: dict[str, Any]) -> Tensor:
+    """The authors give symbols of pairs as (N, N, C)."""
+    relative = (args.get("ra_kwargs") or args).get("use_relative_positional_symbols", False)
+    return symbols[None] if relative and symbols.ndim == 3 else symbols
+
+
+def _looked_inside(module: RelationalAttention, x: Tensor, causal: bool, rope: bool) -> Tensor:
+    module.causal, module.rope = causal, rope
+    return module.mix(x, torch.eye(x.shape[1]).to(x).expand(x.shape[0], module.num_heads, -1, -1))
+
+
+def _run_relational(module: RelationalAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    x, symbols = inputs["x"], _pairs(inputs["symbols"], inputs["x"], args)
+    outputs = {"relations": module.relations(x)}
+    for suffix, causal in (("", False), ("_causal_rope", True)):
+        outputs[f"attn{suffix}"] = _looked_inside(module, x, causal, causal)
+        outputs[f"y{suffix}"] = module(x, symbols)
+    return outputs
+
+
+def _build_dual(args: dict[str, Any]) -> nn.Module:
+    names = ("d_model", "n_heads_sa", "n_heads_ra", "dropout", "sa_kwargs", "ra_kwargs", "share_attn_params")
+    _known(args, *names)
+    return DualAttention(
+        int(args["d_model"]),
+        int(args["n_heads_sa"]) + int(args["n_heads_ra"]),
+        True,
+        symbols=None,
+        dropout=float(args.get("dropout") or 0.0),
+        **_dual_arguments(args),
+    )
+
+
+def _dual_arguments(args: dict[str, Any]) -> dict[str, Any]:
+    sensory, relational = args.get("sa_kwargs") or {}, args.get("ra_kwargs") or {}
+    _known(sensory, "n_kv_heads", "add_bias_out")
+    _known(relational, "use_relative_positional_symbols", *_RELATIONAL)
+    if bool(sensory.get("add_bias_out")) != bool(relational.get("add_bias_out")):
+        raise ValueError("this port has the output bias in both branches or in none")
+    return {
+        "relational_heads": int(args["n_heads_ra"]),
+        "num_kv_heads": (sensory.get("n_kv_heads"), relational.get("n_kv_heads")),
+        "proj_bias": bool(relational.get("add_bias_out", False)),
+        "share_attention": bool(args.get("share_attn_params", False)),
+        **_relational_arguments(relational),
+    }
+
+
+def _run_dual(module: DualAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    x = inputs["x"]
+    outputs = {"y": module(x, symbols=_pairs(inputs["symbols"], x, args))}
+    if module.relational is not None:
+        outputs["attn_ra"] = _looked_inside(module.relational, x, True, True)
+        outputs["relations"] = module.relational.relations(x)
+    return outputs
+
+
+def _retriever_arguments(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and arguments of a retriever, from the authors' names of its arguments."""
+    if "max_rel_pos" in args:
+        _known(args, "symbol_dim", "max_rel_pos")
+        return "relative", {"max_distance": int(args["max_rel_pos"])}
+    if "max_length" in args:
+        _known(args, "symbol_dim", "max_length")
+        return "positional", {"max_length": int(args["max_length"])}
+    if "nbhd_delta" in args:
+        names = ("d_model", "rel_n_heads", "symbolic_attn_n_heads", "n_symbols", "nbhd_delta", "causal_nbhd")
+        _known(args, *names, "include_self", "dropout")
+        return "relational", {
+            "relation_heads": int(args["rel_n_heads"]),
+            "num_heads": int(args["symbolic_attn_n_heads"]),
+            "num_symbols": int(args["n_symbols"]),
+            "distance": int(args["nbhd_delta"]),
+            "causal": bool(args.get("causal_nbhd", True)),
+            "include_self": bool(args.get("include_self", False)),
+        }
+    _known(args, "d_model", "n_heads", "n_symbols", "dropout")
+    return "symbolic", {"num_heads": int(args["n_heads"]), "num_symbols": int(args["n_symbols"])}
+
+
+def _build_retriever(args: dict[str, Any]) -> nn.Module:
+    kind, options = _retriever_arguments(args)
+    return RETRIEVERS[kind](int(args["d_model"] if "d_model" in args else args["symbol_dim"]), **options)
+
+
+def _build_lm(args: dict[str, Any]) -> nn.Module:
+    _known(
+        args,
+        *("vocab_size", "d_model", "n_layers", "n_heads_sa", "n_heads_ra", "dff", "dropout_rate", "activation"),
+        *("norm_first", "max_block_size", "symbol_retrieval", "symbol_retrieval_kwargs", "pos_enc_type"),
+        *("sa_kwargs", "ra_kwargs", "share_attn_params"),
+    )
+    kind, options = _retriever_arguments(args.get("symbol_retrieval_kwargs") or {})
+    return DualAttentionLM(
+        int(args["vocab_size"]),
+        int(args["d_model"]),
+        int(args["n_layers"]),
+        int(args["n_heads_sa"]) + int(args["n_heads_ra"]),
+        symbols=kind,
+        symbol_options=options,
+        rope=str(args.get("pos_enc_type")) == "RoPE",
+        max_length=int(args["max_block_size"]),
+        hidden=args.get("dff"),
+        activation=str(args.get("activation", "swiglu")),
+        norm_first=bool(args.get("norm_first", True)),
+        dropout=float(args.get("dropout_rate") or 0.0),
+        **_dual_arguments(args),
+    )
+
+
+def _run_lm(module: DualAttentionLM, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    logits = module(inputs["ids"])
+    loss = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
+    return {"logits": logits, "loss": loss.reshape(1)}
