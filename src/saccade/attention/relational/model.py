@@ -12,9 +12,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.attention.relational.layers import DualAttention, DualCache, RelationalAttention, SensoryAttention
+from saccade.attention.relational.layers import (
+    DualAttention,
+    DualCache,
+    RelationalAttention,
+    SensoryAttention,
+    retrieve,
+)
 from saccade.attention.relational.operator import ACTIVATIONS
-from saccade.attention.relational.symbols import RETRIEVERS, retrieve
+from saccade.attention.relational.symbols import RETRIEVERS
 from saccade.ops.masks import Mask
 
 
