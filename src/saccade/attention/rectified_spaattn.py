@@ -113,9 +113,10 @@ def rectified_spaattn_attend(
 ) -> Any:
     """Block-sparse attention among visual tokens, rectified by a pooled map; dense from and to text tokens.
 
-    `top_k` of all visual blocks, plus one where there is text, is dense attention. Gradients flow through the sparse output and the pooled weights and
-    values, none through the choice of blocks. Time O(density V^2 D + N T D + V^2 D / (block_q block_k)), memory linear
-    in N apart from the pooled map. No input is changed.
+    `top_k` of all visual blocks, plus one where there is text, is dense attention. Gradients flow through the sparse
+    output and the pooled weights and values, none through the choice of blocks. Time
+    O(density V^2 D + N T D + V^2 D / (block_q block_k)), memory linear in N apart from the pooled map. No input is
+    changed.
 
     Args:
         q_BHND, k_BKND, v_BKNE: visual tokens, along a curve that keeps neighbours together (`gilbert_order`), then
@@ -613,8 +614,8 @@ register(
     ),
     claim=Claim(
         paper="2.5 to 3.3 x faster HunyuanVideo, 1.8 to 2.1 x faster Wan 2.1, without training and at dense quality",
-        expected="a smooth field with noise along the curve: at every drop rate the rectified output has under half the "
-        "error of plain block-sparse attention over the same blocks, each correction alone more; at 16k tokens and "
+        expected="a smooth field with noise along the curve: at every drop rate the rectified output has under half "
+        "the error of plain block-sparse attention over the same blocks, each correction alone more; at 16k tokens and "
         "drop rate 0.8 over 2 x the speed of SDPA, selection included",
         run=_claim,
     ),
