@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from saccade.attention import mega
 from saccade.attention.mega import (
     DampedEMA,
     MegaAttention,
@@ -19,6 +18,7 @@ from saccade.attention.mega import (
     RotaryBias,
     SimpleBias,
     laplace,
+    layers,
     mega_attend,
 )
 from saccade.ops import masks
@@ -210,7 +210,7 @@ def test_long_sequences_in_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatc
     layer = MegaAttention(8, causal=True, ema_dim=2, chunk_size=4).eval()
     x, mask = torch.randn(2, 50, 8), torch.rand(2, 50) < 0.8
     whole = layer(x, mask=mask)
-    monkeypatch.setattr(mega, "_STREAM", 10)
+    monkeypatch.setattr(layers, "_STREAM", 10)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, mask=mask)[mask], whole[mask])
 

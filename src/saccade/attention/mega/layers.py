@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.mega.norms import _Dropout, _initialise, _norm
-from saccade.attention.mega.operator import _NORMALIZERS, _STREAM, Attention, _bias, laplace, mega_attend
+from saccade.attention.mega.operator import _NORMALIZERS, Attention, _bias, laplace, mega_attend
 from saccade.ops import masks
 from saccade.ops.cache import KVCache
 from saccade.ops.ema import ema, ema_step
@@ -23,6 +23,9 @@ from saccade.ops.layer import as_mask
 from saccade.ops.masks import Mask, Padding
 
 Norm = Literal["layer", "scale", "rms", "batch"]
+
+#: tokens of a piece where a long sequence is read in pieces
+_STREAM = 4096
 
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -21,10 +21,6 @@ from saccade.ops.rope import rotate
 Attention = Literal["softmax", "laplace", "relu2"]
 
 
-#: tokens of a piece where a long sequence is read in pieces
-_STREAM = 4096
-
-
 _MU, _SIGMA = math.sqrt(0.5), math.sqrt(0.25 / math.pi)
 
 
