@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attention_map, masks
+from saccade.attention import layerwise_shortcuts
 from saccade.attention.layerwise_shortcuts import (
     DepthMask,
     ShortcutAttention,
@@ -156,6 +157,17 @@ def test_one_depth_is_causal_attention() -> None:
     q, k, v = heads(10, S=1)
     assert torch.equal(shortcut_attend(q, k, v), attend(q, k[:, :, :, 0], v[:, :, :, 0], mask=masks.causal()))
     assert (depth_shares(q, k) == 1).all()
+
+
+def test_long_sequences_go_depth_by_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.requires_grad_() for x in heads(33, H=4))
+    expected = shortcut_attend(q, k, v)
+    monkeypatch.setattr(layerwise_shortcuts, "LONG", 33)
+    ours = shortcut_attend(q, k, v)
+    torch.testing.assert_close(ours, expected, atol=1e-13, rtol=0)
+    gradients = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 def test_the_order_of_the_depths_does_not_matter() -> None:

@@ -49,11 +49,16 @@ from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import EMPTY, FULL, Mask
+from saccade.ops.merge import merge
 from saccade.ops.rope import rotate
 from saccade.ops.stack import FeedForward, LayerCaches, PreNormBlock
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
+
+#: tokens from which a causal softmax per depth, merged, beats one over the staircase of all depths on the CPU: equal at
+#: 1024, 0.7 of its time at 4096, forward and backward
+LONG = 1024
 
 Depths = Sequence[int] | Literal["all"] | None
 
@@ -139,10 +144,23 @@ def shortcut_attend(
     torch.Size([1, 2, 5, 4])
     """
     S = _check_depths(k_BKMSD, v_BKMSE)
+    if mask is None and causal and not offset and k_BKMSD.shape[2] >= LONG and q_BHND.device.type == "cpu":
+        return _depth_by_depth(q_BHND, k_BKMSD, v_BKMSE, scale)
     seen = _token_mask(mask, causal, offset, q_BHND.shape[2])
     if seen is not None and S > 1:
         seen = DepthMask(seen, S)
     return attend(q_BHND, k_BKMSD.flatten(2, 3), v_BKMSE.flatten(2, 3), mask=seen, scale=scale)
+
+
+def _depth_by_depth(q_BHND: Tensor, k_BKMSD: Tensor, v_BKMSE: Tensor, scale: float | None) -> Tensor:
+    """The same without a mask beyond causality: the softmax over a union of keys, from that over each part."""
+    (out, lse), *others = (
+        attend(q_BHND, k_BKMD, v_BKME, mask=masks.causal(), scale=scale, return_lse=True)
+        for k_BKMD, v_BKME in zip(k_BKMSD.unbind(3), v_BKMSE.unbind(3))
+    )
+    for other in others:
+        out, lse = merge(out, lse, *other)
+    return out
 
 
 def depth_shares(
@@ -621,7 +639,7 @@ def _claim(lab: Lab) -> ClaimResult:
     rows: dict[str, dict[str, Any]] = {"plain": {"depths": None, "ffn_dim": wider}, "shortcuts": {"depths": depths}}
     for name, options in rows.items():
         with lab.seeded():
-            model = ShortcutDecoder(128, dim, 4, layers=layers, **options)
+            model = ShortcutDecoder(256, dim, 4, layers=layers, **options)
         lab.train(model, batches(), loss, 400, lr=3e-3, description=name)
         with torch.no_grad():
             losses_BN = F.cross_entropy(model.eval()(test[0]).mT, test[1], reduction="none")
