@@ -662,7 +662,7 @@ def _claim(lab: Lab) -> ClaimResult:
 
     measured = {}
     _, _, measured["dense_recall_accuracy"] = lab.recall(dense, description="dense", **settings)
-    model, _, measured["nats_recall_accuracy"] = lab.recall(mixer(1e-4), description="NAtS", **settings)
+    model, _, measured["nats_recall_accuracy"] = lab.recall(mixer(5e-6), description="NAtS", **settings)
     layer = next(m for m in model.modules() if isinstance(m, NAtS))
     length = lab.size(128, 48)
     shares: list[float] = []
