@@ -25,6 +25,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "load_authors": ("saccade.catalogue", "load_authors"),
     "switch": ("saccade.integrations.transformers", "switch"),
     "advise": ("saccade.integrations.advise", "advise"),
+    "insert": ("saccade.integrations.insert", "insert"),
     "compare": ("saccade.train", "compare"),
 }
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from saccade.catalogue import create as create
     from saccade.catalogue import load_authors as load_authors
     from saccade.integrations.advise import advise as advise
+    from saccade.integrations.insert import insert as insert
     from saccade.integrations.transformers import switch as switch
     from saccade.ops import masks as masks
     from saccade.ops.attend import attend as attend

@@ -381,6 +381,40 @@ def advise(
         print(advice.table(everything))
 
 
+@app.command()
+def insert(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
+    gate: Annotated[str, typer.Option(help="The gate, options after a colon: cbam:reduction=8.")],
+    after: Annotated[
+        list[str],
+        typer.Option(help="Module path, pattern ('*' within a name, '**' across dots) or type; may be repeated."),
+    ],
+    gentle: Annotated[bool, typer.Option("--gentle", help="Start with what the model does now.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model with its gates.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Put a gate into an image model, and say what it adds: `saccade insert FOLDER --gate cbam --after '**.layer'`.
+
+    `saccade.integrations.insert.load` reads what --out writes.
+    """
+    import torch
+
+    from saccade.integrations import insert as inserting
+    from saccade.train.mechanisms import parse
+
+    (wanted,) = parse([gate])
+    torch.manual_seed(seed)
+    network = inserting.pretrained(model)
+    report = inserting.insert(network, str(wanted.slug), after=after, gentle=gentle, **wanted.options)
+    if out is not None:
+        inserting.save(network, out, [report])
+    if as_json:
+        _print_json(report.as_dict())
+    else:
+        print(report.table())
+
+
 def _integers(text: str, name: str, count: int | None = None) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
