@@ -185,6 +185,8 @@ def _replace_forward(layer: _Layer) -> Callable[[], None]:
     # an outer switch steps aside
     inner = getattr(module.forward, "_saccade_inner", module.forward)
 
+    # which path runs depends on tensors' contents; a compiled model calls this between its graphs
+    @torch.compiler.disable
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
         return layer(inner, *args, **kwargs)
