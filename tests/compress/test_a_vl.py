@@ -71,11 +71,11 @@ def test_eviction_equals_its_definition() -> None:
 
 
 def test_the_core_changes_at_a_refresh_and_the_output_a_step_later() -> None:
-    options = AVLOptions(0.5, 0.8, 4, text_rate=None)
+    options = AVLOptions(0.5, 0.75, 4, text_rate=None)
     cache = AVLLayerCache(options, IMAGE)
     first = cache.attend(*prompt())
     assert torch.equal(first, AVLLayerCache(FULL).attend(*prompt()))
-    never = AVLLayerCache(AVLOptions(0.5, 0.8, 10**6, text_rate=None), IMAGE)
+    never = AVLLayerCache(AVLOptions(0.5, 0.75, 10**6, text_rate=None), IMAGE)
     every = AVLLayerCache(AVLOptions(0.5, 0.5, -1, text_rate=None), IMAGE)
     never.attend(*prompt()), every.attend(*prompt())
     core = cache.core_slots
@@ -83,8 +83,8 @@ def test_the_core_changes_at_a_refresh_and_the_output_a_step_later() -> None:
         out, still, whole = cache.attend(*new), never.attend(*new), every.attend(*new)
         assert torch.allclose(out, still, atol=1e-5) == (step < 4)
         assert torch.allclose(out, whole, atol=1e-5) == (step % 4 == 0)
-        assert (cache.core_slots.shape, cache.stored) == ((1, 4), 10)
-        assert cache.core_slots.max() < 10 and len(cache.core_slots[0].unique()) == 4
+        assert (cache.core_slots.shape, cache.stored) == ((1, 5), 10)
+        assert cache.core_slots.max() < 10 and len(cache.core_slots[0].unique()) == 5
         assert torch.equal(cache.core_slots, core) or step % 4 == 0
         core = cache.core_slots
 

@@ -246,8 +246,9 @@ def _attend_living(
     group = q.shape[1] // k.shape[1]
     born_BKN = torch.arange(k.shape[2], device=k.device).expand_as(until_BKN)
     if mask is None and q.shape[2] * k.shape[2] >= _SORT_FROM:
-        # the planner looks at blocks of 64: what lives for less than two of them is read apart
-        born_BKN = (until_BKN - born_BKN < 128).to(torch.uint8).argsort(dim=-1, stable=True)
+        # what stays makes whole blocks; what lives for less than two of the planner's blocks is read apart
+        haste = (until_BKN < k.shape[2]).to(torch.uint8) + (until_BKN - born_BKN < 128)
+        born_BKN = haste.argsort(dim=-1, stable=True)
         until_BKN = until_BKN.gather(-1, born_BKN)
         k, v = (x.gather(2, born_BKN[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
     living: Mask = Lifetimes(born_BKN, until_BKN, group)

@@ -805,17 +805,18 @@ def _drifting(lab: Lab, image: int, heads: int, width: int, steps: int) -> tuple
     return [q, k, v], rounds
 
 
-def _deviation(options: AVLOptions, image: tuple[int, int], prompt: list[Tensor], rounds: list[list[Tensor]]) -> float:
-    """Relative error of the decode steps' outputs against a full cache."""
-    full = AVLOptions(rate=None, text_rate=None)
-    caches = AVLLayerCache(full), AVLLayerCache(options, image)
+def _deviations(
+    options: AVLOptions, image: tuple[int, int], prompt: list[Tensor], rounds: list[list[Tensor]]
+) -> Tensor:
+    """Relative error of each decode step's output against a full cache."""
+    caches = AVLLayerCache(AVLOptions(rate=None, text_rate=None)), AVLLayerCache(options, image)
     for cache in caches:
         cache.attend(*prompt)
-    off = size = 0.0
+    errors = []
     for new in rounds:
         dense, ours = (cache.attend(*new) for cache in caches)
-        off, size = off + float((ours - dense).square().sum()), size + float(dense.square().sum())
-    return math.sqrt(off / size)
+        errors.append((ours - dense).norm() / dense.norm())
+    return torch.stack(errors)
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -831,10 +832,11 @@ def _claim(lab: Lab) -> ClaimResult:
             "topk_eviction_50_kv": (AVLOptions(text_rate=None, update_interval=-1), span),
             "h2o_50_kv": (AVLOptions(rate=None, text_rate=0.5, heavy_rate=0.25, text_init=1), (0, 0)),
         }
-        measured = {
-            f"{name}_deviation_ratio": _deviation(options, where, prompt, rounds)
-            for name, (options, where) in policies.items()
-        }
+        measured = {}
+        for name, (options, where) in policies.items():
+            errors = _deviations(options, where, prompt, rounds)
+            measured[f"{name}_steps_off_by_10_percent_share"] = (errors > 0.1).float().mean().item()
+            measured[f"{name}_mean_deviation_ratio"] = errors.mean().item()
         tokens, heads = lab.size(8192, 64), 8
         q, k, v = torch.randn(3, 1, heads, tokens + 24, 64, generator=lab.generator())
         new = torch.randn(3, 1, heads, 1, 64, generator=lab.generator())
@@ -847,12 +849,11 @@ def _claim(lab: Lab) -> ClaimResult:
             measured[f"{name}_step_ms"] = seconds / steps * 1e3
             measured[f"{name}_cache_mib"] = layer.nbytes / 2**20
     measured["speedup_ratio"] = measured["full_step_ms"] / measured["avl_step_ms"]
-    ours = measured["avl_50_kv_30_read_deviation_ratio"]
-    equal_memory = "topk_eviction_50_kv"  # which reads all that it holds: it is what A-VL would be without a core
-    rivals = [measured[f"{name}_deviation_ratio"] for name in policies if name != equal_memory]
-    rivals.remove(ours)
-    holds = ours < 0.5 * min(rivals) and measured["speedup_ratio"] > 1.5
-    return ClaimResult(measured, holds=holds)
+    off = {name: measured[f"{name}_steps_off_by_10_percent_share"] for name in policies}
+    ours = off.pop("avl_50_kv_30_read")
+    off.pop("topk_eviction_50_kv")  # reads all that it holds: what A-VL would be without a core
+    holds = ours <= 0.2 and min(off.values()) >= 0.4 and measured["speedup_ratio"] > 1.5
+    return ClaimResult(measured, holds=holds, note="eviction to 50 % reads all that it keeps, 1.7 x A-VL's tokens")
 
 
 register(
@@ -885,9 +886,9 @@ register(
     ),
     claim=Claim(
         paper="near the full cache at 50 % KV where FastV and H2O fall behind (Table 2); decoder 1.8 x as fast",
-        expected="while queries move over the image every 10 steps, A-VL with half of the image kept and 30 % read "
-        "deviates less than half as much from the full cache as eviction to 30 %, a core set never refreshed and "
-        "H2O at 50 % do; decode steps at 8k image tokens are at least 1.5 x as fast as with the full cache",
+        expected="queries move between two fifths of the image every 10 steps: A-VL (half kept, 30 % read, K = 3) is "
+        "off by more than 10 % in at most 20 % of the steps, where eviction to 30 %, a core never refreshed and H2O at "
+        "50 % are off in at least 40 %; steps at 8k image tokens are at least 1.5 x as fast as with the full cache",
         run=_claim,
     ),
 )
