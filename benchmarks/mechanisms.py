@@ -5,7 +5,8 @@ Forward, 4 heads of 64 unless a case says otherwise, from 1k to 64k tokens. `ide
 included; `selection` is the time of choosing alone, as a share of the dense time; `MiB` the peak of extra tensors, the
 output included; `exponent` the power of N with which time (and memory) grow, fitted over the three longest lengths.
 The fastest of some calls counts, for both. Dense SDPA is timed on one head and multiplied by the heads, in which it is
-linear; where it is causal on two, as its threads get unequal shares of one.
+linear; where it is causal on two, as its threads get unequal shares of one. Beyond 32k tokens dense attention is not
+run: it counts as four times as slow for twice as many.
 
 Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.
 """
@@ -38,6 +39,7 @@ from saccade.train.scaling import fit_power
 H, D = 4, 64
 LENGTHS = (1024, 4096, 16384, 32768, 65536)
 QUICK = (4096, 16384)
+LONGEST_DENSE = 32768
 #: lengths of the figures in bfloat16, and of cases whose time is quadratic: they promise memory
 HALF, QUADRATIC = (4096, 16384), (1024, 2048, 4096, 8192)
 
@@ -463,6 +465,8 @@ def fastest(function: Callable[[], object], *, repeats: int = 5, budget: float =
 @cache
 def dense_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int = H, width: int = D) -> float:
     """Dense SDPA of one or two heads, times the heads."""
+    if n > LONGEST_DENSE:
+        return 4 * dense_seconds(n // 2, dtype, causal, heads, width)
     timed = 2 if causal else 1
     q, k, v = tensors(n, dtype, heads=timed, width=width)
     run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
@@ -472,6 +476,8 @@ def dense_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int = H, widt
 @cache
 def layer_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int, dim: int) -> float:
     """A layer of softmax attention."""
+    if n > LONGEST_DENSE:
+        return 4 * layer_seconds(n // 2, dtype, causal, heads, dim)
     module = catalogue.create("softmax", dim=dim, num_heads=heads, causal=causal).to(dtype)
     x = torch.randn(1, n, dim).to(dtype)
     return fastest(torch.no_grad()(lambda: module(x)), repeats=10, budget=4.0)

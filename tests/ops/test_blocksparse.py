@@ -159,7 +159,32 @@ def test_the_elementwise_mask_is_evaluated_in_partial_blocks_only(monkeypatch):
     )
     q, k, v = inputs(1, 2, 2, 256, 256, 8, 8)
     blocksparse_attend(q, k, v, masks.blocks(torch.ones(1, 1, 8, 8, dtype=torch.bool), 32) & masks.causal())
-    assert sum(asked) == 2 * 8  # the diagonal blocks of two heads
+    assert sum(asked) == 1  # of the diagonal blocks of two heads, which are alike
+    asked.clear()
+    keep = torch.ones(1, 1, 4, 8, dtype=torch.bool)
+    blocksparse_attend(q, k, v, masks.blocks(keep, (64, 32)) & masks.causal())
+    assert sum(asked) == 2 * 4 * 2  # of two heads, the two on each row's diagonal
+
+
+@pytest.mark.parametrize("N, M", [(64, 64), (61, 64), (64, 61), (50, 90)])
+@pytest.mark.parametrize("block", [(16, 16), (8, 16), (16, 8)])
+def test_one_mask_serves_blocks_that_are_alike(N, M, block):
+    n, m = -(-N // block[0]), -(-M // block[1])
+    keep = random_keep(1, 2, n, m, 0.6)
+    keep[..., -1] = True  # the last block, which may be short or padded, is in every row
+    kept = masks.blocks(keep, block)
+    padded = torch.arange(M)[None] < M - 3
+    both = torch.stack([torch.arange(M) < M - 3, torch.arange(M) < M - 6])
+    for mask in (
+        kept,
+        kept & masks.causal(),
+        kept & masks.causal(M - N) & masks.padding(padded),
+        kept & masks.padding(padded),
+        kept & masks.padding(both),
+        kept & masks.window(11, 5),
+        masks.blocks(keep, 4 * block[0]) & masks.causal() if n <= 2 else kept & ~masks.causal(),
+    ):
+        assert_like_reference(mask, inputs(2, 2, 1, N, M, 8, 8), block_size=block)
 
 
 def test_gradcheck_with_lse_and_block_bias():

@@ -164,7 +164,9 @@ class _Pooling:
         return torch.maximum(a, b) if self.kind == "max" else a + b
 
     def running(self, state: Tensor, dim: int) -> Tensor:
-        return state.cummax(dim).values if self.kind == "max" else state.cumsum(dim)
+        if self.kind != "max":
+            return state.cumsum(dim)
+        return state.cummax(dim).values if state.requires_grad else _running_max(state, dim)
 
     def finish(self, state: Tensor, count: Tensor | int) -> Tensor:
         """The pooled vector of a span of `count` tokens; 0 where there are none."""
@@ -177,6 +179,15 @@ class _Pooling:
         count = q.shape[-2] if ok is None else ok.sum(-1)
         qbar, kbar = (self.finish(self.reduce(self.start(x, ok), -2), count) for x in (q, k))
         return qbar, kbar, _expected(qbar, k, v, ok, scale)
+
+
+def _running_max(x: Tensor, dim: int) -> Tensor:
+    """`cummax` without its index, in log2(n) passes that use all threads and wide registers; it uses neither."""
+    n, step = x.shape[dim], 1
+    while step < n:
+        later = torch.maximum(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
+        x, step = torch.cat([x.narrow(dim, 0, step), later], dim), 2 * step
+    return x
 
 
 def _expected(qbar: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float) -> Tensor:

@@ -12,13 +12,14 @@ list; P (row, key block) pairs of a list, in the order of the rows.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import ceil
 from operator import mul
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
@@ -40,6 +41,8 @@ class Piece(NamedTuple):
         pair: the first (row, key block) pair.
         partial: range in the work list's partial blocks.
         cut: the rows hold only some of their query blocks' key blocks.
+        alike: where each row has just one partial block, all at one place and with one elementwise mask: the place in
+            the row, and a number that stands for the mask.
     """
 
     rows: int
@@ -47,6 +50,7 @@ class Piece(NamedTuple):
     pair: int
     partial: tuple[int, int]
     cut: bool
+    alike: tuple[int, int] | None = None
 
     @property
     def pairs(self) -> int:
@@ -66,6 +70,7 @@ class WorkList:
         key_P: flat index (b, key head, key block) of each pair.
         map_P: flat index (b, h, query block, key block) of each pair.
         partial: positions in P of the pairs whose elementwise mask matters, ascending.
+        tiles: what elementwise masks that serve many blocks forbid, by kind, where they were evaluated already.
     """
 
     query_R: Tensor
@@ -73,6 +78,7 @@ class WorkList:
     map_P: Tensor
     partial: Tensor
     pieces: list[Piece]
+    tiles: dict[int, Tensor] = field(default_factory=dict)
 
     def pieces_with_blocks(self) -> Iterator[tuple[Piece, Tensor, Tensor]]:
         """Each piece, with the query block of each of its rows and the key block of each of its pairs."""
@@ -167,13 +173,35 @@ class BlockStructure:
         if self.M % self.block_k:
             needs_mask |= block_P == self.m - 1
         partial = needs_mask.nonzero()[:, 0]
+        map_P = row_P * self.m + block_P
         return WorkList(
             query_R=row_R + first,
             key_P=row_P // self.rows_per_key_head * self.m + block_P,
-            map_P=row_P * self.m + block_P,
+            map_P=map_P,
             partial=partial,
-            pieces=self._pieces(key_R, partial),
+            pieces=self._pieces(key_R, width_R, map_P, partial),
         )
+
+    def _alike(self, width_R: Tensor, map_P: Tensor, partial: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each partial block: its place in its row; its kind; how often place, row or kind did not go on as before.
+
+        Blocks of one kind have the same elementwise mask.
+        """
+        end_R = width_R.cumsum(0)
+        row = torch.searchsorted(end_R, partial, right=True)
+        place = partial - (end_R - width_R)[row]
+        j, i = map_P[partial] % self.m, map_P[partial] // self.m % self.n
+        needs = _needs(self.mask, (self.block_q, self.block_k))
+        if "everything" in needs:
+            kind = map_P[partial]
+        else:
+            kind = j * self.block_k - i * self.block_q if "offset" in needs else torch.zeros_like(j)
+        if "key" in needs or self.M % self.block_k:
+            kind = kind * self.m + j
+        if self.N % self.block_q:  # the last block is evaluated at fewer queries
+            kind = kind * 2 + (i == self.n - 1)
+        breaks = (row[1:] == row[:-1]) | (place[1:] != place[:-1]) | (kind[1:] != kind[:-1])
+        return place, kind, F.pad(breaks.long().cumsum(0), (1, 0))
 
     def _rows_of_states(self, first: int, last: int) -> Tensor:
         states = self.states
@@ -185,7 +213,7 @@ class BlockStructure:
         h = head % self.H if states.shape[1] > 1 else torch.zeros_like(head)
         return states[b, h, row % self.n]
 
-    def _pieces(self, key_R: Tensor, partial: Tensor) -> list[Piece]:
+    def _pieces(self, key_R: Tensor, width_R: Tensor, map_P: Tensor, partial: Tensor) -> list[Piece]:
         keys, sizes = key_R.unique_consecutive(return_counts=True)
         rows, widths, cuts = [], [], []
         for key, size in zip(keys.tolist(), sizes.tolist()):
@@ -199,10 +227,17 @@ class BlockStructure:
             widths += [width] * number
             cuts += [bool(key % 2)] * number
         starts = list(accumulate(map(mul, rows, widths), initial=0))
-        edges = [0] * len(starts)
-        if len(partial):
-            edges = torch.searchsorted(partial, torch.tensor(starts, device=partial.device)).tolist()
-        return [Piece(*piece) for piece in zip(rows, widths, starts, pairwise(edges), cuts)]
+        if not len(partial):
+            return [Piece(*piece) for piece in zip(rows, widths, starts, [(0, 0)] * len(rows), cuts)]
+        edges = torch.searchsorted(partial, torch.tensor(starts, device=partial.device)).tolist()
+        place_P, kind_P, breaks_P = (x.tolist() for x in self._alike(width_R, map_P, partial))
+        pieces = [Piece(*piece) for piece in zip(rows, widths, starts, pairwise(edges), cuts)]
+        for index, piece in enumerate(pieces):
+            first, stop = piece.partial
+            # one in every row, and all alike
+            if stop - first == piece.rows and breaks_P[first] == breaks_P[stop - 1]:
+                pieces[index] = piece._replace(alike=(place_P[first], kind_P[first]))
+        return pieces
 
     def forbid(self, work: WorkList, piece: Piece, scores_RqSk: Tensor) -> None:
         """Put -inf where the elementwise mask of the piece's partial blocks says no.
@@ -211,6 +246,12 @@ class BlockStructure:
             scores_RqSk: (rows, block_q, width, block_k), changed in place.
         """
         start, stop = piece.partial
+        if piece.alike is not None:
+            place, kind = piece.alike
+            if kind not in work.tiles:
+                work.tiles[kind] = ~self._allowed(work.map_P[work.partial[start : start + 1]])
+            scores_RqSk[:, :, place].masked_fill_(work.tiles[kind], float("-inf"))
+            return
         step = max(1, PAIRS_PER_EVALUATION // (self.block_q * self.block_k))
         by_block = scores_RqSk.permute(0, 2, 1, 3)
         for low in range(start, stop, step):
@@ -251,3 +292,24 @@ class BlockStructure:
             b, h = b[:, 0, 0] * (mask.batch > 1), h[:, 0, 0] * (mask.heads > 1)
             return tiles.permute(0, 1, 2, 4, 3, 5)[b, h, i, j]
         return mask.allowed(b, h, q, k)
+
+
+def _needs(mask: Mask | None, block_size: tuple[int, int]) -> set[str]:
+    """What the elementwise mask of a partial block depends on: the "offset" of its corner, its "key", "everything"."""
+    if mask is None:
+        return set()
+    if isinstance(mask, masks._And):
+        # a map of these blocks is true all over a block that is kept
+        parts = [x for x in (mask.left, mask.right) if not (isinstance(x, masks.Blocks) and _is_of(x, block_size))]
+        return set().union(*(_needs(part, block_size) for part in parts))
+    if isinstance(mask, masks.Blocks) and _is_of(mask, block_size):
+        return set()
+    if isinstance(mask, masks.Band):
+        return {"offset"}
+    if isinstance(mask, masks.Padding) and mask.batch == 1:
+        return {"key"}
+    return {"everything"}
+
+
+def _is_of(mask: masks.Blocks, block_size: tuple[int, int]) -> bool:
+    return (mask.block_q, mask.block_k) == block_size

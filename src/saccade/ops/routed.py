@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
 from saccade.ops.heads import repeat_heads
 
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
@@ -31,6 +32,10 @@ __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 _WAITING = 64 * 2**20
 #: bytes that one piece of tiles may touch: many tiles a call, because each call waits for all threads
 _PIECE = 32 * 2**20
+#: queries of an own block that are attended at once: SDPA on the CPU computes the later half of their keys in vain
+_STRIP = 256
+#: bytes of partial outputs that are merged at once
+_MERGED = 2**21
 
 
 def routed_attend(
@@ -93,7 +98,7 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: f
     rows, k_blocks, v_blocks = q.reshape(B * H * N, D), _blocks(k, size), _blocks(v, size)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if own:
-        out, lse = _tiles_forward(rows.view(-1, size, D), *_own_blocks(q, k, v, size), scale, causal=True)
+        out, lse = _own_forward(rows.view(-1, size, D), *_own_blocks(q, k, v, size), scale)
         out, lse = out.reshape(B * H, N, D).to(wide), lse.reshape(B * H, N)
     else:
         out, lse = (
@@ -108,20 +113,25 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: f
         # the slot past the end is what "no block" reads
         part_out[-1], part_lse[-1] = 0.0, float("-inf")
         for tiles, slots in routes.pieces(size, D, q.dtype.itemsize):
-            blocks = routes.blocks[tiles]
-            q_tiles = rows.index_select(0, routes.rows[slots]).view(-1, routes.tile, D)
-            k_tiles, v_tiles = (x.index_select(0, blocks) for x in (k_blocks, v_blocks))
+            blocks, picked = routes.blocks[tiles], routes.rows[slots]
+            q_tiles, k_tiles, v_tiles = _gather((rows, picked), (k_blocks, blocks), (v_blocks, blocks))
+            q_tiles = q_tiles.view(-1, routes.tile, D)
             tile_out, tile_lse = _tiles_forward(q_tiles, k_tiles, v_tiles, scale, causal=False)
             part_out[slots] = tile_out.view(-1, D)
             part_lse[slots] = tile_lse.view(-1)
 
-        out_here, lse_here = out[:, first:last], lse[:, first:last]
+        lse_here = lse[:, first:last]
         merged, weights = _merge_weights(lse_here, part_lse[routes.slot_of])
-        out_here *= weights[..., :1]
-        for choice in range(chosen.shape[3]):
-            part = part_out.index_select(0, routes.slot_of[..., choice].flatten()).view(out_here.shape)
-            out_here.addcmul_(part.to(wide), weights[..., choice + 1, None])
         lse_here.copy_(merged)
+        step = max(1, _MERGED // (B * H * D * q.dtype.itemsize))
+        for low in range(0, last - first, step):
+            here = slice(low, min(low + step, last - first))
+            out_here = out[:, first + here.start : first + here.stop]
+            out_here *= weights[:, here, :1]
+            for choice in range(chosen.shape[3]):
+                slots_here = routes.slot_of[:, here, choice].flatten()
+                (part,) = _gather((part_out, slots_here))
+                out_here.addcmul_(part.view(out_here.shape).to(wide), weights[:, here, choice + 1, None])
     return out.view(B, H, N, D).to(q.dtype), lse.view(B, H, N)
 
 
@@ -292,7 +302,8 @@ class _Routes:
 
     def pieces(self, size: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice]]:
         """Slices of tiles and of slots that are attended in one call."""
-        step = max(1, _PIECE // ((2 * size + 2 * self.tile) * width * itemsize))
+        # what is gathered of a piece fits into the memory that is kept
+        step = max(1, min(_PIECE, KEPT_BYTES) // ((2 * size + 2 * self.tile) * width * itemsize))
         for first in range(0, self.blocks.shape[0], step):
             last = min(first + step, self.blocks.shape[0])
             yield slice(first, last), slice(first * self.tile, last * self.tile)
@@ -341,6 +352,36 @@ def _merge_weights(lse: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     merged = every.logsumexp(-1)
     weights = (every - merged[..., None].masked_fill(merged[..., None] == float("-inf"), 0.0)).exp()
     return merged, weights
+
+
+def _gather(*sources: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Chosen rows of some tensors, side by side in working memory that is warm already; until the next call."""
+    flat, _ = _scratch(sources[0][0], sum(index.shape[0] * x[0].numel() for x, index in sources))
+    gathered, start = [], 0
+    for x, index in sources:
+        area = flat[start : start + index.shape[0] * x[0].numel()].view(-1, *x.shape[1:])
+        gathered.append(torch.index_select(x, 0, index, out=area))
+        start += area.numel()
+    return gathered
+
+
+def _own_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Causal attention of blocks (T, S, D) to themselves, strip by strip, with LSE (T, S)."""
+    size = q.shape[1]
+    if q.device.type != "cpu" or size < 2 * _STRIP:
+        return _tiles_forward(q, k, v, scale, causal=True)
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
+    place = torch.arange(size)
+    for first in range(0, size, _STRIP):
+        last = min(first + _STRIP, size)
+        ahead = place[:last] > place[first:last, None]
+        hidden = torch.zeros(ahead.shape, dtype=q.dtype).masked_fill_(ahead, float("-inf"))
+        strip_out, strip_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, None, first:last], k[:, None, :last], v[:, None, :last], 0.0, False,
+            attn_mask=hidden[None, None], scale=scale,
+        )  # fmt: skip
+        out[:, first:last], lse[:, first:last] = strip_out[:, 0], strip_lse[:, 0]
+    return out, lse
 
 
 def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
