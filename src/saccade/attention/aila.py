@@ -465,12 +465,13 @@ def _claim(lab: Lab) -> ClaimResult:
         without = min(value for name, value in measured.items() if name not in ("gated", "attention"))
         return min(measured["gated"], measured["attention"]) < without - by
 
-    beats_sum = min(nats["gated"], nats["attention"]) < nats["sum"]
+    sum_loses = min(nats["gated"], nats["attention"]) < nats["sum"]
     return ClaimResult(
         {**digits, **text},
         holds=wins(error, spread) and wins(nats, 0.0),
-        note="holds if the better of gated and attention wins on both, on digits by more than the spread of seeds; "
-        f"on text learned weights are {'better' if beats_sum else 'no better'} than the plain sum",
+        note="holds if the better of gated and attention wins on both, on digits by more than the spread of seeds; one "
+        "seed on text, where differences below 0.03 are noise; there learned weights are "
+        f"{'better' if sum_loses else 'no better'} than the plain sum",
     )
 
 
