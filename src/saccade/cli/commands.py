@@ -260,7 +260,7 @@ def claim(
     if (missing and out is None) or (smoke and out is not None):
         raise ValueError("--missing needs --out" if missing else "a smoke run measures nothing: leave --out away")
     records = claims.read(out) if out else {}
-    names = [part.slug for part in catalogue.parts() if everything or missing] or list(slugs or ())
+    names = list(slugs) if slugs else [part.slug for part in catalogue.parts()]
     lab = Lab(seed=seed, smoke=smoke, show_progress=not as_json and Console().is_terminal)
     outcomes = []
     for name in names:
