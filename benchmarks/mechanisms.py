@@ -41,7 +41,7 @@ LENGTHS = (1024, 4096, 16384, 32768, 65536)
 QUICK = (4096, 16384)
 LONGEST_DENSE = 32768
 #: lengths of the figures in bfloat16, and of cases whose time is quadratic: they promise memory
-HALF, QUADRATIC = (4096, 16384), (1024, 2048, 4096, 8192)
+HALF, QUADRATIC = (16384,), (1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ LINEAR = {"speedup": (32768, 10.0), "exponent": (65536, 1.05)}
 NEAR = {"of_ideal": (16384, 0.6)}
 COARSE = {"exponent": (65536, 1.3)}
 STREAMED = {"memory_exponent": (QUADRATIC[-1], 1.05)}
+STREAMED_LAYER = {"memory_exponent": (QUADRATIC[2], 1.05)}
 #: figures that must stay below their goal; the others must reach it
 CEILINGS = ("selection", "exponent", "memory_exponent")
 
@@ -197,6 +198,36 @@ def block_sparse_vggt(n: int, dtype: torch.dtype) -> Trial:
         select=lambda: vggt_block_map(q[:, :, :patches], k[:, :, :patches], sparse_ratio=0.9),
         causal=False,
     )
+
+
+@case("rectified-spaattn", SPARSE)
+def rectified_spaattn(n: int, dtype: torch.dtype) -> Trial:
+    """A tenth of the blocks of 128 x 128 token by token; means for the others."""
+    from saccade.attention.rectified_spaattn import rectified_map, rectified_spaattn_attend
+
+    q, k, v = tensors(n, dtype)
+    options: dict[str, Any] = {"drop_rate": 0.9, "cdf_threshold": 0.0}
+    keep = rectified_map(q, k, **options).critical_BHnm
+    return Trial(
+        lambda: rectified_spaattn_attend(q, k, v, **options),
+        pairs=kept_pairs(keep, (128, 128), n, causal=False),
+        select=lambda: rectified_map(q, k, **options),
+        causal=False,
+    )
+
+
+@case("nats", SPARSE)
+def nats(n: int, dtype: torch.dtype) -> Trial:
+    """Roles given: of the chunks of 64, one in twenty Global, a fifth Local, the others Sliding (window 256)."""
+    from saccade.attention.nats import lifetimes, nats_attend
+
+    q, k, v = tensors(n, dtype)
+    role = torch.rand(1, H, n // 64)
+    role_BKn = torch.where(role < 0.05, 0, torch.where(role < 0.25, 1, 2))
+    roles = F.one_hot(role_BKn, 3).to(dtype)
+    until = lifetimes(role_BKn, n, window=256, chunk_size=64).clamp(max=n - 1)
+    live = (until - torch.arange(n) + 1).sum().item() / H
+    return Trial(lambda: nats_attend(q, k, v, roles, window=256, chunk_size=64), pairs=float(live))
 
 
 def mra_trial(n: int, dtype: torch.dtype, mode: str) -> Trial:
@@ -448,7 +479,24 @@ def flex_soft_cap(n: int, dtype: torch.dtype) -> Trial:
     return Trial(lambda: attend(q, k, v, mask=masks.causal(), score_mod=soft_cap(20.0)))
 
 
-def fastest(function: Callable[[], object], *, repeats: int = 5, budget: float = 2.5) -> float:
+def quadratic_trial(n: int, dtype: torch.dtype, slug: str, options: dict[str, Any]) -> Trial:
+    torch.manual_seed(0)
+    module = catalogue.create(slug, dim=D, num_heads=1, causal=True, **options).to(dtype).eval()
+    return layer_trial(module, torch.randn(1, n, D).to(dtype), heads=1)
+
+
+for _slug, _options in (
+    ("neural-attention", {"projection_dim": 16}),
+    ("multi-token", {}),
+    ("adaptive-filter", {}),
+    ("comateformer", {}),
+):
+    case(f"{_slug}, one head", STREAMED_LAYER, QUADRATIC[:3], rival="softmax layer")(
+        partial(quadratic_trial, slug=_slug, options=_options)
+    )
+
+
+def fastest(function: Callable[[], object], *, repeats: int = 5, budget: float = 1.0) -> float:
     """Seconds of the fastest call; no further one is begun when `budget` seconds are spent."""
     best, start = math.inf, time.perf_counter()
     for _ in range(repeats):
@@ -470,7 +518,7 @@ def dense_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int = H, widt
     timed = 2 if causal else 1
     q, k, v = tensors(n, dtype, heads=timed, width=width)
     run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
-    return heads / timed * fastest(run, repeats=10, budget=4.0)
+    return heads / timed * fastest(run, repeats=10, budget=2.0)
 
 
 @cache
@@ -480,7 +528,7 @@ def layer_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int, dim: int
         return 4 * layer_seconds(n // 2, dtype, causal, heads, dim)
     module = catalogue.create("softmax", dim=dim, num_heads=heads, causal=causal).to(dtype)
     x = torch.randn(1, n, dim).to(dtype)
-    return fastest(torch.no_grad()(lambda: module(x)), repeats=10, budget=4.0)
+    return fastest(torch.no_grad()(lambda: module(x)), repeats=10, budget=2.0)
 
 
 def measure(found: Case, n: int, dtype: torch.dtype) -> dict[str, float]:
