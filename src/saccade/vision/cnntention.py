@@ -1,0 +1,352 @@
+"""CNNtention: self-attention, many-headed self-attention or CBAM after each stage of a ResNet-20.
+
+Glattki et al., "CNNtention: Can CNNs do better with Attention?", arXiv 2412.11657.
+
+    self:        A = softmax(q^T k) over positions,  y = gamma v A^T + x             no 1 / sqrt(d); gamma starts at 0
+    multi-head:  A_h = softmax(k_h^T q_h / sqrt(d)), y = gamma linear(v A^T) + x     rows are k's positions, as coded
+    cbam:        f = channel gate(x) x,  y = spatial gate(f) f + x                   no batch norm, with a residual
+
+q, k, v are 1 x 1 convolutions with bias of the map (B, C, H, W), S = H W positions. The original CBAM is
+`saccade.vision.cbam`. What the code leaves open is an option: `scaled` divides the logits of "self" by sqrt(C).
+
+Shape letters: B batch, C channels, H height, W width, S positions, G heads, D = C / G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops.attend import attend
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+Form = Literal["self", "multi-head", "cbam"]
+
+
+class SelfAttention2d(nn.Module):
+    """Attention of every position to every other, weighed by gamma.
+
+    Args:
+        channels: C.
+        weighted: y = gamma out + x with gamma 0 at the start; False: y = out + x.
+        scaled: divide the logits by sqrt(C); the authors do not.
+    """
+
+    def __init__(self, channels: int, *, weighted: bool = True, scaled: bool = False) -> None:
+        super().__init__()
+        _check_channels(channels)
+        self.channels, self.scale = channels, channels**-0.5 if scaled else 1.0
+        self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1) for _ in range(3))
+        self.gamma = nn.Parameter(torch.zeros(1)) if weighted else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        _check_map(x_BCHW, self.channels)
+        q, k, v = (_positions(p(x_BCHW), 1) for p in (self.query, self.key, self.value))
+        return _residual(x_BCHW, _as_map(attend(q, k, v, scale=self.scale), x_BCHW), self.gamma)
+
+    def attention(self, x_BCHW: Tensor) -> Tensor:
+        """The weights (B, S, S), for looking at; quadratic in S."""
+        q, k = _positions(self.query(x_BCHW), 1), _positions(self.key(x_BCHW), 1)
+        return (q @ k.mT * self.scale).softmax(-1)[:, 0]
+
+
+class MultiHeadAttention2d(nn.Module):
+    """The same with heads and a last convolution; rows belong to the keys' positions, as the authors coded it.
+
+    Args:
+        channels: C.
+        num_heads: G, a divisor of C.
+
+    Raises:
+        ValueError: if the heads do not divide.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 8) -> None:
+        super().__init__()
+        _check_channels(channels)
+        if num_heads < 1 or channels % num_heads:
+            raise ValueError(f"num_heads must divide channels ({channels}), got {num_heads}")
+        self.channels, self.num_heads = channels, num_heads
+        self.query, self.key, self.value, self.linear = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        _check_map(x_BCHW, self.channels)
+        rows, columns, v = (_positions(p(x_BCHW), self.num_heads) for p in (self.key, self.query, self.value))
+        return _residual(x_BCHW, self.linear(_as_map(attend(rows, columns, v), x_BCHW)), self.gamma)
+
+    def attention(self, x_BCHW: Tensor) -> Tensor:
+        """The weights (B, G, S, S), for looking at; quadratic in S."""
+        rows, columns = (_positions(p(x_BCHW), self.num_heads) for p in (self.key, self.query))
+        return (rows @ columns.mT * rows.shape[-1] ** -0.5).softmax(-1)
+
+
+class ResidualCBAM(nn.Module):
+    """Channel gate, then spatial gate, and the input added: |y| lies between |x| and 2 |x|.
+
+    Args:
+        channels: C.
+        kernel_size: of the spatial gate's convolution, odd.
+        reduction: hidden units of the channel gate are C // reduction, at least 1.
+
+    Raises:
+        ValueError: if the kernel is even or the reduction below 1.
+    """
+
+    def __init__(self, channels: int, kernel_size: int = 7, reduction: int = 16) -> None:
+        super().__init__()
+        _check_channels(channels)
+        if kernel_size < 1 or kernel_size % 2 == 0 or reduction < 1:
+            raise ValueError(f"kernel_size must be odd and reduction at least 1, got {kernel_size} and {reduction}")
+        self.channels = channels
+        hidden = max(1, channels // reduction)
+        self.down, self.up = nn.Linear(channels, hidden, bias=False), nn.Linear(hidden, channels, bias=False)
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2)
+
+    def gate(self, x_BCHW: Tensor) -> Tensor:
+        """Both gates multiplied, (B, C, H, W)."""
+        pooled = torch.stack([x_BCHW.amax((2, 3)), x_BCHW.mean((2, 3))])
+        channel = self.up(F.relu(self.down(pooled))).sum(0).sigmoid()[:, :, None, None]
+        gated = channel * x_BCHW
+        both = torch.cat([gated.amax(1, keepdim=True), gated.mean(1, keepdim=True)], 1)
+        return channel * self.conv(both).sigmoid()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        _check_map(x_BCHW, self.channels)
+        return self.gate(x_BCHW) * x_BCHW + x_BCHW
+
+
+def cnntention(channels: int, form: Form = "self", **arguments: Any) -> nn.Module:
+    """One of the three modules by name; `arguments` are its own.
+
+    Raises:
+        ValueError: if the form is unknown.
+    """
+    forms = {"self": SelfAttention2d, "multi-head": MultiHeadAttention2d, "cbam": ResidualCBAM}
+    if form not in forms:
+        raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
+    return forms[form](channels, **arguments)
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions; the shortcut skips positions and pads channels with zeros (option A, no parameters)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.stride, self.pad = stride, (outputs - inputs) // 2
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x_BCHW)))))
+        shortcut = x_BCHW[:, :, :: self.stride, :: self.stride]
+        return F.relu(y_BCHW + F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad)))
+
+
+class ResNet20(nn.Module):
+    """The CIFAR ResNet of 16, 32 and 64 channels, with a module after each stage.
+
+    Args:
+        num_classes: of the head.
+        form: "self", "multi-head", "cbam", or None for the plain network.
+        in_channels: 3, or 1 for grey images.
+        blocks: per stage; 3 makes ResNet-20.
+        arguments: the modules' own.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        form: Form | None = None,
+        *,
+        in_channels: int = 3,
+        blocks: tuple[int, int, int] = (3, 3, 3),
+        **arguments: Any,
+    ) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.stages, self.attentions = nn.ModuleList(), nn.ModuleList()
+        width = 16
+        for stage, count in enumerate(blocks):
+            outputs = 16 * 2**stage
+            layers = []
+            for index in range(count):
+                layers.append(BasicBlock(width, outputs, 2 if stage and index == 0 else 1))
+                width = outputs
+            self.stages.append(nn.Sequential(*layers))
+            self.attentions.append(nn.Identity() if form is None else cnntention(outputs, form, **arguments))
+        self.fc = nn.Linear(width, num_classes)
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Images (B, in_channels, H, W) -> logits (B, num_classes)."""
+        x_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        for stage, attention in zip(self.stages, self.attentions):
+            x_BCHW = attention(stage(x_BCHW))
+        return self.fc(x_BCHW.mean((2, 3)))
+
+
+def _check_channels(channels: int) -> None:
+    if channels < 1:
+        raise ValueError(f"channels must be positive, got {channels}")
+
+
+def _check_map(x_BCHW: Tensor, channels: int) -> None:
+    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels:
+        raise ValueError(f"x must be (batch, {channels}, height, width), got {tuple(x_BCHW.shape)}")
+
+
+def _positions(x_BCHW: Tensor, heads: int) -> Tensor:
+    """(B, G, S, D)."""
+    return x_BCHW.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+
+
+def _as_map(out_BGSD: Tensor, like_BCHW: Tensor) -> Tensor:
+    return out_BGSD.transpose(2, 3).flatten(1, 2).view(like_BCHW.shape)
+
+
+def _residual(x_BCHW: Tensor, out_BCHW: Tensor, gamma: Tensor | None) -> Tensor:
+    return x_BCHW + (out_BCHW if gamma is None else gamma * out_BCHW)
+
+
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = (
+        ("val.", "value."), ("weights", "gamma"), ("channel_attention.mlp.0.", "down."),
+        ("channel_attention.mlp.2.", "up."), ("spatial_attention.conv.", "conv."),
+    )  # fmt: skip
+    converted = {}
+    for key, tensor in state.items():
+        head, _, rest = key.partition(".")
+        if head[:-1] in ("layer", "att"):
+            place = "stages" if head.startswith("layer") else "attentions"
+            key, prefix = rest, f"{place}.{int(head[-1]) - 1}."
+        else:
+            prefix = ""
+        for theirs, ours in names:
+            if key.startswith(theirs) and not prefix.startswith("stages"):
+                key = ours + key[len(theirs) :]
+        converted[prefix + key] = tensor
+    return converted
+
+
+def _run_attention(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    return {"y": module(inputs["x"]), "attention": module.attention(inputs["x"])}
+
+
+def _network(form: Form, **fixed: Any) -> AuthorsPort:
+    return AuthorsPort(
+        f"resnet20_{'cbam' if form == 'cbam' else 'self_att'}",
+        build=lambda a: ResNet20(
+            a.get("num_classes", 10),
+            form,
+            in_channels=a.get("in_channels", 3),
+            blocks=tuple(a.get("layers", (3, 3, 3))),
+            **fixed,
+        ),
+        convert=_convert,
+        run=lambda module, inputs, args: {"logits": module(inputs["x"])},
+    )
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    """Do two far marks look alike? And digits: the plain network and the three modules, two seeds, equal steps."""
+    data = lab.data.digits()
+    measured: dict[str, float] = {}
+    blocks = (1, 1, 1)
+
+    def marks(generator: torch.Generator, batch: int) -> tuple[Tensor, Tensor]:
+        """Two of four marks in opposite corners of a noisy 20 x 20 image; 1 where they are the same."""
+        shapes = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0]]).float().view(4, 2, 2)
+        first = torch.randint(4, (batch,), generator=generator)
+        same = torch.randint(2, (batch,), generator=generator)
+        second = torch.where(same == 1, first, (first + torch.randint(1, 4, (batch,), generator=generator)) % 4)
+        images = 0.1 * torch.randn(batch, 1, 20, 20, generator=generator)
+        images[:, 0, 1:3, 1:3] += shapes[first] * 2 - 1
+        images[:, 0, 17:19, 17:19] += shapes[second] * 2 - 1
+        return images, same
+
+    def digit_batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            chosen = torch.randint(len(data.train_labels), (lab.size(64, 4),), generator=generator)
+            yield data.train_images[chosen], data.train_labels[chosen]
+
+    def mark_batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield marks(generator, lab.size(32, 4))
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    held_out = marks(torch.Generator().manual_seed(10**6), lab.size(400, 4))
+    tests = {"digits": (data.test_images, data.test_labels), "far_marks": held_out}
+    forms: dict[str, tuple[Form | None, dict[str, Any]]] = {
+        "plain": (None, {}),
+        "self": ("self", {}),
+        "multi_head": ("multi-head", {}),
+        "cbam": ("cbam", {"reduction": 8}),
+    }
+    for task, batches in (("digits", digit_batches), ("far_marks", mark_batches)):
+        for name, (form, arguments) in forms.items():
+            right = []
+            for seed in range(lab.seed, lab.seed + 2):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(seed)
+                    model = ResNet20(10, form, in_channels=1, blocks=blocks, **arguments)
+                generator = torch.Generator().manual_seed(seed)
+                lab.train(model, batches(generator), loss, 120, lr=3e-3, description=f"{task}, {name}")
+                with torch.no_grad():
+                    right.append((model.eval()(tests[task][0]).argmax(-1) == tests[task][1]).float().mean().item())
+            measured[f"{task}_{name}_accuracy"] = sum(right) / len(right)
+            measured[f"{task}_{name}_spread"] = max(right) - min(right)
+    best = max(measured["far_marks_self_accuracy"], measured["far_marks_multi_head_accuracy"])
+    return ClaimResult(measured, holds=best > max(measured[f"far_marks_{n}_accuracy"] for n in ("plain", "cbam")))
+
+
+register(
+    "cnntention",
+    kind="gate",
+    summary="Self-attention, many-headed self-attention or a residual CBAM after the stages of a small ResNet.",
+    taxonomy={"sequences": "self", "levels": "single", "positions": "soft", "representations": "single"},
+    complexity="self-attention: time O(S^2 C), memory O(S C) in S positions; CBAM: O(S C)",
+    invariants=(
+        "gamma 0 is the identity, so the network starts as the plain one",
+        "zero keys give everywhere the mean of v; one head with an identity last layer is self-attention, scaled",
+        "attention commutes with any order of the positions",
+        "CBAM lies between x and 2 x; with all gates at a half it is 1.25 x",
+        "parameters: 269,722 plain, 286,189 self, 291,677 multi-head, 271,363 CBAM",
+    ),
+    build=cnntention,
+    example={"channels": 8, "form": "self"},
+    ports=(
+        AuthorsPort("self_att", build=lambda a: SelfAttention2d(a["in_ch"]), convert=_convert, run=_run_attention),
+        AuthorsPort(
+            "mha",
+            build=lambda a: MultiHeadAttention2d(a["in_ch"], a.get("num_heads", 8)),
+            convert=_convert,
+            run=_run_attention,
+        ),
+        AuthorsPort(
+            "cbam",
+            build=lambda a: ResidualCBAM(a["c_in"], a.get("kernel_size", 7), a.get("reduction", 16)),
+            convert=_convert,
+            run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        ),
+        _network("self"),
+        _network("cbam", reduction=8),
+    ),
+    claim=Claim(
+        paper="CIFAR-10 error 8.6 % with self-attention, 8.9 % multi-head and CBAM, 9.0 % plain: slightly lower",
+        expected="self-attention relates two far marks better than the plain network and CBAM; digits about equal",
+        run=_claim,
+    ),
+)
