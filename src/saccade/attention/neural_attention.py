@@ -281,7 +281,7 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         measured,
         holds=expressive,
-        note="the verdict is on the nearest item; text is without rotary positions: with them the dot product was better",
+        note="the verdict is on the nearest item; text is without rotary positions: with them the dot product won",
     )
 
 
