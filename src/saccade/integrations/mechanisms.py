@@ -210,7 +210,7 @@ def _tiles(n: int) -> dict[str, int]:
 
 
 def _mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
-    return float(import_module("saccade.attention.mra").mra_pairs(n, m, options))
+    return float(import_module("saccade.attention.mra").mra_pairs(n, m, causal, offset, options))
 
 
 def _mra_scales(n: int) -> tuple[int, int]:
