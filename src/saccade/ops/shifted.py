@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 __all__ = ["packed_window_attend", "relative_bias", "window_attend"]
 
@@ -535,3 +536,12 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.saccade.shifted_attend)
+def _flops(tensors: Any, bias: Any, mask: Any, spec: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Both products of every query with a whole window of keys, as published sizes count them."""
+    B, H, N, E = out_shape[0]
+    d = len(spec) // 3
+    keys = prod(min(n, w) for n, w in zip(spec[:d], spec[d : 2 * d]))
+    return int(2 * B * H * N * keys * (tensors[0][-1] + E))
