@@ -613,6 +613,7 @@ def page(kept: Kept) -> str:
     """The figures as Markdown."""
     machines = sorted({figures["machine"] for figures in kept.values()})
     dates = sorted({figures["date"] for figures in kept.values()})
+    absent = [name for name in CASES if name not in kept]
     lines = [
         "# Speed and memory of the mechanisms",
         "",
@@ -624,6 +625,7 @@ def page(kept: Kept) -> str:
         "",
         "## Goals",
         "",
+        *([f"Not measured in this record: {'; '.join(absent)}.", ""] if absent else []),
         *[f"- {line}" for line in sorted(goal_lines(kept), key=lambda line: not line.startswith("MISSED"))],
         "",
         "## Figures",
