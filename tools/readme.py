@@ -1,4 +1,4 @@
-"""Write the table of parts into README.md, and docs/sizes.md, from the catalogue; `--check` only says what is stale."""
+"""Write what comes from the catalogue: README.md, docs/sizes.md, docs/claims.md; `--check` says what is stale."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections import Counter
 from pathlib import Path
 
 from saccade import catalogue
-from saccade.report import sizes
+from saccade.report import claims, sizes
 
 README = Path(__file__).parent.parent / "README.md"
-SIZES = Path(__file__).parent.parent / "docs" / "sizes.md"
+DOCS = README.parent / "docs"
 BEGIN, END = "<!-- parts: written by tools/readme.py -->", "<!-- end of parts -->"
 
 
@@ -45,7 +45,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table is stale")
     check = parser.parse_args().check
-    pages = {README: written(README.read_text(encoding="utf-8")), SIZES: sizes.page()}
+    pages = {
+        README: written(README.read_text(encoding="utf-8")),
+        DOCS / "sizes.md": sizes.page(),
+        DOCS / claims.PAGE: claims.page(list(claims.read(DOCS).values())),
+    }
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:

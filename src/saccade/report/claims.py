@@ -46,6 +46,8 @@ def write(folder: Path, records: Mapping[str, dict[str, Any]]) -> Path:
 def page(records: list[dict[str, Any]]) -> str:
     """The page: a table of verdicts, then a section a claim."""
     shown = sum(found["holds"] for found in records)
+    run = {found["slug"] for found in records}
+    missing = [part.slug for part in catalogue.parts() if part.slug not in run]
     lines = [
         "# The papers' claims, measured",
         "",
@@ -53,7 +55,7 @@ def page(records: list[dict[str, Any]]) -> str:
         "small experiment on data that comes with the dependencies: `saccade claim NAME` runs it on your machine. One",
         "that does not show at this size is reported as such, with its figures.",
         "",
-        f"{shown} of {len(records)} show.",
+        f"{shown} of {len(records)} show." + (f" Not run yet: {', '.join(missing)}." if missing else ""),
         "",
         "| part | verdict | day | seconds |",
         "|---|---|---|---|",
