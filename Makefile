@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test lint types demo readme benchmarks claims clean
+.PHONY: setup test lint types demo readme benchmarks claims comparison clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,9 @@ benchmarks: setup
 
 claims: setup
 	$(BIN)/saccade claim --all --out docs
+
+comparison: setup
+	$(BIN)/python tools/comparison.py
 
 clean:
 	rm -rf $(VENV) build dist
