@@ -111,7 +111,7 @@ def combiner_attend(
     pool = _pooling(pooling, transform)
     if 0 in (B, N):
         return q_BHND.new_zeros(B, H, N, v_BKNE.shape[3]) + 0 * (q_BHND.sum() + k_BKND.sum() + v_BKNE.sum())
-    real_BN = None if mask is None else _padding(mask, B, N)
+    real_BN = None if mask is None else masks.real_keys(mask, B, N)
     s = 1 if variant == "logn" else _segment(N, segment)
     L = -(-N // s) * s if variant != "logn" else 1 << (N - 1).bit_length()
     q, k, v = (
@@ -403,20 +403,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
     return tuple(q.shape)
-
-
-def _padding(mask: Tensor | Mask, B: int, N: int) -> Tensor:
-    if isinstance(mask, masks.Padding):
-        mask = mask.valid_BM
-    elif isinstance(mask, masks.Dense) and mask.mask_BHNM.shape[1:3] == (1, 1):
-        mask = mask.mask_BHNM[:, 0, 0]
-    elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"Combiner takes padding as its mask, bool ({B}, {N}), got {mask!r:.80}")
-    if mask.shape[0] not in (1, B) or mask.shape[1] != N:
-        raise ValueError(f"mask must be ({B}, {N}), True = real token, got {tuple(mask.shape)}")
-    return mask.expand(B, N)
 
 
 class CombinerCache:

@@ -98,7 +98,7 @@ def mra_attend(
     Raises:
         ValueError: if shapes or options do not fit, or the mask is of another kind.
     """
-    valid_BM = None if mask is None else _padding(mask, q_BHND.shape[0], k_BKMD.shape[2])
+    valid_BM = None if mask is None else masks.real_keys(mask, q_BHND.shape[0], k_BKMD.shape[2])
     query_valid_BN = valid_BM if q_BHND.shape[2] == k_BKMD.shape[2] else None
     out, chosen = _attend(
         q_BHND, k_BKMD, v_BKME, query_valid_BN, valid_BM, resolutions=resolutions, num_blocks=num_blocks,
@@ -372,20 +372,6 @@ def _counts(valid: Tensor | None, length: int, size: int, device: torch.device) 
     return F.pad(valid, (0, -length % size)).unflatten(1, (-1, size)).sum(2)
 
 
-def _padding(mask: Tensor | Mask, B: int, M: int) -> Tensor:
-    if isinstance(mask, masks.Padding):
-        mask = mask.valid_BM
-    elif isinstance(mask, masks.Dense) and mask.mask_BHNM.shape[1:3] == (1, 1):
-        mask = mask.mask_BHNM[:, 0, 0]
-    elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"MRA takes padding as its mask, bool ({B}, {M}), got {mask!r:.80}")
-    if mask.shape[0] not in (1, B) or mask.shape[1] != M:
-        raise ValueError(f"mask must be ({B}, {M}), True = real token, got {tuple(mask.shape)}")
-    return mask.expand(B, M)
-
-
 def _scales(resolutions: Sequence[int]) -> list[int]:
     scales = list(resolutions)
     fits = all(isinstance(s, int) and s >= 1 for s in scales)
@@ -482,7 +468,7 @@ class MRA(QKVAttention):
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
     ) -> Tensor:
-        valid = None if mask is None else _padding(mask, q_BHND.shape[0], k_BKMD.shape[2])
+        valid = None if mask is None else masks.real_keys(mask, q_BHND.shape[0], k_BKMD.shape[2])
         return self._mix(q_BHND, k_BKMD, v_BKME, valid, valid)
 
     def forward(
@@ -500,7 +486,7 @@ class MRA(QKVAttention):
         q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, 0)
         v_BKMD = self._heads(self.v_proj(context_BMC), self.num_kv_heads)
         given = as_mask(mask, k_BKMD)
-        valid = None if given is None else _padding(given, k_BKMD.shape[0], k_BKMD.shape[2])
+        valid = None if given is None else masks.real_keys(given, k_BKMD.shape[0], k_BKMD.shape[2])
         return self.out_proj(self._mix(q_BHND, k_BKMD, v_BKMD, None, valid).transpose(1, 2).flatten(2))
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor, query_valid: Tensor | None, key_valid: Tensor | None) -> Tensor:
