@@ -134,8 +134,10 @@ def test_gentle_keeps_the_networks_outputs(slug, convnext, images):
     torch.testing.assert_close(logits(convnext, images), before, rtol=1e-4, atol=1e-5)
     assert all(place.change < 1e-5 for place in report.places)
     convnext.train()(images).logits.sum().backward()
-    amounts = [module.amount.grad for module in convnext.modules() if isinstance(module, Gentle)]
-    assert all(grad is not None and grad.isfinite() and grad != 0 for grad in amounts)
+    # one amount, or a zero of the gate's own, is on the way; never two, which would stop all gradients
+    for place in report.places:
+        gate = convnext.get_submodule(place.gate)
+        assert any(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in gate.parameters())
 
 
 @pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if part.kind == "gate"])

@@ -82,7 +82,7 @@ class Inserted:
 
     Attributes:
         slug, arguments: the gate.
-        gentle: it stands behind a learnable amount that starts at zero.
+        gentle: it stands behind a learnable amount that starts at zero, where it does not start as the identity.
         places: one entry per gate.
         parameters, flops: of the network without them (multiply-adds of the dry run; None without one).
         input: shapes of the dry run's inputs.
@@ -167,8 +167,8 @@ def insert(
         channels: C of the maps, one for all or by path; found by a dry run where None.
         example: input of the dry run: a tensor, a tuple of positional arguments or a dict of named ones; noise of the
             config's image size (224 where it has none) by default.
-        gentle: put the gate behind a learnable amount that starts at zero (`Gentle`; in no paper), unless it has an
-            `identity_init` of its own.
+        gentle: put the gate behind a learnable amount that starts at zero (`Gentle`; in no paper), unless it starts as
+            the identity of its own.
         **arguments: the gate's. Where it takes `identity_init`, that is True by default: the network starts with what
             it does now.
 
@@ -192,7 +192,6 @@ def insert(
         raise ValueError(f"insert needs a gate ({gates}), but {slug!r} is of kind {part.kind!r}")
     if "identity_init" in inspect.signature(part.build).parameters:
         arguments.setdefault("identity_init", True)
-        gentle = gentle and not arguments["identity_init"]
     targets = _targets(model, [after] if isinstance(after, (str, type)) else list(after))
     before = sum(p.numel() for p in model.parameters())
     if channels is None:
@@ -207,7 +206,8 @@ def insert(
             gate: nn.Module = catalogue.create(slug, **{"channels": count, **arguments})
         except ValueError as error:
             raise ValueError(f"after {target.path!r}: {error}") from error
-        gate = Gentle(gate) if gentle else gate
+        if gentle and not _is_identity(gate, count):
+            gate = Gentle(gate)
         like = (
             map_BCHW if map_BCHW is not None else next(iter((*target.module.parameters(), *model.parameters())), None)
         )
@@ -447,6 +447,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def _is_identity(gate: nn.Module, channels: int) -> bool:
+    """Whether the gate leaves a map as it is. A second zero in front of such a gate's own would stop all gradients."""
+    like = next(gate.parameters(), torch.empty(()))
+    noise = torch.randn(1, channels, 7, 7, generator=torch.Generator().manual_seed(0)).to(like.device)
+    with _evaluating(gate):
+        return bool((gate(noise) - noise).abs().max() <= 1e-5)
 
 
 @torch.no_grad()

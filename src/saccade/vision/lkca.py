@@ -262,7 +262,7 @@ class _Attention(nn.Module):
 
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
-        self.position = nn.Parameter(0.02 * torch.randn(size * size, channels))
+        self.position = nn.Parameter(torch.randn(size * size, channels))  # as large as what it is added to
         self.attention = nn.MultiheadAttention(channels, 4, batch_first=True)
 
     def tokens(self, x_BNC: Tensor, size: tuple[int, int]) -> Tensor:
