@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -97,7 +96,11 @@ RT_DETR = [(80, 80), (40, 40), (20, 20)]
 
 #: name, case, whether it has the goal
 CASES: list[tuple[str, Callable[[], Case], bool]] = [
-    ("RT-DETR's decoder: 300 queries, 3 levels of 4", lambda: multi_scale(1, 300, RT_DETR, [4, 4, 4], "bilinear"), True),
+    (
+        "RT-DETR's decoder: 300 queries, 3 levels of 4",
+        lambda: multi_scale(1, 300, RT_DETR, [4, 4, 4], "bilinear"),
+        True,
+    ),
     ("the same, batch 4", lambda: multi_scale(4, 300, RT_DETR, [4, 4, 4], "bilinear"), True),
     ("the same, discrete, batch 4", lambda: multi_scale(4, 300, RT_DETR, [4, 4, 4], "discrete"), True),
     ("an encoder: 8400 queries", lambda: multi_scale(1, 8400, RT_DETR, [4, 4, 4], "bilinear"), True),

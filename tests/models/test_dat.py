@@ -1,0 +1,247 @@
+"""DAT: what its card says of deformable attention, its blocks and networks, and checkpoints of the authors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from saccade import catalogue
+from saccade.attention.neighborhood import neighborhood_attend
+from saccade.models.dat import DAT, ConvMLP, DeformableAttention, NeighborhoodAttention, Stage, load_network
+from saccade.models.dat.neighborhood import neighborhood_with_bias
+
+
+def attention(**changes: object) -> DeformableAttention:
+    torch.manual_seed(0)
+    arguments = {"dim": 8, "num_heads": 4, "map_size": 6, "groups": 2, "stride": 2, "kernel_size": 3} | changes
+    module = DeformableAttention(**arguments).double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def maps(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_points_on_every_pixel_are_dense_attention_with_relative_bias() -> None:
+    module = attention(stride=1, reference="symmetric")
+    nn.init.zeros_(module.offset_proj.weight)
+    x = maps(2, 6, 6, 8)
+    q, k, v = (p(x).flatten(1, 2).unflatten(2, (4, 2)).transpose(1, 2) for p in
+               (module.q_proj, module.k_proj, module.v_proj))  # fmt: skip
+    i = torch.arange(36)
+    dy, dx = i[:, None] // 6 - i // 6, i[:, None] % 6 - i % 6
+    bias = module.bias_table[:, dy + 5, dx + 5]
+    dense = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).reshape(2, 6, 6, 8)
+    torch.testing.assert_close(module(x), module.out_proj(dense))
+
+
+def test_published_references_lean_and_are_clamped() -> None:
+    module = attention(stride=1)
+    nn.init.zeros_(module.offset_proj.weight)
+    _, position, reference = module.attend(maps(1, 6, 6, 8))
+    i = torch.arange(6, dtype=torch.float64)
+    torch.testing.assert_close(reference[0, 0, :, 0, 0].double(), (i + 0.5) / 5 * 2 - 1)
+    assert reference.max() > 1 and position.max() == 1 and position[0, 0, 0, 0, 0] == reference[0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("limit", [-1.0, 2.0])
+def test_points_stay_where_they_may(limit: float) -> None:
+    module = attention(offset_range=limit, map_size=8)
+    nn.init.normal_(module.offset_proj.weight, std=20)
+    _, position, reference = module.attend(maps(2, 8, 8, 8))
+    assert position.shape == (2, 2, 4, 4, 2)
+    if limit < 0:
+        assert position.abs().max() <= 1
+    else:
+        assert 0 < (position - reference).abs().max() <= limit / 3 + 1e-6
+
+
+def test_a_table_of_zeros_is_no_bias() -> None:
+    with_table, without = attention(), attention(bias=None)
+    nn.init.zeros_(with_table.bias_table)
+    without.load_state_dict({k: v for k, v in with_table.state_dict().items() if k != "bias_table"})
+    torch.testing.assert_close(with_table(maps(2, 6, 6, 8)), without(maps(2, 6, 6, 8)))
+
+
+def test_groups_permute_with_their_weights() -> None:
+    module, other = attention(), attention()
+    turn = torch.arange(8).roll(4)  # exchanges the two groups of channels, of two heads each
+    state = module.state_dict()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        # k and v read sampled channels, which are exchanged too
+        state[f"{name}.weight"] = state[f"{name}.weight"][turn][:, turn]
+        state[f"{name}.bias"] = state[f"{name}.bias"][turn]
+    state["out_proj.weight"] = state["out_proj.weight"][turn][:, turn]
+    state["out_proj.bias"] = state["out_proj.bias"][turn]
+    state["bias_table"] = state["bias_table"].roll(2, 0)
+    other.load_state_dict(state)
+    x = maps(2, 6, 6, 8)
+    torch.testing.assert_close(other(x[..., turn]), module(x)[..., turn])
+
+
+def test_gradients_reach_the_offset_network() -> None:
+    module = attention()
+    module(maps(2, 6, 6, 8)).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in module.offset_conv.parameters())
+    assert module.offset_proj.weight.grad.abs().sum() > 0
+
+
+def test_without_offsets_reads_means() -> None:
+    module = attention(offsets=False)
+    x = maps(1, 6, 6, 8)
+    means = F.avg_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    q, k, v = (p(z).flatten(1, 2).unflatten(2, (4, 2)).transpose(1, 2) for p, z in
+               ((module.q_proj, x), (module.k_proj, means), (module.v_proj, means)))  # fmt: skip
+    expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, 6, 6, 8)
+    torch.testing.assert_close(module(x), module.out_proj(expected))
+    assert module.bias_table is None
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 11), (12, 12)])
+@pytest.mark.parametrize("bias", ["table", "log", "fixed", "convolution", None])
+def test_other_sizes_than_the_table_s(bias: str | None, size: tuple[int, int]) -> None:
+    y = attention(bias=bias)(maps(2, *size, 8))
+    assert y.shape == (2, *size, 8) and y.isfinite().all()
+
+
+def test_log_bias_is_that_of_the_card() -> None:
+    module = attention(bias="log", reference="symmetric", stride=1)
+    points = maps(1, 4, 2, 2) * 2 + 2.5
+    bias = module._bias(points, (6, 6))
+    query = torch.tensor([3.0, 1.0], dtype=torch.float64)  # (y, x)
+    d = 4 * ((query / 5 * 2 - 1) - (points[0, 2, 1].flip(0) / 5 * 2 - 1))
+    d = d.sign() * torch.log2(d.abs() + 1) / 3
+    torch.testing.assert_close(bias[0, 2:, 3 * 6 + 1, 2], module.bias_network(d))
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((9, 17), 3), ((7, 7), 7), ((19, 8), 5)])
+def test_neighbourhoods_equal_those_of_their_own_room(size: tuple[int, int], kernel: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, *size, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    table = torch.randn(2, 2 * kernel - 1, 2 * kernel - 1, dtype=torch.float64, requires_grad=True)
+    ours = neighborhood_with_bias(*leaves, table)
+    flat = [x.flatten(1, 2).transpose(1, 2) for x in leaves]
+    expected = neighborhood_attend(*flat, size, kernel, bias=table).transpose(1, 2).view_as(ours)
+    torch.testing.assert_close(ours, expected)
+    grad = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (*leaves, table), grad)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, (*leaves, table), grad))
+
+
+def test_maps_smaller_than_the_neighbourhood_are_filled_up() -> None:
+    module = NeighborhoodAttention(8, 2, 5).double()
+    x = maps(1, 3, 6, 8)
+    torch.testing.assert_close(module(x), module(F.pad(x, (0, 0, 0, 0, 0, 2)))[:, :3])
+
+
+def small(**changes: object) -> DAT:
+    torch.manual_seed(0)
+    return catalogue.create("dat", **{**catalogue.part("dat").example, **changes}).eval()
+
+
+def test_pyramid_of_the_published_network() -> None:
+    model = DAT.from_config(
+        "DAT-T++", dims=(4, 8, 16, 32), num_heads=(2, 2, 4, 8), groups=(1, 1, 2, 4), patterns=("ND",) * 4
+    )
+    out = model.eval()(torch.randn(1, 3, 70, 33))
+    assert [tuple(m.shape) for m in out.features] == [(1, 4, 18, 9), (1, 8, 9, 5), (1, 16, 5, 3), (1, 32, 3, 2)]
+    assert out.logits.shape == (1, 1000)
+    assert model.channels == (4, 8, 16, 32) and model.strides == (4, 8, 16, 32)
+
+
+@pytest.mark.parametrize("changes", [
+    {"conv_stem": False, "conv_mlp": False, "local_perception": False},
+    {"layer_scale": 0.1, "drop_path": 0.5, "offset_range": 2.0, "bias": "log"},
+    {"num_classes": 0},
+])  # fmt: skip
+def test_options(changes: dict[str, object]) -> None:
+    model = small(**changes).train()
+    out = model(torch.randn(2, 3, 19, 26))
+    assert all(m.isfinite().all() for m in out.features)
+    assert (out.logits is None) == (changes.get("num_classes") == 0)
+
+
+def test_points_of_the_published_sizes() -> None:
+    """7 x 7 at every stage of DAT++ at 224."""
+    for side, stride, kernel in zip((56, 28, 14, 7), (8, 4, 2, 1), (9, 7, 5, 3)):
+        assert DeformableAttention(8, 2, side, stride=stride, kernel_size=kernel)._points(side) == 7
+
+
+def test_a_whole_checkpoint_loads() -> None:
+    """Names within stages are recorded; those outside are found by shape."""
+    model, state = small(num_classes=7), {}
+    deformable = {"q_proj": "proj_q", "k_proj": "proj_k", "v_proj": "proj_v", "out_proj": "proj_out",
+                  "offset_conv": "conv_offset.0", "offset_norm": "conv_offset.1.norm", "offset_proj": "conv_offset.3",
+                  "bias_table": "rpe_table", "qkv": "qkv", "proj": "proj",
+                  "relative_position_bias_table": "relative_position_bias_table"}  # fmt: skip
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        tensor = torch.randn_like(tensor)
+        if parts[0] != "stages":
+            state[f"elsewhere.{len(state)}.{parts[-1]}"] = tensor
+            continue
+        stage, block, kind, rest = parts[1], int(parts[3]), parts[4], parts[5:]
+        if kind in ("norm1", "norm2"):
+            rest = [f"layer_norms.{2 * block + int(kind[-1]) - 1}", "norm", *rest]
+        elif kind == "local":
+            rest = [f"local_perception_units.{block}", *rest]
+        elif kind == "mlp":
+            rest = [f"mlps.{block}", "dwc" if rest[0] == "conv" else f"{rest[0]}.0", *rest[1:]]
+        else:
+            rest = [f"attns.{block}", deformable[rest[0]], *rest[1:]]
+        if (kind == "mlp" and "linear" in rest[1]) or (kind == "attention" and "proj_" in rest[1]):
+            tensor = tensor[..., None, None] if tensor.ndim == 2 else tensor
+        state[f"stages.{stage}." + ".".join(rest)] = tensor
+    loaded = load_network(state, small(num_classes=7))
+    x = torch.randn(1, 3, 24, 24)
+    assert not torch.equal(loaded(x).logits, model(x).logits)
+    for ours, theirs in zip(loaded.state_dict().values(), state.values(), strict=True):
+        assert torch.equal(ours, theirs.view_as(ours))
+    other = load_network(state, small(num_classes=7, image_size=48))
+    assert other.stages[0].blocks[1].attention.bias_table.shape == (2, 23, 23)
+    with pytest.raises(ValueError, match="has no place"):
+        load_network(state | {"x": torch.randn(3, 2, 1)}, small(num_classes=7))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: attention(groups=3), "groups must be"),
+        (lambda: attention(num_heads=3), "num_heads must be"),
+        (lambda: attention(stride=0), "stride and kernel_size"),
+        (lambda: attention(bias="rotary"), "bias must be"),
+        (lambda: attention(reference="left"), "reference must be"),
+        (lambda: attention(map_size=0), "map_size must be"),
+        (lambda: attention()(torch.randn(1, 4, 4, 9)), "x must be"),
+        (lambda: NeighborhoodAttention(8, 2, 4), "kernel_size must be odd"),
+        (lambda: ConvMLP(8, 0), "expansion must be"),
+        (lambda: Stage(8, "DX", 7, num_heads=2), "pattern must be"),
+        (lambda: small(strides=(1,)), "strides must have an entry per stage"),
+        (lambda: small()(torch.randn(1, 4, 8, 8)), "x must be images"),
+        (lambda: DAT.from_config("DAT-X"), "was published as"),
+    ],
+)
+def test_bad_arguments(build: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_growth_with_pixels() -> None:
+    """Linear with as many points; a grid of points that grows with the map is quadratic, as dense attention is."""
+
+    def flops(size: int, stride: int) -> int:
+        with torch.device("meta"):
+            module, x = DeformableAttention(8, 2, size, stride=stride, kernel_size=3), torch.empty(1, size, size, 8)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(x)
+        return sum(
+            n for name, n in counter.get_flop_counts()["Global"].items() if "scaled" in str(name) or "bmm" in str(name)
+        )
+
+    assert flops(32, 8) == 4 * flops(16, 4) > 0
+    assert flops(32, 4) == 16 * flops(16, 4)

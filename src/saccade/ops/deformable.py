@@ -31,7 +31,7 @@ N points or queries, M pixels of all levels, S samples of a query, R rows, K sum
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,6 +82,8 @@ def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
         return rows_RD.new_zeros(K, S)
     if rows_RD.device.type != "cpu":
         return (rows_RD[index_KS] @ query_KD[:, :, None])[..., 0]
+    if rows_RD.shape[0] <= S:
+        return (query_KD @ rows_RD.T).gather(1, index_KS.long())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that sparse tensors are in beta
         starts = torch.arange(0, K * S + 1, S, dtype=index_KS.dtype)
@@ -95,7 +97,7 @@ def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
 @torch.library.custom_op("saccade::scatter_sum", mutates_args=())
 def scatter_sum(index_KS: Tensor, weight_KS: Tensor, grad_KD: Tensor, rows: int) -> Tensor:
     """Row r is the sum of weight_ks grad_k over the pairs (k, s) with index_ks = r, (rows, D)."""
-    K, S = index_KS.shape
+    S = index_KS.shape[1]
     if not index_KS.numel() or not rows or not grad_KD.shape[1]:
         return grad_KD.new_zeros(rows, grad_KD.shape[1])
     flat, weights = index_KS.reshape(-1), weight_KS.reshape(-1)
@@ -106,7 +108,12 @@ def scatter_sum(index_KS: Tensor, weight_KS: Tensor, grad_KD: Tensor, rows: int)
     order = flat.int().argsort()
     starts = F.pad(flat.bincount(minlength=rows).cumsum(0), (1, 0))
     return F.embedding_bag(
-        order // S, grad_KD.contiguous(), starts, per_sample_weights=weights[order], mode="sum", include_last_offset=True
+        order // S,
+        grad_KD.contiguous(),
+        starts,
+        per_sample_weights=weights[order],
+        mode="sum",
+        include_last_offset=True,
     )
 
 
@@ -207,7 +214,7 @@ class Samples:
         if weights_BNGS is not None:
             if tuple(weights_BNGS.shape) != self.shape:
                 raise ValueError(f"weights must be {self.shape}, got shape {tuple(weights_BNGS.shape)}")
-            weight_KS = weights_BNGS.to(rows.dtype).reshape(-1, self.shape[3])
+            weight_KS = weights_BNGS.to(rows.dtype).reshape(len(self.index_KI), self.shape[3])
             # corners are the outer axis of a row
             corners = self.index_KI.shape[1] // max(1, self.shape[3])
             weight_KI = weight_KS if weight_KI is None else weight_KI.to(rows.dtype) * weight_KS.repeat(1, corners)
@@ -215,7 +222,7 @@ class Samples:
             weight_KI = rows.new_ones(self.index_KI.shape)
         sums = _plain_sum if _exporting() else gather_sum
         out = sums(rows, self.index_KI, weight_KI.to(rows.dtype))
-        return out.view(*self.shape[:3], -1).to(values_BMGD.dtype)
+        return out.view(*self.shape[:3], rows.shape[1]).to(values_BMGD.dtype)
 
     def dot(self, query_BNGD: Tensor, keys_BMGD: Tensor) -> Tensor:
         """query . sample_s, (B, N, G, S): the logits of key-aware deformable attention, unscaled."""
@@ -225,7 +232,9 @@ class Samples:
             raise ValueError(f"query must be {expected}, got shape {tuple(query_BNGD.shape)}")
         products_KI = gather_dot(query_BNGD.to(rows.dtype).reshape(-1, expected[3]), rows, self.index_KI)
         if self.weight_KI is not None:
-            products_KI = (products_KI * self.weight_KI.to(rows.dtype)).unflatten(1, (-1, self.shape[3])).sum(1)
+            products_KI = products_KI * self.weight_KI.to(rows.dtype)
+            corners = self.weight_KI.shape[1] // max(1, self.shape[3])
+            products_KI = products_KI.view(len(products_KI), corners, self.shape[3]).sum(1)
         return products_KI.view(self.shape).to(query_BNGD.dtype)
 
     def _rows(self, values_BMGD: Tensor) -> Tensor:
@@ -263,8 +272,6 @@ def samples(
         raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
     if points_BNGS2.ndim != 5 or points_BNGS2.shape[4] != 2:
         raise ValueError(f"points must be (batch, queries, groups, samples, 2), got shape {tuple(points_BNGS2.shape)}")
-    if not shapes or any(len(size) != 2 or min(size) < 1 for size in shapes):
-        raise ValueError(f"shapes must be (height, width) of at least one level, got {shapes}")
     B, N, G, S = points_BNGS2.shape[:4]
     levels = _counts(S, len(shapes), counts)
     x, y = points_BNGS2.unbind(-1)
@@ -287,6 +294,8 @@ def samples(
 
 
 def _counts(S: int, levels: int, counts: Sequence[int] | None) -> tuple[int, ...]:
+    if not levels:
+        raise ValueError("shapes must be (height, width) of at least one level, got none")
     if counts is None:
         if S % levels:
             raise ValueError(f"samples ({S}) must be equally many on each of {levels} levels, or counts be given")
@@ -303,7 +312,7 @@ def _grid(shapes: Sequence[Size], counts: Sequence[int], like: Tensor) -> tuple[
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     of_levels = [(w, h, start) for (h, w), start in zip(shapes, starts)]
     of_samples = [level for level, count in zip(of_levels, counts) for _ in range(count)]
-    width, height, start = torch.tensor(of_samples, dtype=torch.int32, device=like.device).unbind(1)
+    width, height, start = torch.tensor(of_samples, dtype=torch.int32, device=like.device).view(-1, 3).unbind(1)
     return width, height, start
 
 
@@ -490,59 +499,83 @@ def deformable_conv(
 # ---------------------------------------------------------------------------- a bias by relative position
 
 
-@torch.library.custom_op("saccade::crop", mutates_args=())
-def _crop(table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor, height: int, width: int) -> Tensor:
-    """Windows (K, T, height, width) of the table of a group, at whole positions."""
-    windows = table_GTYX.unfold(2, height, 1).unfold(3, width, 1)
-    return windows[group_K, :, top_K, left_K].contiguous()
+#: bytes of windows that are worked on at a time, so that they stay in the cache
+_PIECE_BYTES = 2**19
 
 
-@torch.library.custom_op("saccade::uncrop", mutates_args=())
-def _uncrop(
-    grad_KTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor, groups: int, height: int, width: int
-) -> Tensor:
-    """The adjoint: windows added to tables (groups, T, height, width) at their positions."""
-    K, T, h, w = grad_KTYX.shape
-    first = (group_K * T * height + top_K) * width + left_K
-    inner = torch.arange(T, device=first.device)[:, None, None] * (height * width)
-    inner = inner + torch.arange(h, device=first.device)[:, None] * width + torch.arange(w, device=first.device)
-    table = grad_KTYX.new_zeros(groups * T * height * width)
-    table.scatter_add_(0, (first[:, None, None, None] + inner).view(-1), grad_KTYX.reshape(-1))
-    return table.view(groups, T, height, width)
+def _pieces(like: Tensor, keys: int, numbers: int) -> Iterator[slice]:
+    step = keys if like.device.type != "cpu" else max(1, _PIECE_BYTES // max(1, numbers * like.element_size()))
+    return (slice(start, start + step) for start in range(0, keys, max(1, step)))
 
 
-@_crop.register_fake
+def _floors(top_K: Tensor, left_K: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole positions, and the fractions beyond them as factors (K, 1, 1, 1)."""
+    whole = [p.floor() for p in (top_K, left_K)]
+    parts = [(p - low).to(like.dtype)[:, None, None, None] for p, low in zip((top_K, left_K), whole)]
+    return whole[0].long(), whole[1].long(), parts[0], parts[1]
+
+
+@torch.library.custom_op("saccade::shifted_crops", mutates_args=())
+def _crops(table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor, height: int, width: int) -> Tensor:
+    """Windows (K, T, height, width) of the table of a group at positions between its cells."""
+    K, T = top_K.shape[0], table_GTYX.shape[1]
+    windows = table_GTYX.unfold(2, height + 1, 1).unfold(3, width + 1, 1)
+    top, left, down, across = _floors(top_K, left_K, table_GTYX)
+    out = table_GTYX.new_empty(K, T, height, width)
+    for k in _pieces(table_GTYX, K, T * (height + 1) * (width + 1)):
+        crops = windows[group_K[k], :, top[k], left[k]]
+        lines = torch.lerp(crops[:, :, :-1], crops[:, :, 1:], down[k])
+        torch.lerp(lines[..., :-1], lines[..., 1:], across[k], out=out[k])
+    return out
+
+
+@torch.library.custom_op("saccade::shifted_crops_backward", mutates_args=())
+def _crops_backward(
+    grad_KTHW: Tensor, table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    K, T, H, W = grad_KTHW.shape
+    Y, X = table_GTYX.shape[2:]
+    windows = table_GTYX.unfold(2, H + 1, 1).unfold(3, W + 1, 1)
+    top, left, down, across = _floors(top_K, left_K, table_GTYX)
+    of_table, of_top, of_left = (torch.zeros_like(x) for x in (table_GTYX, top_K, left_K))
+    place = torch.arange(T * Y * X, device=top.device).view(T, Y, X)[:, : H + 1, : W + 1]
+    for k in _pieces(table_GTYX, K, T * (H + 1) * (W + 1)):
+        grad = grad_KTHW[k]
+        crops = windows[group_K[k], :, top[k], left[k]]
+        lines = torch.lerp(crops[:, :, :-1], crops[:, :, 1:], down[k])
+        of_left[k] = (lines.diff(dim=3) * grad).sum((1, 2, 3))
+        far = grad * across[k]
+        of_lines = F.pad(far, (1, 0))
+        of_lines[..., :-1] += grad - far
+        of_top[k] = (crops.diff(dim=2) * of_lines).sum((1, 2, 3))
+        far = of_lines * down[k]
+        of_crops = F.pad(far, (0, 0, 1, 0))
+        of_crops[:, :, :-1] += of_lines.sub_(far)
+        first = (group_K[k] * T * Y + top[k]) * X + left[k]
+        index = first[:, None, None, None] + place
+        of_table.view(-1).scatter_add_(0, index.view(-1), of_crops.view(-1))
+    return of_table, of_top, of_left
+
+
+@_crops.register_fake
 def _(table: Tensor, top: Tensor, left: Tensor, group: Tensor, height: int, width: int) -> Tensor:
     return table.new_empty(top.shape[0], table.shape[1], height, width)
 
 
-@_uncrop.register_fake
-def _(grad: Tensor, top: Tensor, left: Tensor, group: Tensor, groups: int, height: int, width: int) -> Tensor:
-    return grad.new_empty(groups, grad.shape[1], height, width)
+@_crops_backward.register_fake
+def _(grad: Tensor, table: Tensor, top: Tensor, left: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(table), torch.empty_like(top), torch.empty_like(left)
 
 
-def _keep_crop(ctx: Any, inputs: Any, output: Any) -> None:
-    table, *places, ctx.height, ctx.width = inputs
-    ctx.table = (table.shape[0], *table.shape[2:])
-    ctx.save_for_backward(*places)
+def _keep_crops(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
 
 
-def _keep_uncrop(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, *places, _, _, _ = inputs
-    ctx.window = tuple(grad.shape[2:])
-    ctx.save_for_backward(*places)
+def _differentiate_crops(ctx: Any, grad: Tensor) -> Any:
+    return (*_crops_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None)
 
 
-def _differentiate_crop(ctx: Any, grad: Tensor) -> Any:
-    return (_uncrop(grad, *ctx.saved_tensors, *ctx.table), None, None, None, None, None)
-
-
-def _differentiate_uncrop(ctx: Any, grad: Tensor) -> Any:
-    return (_crop(grad, *ctx.saved_tensors, *ctx.window), None, None, None, None, None, None)
-
-
-_crop.register_autograd(_differentiate_crop, setup_context=_keep_crop)
-_uncrop.register_autograd(_differentiate_uncrop, setup_context=_keep_uncrop)
+_crops.register_autograd(_differentiate_crops, setup_context=_keep_crops)
 
 
 def relative_bias(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
@@ -573,19 +606,15 @@ def relative_bias(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
     # an axis of one pixel has one displacement
     left = (W - 1 - x).clamp(-W, 2 * W - 1).flatten() if W > 1 else (x * 0).flatten()
     top = (H - 1 - y).clamp(-H, 2 * H - 1).flatten() if H > 1 else (y * 0).flatten()
-    floors = top.detach().floor(), left.detach().floor()
-    down, across = ((p - low).to(table.dtype)[:, None, None, None] for p, low in zip((top, left), floors))
     group = torch.arange(G, device=top.device).repeat(B * N)
     padded = F.pad(table, (W, W + 1, H, H + 1))
-    crops = _crop(padded, floors[0].long() + H, floors[1].long() + W, group, H + 1, W + 1)
-    crops = torch.lerp(crops[:, :, :-1], crops[:, :, 1:], down)
-    crops = torch.lerp(crops[..., :-1], crops[..., 1:], across)
+    crops = _crops(padded, top + H, left + W, group, H, W)
     return crops.view(B, N, heads, H * W).permute(0, 2, 3, 1)
 
 
 def _stretched_bias(table_GTYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
     """Any table on any grid, pair by pair."""
-    (B, N, G), (H, W) = points_BNG2.shape[:3], size
+    (B, N), (H, W) = points_BNG2.shape[:2], size
     extent = points_BNG2.new_tensor([max(W - 1, 1), max(H - 1, 1)])
     y, x = (torch.arange(n, device=points_BNG2.device, dtype=points_BNG2.dtype) for n in size)
     queries = torch.stack([x.expand(H, W), y[:, None].expand(H, W)], -1).flatten(0, 1)

@@ -9,14 +9,14 @@ extends "Vision Transformer with Deformable Attention" (DAT), arXiv 2201.00520.
 
 so attention costs O(H W N C) with N = n m points, 49 at every stage of the published sizes, instead of O((H W)^2 C).
 
-| here                          | paper  | meaning                                                  | default (DAT-T++)      |
-|-------------------------------|--------|----------------------------------------------------------|------------------------|
-| `stride`, `kernel_size`       | r, k   | of the offset network theta: depthwise conv, LN, GELU, 1x1 | 8,4,2,1 and 9,7,5,3  |
-| `groups`                      | G      | sets of points                                           | 1,2,4,8                |
-| `offset_range`                | s      | negative: unbounded, points clamped to the map (DAT++)   | -1                     |
-| `bias`                        | B      | "table"; "log", "fixed", "convolution" of the code       | "table"                |
-| `patterns`                    |        | letters: N neighbourhood, D deformable, L, S windows     | N D in turn, last D D  |
-| `local_perception`, `conv_mlp`, `conv_stem` | | DAT++'s convolutions; DAT has none of them       | True                   |
+| here                    | paper | meaning                                                | default (DAT-T++)     |
+|-------------------------|-------|--------------------------------------------------------|-----------------------|
+| `stride`, `kernel_size` | r, k  | of theta: depthwise convolution, LN, GELU, 1x1         | 8,4,2,1 and 9,7,5,3   |
+| `groups`                | G     | sets of points                                         | 1,2,4,8               |
+| `offset_range`          | s     | negative: unbounded, points clamped to the map (DAT++) | -1                    |
+| `bias`                  | B     | "table"; "log", "fixed", "convolution" of the code     | "table"               |
+| `patterns`              |       | N neighbourhood, D deformable, L and S windows         | N D in turn, last D D |
+| `local_perception`, `conv_mlp`, `conv_stem` | | DAT++'s convolutions; DAT has none         | True                  |
 
 Where paper and code differ, this follows the code: reference points (i + 1/2) / (n - 1) lean to the lower right
 (`reference="symmetric"` spreads them evenly), and for images of another size the table is stretched over the map. One
@@ -84,7 +84,7 @@ register(
         "representations": "multi-representational",
     },
     efficiency="sparse/token/trained-routing",
-    complexity="deformable attention: time 2 H W N C + 2 H W C^2 + 2 N C^2 + (k^2 + 2) N C for N points; linear in pixels",
+    complexity="deformable attention: time 2 H W N C + 2 H W C^2 + 2 N C^2 + (k^2 + 2) N C, N points",
     invariants=(
         "points that stay on every pixel, aligned: dense attention with relative bias, exactly",
         "the bias of a point on a pixel is an entry of the table",
@@ -128,7 +128,7 @@ register(
             _first(_S, _HEADS[_S], (1, 1, 3, 6), 3),
             29.0,
             4.6,
-            tolerance=0.025,
+            tolerance=0.024,
             note=f"{_RECALLED}; papers print Swin-T's 28.3 as 29 too",
         ),
         Published("DAT-S", _first(_S, _HEADS[_S], (1, 1, 3, 6), 9), 50.0, 9.0, note=_RECALLED),

@@ -104,11 +104,11 @@ class DeformableAttention(nn.Module):
         kernel, padding = self.offset_conv.kernel_size[0], int(self.offset_conv.padding[0])
         return (max(n, kernel - 2 * padding) + 2 * padding - kernel) // self.stride + 1
 
-    def references(self, size: tuple[int, int]) -> Tensor:
+    def references(self, size: tuple[int, int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Undeformed points (n, m, 2) as (y, x), in [-1, 1] or, as published, a little beyond."""
         axes = []
         for n in map(self._points, size):
-            i = torch.arange(n, device=self.offset_proj.weight.device, dtype=torch.float32)
+            i = torch.arange(n, device=self.offset_proj.weight.device, dtype=dtype)
             if self.reference == "published" or n == 1:
                 i = i + 0.5  # one point alone stands in the middle
             axes.append(i / max(n - 1, 1) * 2 - 1)
@@ -119,7 +119,7 @@ class DeformableAttention(nn.Module):
         """Sampling points and where they come from, (B, G, n, m, 2) each, as (y, x)."""
         B, H, W, C = q_BHWC.shape
         G = self.groups
-        reference = self.references((H, W)).to(torch.promote_types(q_BHWC.dtype, torch.float32))
+        reference = self.references((H, W), torch.promote_types(q_BHWC.dtype, torch.float32))
         n, m = reference.shape[:2]
         reference = reference.expand(B, G, n, m, 2)
         if not self.offsets:
@@ -184,10 +184,10 @@ class DeformableAttention(nn.Module):
         if size == self.map_size:
             return table[None]
         # the tables of another map, stretched in queries, then in points
-        table = table.view(self.num_heads, *self.map_size, -1).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        of_points = table.view(self.num_heads, *self.map_size, -1).permute(0, 3, 1, 2)
+        of_points = F.interpolate(of_points, size, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
         old, new = ((self._points(n), self._points(m)) for n, m in (self.map_size, size))
-        return F.interpolate(table.unflatten(2, old), new, mode="bicubic", align_corners=False).flatten(2)[None]
+        return F.interpolate(of_points.unflatten(2, old), new, mode="bicubic", align_corners=False).flatten(2)[None]
 
     def _log_bias(self, pixels_BNG2: Tensor, size: tuple[int, int]) -> Tensor:
         """A network of sign(d) log2(1 + |d|) / log2(8), d = 4 (query - point), the map reaching from -1 to 1."""
@@ -198,7 +198,7 @@ class DeformableAttention(nn.Module):
         extent = pixels_BNG2.new_tensor([max(H - 1, 1), max(W - 1, 1)])
         d = 8 * (queries[:, None] - pixels_BNG2.flip(-1).transpose(1, 2)[:, :, None]) / extent  # B G HW N 2
         d = d.sign() * d.abs().log1p() / log(8)
-        bias = self.bias_network(d.to(self.bias_network[0].weight.dtype))
+        bias = self.bias_network(d.to(self.offset_proj.weight.dtype))
         return bias.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
     def extra_repr(self) -> str:

@@ -173,7 +173,7 @@ def convert_network(state: Mapping[str, Tensor], model: DAT) -> dict[str, Tensor
             outer.append((name, tensor))
         else:
             stages.setdefault(int(found[1]), {})[".".join(found.groups()[1:])] = tensor
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for number, stage in stages.items():
         ours |= {f"stages.{number}.{key}": tensor for key, tensor in convert_stage(stage).items()}
     open_names = [(name, p.shape) for name, p in model.named_parameters() if not name.startswith("stages.")]

@@ -19,7 +19,7 @@ from saccade.models.dat.attention import DeformableAttention
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
 
-_SIZE = 32
+_SIZE = 16
 
 
 def blobs(count: int, generator: torch.Generator, size: int = _SIZE) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,14 +34,14 @@ def blobs(count: int, generator: torch.Generator, size: int = _SIZE) -> tuple[Te
 
 
 class Corner(nn.Module):
-    """A stem that sees the whole image coarsely, one attention of 16 points, and a regression from the corner."""
+    """A convolution, one attention of 16 points, and a regression from the corner."""
 
     def __init__(self, offsets: bool, dim: int = 32) -> None:
         super().__init__()
         self.near = nn.Conv2d(3, dim, 3, padding=1)
         self.norm = nn.LayerNorm(dim)
         self.attention = DeformableAttention(
-            dim, 4, _SIZE, groups=1, stride=8, kernel_size=17, offset_range=4.0, offsets=offsets, reference="symmetric"
+            dim, 4, _SIZE, groups=1, stride=4, kernel_size=9, offset_range=4.0, offsets=offsets, reference="symmetric"
         )
         self.head = nn.Linear(dim, 3)
 
@@ -73,7 +73,7 @@ def _measure(model: Corner, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[float
 
 
 def claim(lab: Lab) -> ClaimResult:
-    """Deformable points against points that stay and read means of 8 x 8 pixels, same seeds and steps."""
+    """Deformable points against points that stay and read means of 4 x 4 pixels, same seeds and steps."""
     seeds = lab.size(3, 1)
     errors: dict[bool, list[float]] = {True: [], False: []}
     before, after = [], []
@@ -84,7 +84,7 @@ def claim(lab: Lab) -> ClaimResult:
                 torch.manual_seed(seed)
                 model = Corner(offsets)
             start = _measure(model, test)[1]
-            lab.train(model, _batches(seed, lab.size(32, 4)), _loss, 400, lr=3e-3, description="corner")
+            lab.train(model, _batches(seed, lab.size(16, 4)), _loss, 300, lr=3e-3, description="corner")
             error, distance = _measure(model.eval(), test)
             errors[offsets].append(error)
             if offsets:

@@ -173,9 +173,15 @@ class Stage(nn.Module):
         rates = [*drop_path, *[0.0] * (len(pattern) - len(drop_path))]
         self.blocks = nn.ModuleList(
             Block(
-                dim, attention(kind), expansion=expansion, conv_mlp=conv_mlp, local_perception=local_perception,
-                layer_scale=layer_scale, drop=drop, drop_path=rate,
-            )  # fmt: skip
+                dim,
+                attention(kind),
+                expansion=expansion,
+                conv_mlp=conv_mlp,
+                local_perception=local_perception,
+                layer_scale=layer_scale,
+                drop=drop,
+                drop_path=rate,
+            )
             for kind, rate in zip(pattern, rates)
         )
 

@@ -73,9 +73,9 @@ def _cut(x_BHWhD: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return cut.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 3)
 
 
-def _spread(x: Tensor, y: Tensor, heads: int) -> Tensor:
+def _spread(x: Tensor, tiles: tuple[torch.Size, torch.Size], heads: int) -> Tensor:
     """(B, Y X h, t s, D) as the rows and columns of tiles (B, Y t, X s, h, D)."""
-    (Y, t), (X, s) = y
+    (Y, t), (X, s) = tiles
     x = x.unflatten(1, (Y, X, heads)).unflatten(4, (t, s))
     return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)
 
@@ -146,9 +146,7 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs, output)
 
 
-neighborhood_with_bias.register_autograd(
-    lambda ctx, grad: _backward(grad, *ctx.saved_tensors), setup_context=_keep
-)
+neighborhood_with_bias.register_autograd(lambda ctx, grad: _backward(grad, *ctx.saved_tensors), setup_context=_keep)
 
 
 @register_flop_formula(torch.ops.saccade.neighborhood_with_bias)
