@@ -345,7 +345,8 @@ def _claim(lab: Lab) -> ClaimResult:
             "largest_difference_of_the_views_losses": apart,
         },
         holds=mean["lkca_one_kernel"] < mean["msa"] and apart < 1e-3,
-        note=f"means of {seeds} seeds; the views are compared over the first 10 steps",
+        note=f"means of {seeds} seeds; views compared over 10 steps; the verdict hangs on attention's position "
+        "embedding: with a standard deviation of 0.02 instead of 1 it learns too slowly for these steps and is behind",
     )
 
 
