@@ -21,7 +21,7 @@ so attention costs O(H W N C) with N = n m points, 49 at every stage of the publ
 Where paper and code differ, this follows the code: reference points (i + 1/2) / (n - 1) lean to the lower right
 (`reference="symmetric"` spreads them evenly), and for images of another size the table is stretched over the map. One
 point per axis, which would divide by zero, stands in the middle. Patches of the stem and merges, and windows, that do
-not divide a map are filled up with zeros. The sizes of DAT are recalled from its paper, those of DAT++ are the card's.
+not divide a map are filled up with zeros. The first DAT's sizes are not on the card; its blocks (L, S, D) are options.
 
 Sampling and the table are `saccade.ops.deformable`; the table is read as shifted crops, not pair by pair.
 """
@@ -51,26 +51,12 @@ def _plus(dims: tuple[int, ...], heads: tuple[int, ...], groups: tuple[int, ...]
     return {"dims": dims, "num_heads": heads, "groups": groups}
 
 
-def _first(dims: tuple[int, ...], heads: tuple[int, ...], groups: tuple[int, ...], pairs: int) -> dict[str, object]:
-    return {
-        **_plus(dims, heads, groups),
-        "patterns": ("LS", "LS", "LD" * pairs, "LD"),
-        "strides": (1, 1, 1, 1),
-        "kernel_sizes": (5, 5, 5, 5),
-        "offset_range": 2.0,
-        "conv_stem": False,
-        "conv_mlp": False,
-        "local_perception": False,
-    }
-
-
 def _images(module: nn.Module, size: int) -> tuple[Tensor]:
     return (torch.randn(2, 3, size, max(1, size - 2)),)
 
 
 _T, _S, _B = (64, 128, 256, 512), (96, 192, 384, 768), (128, 256, 512, 1024)
 _HEADS = {_T: (2, 4, 8, 16), _S: (3, 6, 12, 24), _B: (4, 8, 16, 32)}
-_RECALLED = "size and figures recalled from the DAT paper, not on the card"
 
 register(
     "dat",
@@ -123,15 +109,5 @@ register(
             22.772796,
             note="no FLOPs published",
         ),
-        Published(
-            "DAT-T",
-            _first(_S, _HEADS[_S], (1, 1, 3, 6), 3),
-            29.0,
-            4.6,
-            tolerance=0.024,
-            note=f"{_RECALLED}; papers print Swin-T's 28.3 as 29 too",
-        ),
-        Published("DAT-S", _first(_S, _HEADS[_S], (1, 1, 3, 6), 9), 50.0, 9.0, note=_RECALLED),
-        Published("DAT-B", _first(_B, _HEADS[_B], (1, 1, 4, 8), 9), 88.0, 15.8, note=_RECALLED),
     ),
 )
