@@ -1,0 +1,252 @@
+"""BEVANet: two branches, three heads, and the loss that trains them.
+
+Shape letters: B batch, C channels, H height, W width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.models.backbone import check_images
+from saccade.models.bevanet.parts import BGAF, DLKPPM, EVA, PagFM, before, resize
+
+#: label of pixels that are not scored
+IGNORE = -100
+
+
+@dataclass
+class Segmentation:
+    """What BEVANet returns.
+
+    Attributes:
+        logits: (B, K, H, W), at the image's size.
+        auxiliary: (B, K, H / 8, W / 8) from the detail branch, in training only.
+        boundary: (B, 1, H / 8, W / 8), logits of a boundary, in training only.
+    """
+
+    logits: Tensor
+    auxiliary: Tensor | None = None
+    boundary: Tensor | None = None
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut; `relu` at the end or not."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, relu: bool = True) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
+        self.shortcut = _shortcut(inputs, outputs, stride)
+        self.relu = relu
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))) + self.shortcut(x_BCHW)
+        return F.relu(y_BCHW) if self.relu else y_BCHW
+
+
+class Bottleneck(nn.Module):
+    """1 x 1, 3 x 3, 1 x 1 to twice the width, and a shortcut; no ReLU at the end."""
+
+    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(c) for c in (width, width, 2 * width))
+        self.shortcut = _shortcut(inputs, 2 * width, stride)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))))
+        return self.norm3(self.conv3(y_BCHW)) + self.shortcut(x_BCHW)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of a map (B, C, H, W)."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return super().forward(x_BCHW.movedim(1, -1)).movedim(-1, 1)
+
+
+class BEVANet(nn.Module):
+    """Bilateral efficient visual attention network.
+
+    Args:
+        num_classes: K.
+        planes: P, the width at a quarter of the image; 32 in BEVANet-S, 64 in BEVANet.
+        blocks: of layer 1 (and the detail branch), of layer 2, of semantic stages 3, 4 and 5.
+        semantic_kernels: of stages 3, 4 and 5; 0 is a stage of plain convolutions.
+        detail_kernels: of the detail branch's stages 3 and 4; 0 likewise.
+        expand: of the blocks' MLPs.
+        pyramid_channels: of each scale of the DLKPPM.
+        head_channels: of the two heads for classes.
+        in_channels: 3, or 1 for grey images.
+
+    Raises:
+        ValueError: if a number is out of range or a kernel is unknown.
+    """
+
+    #: of the maps that `features` gives
+    strides = (4, 8, 16, 32, 64)
+
+    def __init__(
+        self,
+        num_classes: int = 19,
+        *,
+        planes: int = 32,
+        blocks: Sequence[int] = (2, 2, 3, 3, 2),
+        semantic_kernels: Sequence[int] = (0, 35, 35),
+        detail_kernels: Sequence[int] = (0, 23),
+        expand: int = 4,
+        pyramid_channels: int = 96,
+        head_channels: int = 128,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if len(blocks) != 5 or min(num_classes, planes, *blocks, pyramid_channels, head_channels, in_channels) < 1:
+            raise ValueError(
+                "num_classes, planes, five numbers of blocks and all channels must be positive, got "
+                f"{num_classes}, {planes}, {tuple(blocks)}, {pyramid_channels}, {head_channels} and {in_channels}"
+            )
+        if len(semantic_kernels) != 3 or len(detail_kernels) != 2:
+            raise ValueError(
+                f"there are three semantic and two detail kernels, got {semantic_kernels} and {detail_kernels}"
+            )
+        p = planes
+        self.in_channels = in_channels
+        self.channels = (p, 2 * p, 4 * p, 8 * p, 16 * p)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
+            nn.Conv2d(p, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
+        )  # fmt: skip
+        self.layer1, self.layer2 = _plain(p, p, blocks[0], 1), _plain(p, 2 * p, blocks[1], 2)
+        self.semantic = nn.ModuleList(
+            _stage(2 * p * 2**i, 4 * p * 2**i, blocks[2 + i], 2, kernel, 2, expand)
+            for i, kernel in enumerate(semantic_kernels)
+        )
+        self.detail = nn.ModuleList(
+            _stage(2 * p, 2 * p, count, 1, kernel, 1, expand)
+            for count, kernel in zip((blocks[0], 1), detail_kernels, strict=True)
+        )
+        self.compress = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p)) for c in (4 * p, 8 * p)
+        )
+        self.exchange = nn.ModuleList(PagFM(2 * p, p) for _ in range(2))
+        self.pyramid = DLKPPM(16 * p, pyramid_channels, 4 * p)
+        self.to_detail, self.to_boundary = Bottleneck(2 * p, 2 * p), Bottleneck(2 * p, 2 * p)
+        self.fuse = BGAF(4 * p)
+        self.head = _head(4 * p, head_channels, num_classes)
+        self.auxiliary_head = _head(2 * p, head_channels, num_classes)
+        self.boundary_head = _head(2 * p, p, 1)
+
+    def features(self, x_BCHW: Tensor) -> list[Tensor]:
+        """The semantic branch's maps from fine to coarse, of `channels` and `strides`."""
+        return self._branches(x_BCHW)[0]
+
+    def forward(self, x_BCHW: Tensor) -> Segmentation:
+        """Images of any size (the authors' code takes multiples of 64).
+
+        Raises:
+            ValueError: if `x` is no batch of images.
+        """
+        maps, early, detail = self._branches(x_BCHW)
+        semantic = resize(self.pyramid(maps[-1]), detail)
+        fused = self.fuse(self.to_detail(detail), semantic, self.to_boundary(detail))
+        logits = resize(self.head(fused), x_BCHW)
+        if not self.training:
+            return Segmentation(logits)
+        return Segmentation(logits, self.auxiliary_head(early), self.boundary_head(detail))
+
+    def _branches(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Semantic maps, and the detail branch after its first and its second exchange."""
+        check_images(x_BCHW, self.in_channels)
+        quarter = F.relu(self.layer1(self.stem(x_BCHW)))
+        eighth = F.relu(self.layer2(quarter))
+        third = F.relu(self.semantic[0](eighth))
+        early = self.exchange[0](self.detail[0](eighth), self.compress[0](third))
+        fourth = self.semantic[1](third)
+        late = self.exchange[1](self.detail[1](F.relu(early)), self.compress[1](fourth))
+        return [quarter, eighth, third, fourth, self.semantic[2](fourth)], early, late
+
+
+def boundaries(labels_BHW: Tensor, width: int = 4) -> Tensor:
+    """1.0 where a pixel's label differs from that of the pixel to the right or below, widened to `width` pixels."""
+    edge_BHW = torch.zeros_like(labels_BHW, dtype=torch.float32)
+    edge_BHW[:, :, :-1] += labels_BHW[:, :, 1:] != labels_BHW[:, :, :-1]
+    edge_BHW[:, :-1] += labels_BHW[:, 1:] != labels_BHW[:, :-1]
+    edge_BHW = F.pad(edge_BHW, (width // 2, (width - 1) // 2, width // 2, (width - 1) // 2))
+    return F.max_pool2d(edge_BHW[:, None], width, 1)[:, 0].clamp(max=1)
+
+
+def hard_cross_entropy(
+    logits_BKHW: Tensor, labels_BHW: Tensor, *, threshold: float = 0.9, keep: int = 131_072
+) -> Tensor:
+    """Mean cross-entropy of the pixels whose true class is less probable than `threshold`, or of the `keep` worst."""
+    loss = F.cross_entropy(logits_BKHW, labels_BHW, ignore_index=IGNORE, reduction="none")
+    loss = loss[labels_BHW != IGNORE]
+    if not loss.numel():
+        return logits_BKHW.sum() * 0
+    probability = (-loss.detach()).exp()
+    limit = probability.kthvalue(min(keep, loss.numel())).values.clamp(min=threshold)
+    hard = loss[probability < limit]
+    return hard.mean() if hard.numel() else loss.sum() * 0
+
+
+def segmentation_loss(output: Segmentation, labels_BHW: Tensor, *, keep: int = 131_072) -> Tensor:
+    """0.4 CE(auxiliary) + OHEM(logits) + 20 BCE(boundary) + OHEM(logits where a boundary is seen, above 0.8).
+
+    The boundary's BCE weighs the few boundary pixels by the share of the others, and the others by theirs.
+
+    Raises:
+        ValueError: if the output is not from training mode.
+    """
+    if output.auxiliary is None or output.boundary is None:
+        raise ValueError("the loss needs the output of a network in training mode")
+    auxiliary, boundary = resize(output.auxiliary, output.logits), resize(output.boundary, output.logits)[:, 0]
+    edge_BHW = boundaries(labels_BHW)
+    share = edge_BHW.mean()
+    weight = torch.where(edge_BHW > 0, 1 - share, share)
+    near = torch.where(boundary.detach().sigmoid() > 0.8, labels_BHW, IGNORE)
+    return (
+        0.4 * F.cross_entropy(auxiliary, labels_BHW, ignore_index=IGNORE)
+        + hard_cross_entropy(output.logits, labels_BHW, keep=keep)
+        + 20 * F.binary_cross_entropy_with_logits(boundary, edge_BHW, weight)
+        + hard_cross_entropy(output.logits, near, keep=keep)
+    )
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+def _plain(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
+    """BasicBlocks; the last of several has no ReLU."""
+    return nn.Sequential(
+        *(
+            BasicBlock(outputs if i else inputs, outputs, 1 if i else stride, relu=i == 0 or i < count - 1)
+            for i in range(count)
+        )
+    )
+
+
+def _stage(
+    inputs: int, outputs: int, count: int, stride: int, kernel: int, attentions: int, expand: int
+) -> nn.Sequential:
+    """`count` plain blocks for kernel 0; else one, and `attentions` blocks with that kernel, each with its norm."""
+    if not kernel:
+        return _plain(inputs, outputs, count, stride)
+    layers: list[nn.Module] = [BasicBlock(inputs, outputs, stride)]
+    for _ in range(attentions):
+        layers += [EVA(outputs, kernel, expand), ChannelNorm(outputs)]
+    return nn.Sequential(*layers)
+
+
+def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(*before(inputs, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, outputs, 1))
