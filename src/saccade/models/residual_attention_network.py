@@ -1,0 +1,456 @@
+"""Residual attention network: a trunk of residual units, multiplied by one plus a mask that an hourglass draws.
+
+Wang et al., "Residual Attention Network for Image Classification", arXiv 1704.06904 (CVPR 2017).
+
+    h = units_p(x);   T = units_t(h)                                                        (trunk)
+    d_1 = units(pool(h)), d_2 = units(pool(d_1)), .. d_D                                    (down, 3x3 max, stride 2)
+    u_D = d_D;   u_i = units(up(u_{i+1}) + skip_i(d_i)),  i = D - 1 .. 1                    (up, bilinear)
+    M = sigmoid(conv(ReLU(norm(conv(ReLU(norm(up(u_1))))))))                                (mask, of T's shape)
+    y = units_p((1 + M) T)
+
+Symbols: p = 1 units before and after, t = 2 in the trunk, r = 1 between poolings (2r at the bottom), D `depth`: 3, 2, 1
+in the stages of strides 4, 8, 16 (the modules A, B, C), so that the smallest map is 7 x 7 of a 224 x 224 image. D = 0,
+for small images, draws the mask by 2r units at full size. All units are pre-activation bottlenecks.
+
+`activation` of the mask's last values v: "mixed", sigmoid(v); "channel", v / |v| over the channels of a position;
+"spatial", sigmoid of v standardised over the positions of a channel. `residual=False` is the paper's naive attention
+learning, M T. `attention=False` leaves the mask out, f = T, to compare with.
+
+From the authors' Caffe graphs, not the paper's text: pooling has no padding and rounds up, bilinear interpolation puts
+corners on corners. A map of one pixel is pooled to itself. Small images: a 3x3 stem of 32 channels, stages of strides
+1, 2, 4 and a last one that keeps the size (`small_images`).
+
+Shape letters: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
+from saccade.models.backbone import Backbone, check_images
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+ACTIVATIONS = ("mixed", "channel", "spatial")
+
+
+def mask_of(logits_BCHW: Tensor, activation: str = "mixed", eps: float = 1e-5) -> Tensor:
+    """M of the mask branch's last values, see the top of this file; `eps` is added to the spatial variance."""
+    if activation == "mixed":
+        return logits_BCHW.sigmoid()
+    if activation == "channel":
+        return F.normalize(logits_BCHW, dim=1)
+    if logits_BCHW.shape[2] * logits_BCHW.shape[3] == 1:  # a single value lies at its mean
+        return torch.zeros_like(logits_BCHW).sigmoid()
+    return F.instance_norm(logits_BCHW, eps=eps).sigmoid()
+
+
+def pool(x_BCHW: Tensor) -> Tensor:
+    """3x3 maximum with stride 2, no padding, rounded up; H -> max(1, ceil((H - 1) / 2))."""
+    height, width = x_BCHW.shape[2:]
+    return F.max_pool2d(x_BCHW, (min(3, height), min(3, width)), 2, ceil_mode=True)
+
+
+def enlarge(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
+    """Bilinear interpolation to the size of another map, corners on corners."""
+    return F.interpolate(x_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=True)
+
+
+class ResidualUnit(nn.Module):
+    """t = ReLU(norm(x)); 1x1, 3x3 and 1x1 convolutions of t at a quarter of the channels; plus x, or a 1x1 of t."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        inner = channels // 4
+        self.norm = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
+        changed = stride > 1 or in_channels != channels
+        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if changed else None
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        t_BCHW = F.relu(self.norm(x_BCHW))
+        y_BCHW = F.relu(self.norm1(self.conv1(t_BCHW)))
+        y_BCHW = self.conv3(F.relu(self.norm2(self.conv2(y_BCHW))))
+        return (x_BCHW if self.shortcut is None else self.shortcut(t_BCHW)) + y_BCHW
+
+
+class SoftMask(nn.Module):
+    """The mask branch: h (B, C, H, W) -> M of the same shape.
+
+    Args:
+        channels: C.
+        depth: D poolings.
+        units: r.
+        activation: of `ACTIVATIONS`.
+    """
+
+    def __init__(self, channels: int, depth: int, units: int = 1, activation: str = "mixed") -> None:
+        super().__init__()
+        self.depth, self.activation = depth, activation
+        levels = max(depth, 1)
+        self.down = nn.ModuleList(_units(channels, units if i < levels - 1 else 2 * units) for i in range(levels))
+        self.skip = nn.ModuleList(ResidualUnit(channels, channels) for _ in range(levels - 1))
+        self.up = nn.ModuleList(_units(channels, units) for _ in range(levels - 1))
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
+
+    def logits(self, h_BCHW: Tensor) -> Tensor:
+        """The values before the last activation."""
+        u_BCHW, maps = h_BCHW, []
+        for stage in self.down:
+            u_BCHW = stage(pool(u_BCHW) if self.depth else u_BCHW)
+            maps.append(u_BCHW)
+        for i in range(len(self.skip) - 1, -1, -1):
+            u_BCHW = self.up[i](enlarge(u_BCHW, maps[i]) + self.skip[i](maps[i]))
+        if self.depth:
+            u_BCHW = enlarge(u_BCHW, h_BCHW)
+        return self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(u_BCHW))))))
+
+    def forward(self, h_BCHW: Tensor) -> Tensor:
+        return mask_of(self.logits(h_BCHW), self.activation)
+
+
+class AttentionModule(nn.Module):
+    """y = units((1 + M) T), see the top of this file; (B, C, H, W) -> the same shape, any H and W.
+
+    Args:
+        channels: C, a multiple of 4.
+        depth: D; 3, 2, 1 are the modules A, B, C.
+        before, trunk, between: p, t, r.
+        activation: of the mask.
+        residual: False is naive attention learning, M T.
+        attention: False leaves the mask out.
+
+    Raises:
+        ValueError: if an argument is out of range, or the input does not fit.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        depth: int = 1,
+        *,
+        before: int = 1,
+        trunk: int = 2,
+        between: int = 1,
+        activation: str = "mixed",
+        residual: bool = True,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels < 4 or channels % 4:
+            raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
+        if depth < 0 or min(before, trunk, between) < 1:
+            raise ValueError(
+                "depth must not be negative and before, trunk and between must be positive, "
+                f"got {depth}, {before}, {trunk} and {between}"
+            )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        self.channels, self.residual = channels, residual
+        self.before = _units(channels, before)
+        self.trunk = _units(channels, trunk)
+        self.mask = SoftMask(channels, depth, between, activation) if attention else None
+        self.after = _units(channels, before)
+
+    def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """T and M (None without attention)."""
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels or 0 in x_BCHW.shape[2:]:
+            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        h_BCHW = self.before(x_BCHW)
+        return self.trunk(h_BCHW), None if self.mask is None else self.mask(h_BCHW)
+
+    def attend(self, trunk_BCHW: Tensor, mask_BCHW: Tensor | None) -> Tensor:
+        """f, of T and M."""
+        if mask_BCHW is None:
+            return trunk_BCHW
+        return trunk_BCHW * (1 + mask_BCHW) if self.residual else trunk_BCHW * mask_BCHW
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.after(self.attend(*self.branches(x_BCHW)))
+
+
+class ResidualAttentionNetwork(Backbone):
+    """Three stages of a unit and attention modules, then three units; strides 4, 8, 16, 32. Default: Attention-56.
+
+    m modules in each of the three stages make a trunk of 36 m + 20 layers: `modules=(m, m, m)` for 56, 92, 128, 164,
+    236, 452 (m = 1, 2, 3, 4, 6, 12). The Attention-92 that the authors published has modules (1, 2, 3); for CIFAR,
+    `ResidualAttentionNetwork((1, 2, 3), (128, 256, 512, 1024), small_images=True)`.
+
+    Args:
+        modules: of each attention stage.
+        channels: of each stage, one more than `modules`, multiples of 4.
+        depths: D of each attention stage; by default 3, 2, 1, or 2, 1, 0 with `small_images`.
+        stem_width: channels of the stem, by default 64, or 32 with `small_images`.
+        small_images: a 3x3 stem without stride or pooling and a last stage without stride: strides 1, 2, 4, 4.
+        before, trunk, between, activation, residual, attention: see `AttentionModule`.
+        drop: dropout before the head.
+        in_channels: of the images.
+        num_classes: of the head; 0 has none.
+
+    Raises:
+        ValueError: if arguments are out of range or lists differ in length.
+    """
+
+    slug = "residual-attention-network"
+
+    def __init__(
+        self,
+        modules: Sequence[int] = (1, 1, 1),
+        channels: Sequence[int] = (256, 512, 1024, 2048),
+        depths: Sequence[int] | None = None,
+        *,
+        stem_width: int | None = None,
+        small_images: bool = False,
+        before: int = 1,
+        trunk: int = 2,
+        between: int = 1,
+        activation: str = "mixed",
+        residual: bool = True,
+        attention: bool = True,
+        drop: float = 0.0,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+    ) -> None:
+        super().__init__()
+        count = len(modules)
+        if depths is None:
+            depths = [max(0, count - i - small_images) for i in range(count)]
+        if stem_width is None:
+            stem_width = 32 if small_images else 64
+        if not modules or min(modules) < 0 or len(channels) != count + 1 or len(depths) != count:
+            raise ValueError(
+                "modules and depths must have an entry per attention stage and channels one more, "
+                f"got {tuple(modules)}, {tuple(depths)} and {tuple(channels)}"
+            )
+        if min(channels) < 4 or any(width % 4 for width in channels):
+            raise ValueError(f"channels must be positive multiples of 4, got {tuple(channels)}")
+        if min(stem_width, in_channels) < 1 or num_classes < 0:
+            raise ValueError(
+                "stem_width and in_channels must be positive and num_classes not negative, "
+                f"got {stem_width}, {in_channels} and {num_classes}"
+            )
+        if not 0 <= drop < 1:
+            raise ValueError(f"drop must be at least 0 and below 1, got {drop}")
+        self.in_channels, self.small_images = in_channels, small_images
+        stem = (3, 1, 1) if small_images else (7, 2, 3)
+        self.stem = nn.Conv2d(in_channels, stem_width, *stem, bias=False)
+        # the small stem's map goes to a unit, which begins with a norm; the large one is pooled before
+        self.stem_norm = None if small_images else nn.BatchNorm2d(stem_width)
+        self.stages = nn.ModuleList()
+        current, strides = stem_width, [1 if small_images else 4]
+        for i, width in enumerate(channels):
+            stride = 2 if 0 < i < count or (i == count and not small_images) else 1
+            if i:
+                strides.append(strides[-1] * stride)
+            stage: list[nn.Module] = [ResidualUnit(current, width, stride)]
+            if i < count:
+                stage.extend(
+                    AttentionModule(
+                        width, depths[i], before=before, trunk=trunk, between=between,
+                        activation=activation, residual=residual, attention=attention,
+                    )
+                    for _ in range(modules[i])
+                )  # fmt: skip
+            else:
+                stage.extend([ResidualUnit(width, width), ResidualUnit(width, width)])
+            self.stages.append(nn.Sequential(*stage))
+            current = width
+        self.channels, self.strides = tuple(channels), tuple(strides)
+        self.norm = nn.BatchNorm2d(current)
+        self.drop = nn.Dropout(drop)
+        self.head = nn.Linear(current, num_classes) if num_classes else None
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def features(self, x_BCHW: Tensor) -> list[Tensor]:
+        """As `Backbone.features`; the maps are sums before the next norm and ReLU."""
+        check_images(x_BCHW, self.in_channels)
+        x_BCHW = self.stem(x_BCHW)
+        if self.stem_norm is not None:
+            x_BCHW = pool(F.relu(self.stem_norm(x_BCHW)))
+        maps = []
+        for stage in self.stages:
+            x_BCHW = stage(x_BCHW)
+            maps.append(x_BCHW)
+        return maps
+
+    def classify(self, x_BCHW: Tensor) -> Tensor | None:
+        return None if self.head is None else self.head(self.drop(F.relu(self.norm(x_BCHW)).mean((2, 3))))
+
+
+def _units(channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResidualUnit(channels, channels) for _ in range(count)))
+
+
+# The authors' names: each norm has the name of the layer before it, ours that of the unit which it begins.
+
+_UNITS = (
+    (r"^trunk/res1/branch1/", lambda m, depth: "before.0."),
+    (r"^trunk/res(\d+)/branch1/", lambda m, depth: f"trunk.{int(m[1]) - 2}."),
+    (r"^mask/down_sample/res(\d+)_(\d+)/branch1/", lambda m, depth: f"mask.down.{int(m[1]) - 1}.{int(m[2]) - 1}."),
+    (r"^mask/skip/res(\d+)/branch1/", lambda m, depth: f"mask.skip.{int(m[1]) - 1}."),
+    (r"^mask/up_sample/res(\d+)_(\d+)/branch1/", lambda m, depth: f"mask.up.{int(m[1]) - 1}.{int(m[2]) - 1}."),
+    (r"^branch1/", lambda m, depth: "after.0."),
+    (r"^trunk/res(\d+)/bn\.", lambda m, depth: f"trunk.{int(m[1]) - 1}.norm."),
+    (r"^mask/down_sample/pool(\d+)_3x3_s2/bn\.", lambda m, depth: f"mask.down.{int(m[1]) - 1}.0.norm."),
+    (
+        r"^mask/down_sample/res(\d+)_(\d+)/bn\.",
+        lambda m, depth: (
+            f"mask.skip.{int(m[1]) - 1}.norm." if int(m[1]) < depth else f"mask.down.{int(m[1]) - 1}.{m[2]}.norm."
+        ),
+    ),
+    (r"^mask/up_sample(\d+)/bn\.", lambda m, depth: f"mask.up.{int(m[1]) - 1}.0.norm."),
+    (r"^mask/up_sample/interp_1/bn\.", lambda m, depth: "mask.norm1."),
+    (r"^mask/linear_1/bn\.", lambda m, depth: "mask.norm2."),
+    (r"^mask/linear_(\d)\.", lambda m, depth: f"mask.conv{m[1]}."),
+    (r"^fusion/bn\.", lambda m, depth: "after.0.norm."),
+    (r"^[^/]+/bn\.", lambda m, depth: "before.0.norm."),  # of the unit before the module
+)
+_LAYERS = {"conv1_1x1": "1", "conv2_3x3": "2", "conv3_1x1": "3"}
+
+
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    depth = max(int(m[1]) for name in state if (m := re.match(r"mask/down_sample/res(\d+)_", name)))
+    ours = {}
+    for name, tensor in state.items():
+        for pattern, renamed in _UNITS:
+            if m := re.match(pattern, name):
+                prefix, rest = renamed(m, depth), name[m.end() :]
+                layer = re.match(r"(conv\d_\dx\d)(/bn)?\.", rest)
+                if layer:
+                    rest = ("norm" if layer[2] else "conv") + _LAYERS[layer[1]] + "." + rest[layer.end() :]
+                name = prefix + rest
+                break
+        ours[name] = tensor
+    return ours
+
+
+def _build(args: dict[str, Any]) -> AttentionModule:
+    letter = re.match(r"Attention([ABC])", args["module"])
+    if letter is None:
+        raise ValueError(f"module must be AttentionA, AttentionB or AttentionC with a number, got {args['module']!r}")
+    module = AttentionModule(args["channels"], {"A": 3, "B": 2, "C": 1}[letter[1]])
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eps = args.get("bn_eps", 1e-5)
+    return module
+
+
+def _run(module: AttentionModule, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    trunk_BCHW, mask_BCHW = module.branches(inputs["x"])
+    assert mask_BCHW is not None
+    return {"mask": mask_BCHW, "trunk": trunk_BCHW, "y": module.after(module.attend(trunk_BCHW, mask_BCHW))}
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    """Noisy digits, two modules a stage: (1 + M) T, M T and T alone; two seeds, equal steps."""
+    digits, noise = lab.data.digits(), 0.3
+
+    def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+        return images + noise * torch.randn(images.shape, generator=generator)
+
+    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            chosen = torch.randint(len(digits.train_labels), (lab.size(32, 4),), generator=generator)
+            yield noisy(digits.train_images[chosen], generator), digits.train_labels[chosen]
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).logits, batch[1])
+
+    images, labels = noisy(digits.test_images, torch.Generator().manual_seed(99)), digits.test_labels
+    measured: dict[str, float] = {}
+    forms: dict[str, dict[str, Any]] = {
+        "attention": {},
+        "naive": {"residual": False},
+        "trunk_alone": {"attention": False},
+    }
+    for name, form in forms.items():
+        errors = []
+        for seed in range(lab.seed, lab.seed + 2):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = ResidualAttentionNetwork(
+                    (2,), (16, 32), stem_width=8, small_images=True, in_channels=1, num_classes=10, **form
+                )
+            lab.train(model, batches(seed), loss, 100, lr=3e-3, description=f"{name}, seed {seed}")
+            with torch.no_grad():
+                errors.append(100 * (model.eval()(images).logits.argmax(1) != labels).float().mean().item())
+        measured[f"{name}_error_percent"] = sum(errors) / 2
+        measured[f"{name}_spread_of_error_percent"] = max(errors) - min(errors)
+    error, spread = measured["attention_error_percent"], measured["attention_spread_of_error_percent"]
+    return ClaimResult(
+        measured,
+        holds=all(
+            measured[f"{other}_error_percent"] - error > max(spread, measured[f"{other}_spread_of_error_percent"])
+            for other in ("naive", "trunk_alone")
+        ),
+        note="holds if the error is below both others' by more than the spread between seeds",
+    )
+
+
+register(
+    "residual-attention-network",
+    kind="model",
+    summary="Residual backbone whose trunk is multiplied by one plus a soft mask drawn by an hourglass branch.",
+    taxonomy={
+        "sequences": "self",
+        "levels": "multi",
+        "positions": "soft",
+        "representations": "multi-dimensional",
+    },
+    efficiency="",
+    complexity="linear in pixels; the mask branch adds about r (1 + 1/2 + 1/4 ..) units and two 1x1 convolutions",
+    invariants=(
+        "a mask head of zeros gives 1.5 T; one that closes gives T, the plain residual stage; one that opens gives 2 T",
+        "naive learning with M = 1 is the trunk",
+        "|f| lies between |T| and 2 |T|, signs are T's",
+        "the channel activation has norm 1 over the channels of each position",
+        "m modules a stage make a trunk of 36 m + 20 layers",
+        "any image size: interpolation goes to the stored size",
+    ),
+    build=ResidualAttentionNetwork,
+    example={"modules": (1,), "channels": (8, 16), "depths": (2,), "stem_width": 4, "num_classes": 5},
+    inputs=lambda module, size: (torch.rand(2, 3, size, size + 2),),
+    ports=tuple(
+        AuthorsPort(f"attention_{letter}", build=_build, convert=_convert, run=_run) for letter in ("a", "b", "c")
+    ),
+    claim=Claim(
+        paper="the mask lowers the error at fewer FLOPs (ImageNet, 56 layers: 21.8 % against ResNet-152's 22.2 %); "
+        "multiplying by 1 + M beats multiplying by M, the more the deeper (CIFAR-10)",
+        expected="lower error with (1 + M) T than with M T and than with the trunk alone, after the same steps",
+        run=_claim,
+    ),
+    published=(
+        Published(
+            "Attention-56",
+            {"modules": (1, 1, 1)},
+            31.9,
+            6.2,
+            tolerance=0.015,
+            note="FLOPs are printed with two digits; the modules are proved on the authors' graph",
+        ),
+        Published(
+            "Attention-92",
+            {"modules": (1, 2, 3)},
+            51.3,
+            10.4,
+            tolerance=0.025,
+            note="figures recalled from the paper; the same modules as in Attention-56, counted by the authors' graph",
+        ),
+    ),
+)
