@@ -1,0 +1,471 @@
+"""LIT: a backbone with no attention in its early stages, and deformable merging of tokens between stages.
+
+Pan, Zhuang, He, Liu, Cai, "Less is More: Pay Less Attention in Vision Transformers", arXiv 2105.14217 (AAAI 2022).
+
+    stages 1, 2: x += MLP(LN(x))                                            no token sees another
+    stages 3, 4: x += W_o softmax(q k^T / sqrt(D) + b_(query - key)) v,  x += MLP(LN(x))    over all tokens
+    between:     y(p) = GELU(BN(sum_k W_k x(2 p + p_k + dp_k(p)))),   dp = a 2 x 2 convolution of stride 2 of x
+
+The offsets dp start at zero, where merging is a 2 x 2 convolution of stride 2. The samples are bilinear, and zero
+outside of the map. The paper speaks of merging in general; kernel, stride and one group of offsets are the code's.
+
+| here           | paper / code | meaning                                                 | default (LIT-S)            |
+|----------------|--------------|---------------------------------------------------------|----------------------------|
+| `dim`          | C            | channels of the first stage, doubled by every merging   | 96                         |
+| `attention`    | has_msa      | which stages have attention                             | False, False, True, True   |
+| `image_size`   |              | for whose maps the tables of position biases are made   | 224                        |
+
+For images of another size the tables are stretched bicubically. Maps that patches or mergings do not divide are filled
+up with zeros, right and below, which is ours. Drop path grows linearly from 0 over the blocks. Dropout of attention
+weights, 0 in the authors' runs, is not offered. Not here: LIT-Ti, the model with absolute positions and a class token.
+
+Shape letters: B batch, C channels, H height, W width, N = H W tokens, h heads of D channels, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
+from saccade.models.backbone import Backbone, check_images
+from saccade.ops.deformable import deformable_conv
+from saccade.ops.shifted import packed_window_attend, relative_bias
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+
+class DeformableTokenMerging(nn.Module):
+    """DTM: a deformable 2 x 2 convolution of stride 2, batch normalisation, GELU.
+
+    Args:
+        dim: C.
+        out_dim: C', 2 C where None.
+        deformable: False is the plain convolution, without offsets.
+
+    Raises:
+        ValueError: if a number is not positive.
+    """
+
+    def __init__(self, dim: int, out_dim: int | None = None, *, deformable: bool = True) -> None:
+        super().__init__()
+        out_dim = 2 * dim if out_dim is None else out_dim
+        if min(dim, out_dim) < 1:
+            raise ValueError(f"dim and out_dim must be positive, got {dim} and {out_dim}")
+        self.dim = dim
+        self.conv, self.norm = nn.Conv2d(dim, out_dim, 2, 2), nn.BatchNorm2d(out_dim)
+        self.offset_conv = nn.Conv2d(dim, 8, 2, 2) if deformable else None
+        if self.offset_conv is not None:
+            nn.init.zeros_(self.offset_conv.weight)
+            assert self.offset_conv.bias is not None
+            nn.init.zeros_(self.offset_conv.bias)
+
+    def offsets(self, x_BCHW: Tensor) -> Tensor | None:
+        """(B, 8, H / 2, W / 2): dy, then dx, of the taps in row-major order; None where not deformable."""
+        return None if self.offset_conv is None else self.offset_conv(_even(x_BCHW, 2))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H / 2, W / 2).
+
+        Raises:
+            ValueError: if `x` is no map of C channels.
+        """
+        check_images(x_BCHW, self.dim)
+        x_BCHW = _even(x_BCHW, 2)
+        offset = self.offsets(x_BCHW)
+        if offset is None:
+            y_BCHW = self.conv(x_BCHW)
+        else:
+            y_BCHW = deformable_conv(x_BCHW, offset, self.conv.weight, self.conv.bias, stride=2)
+        return F.gelu(self.norm(y_BCHW))
+
+
+class RelativeAttention(nn.Module):
+    """Attention of all tokens of a map, with a bias by relative position; (B, H, W, C).
+
+    Args:
+        dim: C.
+        num_heads: h, a divisor of C.
+        map_size: height and width for which the table is made; for others it is stretched.
+        qkv_bias: bias of the projection to queries, keys and values.
+        scale: D ** -0.5 where None.
+        proj_drop: dropout of the output.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        map_size: tuple[int, int],
+        *,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
+        if min(map_size) < 1:
+            raise ValueError(f"map_size must be positive, got {map_size}")
+        self.num_heads, self.map_size, self.scale = num_heads, map_size, scale
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim, bias=qkv_bias), nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        # row (dy + H - 1) (2 W - 1) + dx + W - 1 for (dy, dx) = query - key
+        table = torch.empty((2 * map_size[0] - 1) * (2 * map_size[1] - 1), num_heads)
+        self.relative_position_bias_table = nn.Parameter(nn.init.trunc_normal_(table, std=0.02))
+
+    def bias(self, size: tuple[int, int]) -> Tensor:
+        """(h, N, N) of a map of `size`."""
+        rows, columns = (2 * n - 1 for n in self.map_size)
+        table = self.relative_position_bias_table.T.unflatten(1, (rows, columns))
+        if size != self.map_size:
+            wanted = [2 * n - 1 for n in size]
+            working = torch.promote_types(table.dtype, torch.float32)
+            table = F.interpolate(table[None].to(working), wanted, mode="bicubic", align_corners=False)[0].to(table)
+        # the other way round: `relative_bias` is of key - query
+        return relative_bias(table.flip(1, 2), size)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        B, H, W, C = x_BHWC.shape
+        qkv_BN3hD = self.qkv(x_BHWC).view(B, H * W, 3, self.num_heads, -1)
+        # one window, as large as the map
+        out_BhND = packed_window_attend(qkv_BN3hD, (H, W), (H, W), 0, self.bias((H, W)), scale=self.scale)
+        return self.proj_drop(self.proj(out_BhND.transpose(1, 2).reshape(B, H, W, C)))
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """x + attention(LN(x)) where there is attention, then x + MLP(LN(x)), on (B, H, W, C)."""
+
+    def __init__(
+        self,
+        dim: int,
+        attention: nn.Module | None,
+        mlp_ratio: float = 4.0,
+        *,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.norm1 = None if attention is None else nn.LayerNorm(dim)
+        self.attention, self.norm2 = attention, nn.LayerNorm(dim)
+        self.mlp, self.drop_path = MLP(dim, int(dim * mlp_ratio), drop), drop_path
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:
+        if self.attention is not None and self.norm1 is not None:
+            x_BHWC = x_BHWC + self._kept(self.attention(self.norm1(x_BHWC)))
+        return x_BHWC + self._kept(self.mlp(self.norm2(x_BHWC)))
+
+    def _kept(self, y_BHWC: Tensor) -> Tensor:
+        """Branches of whole images are left out in training."""
+        if not self.training or not self.drop_path:
+            return y_BHWC
+        kept = torch.rand(y_BHWC.shape[0], 1, 1, 1, device=y_BHWC.device) >= self.drop_path
+        return y_BHWC * kept / (1 - self.drop_path)
+
+
+class LIT(Backbone):
+    """LIT-S, -M and -B.
+
+    Args:
+        dim: C of the first stage.
+        depths, num_heads: of each stage; heads count where there is attention.
+        attention: which stages have attention.
+        mlp_ratio: width of the MLP over C.
+        image_size: height and width, or one number, for which tables are made; other images are taken.
+        patch_size: of the first embedding.
+        in_channels: of the images.
+        num_classes: K; 0 has no head, and `classify` gives None.
+        deformable: False merges by plain convolutions.
+        qkv_bias, scale: of attention.
+        drop, drop_path: dropout of MLPs, projections and the embedding; drop path of the last block.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    slug = "lit"
+
+    def __init__(
+        self,
+        dim: int = 96,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        attention: Sequence[bool] = (False, False, True, True),
+        *,
+        mlp_ratio: float = 4.0,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 4,
+        in_channels: int = 3,
+        num_classes: int = 1000,
+        deformable: bool = True,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not len(depths) == len(num_heads) == len(attention) or not depths:
+            raise ValueError(
+                "depths, num_heads and attention must have one entry per stage, got "
+                f"{len(depths)}, {len(num_heads)} and {len(attention)}"
+            )
+        if min(dim, *depths, patch_size, in_channels) < 1 or num_classes < 0:
+            raise ValueError(
+                "dim, depths, patch_size and in_channels must be positive and num_classes at least 0, got "
+                f"{dim}, {tuple(depths)}, {patch_size}, {in_channels} and {num_classes}"
+            )
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
+        self.channels = tuple(dim * 2**i for i in range(len(depths)))
+        self.strides = tuple(patch_size * 2**i for i in range(len(depths)))
+        self.in_channels, self.patch_size = in_channels, patch_size
+        image = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.embed, self.embed_norm = nn.Conv2d(in_channels, dim, patch_size, patch_size), nn.LayerNorm(dim)
+        self.drop = nn.Dropout(drop)
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        stages = []
+        for depth, heads, attends, width, stride in zip(depths, num_heads, attention, self.channels, self.strides):
+            size = (-(-image[0] // stride), -(-image[1] // stride))
+            blocks = []
+            for _ in range(depth):
+                layer = (
+                    RelativeAttention(width, heads, size, qkv_bias=qkv_bias, scale=scale, proj_drop=drop)
+                    if attends
+                    else None
+                )
+                blocks.append(Block(width, layer, mlp_ratio, drop=drop, drop_path=next(rates)))
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.ModuleList(stages)
+        self.mergings = nn.ModuleList(
+            DeformableTokenMerging(width, deformable=deformable) for width in self.channels[:-1]
+        )
+        self.norm = nn.LayerNorm(self.channels[-1]) if num_classes else None
+        self.head = nn.Linear(self.channels[-1], num_classes) if num_classes else None
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def features(self, x_BCHW: Tensor) -> list[Tensor]:
+        check_images(x_BCHW, self.in_channels)
+        x_BHWC = self.embed(_even(x_BCHW, self.patch_size)).permute(0, 2, 3, 1)
+        x_BHWC = self.drop(self.embed_norm(x_BHWC))
+        maps: list[Tensor] = []
+        for i, stage in enumerate(self.stages):
+            if i:
+                x_BHWC = self.mergings[i - 1](maps[-1]).permute(0, 2, 3, 1)
+            maps.append(stage(x_BHWC).permute(0, 3, 1, 2))
+        return maps
+
+    def classify(self, x_BCHW: Tensor) -> Tensor | None:
+        return None if self.head is None else self.head(self.pool(x_BCHW))
+
+    def pool(self, x_BCHW: Tensor) -> Tensor:
+        """The mean of a map's tokens, normalised where there is a head, (B, C)."""
+        tokens_BNC = x_BCHW.flatten(2).mT
+        return (tokens_BNC if self.norm is None else self.norm(tokens_BNC)).mean(1)
+
+    def offset_parameters(self) -> list[nn.Parameter]:
+        """Those of the offsets, which the authors train at a hundredth of the learning rate."""
+        return [p for name, p in self.named_parameters() if ".offset_conv." in name]
+
+
+def _even(x_BCHW: Tensor, multiple: int) -> Tensor:
+    """The map, filled up with zeros, right and below, to a multiple."""
+    down, right = (-n % multiple for n in x_BCHW.shape[2:])
+    return F.pad(x_BCHW, (0, right, 0, down)) if down or right else x_BCHW
+
+
+# ---------------------------------------------------------------------------- the authors' names
+
+_MERGING = (
+    (r"dconv\.conv_offset\.", "offset_conv."),
+    (r"dconv\.", "conv."),
+    (r"norm_layer\.", "norm."),
+)
+_NAMES = (
+    (r"^patch_embed\.proj\.", "embed."),
+    (r"^patch_embed\.norm\.", "embed_norm."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.", r"stages.\1.\2.attention."),
+    (r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
+    (r"^layers\.(\d+)\.downsample\.", r"mergings.\1."),
+)
+
+
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    converted = {}
+    for key, tensor in state.items():
+        if key.endswith(("relative_position_index", "attn_mask")):
+            continue  # made anew from the map's size
+        for pattern, name in _NAMES:
+            key = re.sub(pattern, name, key)
+        for pattern, name in _MERGING:
+            key = re.sub(pattern, name, key)
+        converted[key] = tensor
+    return converted
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _build(args: dict[str, Any]) -> LIT:
+    depths = args.get("depths", (2, 2, 6, 2))
+    return LIT(
+        args.get("embed_dim", 96),
+        depths,
+        args.get("num_heads", (3, 6, 12, 24))[: len(depths)],
+        [bool(x) for x in args.get("has_msa", (0, 0, 1, 1))][: len(depths)],
+        mlp_ratio=args.get("mlp_ratio", 4.0),
+        image_size=_pair(args.get("img_size", 224)),
+        patch_size=_pair(args.get("patch_size", 4))[0],
+        in_channels=args.get("in_chans", 3),
+        num_classes=args.get("num_classes", 1000),
+        qkv_bias=args.get("qkv_bias", True),
+        scale=args.get("qk_scale"),
+        drop=args.get("drop_rate", 0.0),
+        drop_path=args.get("drop_path_rate", 0.0),
+    )
+
+
+def _run_merging(module: DeformableTokenMerging, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    x_BCHW = inputs["x"].mT.unflatten(2, _pair(args["input_resolution"]))
+    offset = module.offsets(x_BCHW)
+    assert offset is not None
+    return {"y": module(x_BCHW).flatten(2).mT, "offset": offset}
+
+
+def _run_model(module: LIT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    last = module.features(inputs["x"])[-1]
+    pooled, logits = module.pool(last), module.classify(last)
+    return {"features": pooled, "logits": pooled if logits is None else logits}
+
+
+# ---------------------------------------------------------------------------- the claim
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    """Digits by tiny models that differ in where attention is and in how tokens merge; same seeds and steps."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    data = lab.data.digits()
+    images, labels = data.test_images[: lab.size(10**6, 8)], data.test_labels[: lab.size(10**6, 8)]
+    variants: dict[str, dict[str, Any]] = {
+        "late_attention": {"attention": (False, False, True, True)},
+        "attention_everywhere": {"attention": (True,) * 4},
+        "no_attention": {"attention": (False,) * 4},
+        "late_attention_plain_merging": {"attention": (False, False, True, True), "deformable": False},
+    }
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).logits, batch[1])
+
+    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            chosen = torch.randint(len(data.train_labels), (lab.size(64, 4),), generator=generator)
+            yield data.train_images[chosen], data.train_labels[chosen]
+
+    measured: dict[str, float] = {}
+    moved = []
+    for name, changes in variants.items():
+        found = []
+        for seed in lab.progress(range(lab.seed, lab.seed + lab.size(2, 1)), name):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = LIT(
+                    16, (1, 1, 1, 1), (1, 2, 4, 8), **changes,
+                    mlp_ratio=2, image_size=8, patch_size=1, in_channels=1, num_classes=10,
+                )  # fmt: skip
+            lab.train(model, batches(seed), loss, 150, lr=2e-3, description=f"{name}, seed {seed}")
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                out = model.eval()(images)
+            found.append((out.logits.argmax(1) == labels).float().mean().item())
+            measured[f"{name}_mflops_per_image"] = counter.get_total_flops() / 2e6 / len(images)
+            if name == "late_attention":
+                offset = model.mergings[0].offsets(out.features[0])  # type: ignore[operator]
+                moved.append(offset.abs().mean().item())
+        measured[f"{name}_accuracy"] = mean(found)
+        measured[f"{name}_accuracy_spread"] = max(found) - min(found)
+    measured["offset_after_training_pixels"] = mean(moved)
+    less = measured["late_attention_mflops_per_image"] < 0.9 * measured["attention_everywhere_mflops_per_image"]
+    behind = measured["attention_everywhere_accuracy"] - measured["late_attention_accuracy"]
+    noise = max(measured["late_attention_accuracy_spread"], measured["attention_everywhere_accuracy_spread"], 0.005)
+    return ClaimResult(
+        measured,
+        holds=less and behind <= noise and mean(moved) > 0.01,
+        note="two seeds, spread is best less worst; holds where late attention is behind by no more than the spread",
+    )
+
+
+_M = {"depths": (2, 2, 18, 2)}
+
+register(
+    "lit",
+    kind="model",
+    summary="A backbone with MLPs alone in its early stages, attention in its late ones, and deformable token merging.",
+    supports=(),
+    taxonomy={"sequences": "self", "levels": "multi", "positions": "soft", "representations": "single"},
+    efficiency="",
+    complexity="early stages: time 2 r N C^2; late ones: 2 N^2 C more; merging: 4 C C' and 32 C per merged token",
+    invariants=(
+        "merging with zero offsets, as at the start, is convolution, batch normalisation and GELU",
+        "merging with whole offsets reads shifted pixels, and zeros outside",
+        "in a stage without attention a token depends on itself alone",
+        "attention with a table of zeros is multi-head attention",
+        "the parameters of the published sizes, exactly",
+    ),
+    build=LIT,
+    example={
+        "dim": 8,
+        "depths": (1, 1),
+        "num_heads": (1, 2),
+        "attention": (False, True),
+        "mlp_ratio": 2,
+        "image_size": 24,
+        "num_classes": 5,
+    },
+    inputs=lambda module, size: (torch.randn(2, 3, size, size + 5),),
+    ports=(
+        AuthorsPort(
+            "deformable_token_merging",
+            build=lambda args: DeformableTokenMerging(args["dim"]),
+            convert=_convert,
+            run=_run_merging,
+        ),
+        AuthorsPort("lit", build=_build, convert=_convert, run=_run_model),
+    ),
+    claim=Claim(
+        paper="attention is not needed in early stages: no loss of accuracy at fewer operations",
+        expected="a tiny LIT is as accurate on digits as with attention in all stages, at fewer operations, and its "
+        "offsets leave zero",
+        run=_claim,
+    ),
+    published=(
+        Published("LIT-S", {}, 27.973720, 4.1),
+        Published("LIT-M", _M, 49.372264, 8.6),
+        Published("LIT-B", {**_M, "dim": 128, "num_heads": (4, 8, 16, 32)}, 87.292384, 15.0),
+    ),
+)
