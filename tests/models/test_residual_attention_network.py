@@ -10,6 +10,7 @@ from torch import nn
 from saccade import catalogue
 from saccade.models.residual_attention_network import (
     AttentionModule,
+    GroupedUnit,
     ResidualAttentionNetwork,
     ResidualUnit,
     enlarge,
@@ -146,6 +147,24 @@ def test_pyramid(small: bool) -> None:
         ResidualAttentionNetwork.from_config("Attention-57")
 
 
+def test_resnext_units() -> None:
+    torch.manual_seed(0)
+    unit = GroupedUnit(8, 16, 2, groups=4).eval()
+    x = torch.randn(2, 8, 5, 6)
+    assert unit(x).shape == (2, 16, 3, 3) and (unit(x) >= 0).all()
+    assert unit.conv2.weight.shape == (8, 2, 3, 3)
+    same = GroupedUnit(8, 8, groups=4).eval()
+    nn.init.zeros_(same.norm3.weight)
+    assert torch.equal(same(x), F.relu(x))
+    module = AttentionModule(8, 2, groups=4)
+    assert not any(isinstance(layer, ResidualUnit) for layer in module.modules())
+    assert module(x).shape == x.shape
+    model = ResidualAttentionNetwork((1, 1, 1), channels=(8, 8, 16, 16), groups=4, stem_width=4, num_classes=5).eval()
+    assert model(torch.randn(1, 3, 64, 32)).logits.shape == (1, 5)
+    small = ResidualAttentionNetwork((1,), (8, 8), groups=4, small_images=True, stem_width=4, num_classes=5).eval()
+    assert small(torch.randn(1, 3, 8, 8)).logits.isfinite().all()
+
+
 def test_port_of_another_module_of_the_network() -> None:
     """AttentionB_2's first norm is named after the module before; norms have the authors' epsilon."""
     port = catalogue.port("residual-attention-network", "attention_b")
@@ -172,6 +191,8 @@ def test_refusals() -> None:
     for call in (
         lambda: AttentionModule(6),
         lambda: AttentionModule(8, -1),
+        lambda: AttentionModule(12, groups=4),
+        lambda: AttentionModule(8, groups=-1),
         lambda: AttentionModule(8, trunk=0),
         lambda: AttentionModule(8, activation="softmax"),
         lambda: AttentionModule(8)(torch.randn(1, 4, 8, 8)),

@@ -10,7 +10,9 @@ Wang et al., "Residual Attention Network for Image Classification", arXiv 1704.0
 
 Symbols: p = 1 units before and after, t = 2 in the trunk, r = 1 between poolings (2r at the bottom), D `depth`: 3, 2, 1
 in the stages of strides 4, 8, 16 (the modules A, B, C), so that the smallest map is 7 x 7 of a 224 x 224 image. D = 0,
-for small images, draws the mask by 2r units at full size. All units are pre-activation bottlenecks.
+for small images, draws the mask by 2r units at full size. Units are pre-activation bottlenecks; with `groups` (32 in
+AttentionNeXt) they are ResNeXt's, post-activation. The mask's last two convolutions keep their norms before them then,
+and the network's last norm falls away, our choice where the source says nothing.
 
 `activation` of the mask's last values v: "mixed", sigmoid(v); "channel", v / |v| over the channels of a position;
 "spatial", sigmoid of v standardised over the positions of a channel. `residual=False` is the paper's naive attention
@@ -86,6 +88,30 @@ class ResidualUnit(nn.Module):
         return (x_BCHW if self.shortcut is None else self.shortcut(t_BCHW)) + y_BCHW
 
 
+class GroupedUnit(nn.Module):
+    """ResNeXt's unit: 1x1, grouped 3x3 and 1x1 convolutions at half of the channels, each with a norm; plus x; ReLU."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1, *, groups: int = 32) -> None:
+        super().__init__()
+        inner = channels // 2
+        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
+        self.norm2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        y_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
+        y_BCHW = self.norm3(self.conv3(F.relu(self.norm2(self.conv2(y_BCHW)))))
+        return F.relu(self.shortcut(x_BCHW) + y_BCHW)
+
+
 class SoftMask(nn.Module):
     """The mask branch: h (B, C, H, W) -> M of the same shape.
 
@@ -94,15 +120,18 @@ class SoftMask(nn.Module):
         depth: D poolings.
         units: r.
         activation: of `ACTIVATIONS`.
+        groups: 0, or those of ResNeXt's units.
     """
 
-    def __init__(self, channels: int, depth: int, units: int = 1, activation: str = "mixed") -> None:
+    def __init__(self, channels: int, depth: int, units: int = 1, activation: str = "mixed", groups: int = 0) -> None:
         super().__init__()
         self.depth, self.activation = depth, activation
         levels = max(depth, 1)
-        self.down = nn.ModuleList(_units(channels, units if i < levels - 1 else 2 * units) for i in range(levels))
-        self.skip = nn.ModuleList(ResidualUnit(channels, channels) for _ in range(levels - 1))
-        self.up = nn.ModuleList(_units(channels, units) for _ in range(levels - 1))
+        self.down = nn.ModuleList(
+            _units(channels, units if i < levels - 1 else 2 * units, groups) for i in range(levels)
+        )
+        self.skip = nn.ModuleList(_unit(channels, channels, 1, groups) for _ in range(levels - 1))
+        self.up = nn.ModuleList(_units(channels, units, groups) for _ in range(levels - 1))
         self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
         self.norm2, self.conv2 = nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1, bias=False)
 
@@ -132,6 +161,7 @@ class AttentionModule(nn.Module):
         activation: of the mask.
         residual: False is naive attention learning, M T.
         attention: False leaves the mask out.
+        groups: 0, or those of ResNeXt's units in place of the pre-activation ones.
 
     Raises:
         ValueError: if an argument is out of range, or the input does not fit.
@@ -148,10 +178,10 @@ class AttentionModule(nn.Module):
         activation: str = "mixed",
         residual: bool = True,
         attention: bool = True,
+        groups: int = 0,
     ) -> None:
         super().__init__()
-        if channels < 4 or channels % 4:
-            raise ValueError(f"channels must be a positive multiple of 4, got {channels}")
+        _check_channels([channels], groups)
         if depth < 0 or min(before, trunk, between) < 1:
             raise ValueError(
                 "depth must not be negative and before, trunk and between must be positive, "
@@ -160,10 +190,10 @@ class AttentionModule(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.channels, self.residual = channels, residual
-        self.before = _units(channels, before)
-        self.trunk = _units(channels, trunk)
-        self.mask = SoftMask(channels, depth, between, activation) if attention else None
-        self.after = _units(channels, before)
+        self.before = _units(channels, before, groups)
+        self.trunk = _units(channels, trunk, groups)
+        self.mask = SoftMask(channels, depth, between, activation, groups) if attention else None
+        self.after = _units(channels, before, groups)
 
     def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """T and M (None without attention)."""
@@ -195,7 +225,8 @@ class ResidualAttentionNetwork(Backbone):
         depths: D of each attention stage; by default 3, 2, 1, or 2, 1, 0 with `small_images`.
         stem_width: channels of the stem, by default 64, or 32 with `small_images`.
         small_images: a 3x3 stem without stride or pooling and a last stage without stride: strides 1, 2, 4, 4.
-        before, trunk, between, activation, residual, attention: see `AttentionModule`.
+        before, trunk, between, activation, residual, attention, groups: see `AttentionModule`; 32 groups are the
+            paper's AttentionNeXt.
         drop: dropout before the head.
         in_channels: of the images.
         num_classes: of the head; 0 has none.
@@ -220,6 +251,7 @@ class ResidualAttentionNetwork(Backbone):
         activation: str = "mixed",
         residual: bool = True,
         attention: bool = True,
+        groups: int = 0,
         drop: float = 0.0,
         in_channels: int = 3,
         num_classes: int = 1000,
@@ -235,8 +267,7 @@ class ResidualAttentionNetwork(Backbone):
                 "modules and depths must have an entry per attention stage and channels one more, "
                 f"got {tuple(modules)}, {tuple(depths)} and {tuple(channels)}"
             )
-        if min(channels) < 4 or any(width % 4 for width in channels):
-            raise ValueError(f"channels must be positive multiples of 4, got {tuple(channels)}")
+        _check_channels(channels, groups)
         if min(stem_width, in_channels) < 1 or num_classes < 0:
             raise ValueError(
                 "stem_width and in_channels must be positive and num_classes not negative, "
@@ -247,29 +278,29 @@ class ResidualAttentionNetwork(Backbone):
         self.in_channels, self.small_images = in_channels, small_images
         stem = (3, 1, 1) if small_images else (7, 2, 3)
         self.stem = nn.Conv2d(in_channels, stem_width, *stem, bias=False)
-        # the small stem's map goes to a unit, which begins with a norm; the large one is pooled before
-        self.stem_norm = None if small_images else nn.BatchNorm2d(stem_width)
+        # a pre-activation unit begins with a norm, so the stem needs one only where it is pooled
+        self.stem_norm = None if small_images and not groups else nn.BatchNorm2d(stem_width)
         self.stages = nn.ModuleList()
         current, strides = stem_width, [1 if small_images else 4]
         for i, width in enumerate(channels):
             stride = 2 if 0 < i < count or (i == count and not small_images) else 1
             if i:
                 strides.append(strides[-1] * stride)
-            stage: list[nn.Module] = [ResidualUnit(current, width, stride)]
+            stage: list[nn.Module] = [_unit(current, width, stride, groups)]
             if i < count:
                 stage.extend(
                     AttentionModule(
                         width, depths[i], before=before, trunk=trunk, between=between,
-                        activation=activation, residual=residual, attention=attention,
+                        activation=activation, residual=residual, attention=attention, groups=groups,
                     )
                     for _ in range(modules[i])
                 )  # fmt: skip
             else:
-                stage.extend([ResidualUnit(width, width), ResidualUnit(width, width)])
+                stage.append(_units(width, 2, groups))
             self.stages.append(nn.Sequential(*stage))
             current = width
         self.channels, self.strides = tuple(channels), tuple(strides)
-        self.norm = nn.BatchNorm2d(current)
+        self.norm = nn.Identity() if groups else nn.BatchNorm2d(current)
         self.drop = nn.Dropout(drop)
         self.head = nn.Linear(current, num_classes) if num_classes else None
         for module in self.modules():
@@ -277,11 +308,13 @@ class ResidualAttentionNetwork(Backbone):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
-        """As `Backbone.features`; the maps are sums before the next norm and ReLU."""
+        """As `Backbone.features`; the maps of pre-activation units are sums before the next norm and ReLU."""
         check_images(x_BCHW, self.in_channels)
         x_BCHW = self.stem(x_BCHW)
         if self.stem_norm is not None:
-            x_BCHW = pool(F.relu(self.stem_norm(x_BCHW)))
+            x_BCHW = F.relu(self.stem_norm(x_BCHW))
+        if not self.small_images:
+            x_BCHW = pool(x_BCHW)
         maps = []
         for stage in self.stages:
             x_BCHW = stage(x_BCHW)
@@ -292,8 +325,22 @@ class ResidualAttentionNetwork(Backbone):
         return None if self.head is None else self.head(self.drop(F.relu(self.norm(x_BCHW)).mean((2, 3))))
 
 
-def _units(channels: int, count: int) -> nn.Sequential:
-    return nn.Sequential(*(ResidualUnit(channels, channels) for _ in range(count)))
+def _unit(in_channels: int, channels: int, stride: int, groups: int) -> nn.Module:
+    if groups:
+        return GroupedUnit(in_channels, channels, stride, groups=groups)
+    return ResidualUnit(in_channels, channels, stride)
+
+
+def _units(channels: int, count: int, groups: int = 0) -> nn.Sequential:
+    return nn.Sequential(*(_unit(channels, channels, 1, groups) for _ in range(count)))
+
+
+def _check_channels(channels: Sequence[int], groups: int) -> None:
+    if groups < 0:
+        raise ValueError(f"groups must not be negative, got {groups}")
+    parts = 2 * groups if groups else 4
+    if any(width < parts or width % parts for width in channels):
+        raise ValueError(f"channels must be positive multiples of {parts}, got {', '.join(map(str, channels))}")
 
 
 # The authors' names: each norm has the name of the layer before it, ours that of the unit which it begins.
