@@ -45,11 +45,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table is stale")
     check = parser.parse_args().check
-    pages = {
-        README: written(README.read_text(encoding="utf-8")),
-        DOCS / "sizes.md": sizes.page(),
-        DOCS / claims.PAGE: claims.page(list(claims.read(DOCS).values())),
-    }
+    pages = {README: written(README.read_text(encoding="utf-8")), DOCS / "sizes.md": sizes.page()}
+    if records := claims.read(DOCS):
+        pages[DOCS / claims.PAGE] = claims.page(list(records.values()))
     stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         if check:
