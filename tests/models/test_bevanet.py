@@ -139,6 +139,13 @@ def test_network() -> None:
     assert not any(isinstance(m, EVA) for m in plain.modules())
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 33)])
+def test_small_images(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    out = BEVANet(3, **TINY).eval()(torch.randn(1, 3, *size))
+    assert out.logits.shape == (1, 3, *size) and out.logits.isfinite().all()
+
+
 def test_camvid_flops() -> None:
     """The 20.1 thousand million multiply-adds at 960 x 720; norms and biases are not counted here."""
     with torch.device("meta"):

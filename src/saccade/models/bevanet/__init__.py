@@ -80,7 +80,8 @@ register(
         "pyramid_channels": 4,
         "head_channels": 4,
     },
-    inputs=lambda module, size: (torch.randn(2, 3, size, max(1, size - 2)),),
+    # no maps of one pixel above 1/64: PyTorch's bfloat16 gradient of a strided 3 x 3 kernel is wrong there, on the CPU
+    inputs=lambda module, size: (torch.randn(2, 3, 64 + size, 62 + size),),
     ports=PORTS,
     claim=Claim(
         paper="large-kernel attention with kernel selection gives 81.0 % mIoU on Cityscapes at 33 frames a second",
