@@ -436,7 +436,7 @@ def _claim(lab: Lab) -> ClaimResult:
                 model = ResidualAttentionNetwork(
                     (1, 1), widths, (2, 1), stem_width=8, small_images=True, in_channels=1, num_classes=10, **form
                 )
-            lab.train(model, batches(seed), loss, 80, lr=1e-2, description=f"{name}, seed {seed}")
+            lab.train(model, batches(seed), loss, 120, lr=1e-2, description=f"{name}, seed {seed}")
             with torch.no_grad():
                 errors.append(100 * (model.eval()(images).logits.argmax(1) != labels).float().mean().item())
         measured[f"{name}_thousand_parameters"] = sum(p.numel() for p in model.parameters()) / 1e3
