@@ -41,25 +41,12 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops.attend import attend
+from saccade.ops.drop import DropPath
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
-
-
-class DropPath(nn.Module):
-    """While training, zero a residual branch for a row of the batch with probability `rate`; scale up the others."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
-            return x_BNC
-        kept_B11 = torch.rand(x_BNC.shape[0], 1, 1, device=x_BNC.device) >= self.rate
-        return x_BNC * (kept_B11 / (1 - self.rate)).to(x_BNC.dtype)
 
 
 class _SelfAttention(QKVAttention):

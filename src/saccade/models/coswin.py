@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult, register
 from saccade.models.backbone import Backbone, check_images
+from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend, relative_bias
 
 if TYPE_CHECKING:
@@ -178,21 +179,15 @@ class CoSwinBlock(nn.Module):
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, **arguments: Any
     ) -> None:
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path = DropPath(drop_path)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = FusedAttention(dim, num_heads, **arguments)
         hidden = int(mlp_ratio * dim)
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, x_BNC: Tensor, size: tuple[int, int]) -> Tensor:
-        x_BNC = x_BNC + self._drop(self.attention(self.norm1(x_BNC), size))
-        return x_BNC + self._drop(self.mlp(self.norm2(x_BNC)))
-
-    def _drop(self, x_BNC: Tensor) -> Tensor:
-        if not self.training or not self.drop_path:
-            return x_BNC
-        kept = (torch.rand(x_BNC.shape[0], 1, 1, device=x_BNC.device) >= self.drop_path).to(x_BNC.dtype)
-        return x_BNC * kept / (1 - self.drop_path)
+        x_BNC = x_BNC + self.drop_path(self.attention(self.norm1(x_BNC), size))
+        return x_BNC + self.drop_path(self.mlp(self.norm2(x_BNC)))
 
 
 class PatchMerging(nn.Module):

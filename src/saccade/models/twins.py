@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
 from saccade.models.backbone import Backbone, check_images
 from saccade.ops.attend import attend
+from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend
 
 if TYPE_CHECKING:
@@ -203,17 +204,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
         self.attention, self.mlp = attention, MLP(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = drop_path
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self._kept(self.attention(self.norm1(x_BHWC)))
-        return x_BHWC + self._kept(self.mlp(self.norm2(x_BHWC)))
-
-    def _kept(self, y_BHWC: Tensor) -> Tensor:
-        if not self.training or not self.drop_path:
-            return y_BHWC
-        kept = torch.rand(y_BHWC.shape[0], 1, 1, 1, device=y_BHWC.device) >= self.drop_path
-        return y_BHWC * kept / (1 - self.drop_path)
+        x_BHWC = x_BHWC + self.drop_path(self.attention(self.norm1(x_BHWC)))
+        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
 
 
 class Stage(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saccade.attention.flash_window import FlashWindowAttention
 from saccade.models.backbone import Backbone, check_images
 from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention
+from saccade.ops.drop import DropPath
 
 #: kinds of attention in a stage's pattern: deformable, neighbourhood, windows, shifted windows
 KINDS = "DNLS"
@@ -25,20 +26,6 @@ class _Convolution(nn.Conv2d):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class _DropPath(nn.Module):
-    """Leaves a branch out for whole images, with probability p, in training."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x_BHWC
-        keep = torch.rand(x_BHWC.shape[0], 1, 1, 1, device=x_BHWC.device) >= self.p
-        return x_BHWC * keep / (1 - self.p) if self.p < 1 else x_BHWC * 0
 
 
 class ConvMLP(nn.Module):
@@ -98,7 +85,7 @@ class Block(nn.Module):
         self.scale1, self.scale2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
         )
-        self.drop_path = _DropPath(drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         if self.local is not None:
