@@ -211,13 +211,13 @@ def test_pyramid_and_presets() -> None:
 def test_drop_path() -> None:
     torch.manual_seed(0)
     model = CoSwin(5, embed_dim=8, depths=(2, 2), num_heads=(2, 2), drop_path=0.6)
-    assert [round(b.drop_path, 6) for stage in model.stages for b in stage] == [0.0, 0.2, 0.4, 0.6]
+    assert [round(b.drop_path.rate, 6) for stage in model.stages for b in stage] == [0.0, 0.2, 0.4, 0.6]
     x = torch.randn(400, 4, 8)
     dropped = CoSwinBlock(8, 2, drop_path=0.25, local=False)
-    share = (dropped._drop(x) == 0).all(-1).all(-1).float().mean()
+    share = (dropped.drop_path(x) == 0).all(-1).all(-1).float().mean()
     assert 0.18 < share < 0.32
-    torch.testing.assert_close(dropped._drop(torch.ones(4000, 1, 1)).mean(), torch.tensor(1.0), atol=0.05, rtol=0)
-    assert dropped.eval()._drop(x) is x
+    torch.testing.assert_close(dropped.drop_path(torch.ones(4000, 1, 1)).mean(), torch.tensor(1.0), atol=0.05, rtol=0)
+    assert dropped.eval().drop_path(x) is x
 
 
 def test_bad_arguments() -> None:

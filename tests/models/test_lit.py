@@ -123,7 +123,7 @@ def test_pyramid(attention: tuple[bool, bool], size: tuple[int, int]) -> None:
 
 def test_training_options() -> None:
     model = tiny(drop_path=0.5, depths=(1, 2))
-    assert [b.drop_path for stage in model.stages for b in stage] == pytest.approx([0, 0.25, 0.5])
+    assert [b.drop_path.rate for stage in model.stages for b in stage] == pytest.approx([0, 0.25, 0.5])
     assert sum(p.numel() for p in model.offset_parameters()) == 8 * 8 * 4 + 8
     assert not any(p.any() for p in model.offset_parameters())
     x = torch.randn(4, 3, 24, 24)

@@ -163,7 +163,7 @@ def test_options() -> None:
     assert tiny(num_classes=0)(x).logits is None
     assert {name.rpartition(".")[0] for name in model.no_weight_decay()} == {"stages.0.position", "stages.1.position"}
     dropped = tiny(drop_path=0.5)
-    rates = [block.drop_path for stage in dropped.stages for block in stage.blocks]
+    rates = [block.drop_path.rate for stage in dropped.stages for block in stage.blocks]
     assert rates == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
     torch.testing.assert_close(dropped(x).logits, model(x).logits)
     dropped.train()
