@@ -450,7 +450,7 @@ def _growth(lab: Lab) -> dict[str, float]:
     measured = {}
     with torch.no_grad():
         for name, model in (("twins", twins), ("global", plain)):
-            seconds = [lab.seconds(lambda x=x, model=model: model(x)) for x in maps]  # type: ignore[misc]
+            seconds = [lab.seconds(lambda x=x, model=model: model(x), repeats=3) for x in maps]  # type: ignore[misc]
             for side, s in zip(sides, seconds):
                 measured[f"{name}_{side}x{side}_tokens_ms"] = 1e3 * s
             measured[f"{name}_exponent_in_pixels"] = log(seconds[-1] / seconds[-2]) / log((sides[-1] / sides[-2]) ** 2)
