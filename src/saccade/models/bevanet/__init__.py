@@ -80,8 +80,8 @@ register(
         "pyramid_channels": 4,
         "head_channels": 4,
     },
-    # no maps of one pixel above 1/64: PyTorch's bfloat16 gradient of a strided 3 x 3 kernel is wrong there, on the CPU
-    inputs=lambda module, size: (torch.randn(2, 3, 64 + size, 62 + size),),
+    # no maps of one pixel above 1/64 at size 12: PyTorch's bfloat16 gradient of a strided 3 x 3 kernel is wrong there, on the CPU
+    inputs=lambda module, size: (torch.randn(2, 3, 32 + size, 30 + size),),
     ports=PORTS,
     claim=Claim(
         paper="large-kernel attention with kernel selection gives 81.0 % mIoU on Cityscapes at 33 frames a second",
