@@ -366,12 +366,9 @@ def _claim(lab: Lab) -> ClaimResult:
 
 def _accuracy(lab: Lab, name: str, mixer: Any) -> float:
     """On held-out digits, read as 64 tokens of grey."""
-    from saccade.train.model import SequenceModel
-
     digits, batch = lab.data.digits(), lab.size(64, 4)
     tokens, test = ((images.flatten(1) * 16).long() for images in (digits.train_images, digits.test_images))
-    with lab.seeded():
-        model = SequenceModel(lambda _: mixer(), vocab=17, dim=64, layers=2, classes=10)
+    model = lab.sequence_model(lambda _: mixer(), vocab=17, dim=64, layers=2, classes=10)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         generator = lab.generator()

@@ -641,10 +641,7 @@ def find_block(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 def _block_error(lab: Lab, mixer: type[QKVAttention], steps: int, **options: Any) -> float:
     """Share of held-out questions whose block is not given without a mistake (letters before the asked one known)."""
-    from saccade.train.model import SequenceModel
-
-    with lab.seeded():
-        model = SequenceModel(lambda _: mixer(64, 2, True, **options), vocab=_LETTERS + 2, dim=64, layers=2)
+    model = lab.sequence_model(lambda _: mixer(64, 2, True, **options), vocab=_LETTERS + 2, dim=64, layers=2)
     generator = lab.generator()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

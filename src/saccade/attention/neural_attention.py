@@ -247,12 +247,9 @@ def _nearest_accuracy(lab: Lab, mixer: type[QKVAttention], steps: int, **options
 
 def _perplexity(lab: Lab, first: type[QKVAttention], steps: int) -> float:
     """Held-out perplexity per byte of a small causal model with `first` in its first layer; positions as the paper."""
-    from saccade.train.model import SequenceModel
-
     length, batch, dim = lab.size(128, 16), lab.size(16, 2), 64
-    with lab.seeded():
-        layers = [first(dim, 4, True, rope=False), SoftmaxAttention(dim, 4, True, rope=False)]
-        model = SequenceModel(lambda layer: layers[layer], vocab=256, dim=dim, layers=2)
+    kinds = (first, SoftmaxAttention)
+    model = lab.sequence_model(lambda layer: kinds[layer](dim, 4, True, rope=False), vocab=256, dim=dim, layers=2)
     generator = lab.generator()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -57,6 +57,9 @@ class Lab(Protocol):
         description: str = "training",
     ) -> list[float]:
         """Train in place; returns the loss of each step."""
+
+    def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
+        """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits."""
 
     def recall(
         self,

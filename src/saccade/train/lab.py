@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -91,6 +91,16 @@ class Lab:
 
         return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description if self.show_progress else None)
 
+    def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
+        """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.
+
+        `sizes` are those of `saccade.train.model.SequenceModel`: vocab, layers, classes, pair.
+        """
+        from saccade.train.model import SequenceModel
+
+        with self.seeded():
+            return SequenceModel(mixer, dim=dim, **sizes)
+
     def recall(
         self,
         mixer: Callable[[int], nn.Module],
@@ -112,11 +122,9 @@ class Lab:
             the model, its held-out loss in nats and its held-out accuracy, both over the values asked for.
         """
         from saccade.train.data import IGNORE, recall
-        from saccade.train.model import SequenceModel
 
         length, dim, batch = self.size(length, 48), 64, self.size(16, 2)
-        with self.seeded():
-            model = SequenceModel(lambda _: mixer(dim), vocab=64, dim=dim, layers=layers, pair=True)
+        model = self.sequence_model(lambda _: mixer(dim), vocab=64, dim=dim, layers=layers, pair=True)
         generator = self.generator()
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
