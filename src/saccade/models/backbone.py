@@ -1,4 +1,4 @@
-"""What all image backbones share: the pyramid that `features` gives, the head on its last level, sizes by name.
+"""What all image backbones share: the pyramid that `features` gives, the head on its last level, sizes by name, an MLP.
 
 Shape letters: B batch, C channels, H height, W width, K classes.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import catalogue
@@ -70,6 +71,17 @@ class Backbone(nn.Module):
         model = catalogue.create(cls.slug, **{**sizes[name].arguments, **changes})
         assert isinstance(model, cls)
         return model
+
+
+class MLP(nn.Module):
+    """Two layers with GELU between them."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 def check_images(x_BCHW: Tensor, channels: int) -> None:

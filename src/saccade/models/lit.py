@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
-from saccade.models.backbone import Backbone, check_images
+from saccade.models.backbone import MLP, Backbone, check_images
 from saccade.ops.deformable import deformable_conv
 from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend, relative_bias
@@ -142,17 +142,6 @@ class RelativeAttention(nn.Module):
         # one window, as large as the map
         out_BhND = packed_window_attend(qkv_BN3hD, (H, W), (H, W), 0, self.bias((H, W)), scale=self.scale)
         return self.proj_drop(self.proj(out_BhND.transpose(1, 2).reshape(B, H, W, C)))
-
-
-class MLP(nn.Module):
-    """Two layers with GELU between them."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
-from saccade.models.backbone import Backbone, check_images
+from saccade.models.backbone import MLP, Backbone, check_images
 from saccade.ops.attend import attend
 from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend
@@ -175,17 +175,6 @@ class PositionEncoding(nn.Conv2d):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return x_BHWC + super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class MLP(nn.Module):
-    """Two layers with GELU between them."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
