@@ -184,13 +184,13 @@ def gated_attend(
     if form == "auto" and not (plain and _pays(active_BRN, H, causal)):
         form = "masked"
     if form == "masked" or 0 in (*q_BHND.shape, M) or shared_heads == H:
-        out = attend(q_BHND, k_BKMD, v_BKME, mask=_with_causal(mask, causal, offset, N), scale=scale)
+        out = attend(q_BHND, k_BKMD, v_BKME, mask=masks.causal_where_needed(mask, causal, offset, N), scale=scale)
         return out * gates_BHN[..., None]
     real_BM = mask.valid_BM.expand(q_BHND.shape[0], M) if type(mask) is masks.Padding else None
     parts = []
     if shared_heads:
         k, v = (_key_heads(x, H, 0, shared_heads) for x in (k_BKMD, v_BKME))
-        every = _with_causal(mask, causal, offset, N)
+        every = masks.causal_where_needed(mask, causal, offset, N)
         parts.append(attend(q_BHND[:, :shared_heads], k, v, mask=every, scale=scale))
     k, v = (_key_heads(x, H, shared_heads, H) for x in (k_BKMD, v_BKME))
     q = q_BHND[:, shared_heads:]
@@ -292,12 +292,6 @@ def _key_heads(x_BKMD: Tensor, H: int, first: int, last: int) -> Tensor:
     if first % group == 0 and last % group == 0:
         return x_BKMD[:, first // group : last // group]
     return x_BKMD[:, torch.arange(first, last, device=x_BKMD.device) // group]
-
-
-def _with_causal(mask: Mask | None, causal: bool, offset: int, N: int) -> Mask | None:
-    if not causal or (offset and N == 1):
-        return mask
-    return masks.and_causal(mask, offset)
 
 
 class _KeepsLoss:

@@ -30,9 +30,8 @@ class SoftmaxAttention(QKVAttention):
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
     ) -> Tensor:
-        if causal and not (offset and q_BHND.shape[2] == 1):
-            mask = masks.and_causal(mask, offset)
-        return attend(q_BHND, k_BKMD, v_BKME, mask=mask)
+        visible = masks.causal_where_needed(mask, causal, offset, q_BHND.shape[2])
+        return attend(q_BHND, k_BKMD, v_BKME, mask=visible)
 
 
 def _claim(lab: Lab) -> ClaimResult:

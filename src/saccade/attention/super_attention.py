@@ -212,7 +212,9 @@ class SuperAttention(nn.Module):
         pairs = self._mask(mask, k_BHMD)
         if self.kernel is not None and cache is None:
             v_BHME = self._align(v_BHME, pairs)
-        out_BHNE = attend(q_BHND, k_BHMD, v_BHME, mask=self._causally(pairs, offset, q_BHND.shape[2]))
+        out_BHNE = attend(
+            q_BHND, k_BHMD, v_BHME, mask=masks.causal_where_needed(pairs, self.causal, offset, q_BHND.shape[2])
+        )
         return self.out_proj(out_BHNE.transpose(1, 2).flatten(2))
 
     def mix(
@@ -231,7 +233,9 @@ class SuperAttention(nn.Module):
         if self.kernel is not None:
             real_BM = pairs.valid_BM if isinstance(pairs, masks.Padding) else None
             values_BHME = align(values_BHME, self.kernel, causal=self.causal, real_BM=real_BM)
-        return attend(q_BHND, k_BHMD, values_BHME, mask=self._causally(pairs, 0, q_BHND.shape[2]))
+        return attend(
+            q_BHND, k_BHMD, values_BHME, mask=masks.causal_where_needed(pairs, self.causal, 0, q_BHND.shape[2])
+        )
 
     @classmethod
     def from_softmax(cls, module: nn.Module, **arguments: Any) -> Self:
@@ -326,11 +330,6 @@ class SuperAttention(nn.Module):
         if self.kernel is not None and pairs is not None and type(pairs) is not masks.Padding:
             raise ValueError(f"W_A mixes the values of all positions: 'super' takes a padding mask (B, M), got {pairs}")
         return pairs
-
-    def _causally(self, pairs: Mask | None, offset: int, N: int) -> Mask | None:
-        if not self.causal or (offset and N == 1):
-            return pairs
-        return masks.and_causal(pairs, offset)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, tokens in (("x", query), ("key", key), ("value", value)):

@@ -39,6 +39,7 @@ __all__ = [
     "and_causal",
     "blocks",
     "causal",
+    "causal_where_needed",
     "dense",
     "documents",
     "function",
@@ -333,6 +334,13 @@ def _tighter(a: int | None, b: int | None, choose: Callable[[int, int], int]) ->
 def causal(offset: int = 0) -> Mask:
     """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key."""
     return Band(None, offset, f"causal({offset})" if offset else "causal()")
+
+
+def causal_where_needed(mask: Mask | None, causal: bool, offset: int, queries: int) -> Mask | None:
+    """`mask`, less later keys in a causal layer; a single query after all keys has none, as in decoding."""
+    if not causal or (offset and queries == 1):
+        return mask
+    return and_causal(mask, offset)
 
 
 def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
