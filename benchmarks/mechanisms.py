@@ -14,12 +14,9 @@ Figures are kept with `--json FILE`, to which a later run of other cases adds; `
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +28,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from saccade import catalogue
-from saccade.bench.machine import describe
-from saccade.ops.measure import peak_bytes, synchronize
+from saccade.bench import records
+from saccade.bench.records import Kept, Verdict
+from saccade.ops.measure import fastest, peak_bytes
 from saccade.train.files import write_text
 from saccade.train.scaling import fit_power
 
@@ -330,7 +328,7 @@ def flash_window_trial(n: int, dtype: torch.dtype, rival: str, shift: int) -> Tr
 
     return Trial(
         lambda: packed_window_attend(qkv, (side, side), w, shift, bias).transpose(1, 2).flatten(2),
-        dense=lambda: fastest(plain, repeats=30),
+        dense=lambda: fastest(plain, repeats=30)[0],
     )
 
 
@@ -496,20 +494,6 @@ for _slug, _options in (
     )
 
 
-def fastest(function: Callable[[], object], *, repeats: int = 5, budget: float = 1.0) -> float:
-    """Seconds of the fastest call; no further one is begun when `budget` seconds are spent."""
-    best, start = math.inf, time.perf_counter()
-    for _ in range(repeats):
-        synchronize()
-        begin = time.perf_counter()
-        function()
-        synchronize()
-        best = min(best, time.perf_counter() - begin)
-        if time.perf_counter() - start > budget:
-            break
-    return best
-
-
 @cache
 def dense_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int = H, width: int = D) -> float:
     """Dense SDPA of one or two heads, times the heads."""
@@ -518,7 +502,7 @@ def dense_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int = H, widt
     timed = 2 if causal else 1
     q, k, v = tensors(n, dtype, heads=timed, width=width)
     run = partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal)
-    return heads / timed * fastest(run, repeats=10, budget=2.0)
+    return heads / timed * fastest(run, repeats=10, budget=2.0)[0]
 
 
 @cache
@@ -528,18 +512,18 @@ def layer_seconds(n: int, dtype: torch.dtype, causal: bool, heads: int, dim: int
         return 4 * layer_seconds(n // 2, dtype, causal, heads, dim)
     module = catalogue.create("softmax", dim=dim, num_heads=heads, causal=causal).to(dtype)
     x = torch.randn(1, n, dim).to(dtype)
-    return fastest(torch.no_grad()(lambda: module(x)), repeats=10, budget=2.0)
+    return fastest(torch.no_grad()(lambda: module(x)), repeats=10, budget=2.0)[0]
 
 
 def measure(found: Case, n: int, dtype: torch.dtype) -> dict[str, float]:
     """The figures of one mechanism at one length."""
     trial = found.make(n, dtype)
-    ours = fastest(trial.run, repeats=10)
+    (ours,) = fastest(trial.run, repeats=10)
     if trial.dense is None:
         dense = dense_seconds(n, dtype, trial.causal, trial.heads, trial.width)
     else:
         dense = trial.dense()
-    ours = min(ours, fastest(trial.run, repeats=10))
+    ours = min(ours, *fastest(trial.run, repeats=10))
     row = {"length": n, "seconds": ours, "speedup": dense / ours, "bytes": float(peak_bytes(trial.run))}
     ideal = trial.ideal
     if trial.pairs is not None:
@@ -548,7 +532,7 @@ def measure(found: Case, n: int, dtype: torch.dtype) -> dict[str, float]:
         row["ideal"] = ideal
         row["of_ideal"] = row["speedup"] / row["ideal"]
     if trial.select is not None:
-        row["selection"] = fastest(trial.select, repeats=10) / dense
+        row["selection"] = fastest(trial.select, repeats=10)[0] / dense
     return row
 
 
@@ -561,17 +545,18 @@ def with_growth(rows: list[dict[str, float]]) -> None:
         rows[-1][name] = math.nan if fit is None else fit.exponent
 
 
-def verdicts(found: Case, rows: list[dict[str, float]]) -> list[tuple[str, float, float, bool]]:
-    """(goal, wanted, got, met) for the goals whose length was measured."""
+def verdicts(name: str, figures: dict[str, Any]) -> list[Verdict]:
+    """The goals of a case whose length was measured, in float32."""
     results = []
-    for name, (length, wanted) in found.goals.items():
-        got = next((row[name] for row in rows if row["length"] == length and name in row), None)
-        if got is not None:
-            results.append((f"{name} at {length}", wanted, got, got <= wanted if name in CEILINGS else got >= wanted))
+    for figure, (length, wanted) in CASES[name].goals.items():
+        rows = [row for row in figures.get("float32", []) if row["length"] == length and figure in row]
+        if rows:
+            got, ceiling = rows[0][figure], figure in CEILINGS
+            goal = f"{name}: {figure.replace('_', ' ')} at {length}"
+            results.append(Verdict(goal, wanted, got, got <= wanted if ceiling else got >= wanted, ceiling))
     return results
 
 
-Kept = dict[str, dict[str, Any]]
 COLUMNS = (
     "mechanism", "against", "N", "ms", "times as fast", "ideal", "of ideal", "selection", "MiB", "exponent",
     "memory exponent", "bf16 ms", "bf16 times as fast",
@@ -599,42 +584,17 @@ def table_rows(kept: Kept) -> list[list[str]]:
     return shown
 
 
-def goal_lines(kept: Kept) -> list[str]:
-    """Each goal with what was wanted and measured, in float32."""
-    return [
-        f"{'met' if met else 'MISSED'}: {name}: {goal.replace('_', ' ')} {got:.2f}, wanted "
-        f"{'at most' if goal.split()[0] in CEILINGS else 'at least'} {wanted:.2f}"
-        for name, figures in kept.items()
-        for goal, wanted, got, met in verdicts(CASES[name], figures.get("float32", []))
-    ]
-
-
 def page(kept: Kept) -> str:
     """The figures as Markdown."""
-    machines = sorted({figures["machine"] for figures in kept.values()})
-    dates = sorted({figures["date"] for figures in kept.values()})
-    absent = [name for name in CASES if name not in kept]
-    lines = [
-        "# Speed and memory of the mechanisms",
-        "",
-        "Made by `python benchmarks/mechanisms.py --json FILE --markdown docs/speed.md`; do not edit.",
-        "",
-        f"Measured {' to '.join(sorted({dates[0], dates[-1]}))} on: {'; '.join(machines)}.",
-        "",
-        *(__doc__ or "").split("\n\n")[1].splitlines(),
-        "",
-        "## Goals",
-        "",
-        *([f"Not measured in this record: {'; '.join(absent)}.", ""] if absent else []),
-        *[f"- {line}" for line in sorted(goal_lines(kept), key=lambda line: not line.startswith("MISSED"))],
-        "",
-        "## Figures",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "|".join(["---", "---", *["---:"] * (len(COLUMNS) - 2)]) + "|",
-        *["| " + " | ".join(cells) + " |" for cells in table_rows(kept)],
-    ]
-    return "\n".join(lines) + "\n"
+    return records.page(
+        "Speed and memory of the mechanisms",
+        "python benchmarks/mechanisms.py --json FILE --markdown docs/speed.md",
+        (__doc__ or "").split("\n\n")[1],
+        kept,
+        [name for name in CASES if name not in kept],
+        [verdict for name, figures in kept.items() for verdict in verdicts(name, figures)],
+        {"Figures": records.table(COLUMNS, table_rows(kept), left=2)},
+    )
 
 
 def main() -> None:
@@ -656,10 +616,10 @@ def main() -> None:
         parser.error(f"no case is called {', '.join(unknown)}; there is {'; '.join(CASES)}")
     asked = tuple(map(int, arguments.lengths.split(","))) if arguments.lengths else None
     dtypes = ("float32", "bfloat16") if arguments.dtype == "both" else (arguments.dtype,)
-    known: Kept = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
-    machine, measured = describe(), {}
+    known, begin = records.known(arguments.json), records.stamp()
+    measured: Kept = {}
     for name in wanted:
-        figures: dict[str, Any] = {"machine": machine, "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}
+        figures: dict[str, Any] = dict(begin)
         found = CASES[name]
         for dtype in dtypes:
             lengths = tuple(n for n in found.lengths if not arguments.quick or n in QUICK) or found.lengths
@@ -674,15 +634,14 @@ def main() -> None:
                 print(f"{name}, {dtype}, {n}: {said}", flush=True)
             with_growth(rows)
         known[name] = measured[name] = figures
-        if arguments.json:
-            write_text(arguments.json, json.dumps(known, indent=1) + "\n")
-    table = Table(title=f"Mechanisms: {H} heads of {D}; {machine}")
+        records.keep(arguments.json, known)
+    table = Table(title=f"Mechanisms: {H} heads of {D}; {begin['machine']}")
     for i, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if i < 2 else "right")
     for cells in table_rows(measured):
         table.add_row(*cells)
     Console(width=180).print(table)
-    print("\n".join(goal_lines(measured)))
+    print("\n".join(str(verdict) for name, figures in measured.items() for verdict in verdicts(name, figures)))
     if arguments.markdown:
         write_text(arguments.markdown, page({name: known[name] for name in CASES if name in known}))
 
