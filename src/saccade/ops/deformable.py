@@ -22,7 +22,10 @@ anew for every pair.
 
 Coordinates are (x, y), in pixels, a whole number in the middle of a pixel: `pixels` makes them of normalised ones.
 Points outside the map read zeros ("zeros") or the nearest pixel of the border ("border"), as in `F.grid_sample`.
-Discrete forms have gradients in weights and maps, none in locations, and export without grid sampling.
+Discrete forms have gradients in weights and maps, none in locations.
+
+Exporters (torch.export, ONNX) see operators of torch's own, and grid sampling in none but `relative_bias`. Numbers of
+images may stay open (`dynamic_shapes`).
 
 Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
 N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
@@ -214,7 +217,7 @@ class Samples:
         if weights_BNGS is not None:
             if tuple(weights_BNGS.shape) != self.shape:
                 raise ValueError(f"weights must be {self.shape}, got shape {tuple(weights_BNGS.shape)}")
-            weight_KS = weights_BNGS.to(rows.dtype).reshape(len(self.index_KI), self.shape[3])
+            weight_KS = weights_BNGS.to(rows.dtype).reshape(self.index_KI.shape[0], self.shape[3])
             # corners are the outer axis of a row
             corners = self.index_KI.shape[1] // max(1, self.shape[3])
             weight_KI = weight_KS if weight_KI is None else weight_KI.to(rows.dtype) * weight_KS.repeat(1, corners)
@@ -234,7 +237,7 @@ class Samples:
         if self.weight_KI is not None:
             products_KI = products_KI * self.weight_KI.to(rows.dtype)
             corners = self.weight_KI.shape[1] // max(1, self.shape[3])
-            products_KI = products_KI.view(len(products_KI), corners, self.shape[3]).sum(1)
+            products_KI = products_KI.view(products_KI.shape[0], corners, self.shape[3]).sum(1)
         return products_KI.view(self.shape).to(query_BNGD.dtype)
 
     def _rows(self, values_BMGD: Tensor) -> Tensor:
@@ -599,7 +602,7 @@ def relative_bias(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
         raise ValueError(f"groups of points must divide the heads of the table ({heads}), got {G}")
     table = table_HYX.view(G, heads // G, rows, columns)
     points = points_BNG2.to(_working(points_BNG2.dtype))
-    if (rows, columns) != (2 * H - 1, 2 * W - 1):
+    if (rows, columns) != (2 * H - 1, 2 * W - 1) or _exporting():
         return _stretched_bias(table, points, size)
     # query (i, j) reads the table at (i + top, j + left): beyond these limits, only zeros
     x, y = points.unbind(-1)

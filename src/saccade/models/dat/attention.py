@@ -167,7 +167,8 @@ class DeformableAttention(nn.Module):
         bias = self._bias(pixels_BNG2, (H, W))
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, self.attn_drop if self.training else 0.0)
-        out = out.transpose(1, 2).reshape(B, H, W, C)
+        # not reshape: an exporter would take the strides of this machine's kernel for granted
+        out = out.transpose(1, 2).contiguous().view(B, H, W, C)
         if self.bias_conv is not None:
             out = out + self.bias_conv(q_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.out_proj(out)), position, reference
