@@ -35,9 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from saccade.integrations.handed_masks import Pattern
 from saccade.integrations.mechanisms import Mechanism, mechanism
-from saccade.integrations.transformers import LayerReport, Report, _choose, _sequences, _take
+from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
 from saccade.ops import masks
 from saccade.ops.hilbert import gilbert_order, neighbor_blocks
 
@@ -152,8 +151,8 @@ def switch(
     if not places:
         raise ValueError(f"{type(model_or_pipeline).__name__} has no blocks with attention processors")
     numbers = {name: place[3] for name, place in places.items()}
-    chosen = _choose(numbers, layers, "layers") if layers is not None else set(numbers)
-    chosen -= _choose(numbers, dense_layers, "dense_layers")
+    chosen = choose(numbers, layers, "layers") if layers is not None else set(numbers)
+    chosen -= choose(numbers, dense_layers, "dense_layers")
     rows = {name: LayerReport(numbers[name], name) for name in numbers if report and name in chosen}
     clock = _Clock(dense_steps)
     runs = {id(model): _Run(model, clock, curve) for model in models.values()}
@@ -404,8 +403,8 @@ class _Layer:
             return out, *self._work(q, k, v, mask, scale, options)
         out_THE = q.new_zeros(B * N, H, v.shape[3])
         kept = pairs = 0.0
-        for index_SL in _sequences(Pattern(valid_BM=valid), B, N):
-            q_SHLD, k_SHLD, v_SHLD = (_take(x, index_SL) for x in (q, k, v))
+        for index_SL in sequences(B, N, valid):
+            q_SHLD, k_SHLD, v_SHLD = (take(x, index_SL) for x in (q, k, v))
             options = self._options(index_SL.shape[1], q.device)
             out = entry.run(q_SHLD, k_SHLD, v_SHLD, dropout=dropout, scale=scale, options=options)
             out_THE[index_SL] = out.transpose(1, 2)

@@ -18,7 +18,6 @@ L their length, T = B N tokens.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from saccade.integrations.handed_masks import Pattern, hand_over, read
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
 from saccade.ops.attend import attend
 
 __all__ = ["LayerReport", "Report", "register", "switch"]
@@ -43,75 +43,6 @@ def register() -> None:
     for entry in MECHANISMS.values():
         AttentionInterface.register(entry.implementation, _attention_function(entry))
         AttentionMaskInterface.register(entry.implementation, hand_over)
-
-
-@dataclass
-class LayerReport:
-    """What a mechanism did in one layer, over the inputs seen.
-
-    Attributes:
-        layer: its number in the model.
-        name: its module path.
-        density: share of dense attention's query-key pairs that were computed, where the mechanism ran.
-        relative_error: sum |out - dense| / sum |dense| of the layer's output before its output projection, on its own
-            inputs (the measure on which SpargeAttn calibrates).
-        calls: times that the mechanism ran.
-        dense_calls: times that the layer ran dense attention instead (decoding, cross-attention, its own window).
-    """
-
-    layer: int
-    name: str
-    density: float = 1.0
-    relative_error: float = 0.0
-    calls: int = 0
-    dense_calls: int = 0
-    _kept: float = field(default=0.0, repr=False)
-    _pairs: float = field(default=0.0, repr=False)
-    _off: float = field(default=0.0, repr=False)
-    _size: float = field(default=0.0, repr=False)
-
-    def add(self, kept: float, pairs: float, out: Tensor, dense: Tensor) -> None:
-        """Enter one call of the mechanism."""
-        self.calls += 1
-        self._kept += kept
-        self._pairs += pairs
-        self._off += float((out - dense).abs().sum(dtype=torch.float64))
-        self._size += float(dense.abs().sum(dtype=torch.float64))
-        self.density = self._kept / self._pairs if self._pairs else 1.0
-        self.relative_error = self._off / self._size if self._size else 0.0
-
-
-@dataclass
-class Report:
-    """What `switch` yields.
-
-    Attributes:
-        slug, options: what was switched on.
-        layers: one entry per layer that was switched; measured with `report=True`, else empty.
-    """
-
-    slug: str
-    options: dict[str, Any]
-    layers: list[LayerReport] = field(default_factory=list)
-
-    @property
-    def density(self) -> float:
-        """Over all layers."""
-        pairs = sum(layer._pairs for layer in self.layers)
-        return sum(layer._kept for layer in self.layers) / pairs if pairs else 1.0
-
-    def table(self) -> str:
-        """One line per layer."""
-        lines = [f"{'layer':>5}  {'density':>8}  {'deviation':>9}  {'calls':>5}  {'dense':>5}  module"]
-        for row in self.layers:
-            lines.append(
-                f"{row.layer:>5}  {row.density:>8.1%}  {row.relative_error:>9.2e}  {row.calls:>5}  "
-                f"{row.dense_calls:>5}  {row.name}"
-            )
-        return "\n".join(lines if self.layers else ["nothing was measured: switch(..., report=True) does"])
-
-    def __str__(self) -> str:
-        return self.table()
 
 
 @dataclass
@@ -166,8 +97,8 @@ def switch(
     if not hasattr(model, "set_attn_implementation"):
         raise ValueError(f"{type(model).__name__} is not a transformers model: it has no set_attn_implementation()")
     places = _attention_layers(model)
-    chosen = _choose(places, layers, "layers") if layers is not None else set(places)
-    chosen -= _choose(places, dense_layers, "dense_layers")
+    chosen = choose(places, layers, "layers") if layers is not None else set(places)
+    chosen -= choose(places, dense_layers, "dense_layers")
     rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
     yielded = Report(slug, {**entry.options, **options}, list(rows.values()))
     settings = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
@@ -238,24 +169,6 @@ def _attention_layers(model: nn.Module) -> dict[str, int]:
         raise ValueError(f"{type(model).__name__} has no attention layers")
     numbers = [getattr(module, "layer_idx", None) for module in found.values()]
     return {name: i if number is None else int(number) for i, (name, number) in enumerate(zip(found, numbers))}
-
-
-def _choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) -> set[str]:
-    """The module paths that layer numbers and patterns stand for."""
-    if isinstance(wanted, (str, int)):
-        raise ValueError(f"{name} must be a list of layer numbers or patterns, got {wanted!r}")
-    count = max(places.values()) + 1
-    chosen = set()
-    for want in wanted:
-        if isinstance(want, str):
-            met = set(fnmatch.filter(places, want))
-        else:
-            met = {place for place, number in places.items() if number == (want + count if want < 0 else want)}
-        if not met:
-            example = next(iter(places))
-            raise ValueError(f"{name}: no layer is {want!r}; there are layers 0 to {count - 1}, such as {example!r}")
-        chosen |= met
-    return chosen
 
 
 def _attention_function(entry: Mechanism) -> Any:
@@ -337,37 +250,14 @@ def _run(
     else:
         B, H, N, _ = q_BHND.shape
         out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])
-        for index_SL in _sequences(pattern, B, N):
-            q_SHLD, k_SKLD, v_SKLE = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
+        for index_SL in sequences(B, N, pattern.valid_BM, pattern.ids_BN):
+            q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, scale=scale, dropout=dropout, **call)
             out_THE[index_SL] = out_SHLE.transpose(1, 2)
         out = out_THE.unflatten(0, (B, N)).transpose(1, 2)
     if setting.report is not None:
         _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, scale, out)
     return out
-
-
-def _sequences(pattern: Pattern, batch: int, tokens: int) -> Iterator[Tensor]:
-    """Token indices (S, L), into all rows laid end to end, of the sequences of each length L that occurs."""
-    device = (pattern.valid_BM if pattern.valid_BM is not None else pattern.ids_BN).device  # type: ignore[union-attr]
-    row_B1 = torch.arange(batch, device=device)[:, None]
-    ids_BN = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-    if pattern.ids_BN is not None:
-        ids_BN = ids_BN + pattern.ids_BN
-    ids_BN = ids_BN + row_B1 * (ids_BN.max() + 1)
-    token_T = torch.arange(batch * tokens, device=device)
-    if pattern.valid_BM is not None:
-        token_T = token_T[pattern.valid_BM.expand(batch, tokens).flatten()]
-    id_T, order_T = ids_BN.flatten()[token_T].sort(stable=True)
-    length_s = id_T.unique_consecutive(return_counts=True)[1]
-    start_s = length_s.cumsum(0) - length_s
-    for length in length_s.unique().tolist():
-        position_SL = start_s[length_s == length][:, None] + torch.arange(length, device=device)
-        yield token_T[order_T[position_SL]]
-
-
-def _take(x_BHND: Tensor, index_SL: Tensor) -> Tensor:
-    return x_BHND.transpose(1, 2).flatten(0, 1)[index_SL].transpose(1, 2)
 
 
 @torch.no_grad()
@@ -388,8 +278,8 @@ def _measure(
     apart = pattern.valid_BM is not None or pattern.ids_BN is not None
     if entry.masks != "any" and apart and n == m:
         work = []
-        for index_SL in _sequences(pattern, q_BHND.shape[0], n):
-            q_SHLD, k_SKLD, v_SKLE = (_take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
+        for index_SL in sequences(q_BHND.shape[0], n, pattern.valid_BM, pattern.ids_BN):
+            q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             work.append(entry.work(q_SHLD, k_SKLD, v_SKLE, **call))
     else:
         mask = pattern.mask

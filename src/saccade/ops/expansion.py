@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from saccade.ops.linear import _room
+from saccade.ops.memory import large_empty
 
 __all__ = ["Expansion", "Outer", "Polynomial", "expanded_attend", "expanded_attend_reference", "in_segments"]
 
@@ -253,7 +253,7 @@ def in_segments(
     grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_BHND, k_BKND, v_BKNE, state))
     if size >= N or grads or torch.compiler.is_compiling():
         return attend(q_BHND, k_BKND, v_BKNE, mask_BN, state, return_state)
-    out = _room((B, H, N, E), q_BHND.dtype, q_BHND.device)
+    out = large_empty((B, H, N, E), q_BHND.dtype, q_BHND.device)
     for at in _chunks(N, size):
         mask = None if mask_BN is None else mask_BN[:, at]
         parts = (x[:, :, at] for x in (q_BHND, k_BKND, v_BKNE))

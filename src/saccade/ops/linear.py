@@ -20,11 +20,8 @@ Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M k
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -32,6 +29,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.heads import repeat_heads
+from saccade.ops.memory import large_empty
 
 __all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
 
@@ -392,32 +390,6 @@ class _Scratch:
         return a if b is None else torch.mul(a, b, out=self(name, *a.shape))
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A new tensor, a large one in huge pages where Linux leaves that to the program.
-
-    A page fault for every 4 kB of a long output costs a seventh of the time that the output takes.
-    """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and x.nbytes >= _HUGE_FROM and (advise := _madvise()) is not None:
-        begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        advise(begin, (x.data_ptr() + x.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE, 14)  # MADV_HUGEPAGE
-    return x
-
-
-_HUGE_PAGE, _HUGE_FROM = 2**21, 2**24
-
-
-@lru_cache(maxsize=1)
-def _madvise() -> Callable[[int, int, int], int] | None:
-    """The system call, or None where there is none; its result does not matter, it is advice."""
-    if sys.platform != "linux":
-        return None
-    function = getattr(ctypes.CDLL(None), "madvise", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function
-
-
 def _view(x_BHND: Tensor, piece: _Piece) -> Tensor:
     """(b, H, T, c, D) of the piece."""
     part = x_BHND[piece.first_row : piece.last_row, :, piece.start : piece.stop]
@@ -607,7 +579,7 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, H, N, _), E = q.shape, v.shape[3]
-    out = _room((B, H, N, E), q.dtype, q.device)
+    out = large_empty((B, H, N, E), q.dtype, q.device)
     inverse = torch.empty(B, H, N if normalize else 0, 1, dtype=state.dtype, device=q.device)
     final = state.clone()
     groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu")
@@ -680,7 +652,7 @@ def _backward(
     of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, H, N, _ = q.shape
-    grad_q, grad_k, grad_v = (_room(x.shape, x.dtype, x.device) for x in (q, k, v))
+    grad_q, grad_k, grad_v = (large_empty(x.shape, x.dtype, x.device) for x in (q, k, v))
     grad_state = grad_final.clone()
     grad_factors = _like_factors(factors if of_decay else None, grad_final).zero_()
     scratch, cached = _Scratch(q.device, grad_final.dtype), dict[int, _Decays]()

@@ -1,0 +1,151 @@
+"""What `switch` does alike in transformers and in diffusers: names its layers, takes sequences apart, and reports.
+
+Shape letters: B batch, H heads, N tokens of a row, M the same as keys, D head dim, S sequences, L their length, T
+tokens of all rows.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["LayerReport", "Report", "choose", "sequences", "take"]
+
+
+@dataclass
+class LayerReport:
+    """What a mechanism did in one layer, over the inputs seen.
+
+    Attributes:
+        layer: its number in the model.
+        name: its module path.
+        density: share of dense attention's query-key pairs that were computed, where the mechanism ran.
+        relative_error: sum |out - dense| / sum |dense| of the layer's output before its output projection, on its own
+            inputs (the measure on which SpargeAttn calibrates).
+        calls: times that the mechanism ran.
+        dense_calls: times that the layer ran dense attention instead (decoding, cross-attention, its own window).
+    """
+
+    layer: int
+    name: str
+    density: float = 1.0
+    relative_error: float = 0.0
+    calls: int = 0
+    dense_calls: int = 0
+    _kept: float = field(default=0.0, repr=False)
+    _pairs: float = field(default=0.0, repr=False)
+    _off: float = field(default=0.0, repr=False)
+    _size: float = field(default=0.0, repr=False)
+
+    def add(self, kept: float, pairs: float, out: Tensor, dense: Tensor) -> None:
+        """Enter one call of the mechanism."""
+        self.calls += 1
+        self._kept += kept
+        self._pairs += pairs
+        self._off += float((out - dense).abs().sum(dtype=torch.float64))
+        self._size += float(dense.abs().sum(dtype=torch.float64))
+        self.density = self._kept / self._pairs if self._pairs else 1.0
+        self.relative_error = self._off / self._size if self._size else 0.0
+
+
+@dataclass
+class Report:
+    """What `switch` yields.
+
+    Attributes:
+        slug, options: what was switched on.
+        layers: one entry per layer that was switched; measured with `report=True`, else empty.
+    """
+
+    slug: str
+    options: dict[str, Any]
+    layers: list[LayerReport] = field(default_factory=list)
+
+    @property
+    def density(self) -> float:
+        """Over all layers."""
+        pairs = sum(layer._pairs for layer in self.layers)
+        return sum(layer._kept for layer in self.layers) / pairs if pairs else 1.0
+
+    def table(self) -> str:
+        """One line per layer."""
+        lines = [f"{'layer':>5}  {'density':>8}  {'deviation':>9}  {'calls':>5}  {'dense':>5}  module"]
+        for row in self.layers:
+            lines.append(
+                f"{row.layer:>5}  {row.density:>8.1%}  {row.relative_error:>9.2e}  {row.calls:>5}  "
+                f"{row.dense_calls:>5}  {row.name}"
+            )
+        return "\n".join(lines if self.layers else ["nothing was measured: switch(..., report=True) does"])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) -> set[str]:
+    """The module paths that layer numbers and patterns stand for.
+
+    Args:
+        places: module path -> number of every layer that could be switched.
+        wanted: numbers (negative from the end) and patterns of module path.
+        name: of the argument, for messages.
+
+    Raises:
+        ValueError: if `wanted` is no list, or one of it is no layer.
+
+    >>> sorted(choose({"a.0": 0, "a.1": 1, "b.0": 2}, ["a.*", -1], "layers"))
+    ['a.0', 'a.1', 'b.0']
+    """
+    if isinstance(wanted, (str, int)):
+        raise ValueError(f"{name} must be a list of layer numbers or patterns, got {wanted!r}")
+    count = max(places.values()) + 1
+    chosen = set()
+    for want in wanted:
+        if isinstance(want, str):
+            met = set(fnmatch.filter(places, want))
+        else:
+            met = {place for place, number in places.items() if number == (want + count if want < 0 else want)}
+        if not met:
+            example = next(iter(places))
+            raise ValueError(f"{name}: no layer is {want!r}; there are layers 0 to {count - 1}, such as {example!r}")
+        chosen |= met
+    return chosen
+
+
+def sequences(
+    batch: int, tokens: int, valid_BM: Tensor | None = None, ids_BN: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Token indices (S, L), into all rows laid end to end, of the sequences of each length L that occurs.
+
+    Args:
+        batch, tokens: B rows of N tokens.
+        valid_BM: which of them are real; all where None.
+        ids_BN: the sequences that are packed into a row, by number; one sequence per row where None.
+
+    >>> [index.tolist() for index in sequences(2, 3, torch.tensor([[True, True, True], [False, True, True]]))]
+    [[[4, 5]], [[0, 1, 2]]]
+    """
+    given = valid_BM if valid_BM is not None else ids_BN
+    device = None if given is None else given.device
+    row_B1 = torch.arange(batch, device=device)[:, None]
+    if ids_BN is None:
+        ids_BN = torch.zeros(batch, tokens, dtype=torch.long, device=device)
+    ids_BN = ids_BN.long() + row_B1 * (ids_BN.max().long() + 1)
+    token_T = torch.arange(batch * tokens, device=device)
+    if valid_BM is not None:
+        token_T = token_T[valid_BM.expand(batch, tokens).flatten()]
+    id_T, order_T = ids_BN.flatten()[token_T].sort(stable=True)
+    length_s = id_T.unique_consecutive(return_counts=True)[1]
+    start_s = length_s.cumsum(0) - length_s
+    for length in length_s.unique().tolist():
+        position_SL = start_s[length_s == length][:, None] + torch.arange(length, device=device)
+        yield token_T[order_T[position_SL]]
+
+
+def take(x_BHND: Tensor, index_SL: Tensor) -> Tensor:
+    """The tokens of `sequences`, (S, H, L, D)."""
+    return x_BHND.transpose(1, 2).flatten(0, 1)[index_SL].transpose(1, 2)
