@@ -224,3 +224,20 @@ def test_bad_arguments() -> None:
         attention_map(attend)
     with pytest.raises(ValueError, match="3 axes"):
         attention_map(Attention(8, 2), torch.zeros(3, 8))
+
+
+def test_a_map_has_its_positions_as_tokens() -> None:
+    from saccade.vision.cnntention import MultiHeadAttention2d
+    from saccade.vision.lkca import LKCA
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 3, 5)
+    weights = attention_map(MultiHeadAttention2d(4, 2), x)
+    assert weights.shape == (2, 2, 15, 15)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 15))
+    static = LKCA(4, 3, num_heads=2)
+    for weights in attention_map(static, x):
+        torch.testing.assert_close(weights, static.matrix(3, 5))
+    torch.testing.assert_close(
+        attention_map(static, x, rows=7), static.matrix(3, 5)[None, :, 7:8].expand(2, -1, -1, -1)
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from saccade.report.html import write_report
+from saccade.report.html import page, write_report
 from saccade.train.result import CompareResult, MechanismRecord, Metric, SeedRecord
 from saccade.train.scaling import ScalingPoint, fits
 
@@ -46,6 +46,12 @@ def test_the_page_is_whole_and_escapes_what_it_is_given(tmp_path: Path) -> None:
     }
     assert text.count("<img ") == len(pictures)
     assert {file.name for file in tmp_path.iterdir()} == pictures | {"report.html"}
+
+
+def test_the_model_without_a_part_is_described(tmp_path: Path) -> None:
+    compared = result(tmp_path)
+    compared.mechanisms.append(MechanismRecord("none", "none", runs=[SeedRecord(0, 1.0)]))
+    assert "none: the same model without a part" in page(compared, {}, {})
 
 
 def test_an_unwritable_folder_leaves_nothing(tmp_path: Path) -> None:

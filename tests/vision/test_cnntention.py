@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saccade import attention_map
 from saccade.vision.cnntention import MultiHeadAttention2d, ResidualCBAM, ResNet20, SelfAttention2d, cnntention
 
 
@@ -25,7 +26,7 @@ def test_zero_keys_give_the_mean() -> None:
     torch.nn.init.zeros_(module.key.weight)
     torch.nn.init.zeros_(module.key.bias)
     torch.testing.assert_close(module(x), x + module.value(x).mean((2, 3), keepdim=True))
-    torch.testing.assert_close(module.attention(x), torch.full((2, 20, 20), 1 / 20))
+    torch.testing.assert_close(attention_map(module, x), torch.full((2, 1, 20, 20), 1 / 20))
 
 
 def test_one_head_is_scaled_self_attention_with_names_exchanged() -> None:
@@ -40,7 +41,7 @@ def test_one_head_is_scaled_self_attention_with_names_exchanged() -> None:
         torch.nn.init.constant_(module.gamma, 0.7)
     x = torch.randn(2, 8, 5, 4)
     torch.testing.assert_close(many(x), single(x))
-    torch.testing.assert_close(many.attention(x).sum(-1), torch.ones(2, 1, 20))
+    torch.testing.assert_close(attention_map(many, x).sum(-1), torch.ones(2, 1, 20))
 
 
 @pytest.mark.parametrize("form", ["self", "multi-head"])

@@ -19,7 +19,8 @@ projection, for every *query* head (H = `module.num_heads`), for any width E, wi
 M is the number of tokens of `context`, or of x without one. `mix` must be linear in its values, column by column.
 Arguments that a module does not know it leaves out of its signature.
 
-A feature-map gate has `gate(x_BCHW)` and shows what it multiplies its input with.
+A feature-map gate has `gate(x_BCHW)` and shows what it multiplies its input with. Feature-map attention whose positions
+attend to one another has `mix(x_BCHW, values_BHME)`: its tokens are the positions in raster order, M = height x width.
 
 Shape letters: B batch, H heads, N queries, M keys, C channels, E width of the values; W columns per call.
 """
@@ -76,7 +77,7 @@ def attention_map(
     - A function is called as `function(*inputs, v, **options)` with v of shape (*leading, M, E), where (*leading, M)
       are the axes of the last input but its last: `attention_map(attend, q, k, mask=causal())`. Any number of leading
       axes will do. Every output head may read one head of v (its own, or that of its group).
-    - A module with `mix` (see above) is called as `module.mix(x, v, **options)`.
+    - A module with `mix` (see above) is called as `module.mix(x, v, **options)`; x is a sequence or a map.
     - A module with `gate` and no `mix` gives `module.gate(*inputs)` as it is; rows, columns and heads do not apply.
 
     A mechanism with dropout should be in `eval` mode.
@@ -158,10 +159,11 @@ def _mechanism(
                 "pass a function (q, k, v) -> out, or give it one of them"
             )
         x = inputs[0]
-        if x.ndim != 3:
-            raise ValueError(f"x must have 3 axes (batch, tokens, channels), got shape {tuple(x.shape)}")
+        if x.ndim not in (3, 4):
+            raise ValueError(f"x must have 3 axes (batch, tokens, channels) or be a map of 4, got {tuple(x.shape)}")
         context = options.get("context")
-        tokens = (x if context is None else context).shape[1]
+        source = x if context is None else context
+        tokens = source.shape[1] if source.ndim == 3 else _count(source.shape[2:])
         shape = (x.shape[0], target.num_heads, tokens) if values is None else tuple(values)
         mix: Callable[..., Tensor] = target.mix
         return (lambda v: mix(*inputs, v, **options)), shape

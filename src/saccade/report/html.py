@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from saccade import __version__, catalogue
 from saccade.train.files import folder_name, write_bytes
+from saccade.train.mechanisms import NONE
 from saccade.train.plotting import PANELS, attention_maps, new_figure
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _description(record: MechanismRecord) -> str:
     text = f"{record.name}" + (f" ({options})" if options else "")
     if record.slug is None:
         return f"{text}: the caller's own"
+    if record.slug == NONE:
+        return f"{text}: the same model without a part"
     part = catalogue.part(record.slug)
     return f"{text}: {part.summary} {part.title}, arXiv {part.arxiv}. {part.complexity}."
 

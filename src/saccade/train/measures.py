@@ -143,7 +143,7 @@ def decoding(model: SequenceModel, prompt_BN: Tensor, tokens: int, warmup: int =
 @torch.no_grad()
 def attention_maps(task: Task, model: nn.Module) -> tuple[dict[str, Tensor], str]:
     """The maps of a model's mechanisms on a held-out sample, by name, and why there are none where there are none."""
-    from saccade.ops.maps import attention_map
+    from saccade.ops.maps import Mixes, attention_map
 
     model.eval()
     inputs: dict[str, tuple[Any, ...]] = {}
@@ -163,7 +163,8 @@ def attention_maps(task: Task, model: nn.Module) -> tuple[dict[str, Tensor], str
     maps: dict[str, Tensor] = {}
     for name, part in parts:
         try:
-            maps[name] = as_picture(attention_map(part, *inputs[name]), inputs[name][0])
+            weights = attention_map(part, *inputs[name])
+            maps[name] = weights[0].float().cpu() if isinstance(part, Mixes) else as_picture(weights, inputs[name][0])
         except (ValueError, TypeError, NotImplementedError) as error:
             return {}, f"has no attention map: {' '.join(str(error).split())}"
     return maps, ""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops.attend import attend
+from saccade.ops.maps import attention_map
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -42,19 +43,19 @@ class SelfAttention2d(nn.Module):
     def __init__(self, channels: int, *, weighted: bool = True, scaled: bool = False) -> None:
         super().__init__()
         _check_channels(channels)
-        self.channels, self.scale = channels, channels**-0.5 if scaled else 1.0
+        self.channels, self.num_heads, self.scale = channels, 1, channels**-0.5 if scaled else 1.0
         self.query, self.key, self.value = (nn.Conv2d(channels, channels, 1) for _ in range(3))
         self.gamma = nn.Parameter(torch.zeros(1)) if weighted else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         _check_map(x_BCHW, self.channels)
-        q, k, v = (_positions(p(x_BCHW), 1) for p in (self.query, self.key, self.value))
-        return _residual(x_BCHW, _as_map(attend(q, k, v, scale=self.scale), x_BCHW), self.gamma)
+        v = _positions(self.value(x_BCHW), 1)
+        return _residual(x_BCHW, _as_map(self.mix(x_BCHW, v), x_BCHW), self.gamma)
 
-    def attention(self, x_BCHW: Tensor) -> Tensor:
-        """The weights (B, S, S), for looking at; quadratic in S."""
-        q, k = _positions(self.query(x_BCHW), 1), _positions(self.key(x_BCHW), 1)
-        return (q @ k.mT * self.scale).softmax(-1)[:, 0]
+    def mix(self, x_BCHW: Tensor, values_B1SE: Tensor) -> Tensor:
+        """The weights on `x_BCHW`, applied to given values (B, 1, S, E); what `attention_map` shows."""
+        q, k = (_positions(p(x_BCHW), 1) for p in (self.query, self.key))
+        return attend(q, k, values_B1SE, scale=self.scale)
 
 
 class MultiHeadAttention2d(nn.Module):
@@ -79,13 +80,13 @@ class MultiHeadAttention2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         _check_map(x_BCHW, self.channels)
-        rows, columns, v = (_positions(p(x_BCHW), self.num_heads) for p in (self.key, self.query, self.value))
-        return _residual(x_BCHW, self.linear(_as_map(attend(rows, columns, v), x_BCHW)), self.gamma)
+        v = _positions(self.value(x_BCHW), self.num_heads)
+        return _residual(x_BCHW, self.linear(_as_map(self.mix(x_BCHW, v), x_BCHW)), self.gamma)
 
-    def attention(self, x_BCHW: Tensor) -> Tensor:
-        """The weights (B, G, S, S), for looking at; quadratic in S."""
+    def mix(self, x_BCHW: Tensor, values_BGSE: Tensor) -> Tensor:
+        """The weights on `x_BCHW`, applied to given values (B, G, S, E); what `attention_map` shows."""
         rows, columns = (_positions(p(x_BCHW), self.num_heads) for p in (self.key, self.query))
-        return (rows @ columns.mT * rows.shape[-1] ** -0.5).softmax(-1)
+        return attend(rows, columns, values_BGSE)
 
 
 class ResidualCBAM(nn.Module):
@@ -240,7 +241,9 @@ def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _run_attention(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    return {"y": module(inputs["x"]), "attention": module.attention(inputs["x"])}
+    weights = attention_map(module, inputs["x"])
+    # the authors' single head has no axis of heads
+    return {"y": module(inputs["x"]), "attention": weights[:, 0] if isinstance(module, SelfAttention2d) else weights}
 
 
 def _network(form: Form, **fixed: Any) -> AuthorsPort:

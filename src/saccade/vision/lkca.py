@@ -198,9 +198,13 @@ class LKCA(nn.Module):
         return taps_hkl
 
     def matrix(self, H: int, W: int) -> Tensor:
-        """A for a grid of H x W, (h, N, N); what `attention_map` shows."""
+        """A for a grid of H x W, (h, N, N)."""
         matrix_hNN = attention_matrix(self.taps(), H, W)
         return matrix_hNN / matrix_hNN.sum(2, keepdim=True) if self.normalize else matrix_hNN
+
+    def mix(self, x_BCHW: Tensor, values_BhNE: Tensor) -> Tensor:
+        """A of the map's grid, applied to given values (B, h, N, E); what `attention_map` shows."""
+        return self.matrix(x_BCHW.shape[2], x_BCHW.shape[3]) @ values_BhNE
 
     def tokens(
         self, x_BNC: Tensor, size: tuple[int, int], *, mask: Tensor | None = None, class_token: bool = False
