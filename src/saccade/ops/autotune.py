@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from saccade.ops.folder import cache_folder
+
 __all__ = ["autotune", "cache_path", "tuned"]
 
 #: backends that are tuned where they have CANDIDATES
@@ -105,9 +107,7 @@ def autotune(
 
 def cache_path() -> Path:
     """The file of this machine."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    folder = Path(base) if base else Path.home() / ".cache"
-    return folder / "saccade" / f"tiles-{_machine()}.json"
+    return cache_folder() / f"tiles-{_machine()}.json"
 
 
 def _key(name: str, device_type: str) -> str:

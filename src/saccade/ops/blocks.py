@@ -147,7 +147,7 @@ class BlockStructure:
         return max(1, STATES_PER_LIST // max(1, self.m))
 
     def _work_list(self, first: int, last: int) -> WorkList:
-        states = self._rows_of_states(first, last)
+        states = self.rows_of_states(first, last)
         kept = states != EMPTY
         count = kept.sum(-1)
         row_P, block_P = kept.nonzero(as_tuple=True)
@@ -190,20 +190,30 @@ class BlockStructure:
         end_R = width_R.cumsum(0)
         row = torch.searchsorted(end_R, partial, right=True)
         place = partial - (end_R - width_R)[row]
-        j, i = map_P[partial] % self.m, map_P[partial] // self.m % self.n
+        kind = self.kinds(map_P[partial])
+        breaks = (row[1:] == row[:-1]) | (place[1:] != place[:-1]) | (kind[1:] != kind[:-1])
+        return place, kind, F.pad(breaks.long().cumsum(0), (1, 0))
+
+    def kinds(self, map_P: Tensor) -> Tensor:
+        """A number for the elementwise mask of each block; those of one number have the same."""
+        j, i = map_P % self.m, map_P // self.m % self.n
         needs = _needs(self.mask, (self.block_q, self.block_k))
         if "everything" in needs:
-            kind = map_P[partial]
+            kind = map_P
         else:
             kind = j * self.block_k - i * self.block_q if "offset" in needs else torch.zeros_like(j)
         if "key" in needs or self.M % self.block_k:
             kind = kind * self.m + j
         if self.N % self.block_q:  # the last block is evaluated at fewer queries
             kind = kind * 2 + (i == self.n - 1)
-        breaks = (row[1:] == row[:-1]) | (place[1:] != place[:-1]) | (kind[1:] != kind[:-1])
-        return place, kind, F.pad(breaks.long().cumsum(0), (1, 0))
+        return kind
 
-    def _rows_of_states(self, first: int, last: int) -> Tensor:
+    @property
+    def kinds_are_few(self) -> bool:
+        """Elementwise masks depend on places, not on everything."""
+        return "everything" not in _needs(self.mask, (self.block_q, self.block_k))
+
+    def rows_of_states(self, first: int, last: int) -> Tensor:
         states = self.states
         if states.shape[:2] == (self.B, self.H):
             return states.reshape(-1, self.m)[first:last]
@@ -249,7 +259,7 @@ class BlockStructure:
         if piece.alike is not None:
             place, kind = piece.alike
             if kind not in work.tiles:
-                work.tiles[kind] = ~self._allowed(work.map_P[work.partial[start : start + 1]])
+                work.tiles[kind] = ~self.allowed(work.map_P[work.partial[start : start + 1]])
             scores_RqSk[:, :, place].masked_fill_(work.tiles[kind], float("-inf"))
             return
         step = max(1, PAIRS_PER_EVALUATION // (self.block_q * self.block_k))
@@ -257,10 +267,10 @@ class BlockStructure:
         for low in range(start, stop, step):
             position = work.partial[low : min(low + step, stop)]
             row, slot = (position - piece.pair) // piece.width, (position - piece.pair) % piece.width
-            tile = by_block[row, slot].masked_fill_(~self._allowed(work.map_P[position]), float("-inf"))
+            tile = by_block[row, slot].masked_fill_(~self.allowed(work.map_P[position]), float("-inf"))
             by_block[row, slot] = tile
 
-    def _allowed(self, map_P: Tensor) -> Tensor:
+    def allowed(self, map_P: Tensor) -> Tensor:
         """The elementwise mask of chosen blocks, broadcastable to (P, block_q, block_k)."""
         j, rest = map_P % self.m, map_P // self.m
         i, head = rest % self.n, rest // self.n

@@ -34,10 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saccade.ops import masks, windows
+from saccade.ops import masks, native, windows
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
+from saccade.ops.native import blocks as native_blocks
 from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
 
 __all__ = ["blocksparse_attend"]
@@ -370,53 +371,23 @@ class _Desk:
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> Any:
-        s, D, E = job.structure, q.shape[3], v.shape[3]
-        q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
-        out_R = q.new_zeros(q_R.shape[0], s.block_q, E)
-        lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
-        bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
-        wants_lse = job.return_lse or any(ctx.needs_input_grad)
-        tiny = torch.finfo(q.dtype).tiny
-        with torch.autocast(q.device.type, enabled=False):
-            for work in job.work_lists():
-                desk = _Desk(q, s, D, E, work.pieces, backward=False)
-                for piece, rows, pairs in work.pieces_with_blocks():
-                    d = desk(piece)
-                    _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
-                    if not bounded:
-                        # finite also where everything is -inf
-                        top_rq = d.scores.amax(-1, keepdim=True).clamp_(min=-1e30)
-                        d.scores.sub_(top_rq)
-                    total_rq = d.scores.exp2_().sum(-1, keepdim=True)
-                    torch.index_select(v_R, 0, pairs, out=d.values_P)
-                    torch.bmm(d.scores, d.values, out=d.rows)
-                    d.rows.div_(total_rq.clamp(min=tiny) if piece.has_partial else total_rq)
-                    if wants_lse or piece.cut:
-                        lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
-                        if piece.cut:
-                            before = out_R[rows], lse_R[rows][..., 0]
-                            out_rqE, merged_rq = merge(*before, d.rows, lse_rq[..., 0])
-                            d.rows.copy_(out_rqE)
-                            lse_rq = merged_rq[..., None]
-                        lse_R.index_copy_(0, rows, lse_rq)
-                    out_R.index_copy_(0, rows, d.rows)
-
-        out = _from_blocks(out_R, (*q.shape[:3], E))
-        ctx.save_for_backward(q, k, v, bias, out, lse_R)
+        out, lse = (_forward_in_c if native.refusal(q.device, q.dtype) is None else _forward)(q, k, v, bias, job)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
-        return out, _from_blocks(lse_R, (*q.shape[:3], 1))[..., 0]
+        return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, bias, out, lse_R = ctx.saved_tensors
+        q, k, v, bias, out, lse = ctx.saved_tensors
         job: _Job = ctx.job
         s, D, E = job.structure, q.shape[3], v.shape[3]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R, grad_out_R = _to_blocks(out, s.block_q), _to_blocks(grad_out, s.block_q)
+        lse_R = _to_blocks(lse[..., None], s.block_q)
         grad_lse_R = None if grad_lse is None else _to_blocks(grad_lse[..., None], s.block_q)
         grad_q_R, grad_k_R, grad_v_R = torch.zeros_like(q_R), torch.zeros_like(k_R), torch.zeros_like(v_R)
         grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
@@ -457,6 +428,42 @@ class _BlockSparse(torch.autograd.Function):
             grad_bias,
             None,
         )
+
+
+def _forward_in_c(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
+    return native_blocks.attend_blocks(q, k, v, job.structure, bias, job.scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
+    s, D, E = job.structure, q.shape[3], v.shape[3]
+    q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
+    out_R = q.new_zeros(q_R.shape[0], s.block_q, E)
+    lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
+    bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
+    tiny = torch.finfo(q.dtype).tiny
+    with torch.autocast(q.device.type, enabled=False):
+        for work in job.work_lists():
+            desk = _Desk(q, s, D, E, work.pieces, backward=False)
+            for piece, rows, pairs in work.pieces_with_blocks():
+                d = desk(piece)
+                _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
+                if not bounded:
+                    # finite also where everything is -inf
+                    top_rq = d.scores.amax(-1, keepdim=True).clamp_(min=-1e30)
+                    d.scores.sub_(top_rq)
+                total_rq = d.scores.exp2_().sum(-1, keepdim=True)
+                torch.index_select(v_R, 0, pairs, out=d.values_P)
+                torch.bmm(d.scores, d.values, out=d.rows)
+                d.rows.div_(total_rq.clamp(min=tiny) if piece.has_partial else total_rq)
+                lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
+                if piece.cut:
+                    before = out_R[rows], lse_R[rows][..., 0]
+                    out_rqE, merged_rq = merge(*before, d.rows, lse_rq[..., 0])
+                    d.rows.copy_(out_rqE)
+                    lse_rq = merged_rq[..., None]
+                lse_R.index_copy_(0, rows, lse_rq)
+                out_R.index_copy_(0, rows, d.rows)
+    return _from_blocks(out_R, (*q.shape[:3], E)), _from_blocks(lse_R, (*q.shape[:3], 1))[..., 0]
 
 
 def _scores(

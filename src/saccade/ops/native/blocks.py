@@ -1,0 +1,86 @@
+"""Block maps in C: each query block is a task, each key block that it visits a run.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n, m
+blocks of queries and keys; R query blocks of all heads, P (query block, key block) pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil, log
+
+import torch
+from torch import Tensor
+
+from saccade.ops.blocks import BlockStructure
+from saccade.ops.masks import EMPTY, PARTIAL
+from saccade.ops.native import TASK_ROWS, Keys, Tasks, attend_tasks
+
+__all__ = ["attend_blocks"]
+
+#: bytes of elementwise masks at once, where each block has its own
+TILE_BYTES = 2**25
+
+
+def attend_blocks(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, s: BlockStructure, bias_BHnm: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`, float32; the bias is added to a block's scores."""
+    keys = Keys(k_BKMD, v_BKME, s.block_k)
+    out = q_BHND.new_empty(s.B, s.H, s.N, keys.values.shape[3])
+    lse = q_BHND.new_empty(s.B, s.H, s.N)
+    for first, last in _ranges(s):
+        attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm), scale, out, lse)
+    return out[..., : v_BKME.shape[3]], lse
+
+
+def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
+    """Ranges of query blocks that are listed at once."""
+    step = s.rows_per_list
+    if not s.kinds_are_few:
+        step = max(1, min(step, TILE_BYTES // (s.m * s.block_q * s.block_k)))
+    total = s.B * s.H * s.n
+    for first in range(0, total, step):
+        yield first, min(first + step, total)
+
+
+def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -> Tasks:
+    """Query blocks [first, last) of all heads."""
+    states = s.rows_of_states(first, last)
+    kept = states != EMPTY
+    row_P, block_P = kept.nonzero(as_tuple=True)
+    run_R = kept.sum(-1).cumsum(0)
+    map_P = (row_P + first) * s.m + block_P
+    head_P = (row_P + first) // s.rows_per_key_head
+    key_P = block_P * s.block_k
+
+    # tokens of the query blocks lie one after the other; large blocks are cut
+    pieces = ceil(s.block_q / TASK_ROWS)
+    block_R = torch.arange(first, last)
+    start_T = (torch.arange(pieces) * TASK_ROWS + (block_R % s.n * s.block_q)[:, None]).clamp(max=s.N)
+    start_T = start_T + (block_R // s.n * s.N)[:, None]
+    end = last // s.n * s.N + min(last % s.n * s.block_q, s.N)
+    task_row = torch.cat([start_T.flatten(), torch.tensor([end])])
+    rows = torch.arange(int(task_row[0]), end)
+    runs_R = torch.stack([run_R - kept.sum(-1), run_R], -1)
+
+    run_mask, tiles = None, None
+    partial = (states[row_P, block_P] == PARTIAL).nonzero()[:, 0]
+    if s.mask is not None and len(partial):
+        _, kind_p = s.kinds(map_P[partial]).unique(return_inverse=True)
+        # any block of a kind will do
+        example = torch.empty(int(kind_p.max()) + 1, dtype=torch.long).scatter_(0, kind_p, map_P[partial])
+        tiles = s.allowed(example).expand(-1, s.block_q, s.block_k)
+        run_mask = torch.full_like(map_P, -1).index_copy_(0, partial, kind_p)
+    return Tasks(
+        rows=rows,
+        slots=rows,
+        task_row=task_row - task_row[0],
+        task_run=runs_R.repeat_interleave(pieces, 0),
+        run_key=head_P * s.M + key_P,
+        run_count=(s.M - key_P).clamp(max=s.block_k),
+        run_mask=run_mask,
+        task_mask=(torch.arange(pieces) * TASK_ROWS).repeat(last - first),
+        run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
+        tiles=tiles,
+    )
