@@ -13,6 +13,7 @@ from torch import nn
 
 from saccade import catalogue
 from saccade.models.lit import LIT, DeformableTokenMerging, RelativeAttention
+from saccade.report.sizes import count
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "lit"
 
@@ -139,6 +140,62 @@ def test_published_sizes_exactly(name: str, parameters: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_the_smallest_size() -> None:
+    """19 M in the authors' README, which counts less than their code at every size; 3.6 thousand million FLOPs."""
+    size = count("lit", "LIT-Ti")
+    assert size.flops == pytest.approx(3.6, rel=0.01)
+    widths, hidden, depths, tokens = (64, 128, 320, 512), (512, 1024, 1280, 2048), (3, 4, 6, 3), (3136, 784, 196, 50)
+    expected = 3 * 16 * 64 + 64 + 2 * 64 + 512 + 2 * 512 + 512 * 1000 + 1000  # embedding, class token, norm, head
+    for i, (c, r, depth, n) in enumerate(zip(widths, hidden, depths, tokens)):
+        expected += depth * (2 * c * r + r + c + 2 * c) + n * c
+        if i > 1:
+            expected += depth * (4 * c * c + 4 * c + 2 * c)
+    for fine, coarse in zip(widths, widths[1:]):
+        expected += 4 * fine * coarse + 3 * coarse + 4 * fine * 8 + 8
+    assert size.parameters * 1e6 == expected
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 40), (13, 3)])
+def test_positions_and_class_token(size: tuple[int, int]) -> None:
+    model = tiny(dim=(8, 24), mlp_ratio=(3, 2), num_heads=(1, 2), positions="absolute", class_token=True)
+    assert model.stages[0][0].mlp.fc1.out_features == 24 and model.stages[1][0].mlp.fc1.out_features == 48
+    assert [tuple(p.shape) for p in model.positions] == [(36, 8), (10, 24)]
+    x = torch.randn(2, 3, *size)
+    maps, token = model.pyramid(x)
+    assert [tuple(m.shape) for m in maps] == [
+        (2, c, -(-size[0] // s), -(-size[1] // s)) for c, s in zip(model.channels, model.strides)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(maps, model.features(x)))
+    torch.testing.assert_close(model(x).logits, model.head(model.norm(token)))
+    # the token sees the map of the last stage, and that map the token
+    fine = torch.autograd.grad(token.square().sum(), model.stages[0].parameters(), retain_graph=True)
+    assert all(g.abs().sum() > 0 for g in fine)
+    (of_token,) = torch.autograd.grad(maps[1].square().sum(), model.class_token, retain_graph=True)
+    assert of_token.any()
+    assert torch.autograd.grad(maps[0].sum(), model.class_token, allow_unused=True) == (None,)
+    with pytest.raises(ValueError, match="pyramid"):
+        model.classify(maps[-1])
+
+
+def test_last_stage_with_a_class_token_is_a_transformer_of_tokens() -> None:
+    """Token by token: the class token first, positions added, one block of multi-head attention and MLP."""
+    model = tiny(dim=8, positions="absolute", class_token=True)
+    block, x = model.stages[1][0], torch.randn(2, 3, 24, 24)
+    maps, token = model.pyramid(x)
+    merged = model.mergings[0](maps[0]).flatten(2).mT
+    tokens = torch.cat([model.class_token.expand(2, 1, -1), merged], 1) + model.positions[1]
+    layer = nn.MultiheadAttention(16, 2, batch_first=True)
+    with torch.no_grad():
+        layer.in_proj_weight.copy_(block.attention.qkv.weight)
+        layer.in_proj_bias.copy_(block.attention.qkv.bias)
+        layer.out_proj.load_state_dict(block.attention.proj.state_dict())
+    y = block.norm1(tokens)
+    tokens = tokens + layer(y, y, y)[0]
+    tokens = tokens + block.mlp(block.norm2(tokens))
+    torch.testing.assert_close(token, tokens[:, 0])
+    torch.testing.assert_close(maps[1].flatten(2).mT, tokens[:, 1:])
+
+
 def test_port_takes_other_arguments() -> None:
     with safe_open(GOLDEN / "lit.a.safetensors", "pt") as file:
         arguments = json.loads(file.metadata()["args"])
@@ -158,7 +215,11 @@ def test_refusals() -> None:
         ({"depths": (0, 1)}, "depths"),
         ({"num_heads": (1, 3)}, "num_heads"),
         ({"drop_path": 1.0}, "drop_path"),
-        ({"image_size": 0}, "map_size"),
+        ({"image_size": 0}, "image_size"),
+        ({"dim": (8, 16, 32)}, "dim and mlp_ratio"),
+        ({"mlp_ratio": (2,)}, "dim and mlp_ratio"),
+        ({"positions": "rotary"}, "positions"),
+        ({"class_token": True}, "class_token"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny(**changes)

@@ -38,9 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
-from saccade.models.backbone import MLP, Backbone, check_images
+from saccade.models.backbone import Backbone, Block, check_images
 from saccade.ops.attend import attend
-from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend
 
 if TYPE_CHECKING:
@@ -175,29 +174,6 @@ class PositionEncoding(nn.Conv2d):
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         return x_BHWC + super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-class Block(nn.Module):
-    """x + attention(LN(x)), then x + MLP(LN(x)), on (B, H, W, C); `drop_path` leaves out branches of whole images."""
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module,
-        mlp_ratio: float = 4.0,
-        *,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-6,
-    ) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
-        self.attention, self.mlp = attention, MLP(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        x_BHWC = x_BHWC + self.drop_path(self.attention(self.norm1(x_BHWC)))
-        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
 
 
 class Stage(nn.Module):
