@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test lint types demo readme benchmarks claims comparison clean
+.PHONY: setup test lint types demo readme benchmarks gallery claims comparison clean
 
 setup: $(STAMP)
 
@@ -30,6 +30,9 @@ readme: setup
 
 benchmarks: setup
 	$(BIN)/python benchmarks/run.py
+
+gallery: setup
+	$(BIN)/saccade gallery --out docs/gallery.html
 
 claims: setup
 	$(BIN)/saccade claim --all --out docs

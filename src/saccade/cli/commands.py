@@ -382,6 +382,34 @@ def advise(
 
 
 @app.command()
+def gallery(
+    gates: Annotated[
+        list[str] | None, typer.Argument(help="Gates, options as in cbam:reduction=8; all of the catalogue by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, or a folder for gallery.html.")] = Path("runs"),
+    steps: Annotated[int, typer.Option(help="Steps of training for each gate.")] = 400,
+    seed: Seed = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small CNN with each gate in the same way, and show where each looks on the same photographs."""
+    from saccade.report.gallery import Settings, make, page_path, write_gallery
+    from saccade.train.files import make_folder
+
+    make_folder(page_path(out).parent)  # before minutes of training
+    show_progress = not as_json and Console().is_terminal
+    made = make(gates, Settings(steps=steps, seed=seed), show_progress=show_progress)
+    page = write_gallery(made, out)
+    if as_json:
+        _print_json(made.as_dict())
+    else:
+        print(made.table())
+        print(f"gallery: {page}")
+    if open_page:
+        typer.launch(str(page))
+
+
+@app.command()
 def insert(
     model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
     gate: Annotated[str, typer.Option(help="The gate, options after a colon: cbam:reduction=8.")],
