@@ -422,7 +422,8 @@ a { color: var(--link); } .muted { color: var(--muted); font-size: .9rem; } p { 
 .wide { overflow-x: auto; }
 table { font-size: .92rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
+th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--ink); }
 .row { display: grid; gap: .5rem; margin: .5rem 0 .2rem; min-width: 720px; }
 figure { margin: 0; } figcaption { color: var(--muted); font-size: .78rem; line-height: 1.3; }
 .picture { position: relative; aspect-ratio: 1; background-size: cover; overflow: hidden; border-radius: 3px;
@@ -489,7 +490,7 @@ def _note(gallery: Gallery) -> str:
         f"scikit-image ({names}) a grey crop of {size.crop} x {size.crop} pixels comes. A square of three to five "
         "eighths of the crop's side is covered with pixels of another photograph in random order; contrast and "
         "brightness vary.",
-        f"Each gate stands at the same place (after <code>{escape(PLACE)}</code>, at a quarter of the resolution), put "
+        "Each gate stands at the same place (after its third convolution, at a quarter of the resolution), put "
         "there by <code>saccade.insert</code> with its default arguments but for those in its name. The network starts "
         f"from the same weights and sees the same {size.steps} batches of {size.batch} crops, seed {size.seed}. "
         f"Accuracy is that on {size.held_out} fresh crops of the same photographs. One seed has no spread: small "
@@ -566,9 +567,8 @@ def _framed(number: int, picture: Picture, source: str, alt: str, middle: bool =
 
 
 def _number(value: Tensor) -> str:
-    """Three digits or so, without an exponent."""
-    number = value.item()
-    return "0.000" if abs(number) < 5e-4 else f"{number:,.0f}" if abs(number) >= 100 else f"{number:.3g}"
+    """Three decimals, none of a hundred and more."""
+    return f"{value.item():,.0f}" if abs(value.item()) >= 100 else f"{value.item():.3f}"
 
 
 def _where(map_HW: Tensor) -> str:
