@@ -14,7 +14,7 @@ Shape letters: B batch, C channels, H height, W width, S positions, G heads, D =
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -111,17 +111,23 @@ class ResidualCBAM(nn.Module):
         self.down, self.up = nn.Linear(channels, hidden, bias=False), nn.Linear(hidden, channels, bias=False)
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2)
 
-    def gate(self, x_BCHW: Tensor) -> Tensor:
-        """Both gates multiplied, (B, C, H, W)."""
+    def gates(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The channel gate (B, C, 1, 1), the map after it, and the spatial gate of that, (B, 1, H, W)."""
         pooled = torch.stack([x_BCHW.amax((2, 3)), x_BCHW.mean((2, 3))])
         channel = self.up(F.relu(self.down(pooled))).sum(0).sigmoid()[:, :, None, None]
         gated = channel * x_BCHW
         both = torch.cat([gated.amax(1, keepdim=True), gated.mean(1, keepdim=True)], 1)
-        return channel * self.conv(both).sigmoid()
+        return channel, gated, self.conv(both).sigmoid()
+
+    def gate(self, x_BCHW: Tensor) -> Tensor:
+        """Both gates multiplied, (B, C, H, W)."""
+        channel, _, spatial = self.gates(x_BCHW)
+        return channel * spatial
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         _check_map(x_BCHW, self.channels)
-        return self.gate(x_BCHW) * x_BCHW + x_BCHW
+        _, gated, spatial = self.gates(x_BCHW)
+        return torch.addcmul(x_BCHW, spatial, gated)
 
 
 def cnntention(channels: int, form: Form = "self", **arguments: Any) -> nn.Module:
@@ -212,12 +218,33 @@ def _positions(x_BCHW: Tensor, heads: int) -> Tensor:
     return x_BCHW.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
 
 
+def _projections(x_BCHW: Tensor, layers: Sequence[nn.Module], heads: int) -> list[Tensor]:
+    """(B, G, S, D) of each 1 x 1 convolution; made at once, with the channels of a position together."""
+    if not all(type(layer) is nn.Conv2d for layer in layers):  # adapted or quantised
+        return [_positions(layer(x_BCHW), heads) for layer in layers]
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    y_BCHW = F.conv2d(x_BCHW.contiguous(memory_format=torch.channels_last), weight, bias)
+    return [_positions(y, heads) for y in y_BCHW.chunk(len(layers), 1)]
+
+
+def _mixed(q_BGSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float) -> Tensor:
+    """Softmax attention, (B, G, S, D)."""
+    if q_BGSD.shape[2] <= 2 * q_BGSD.shape[3]:
+        # for heads so wide the S x S weights are little beside q, k, v, and the fused form is the slower one
+        logits_BGSS = q_BGSD @ k_BGSD.mT
+        return (logits_BGSS if scale == 1 else logits_BGSS * scale).softmax(-1) @ v_BGSD
+    return attend(q_BGSD, k_BGSD, v_BGSD, scale=scale)
+
+
 def _as_map(out_BGSD: Tensor, like_BCHW: Tensor) -> Tensor:
-    return out_BGSD.transpose(2, 3).flatten(1, 2).view(like_BCHW.shape)
+    """(B, C, H, W), channels-last as it lies."""
+    return out_BGSD.transpose(1, 2).flatten(2).mT.unflatten(2, like_BCHW.shape[2:])
 
 
 def _residual(x_BCHW: Tensor, out_BCHW: Tensor, gamma: Tensor | None) -> Tensor:
-    return x_BCHW + (out_BCHW if gamma is None else gamma * out_BCHW)
+    if x_BCHW.is_contiguous():
+        out_BCHW = out_BCHW.contiguous()
+    return x_BCHW + out_BCHW if gamma is None else torch.addcmul(x_BCHW, gamma, out_BCHW)
 
 
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -84,20 +84,23 @@ class TripletAttention(nn.Module):
     def gates(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
         """A_cw (B, C, 1, W), A_hc (B, C, H, 1) and, with `spatial`, A_hw (B, 1, H, W)."""
         self._check(x_BCHW)
-        cw_BC1W = self.cw(z_pool(x_BCHW, 2)).transpose(1, 2)
-        hc_BCH1 = self.hc(z_pool(x_BCHW, 3), transposed=True)[:, 0, ..., None]
-        if self.hw is None:
-            return cw_BC1W, hc_BCH1
-        return cw_BC1W, hc_BCH1, self.hw(z_pool(x_BCHW, 1))
+        if x_BCHW.is_contiguous(memory_format=torch.channels_last) and not x_BCHW.is_contiguous():
+            # pooled as the map lies in memory: across it, PyTorch's reductions take twenty times as long
+            x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+            cw_BC1W = self.cw(z_pool(x_BHWC, 1), transposed=True).permute(0, 3, 1, 2)
+            hc_BCH1 = self.hc(z_pool(x_BHWC, 2)).permute(0, 3, 2, 1)
+            hw_B2HW = z_pool(x_BHWC, 3)
+        else:
+            cw_BC1W = self.cw(z_pool(x_BCHW, 2)).transpose(1, 2)
+            hc_BCH1 = self.hc(z_pool(x_BCHW, 3), transposed=True)[:, 0, ..., None]
+            hw_B2HW = z_pool(x_BCHW, 1)
+        return (cw_BC1W, hc_BCH1) if self.hw is None else (cw_BC1W, hc_BCH1, self.hw(hw_B2HW))
 
     def gate(self, x_BCHW: Tensor) -> Tensor:
         """The mean of the gates, (B, C, H, W): `module(x) == x * module.gate(x)`; what `attention_map` shows."""
-        cw_BC1W, hc_BCH1, *hw = self.gates(x_BCHW)
-        if x_BCHW.is_contiguous(memory_format=torch.channels_last) and not x_BCHW.is_contiguous():
-            # small maps in the big one's format, so that their sum and the product have it too
-            cw_BC1W, hc_BCH1 = (_channels_last(gate) for gate in (cw_BC1W, hc_BCH1))
-        total = cw_BC1W + hc_BCH1
-        return (total + hw[0]) / 3 if hw else total / 2
+        cw_BC1W, hc_BCH1, *hw = (gate / (2 if self.hw is None else 3) for gate in self.gates(x_BCHW))
+        total_BCHW = cw_BC1W + hc_BCH1
+        return total_BCHW.add_(hw[0]) if hw else total_BCHW
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW * self.gate(x_BCHW)
@@ -109,10 +112,6 @@ class TripletAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"
-
-
-def _channels_last(gate: Tensor) -> Tensor:
-    return gate.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
 
 
 # The authors' names.
