@@ -218,10 +218,17 @@ def _positions(x_BCHW: Tensor, heads: int) -> Tensor:
     return x_BCHW.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
 
 
+def _wide(positions: int, width: int) -> bool:
+    """Whether the S x S weights are little beside q, k, v, so that the fused attention is the slower one."""
+    return positions <= 2 * width
+
+
 def _projections(x_BCHW: Tensor, layers: Sequence[nn.Module], heads: int) -> list[Tensor]:
-    """(B, G, S, D) of each 1 x 1 convolution; made at once, with the channels of a position together."""
-    if not all(type(layer) is nn.Conv2d for layer in layers):  # adapted or quantised
+    """(B, G, S, D) of each 1 x 1 convolution."""
+    wide = _wide(x_BCHW.shape[2] * x_BCHW.shape[3], x_BCHW.shape[1] // heads)
+    if wide or not all(type(layer) is nn.Conv2d for layer in layers):  # not where they are adapted or quantised
         return [_positions(layer(x_BCHW), heads) for layer in layers]
+    # at once, with the channels of a position together, as the fused attention wants them
     weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
     y_BCHW = F.conv2d(x_BCHW.contiguous(memory_format=torch.channels_last), weight, bias)
     return [_positions(y, heads) for y in y_BCHW.chunk(len(layers), 1)]
@@ -229,11 +236,12 @@ def _projections(x_BCHW: Tensor, layers: Sequence[nn.Module], heads: int) -> lis
 
 def _mixed(q_BGSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scale: float) -> Tensor:
     """Softmax attention, (B, G, S, D)."""
-    if q_BGSD.shape[2] <= 2 * q_BGSD.shape[3]:
-        # for heads so wide the S x S weights are little beside q, k, v, and the fused form is the slower one
-        logits_BGSS = q_BGSD @ k_BGSD.mT
-        return (logits_BGSS if scale == 1 else logits_BGSS * scale).softmax(-1) @ v_BGSD
-    return attend(q_BGSD, k_BGSD, v_BGSD, scale=scale)
+    if not _wide(*q_BGSD.shape[2:]):
+        return attend(q_BGSD, k_BGSD, v_BGSD, scale=scale)
+    logits_BGSS = q_BGSD @ k_BGSD.mT
+    weights_BGSS = (logits_BGSS if scale == 1 else logits_BGSS * scale).softmax(-1)
+    # the result lies as v does: with the positions of a channel together, or the channels of a position
+    return weights_BGSS @ v_BGSD if v_BGSD.stride(-1) == 1 else (v_BGSD.mT @ weights_BGSS.mT).mT
 
 
 def _as_map(out_BGSD: Tensor, like_BCHW: Tensor) -> Tensor:
