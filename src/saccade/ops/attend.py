@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
-from saccade.ops.backends import BACKENDS, choose, make_plan
+from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction, ScoreMod
@@ -114,13 +114,14 @@ def attend(
     torch.Size([1, 2, 8, 4])
     """
     _refuse_strangers(q_BHND, k_BKMD, v_BKME)
+    # what torch has fused, without weighing it
     if (
         score is None
         and score_mod is None
         and dropout == 0.0
         and not return_lse
         and backend is None
-        and (mask is None or (type(mask) is masks.Band and mask.low is None and mask.high == 0))
+        and (mask is None or _is_causal(mask))
         and type(normalize) is str
         and normalize == "softmax"
         and q_BHND.shape == k_BKMD.shape == v_BKME.shape
@@ -129,6 +130,7 @@ def attend(
         and 0 not in q_BHND.shape
         and q_BHND.dtype in _FLOATS
         and memory_mb > 0
+        and (mask is None or _needs_grad(q_BHND, k_BKMD, v_BKME) or q_BHND.shape[:3].numel() * q_BHND.shape[2] <= SMALL)
     ):
         _refuse_nan(q_BHND, k_BKMD, v_BKME)
         return F.scaled_dot_product_attention(q_BHND, k_BKMD, v_BKME, is_causal=mask is not None, scale=scale)
@@ -173,6 +175,14 @@ def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def _is_causal(mask: Any) -> bool:
+    return type(mask) is masks.Band and mask.low is None and mask.high == 0
+
+
+def _needs_grad(*inputs: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _refuse_nan(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -236,7 +246,7 @@ def _problem(
         E=E,
         dtype=q.dtype,
         device=q.device,
-        needs_grad=torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad),
+        needs_grad=_needs_grad(q, k, v),
         mask=_as_mask(mask, B, H, N, M, q.device),
         score=score,
         score_mod=score_mod,

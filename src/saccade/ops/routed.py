@@ -23,8 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops import native
 from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
 from saccade.ops.heads import repeat_heads
+from saccade.ops.native.routes import attend_routes
 
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
@@ -95,6 +97,9 @@ def routed_attend(
 )
 def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float, own: bool) -> Any:
     B, H, N, D = q.shape
+    if native.refusal(q.device, q.dtype) is None:
+        out, lse = attend_routes(q.float(), k.float(), v.float(), chosen, size, scale, own)
+        return out.to(q.dtype).contiguous(), lse
     rows, k_blocks, v_blocks = q.reshape(B * H * N, D), _blocks(k, size), _blocks(v, size)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if own:

@@ -38,7 +38,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops import native
 from saccade.ops.masks import Band, Mask, Neighborhood
+from saccade.ops.native.blocks import attend_ranges
+from saccade.ops.native.grid import attend_grid
 from saccade.ops.planning import Problem
 
 __all__ = ["density", "extra_bytes", "regular", "run", "share"]
@@ -770,12 +773,29 @@ def _grouped(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).unflatten(1, (K, -1)).flatten(0, 1)
 
 
+def _in_c(q: Tensor, k: Tensor, v: Tensor, spec: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
+    """The native code's ranges of keys in one axis, its grids in more."""
+    row, M = torch.arange(q.shape[2]), k.shape[2]
+    if spec[0] == 0:
+        return attend_ranges(q, k, v, (row + spec[1]).clamp(0, M), (row + spec[2]).clamp(-1, M - 1), scale)
+    axes = spec[0]
+    size, kernel, dilation, stride, causal = (tuple(spec[1 + a * axes : 1 + (a + 1) * axes]) for a in range(5))
+    mask = Neighborhood(size, kernel, dilation, stride, tuple(map(bool, causal)))
+    if dilation == (1,):
+        _, first, last = mask.axis_window(0, row)
+        return attend_ranges(q, k, v, first, last, scale)
+    return attend_grid(q, k, v, mask, scale)
+
+
 @torch.library.custom_op("saccade::window_attend", mutates_args=())
 def _window_forward(
     q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float
 ) -> tuple[Tensor, Tensor]:
     B, H, N, _ = q.shape
     K, M, E = k.shape[1], k.shape[2], v.shape[3]
+    if native.refusal(q.device, q.dtype) is None:
+        wide, lse = _in_c(q.float(), k.float(), v.float(), spec, scale)
+        return wide.to(q.dtype).contiguous(), lse if return_lse else lse.new_empty(0)
     dtype = _working_dtype(q.dtype)
     out = q.new_empty(B, H, N, E)
     lse = q.new_empty((B, H, N) if return_lse else (0,), dtype=dtype)

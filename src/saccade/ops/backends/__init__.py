@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from saccade.ops import windows
+from saccade.ops import native, windows
 from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
 from saccade.ops.planning import Plan, Problem
 
@@ -45,7 +45,7 @@ def choose(problem: Problem, asked: str | None) -> str:
         if refusal:
             raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
         return asked
-    if (sdpa.is_plain(problem) or _is_small(problem)) and sdpa.refusal(problem) is None:
+    if (_is_settled(problem) or _is_small(problem)) and sdpa.refusal(problem) is None:
         return "sdpa"  # nothing to weigh, or too little to be worth it: spares the density
     candidates = willing(problem)
     if not candidates:
@@ -57,6 +57,18 @@ def choose(problem: Problem, asked: str | None) -> str:
         # weighing reads the mask's contents, which a graph does not have
         return "blocksparse" if "blocksparse" in candidates and windows.regular(problem) else candidates[0]
     return min(candidates, key=lambda name: BACKENDS[name].share(problem))
+
+
+def _is_settled(problem: Problem) -> bool:
+    """Torch has fused it, and no other path is faster."""
+    return sdpa.is_plain(problem) and not causal_in_c(problem)
+
+
+def causal_in_c(problem: Problem) -> bool:
+    """Causal inference in float32 on the CPU: torch's kernel computes much of what lies above the diagonal."""
+    if problem.needs_grad or problem.dtype != torch.float32 or torch.compiler.is_compiling():
+        return False
+    return sdpa.is_causal(problem) and native.refusal(problem.device, problem.dtype) is None
 
 
 def _is_small(problem: Problem) -> bool:
@@ -84,7 +96,7 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
         reason = "asked for"
     elif len(candidates) == 1:
         reason = "the only path with linear memory that can do this"
-    elif name == "sdpa" and sdpa.is_plain(problem):
+    elif name == "sdpa" and _is_settled(problem):
         reason = "dense or causal softmax of dot products, which torch has fused"
     elif name == "sdpa" and _is_small(problem):
         reason = "too small for skipping blocks to be worth a look at the mask"

@@ -30,7 +30,8 @@ def refusal(problem: Problem) -> str | None:
 
 def share(problem: Problem) -> float:
     if is_causal(problem):
-        return 0.55
+        # the kernel skips what lies above the diagonal in strips of some hundred queries
+        return min(1.0, 0.5 + 256 / max(1, problem.N))
     if problem.mask is None:
         return 1.0
     # measured: the kernel reads the mask once a head, and making it from a mask object costs twice dense attention

@@ -1,6 +1,7 @@
 """Inner loops in C for the CPU, compiled on the machine at first use: what torch has no fused operator for.
 
-`attend.c` holds softmax attention over lists of keys in float32, forward. It is compiled by the C compiler that
+`attend.c` holds softmax attention over lists of keys, `grid.c` over neighbourhoods on a grid; float32, forward. They
+are compiled by the C compiler that
 `torch.compile` uses too (`$CC`, else cc, gcc or clang; a second), for the machine's own instructions, into
 the cache folder (`$XDG_CACHE_HOME/saccade` or `~/.cache/saccade`). Where that cannot be done, `refusal` says
 why, `saccade.plan` shows it, and the paths in pure torch run instead. `SACCADE_NATIVE=0` turns it off.
@@ -22,6 +23,7 @@ import tempfile
 from functools import lru_cache
 from math import ceil, log
 from pathlib import Path
+from threading import local
 
 import torch
 import torch.nn.functional as F
@@ -29,15 +31,19 @@ from torch import Tensor
 
 from saccade.ops.folder import cache_folder
 
-__all__ = ["Keys", "Tasks", "attend_tasks", "refusal"]
+__all__ = ["Keys", "Tasks", "address", "attend_tasks", "library", "merge_shares", "refusal"]
 
-SOURCE = Path(__file__).with_name("attend.c")
+FOLDER = Path(__file__).parent
+SOURCES, HEADERS = ("attend.c", "grid.c"), ("vectors.h",)
 
 #: flags of the compiler: the machine's own vectors, and the OpenMP whose threads torch has already started
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 #: rows of a task, at most: their queries and outputs stay in the second cache
 TASK_ROWS = 128
+
+#: bytes of working memory that a thread keeps
+KEPT_BYTES = 2**25
 
 #: values are made a multiple of this wide: the lanes of the widest vectors
 WIDTH = 16
@@ -69,6 +75,7 @@ class Tasks:
         task_mask: (T,) line of a mask tile that the task's first row is.
         run_bias: (L,) added to the scores of the run.
         tiles: bool (tiles, rows, keys), True = may attend.
+        row_first, row_last: (R,) first and last key of its head that each row may attend to.
     """
 
     def __init__(
@@ -83,27 +90,52 @@ class Tasks:
         task_mask: Tensor | None = None,
         run_bias: Tensor | None = None,
         tiles: Tensor | None = None,
+        row_first: Tensor | None = None,
+        row_last: Tensor | None = None,
     ) -> None:
         self.rows, self.slots, self.task_row, self.task_run = rows, slots, task_row, task_run
         self.run_key, self.run_count, self.run_mask, self.run_bias = run_key, run_count, run_mask, run_bias
         self.task_mask = torch.zeros_like(task_row) if task_mask is None else task_mask
+        self.row_first, self.row_last = row_first, row_last
         self.mask_shape = (0, 0) if tiles is None else (tiles.shape[1], tiles.shape[2])
         # C reads whole vectors
         self.tiles = None if tiles is None else F.pad(tiles.reshape(-1).view(torch.uint8), (0, 64))
 
 
+class _Kept(local):
+    """Memory that a thread keeps from call to call: fresh pages cost more than what is written to them."""
+
+    panels: Tensor | None = None
+
+
+_kept = _Kept()
+
+
+def _scratch(floats: int) -> Tensor:
+    """Memory for `floats` floats, until this thread's next call."""
+    if floats * 4 > KEPT_BYTES:
+        return torch.empty(floats)
+    if _kept.panels is None or _kept.panels.numel() < floats:
+        with torch.inference_mode(False):
+            _kept.panels = torch.empty(floats)
+    return _kept.panels
+
+
 class Keys:
-    """Keys and values (B, K, M, ·) as the C code wants them: keys in panels, values as wide as vectors are."""
+    """Keys and values (B, K, M, ·) as the C code wants them: keys in panels, values as wide as vectors are.
+
+    The panels are the thread's working memory: they hold until the next `Keys`.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, block: int) -> None:
-        library = _library()
+        code = library()
         self.M, self.D, self.block = k.shape[2], k.shape[3], block
-        heads, lanes = k.shape[0] * k.shape[1], library.saccade_lanes()
+        heads, lanes = k.shape[0] * k.shape[1], code.saccade_lanes()
         k = k.detach().contiguous()
         panels = heads * ceil(self.M / block) * ceil(block / lanes)
-        self.panels = k.new_empty(panels * lanes * self.D)
+        self.panels = _scratch(panels * lanes * self.D)
         threads = torch.get_num_threads()
-        library.saccade_panels(_at(k), _at(self.panels), heads, self.M, self.D, block, threads)
+        code.saccade_panels(address(k), address(self.panels), heads, self.M, self.D, block, threads)
         self.values = F.pad(v.detach(), (0, -v.shape[3] % WIDTH)).contiguous()
 
 
@@ -121,18 +153,34 @@ def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Te
         MemoryError: if there is no room for the working memory of a thread.
     """
     q = q_BHND.detach().contiguous()
-    failed = _library().saccade_tasks(
-        _at(q), _at(keys.panels), _at(keys.values), _at(out), _at(lse),
-        _at(tasks.rows), _at(tasks.slots), _at(tasks.task_row), _at(tasks.task_run), _at(tasks.task_mask),
-        len(tasks.task_row) - 1, _at(tasks.run_key), _at(tasks.run_count), _at(tasks.run_mask), _at(tasks.run_bias),
-        _at(tasks.tiles), *tasks.mask_shape, keys.M, keys.D, keys.values.shape[3], keys.block,
-        scale / log(2), torch.get_num_threads(),
+    t, at = tasks, address
+    failed = library().saccade_tasks(
+        at(q), at(keys.panels), at(keys.values), at(out), at(lse),
+        at(t.rows), at(t.slots), at(t.task_row), at(t.task_run), at(t.task_mask), len(t.task_row) - 1,
+        at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.tiles),
+        *t.mask_shape, keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the working memory of attention")
 
 
-def _at(x: Tensor | None) -> int | None:
+def merge_shares(out_RE: Tensor, lse_R: Tensor, parts_RsE: Tensor, lse_Rs: Tensor) -> None:
+    """Merge into out and lse what each row got from s other sets of keys; shares whose LSE is -inf are not read."""
+    rows, shares = lse_Rs.shape
+    library().saccade_merge(
+        address(out_RE),
+        address(lse_R),
+        address(parts_RsE),
+        address(lse_Rs),
+        rows,
+        shares,
+        out_RE.shape[1],
+        torch.get_num_threads(),
+    )
+
+
+def address(x: Tensor | None) -> int | None:
+    """Where a contiguous tensor lies; a null pointer for None."""
     return None if x is None else x.data_ptr()
 
 
@@ -142,41 +190,53 @@ def _at(x: Tensor | None) -> int | None:
 _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
-    "saccade_tasks": "pppppppppplpppppllllllfi",
+    "saccade_tasks": "pppppppppplpppppppllllllfi",
+    "saccade_merge": "ppppllli",
+    "saccade_grid": "ppppplllllplppllfi",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _loaded()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The compiled code.
+
+    Raises:
+        RuntimeError: where there is none (`refusal` says why).
+    """
+    code, reason = _loaded()
+    if code is None:
         raise RuntimeError(reason)
-    return library
+    return code
 
 
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
-    """The library, or why there is none."""
+    """The code, or why there is none; found out once."""
+    return _load_or_refuse()
+
+
+def _load_or_refuse() -> tuple[ctypes.CDLL | None, str | None]:
     if os.environ.get("SACCADE_NATIVE") == "0":
         return None, "turned off by SACCADE_NATIVE=0"
     try:
         return load(compile_source()), None
+    except subprocess.CalledProcessError as error:
+        return None, f"the C compiler failed: {error.stderr.strip().splitlines()[-1:] or error}"
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return None, f"the C code could not be compiled here: {said.strip().splitlines()[-1] if said else error!r}"
+        return None, str(error)
 
 
 def load(path: Path) -> ctypes.CDLL:
     """The compiled library at `path`, with the types of its functions."""
-    library = ctypes.CDLL(str(path))
+    code = ctypes.CDLL(str(path))
     for name, letters in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(code, name)
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], ctypes.c_int
-    return library
+    return code
 
 
 def compile_source(flags: tuple[str, ...] = FLAGS) -> Path:
-    """Compile `attend.c` unless that has been done for this source, compiler and processor; the library's path.
+    """Compile the C code unless that has been done for this source, compiler and processor; the library's path.
 
     Raises:
         OSError: if there is no compiler, or nowhere to write.
@@ -184,7 +244,8 @@ def compile_source(flags: tuple[str, ...] = FLAGS) -> Path:
     """
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
-    known = [SOURCE.read_text(encoding="utf-8"), version.stdout, *flags, platform.platform(), _processor()]
+    text = [(FOLDER / name).read_text(encoding="utf-8") for name in SOURCES + HEADERS]
+    known = [*text, version.stdout, *flags, platform.platform(), _processor()]
     name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:32] + ".so"
     folder = _folder()
     target = folder / name
@@ -193,7 +254,7 @@ def compile_source(flags: tuple[str, ...] = FLAGS) -> Path:
     handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *flags, str(SOURCE), "-o", draft, "-lm"]
+        command = [compiler, *flags, *(str(FOLDER / name) for name in SOURCES), "-o", draft, "-lm"]
         subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
         os.replace(draft, target)
     finally:

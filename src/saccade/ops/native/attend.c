@@ -14,139 +14,11 @@
  * Letters: D head dim of q and k, E of v (a multiple of LANES), M keys of a head.
  */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-/* lanes of a vector, and vectors of sums that fit into registers beside each other for six rows */
-#if defined(__AVX512F__)
-#define LANES 16
-#define WIDE 4
-#elif defined(__AVX2__)
-#define LANES 8
-#define WIDE 2
-#else
-#define LANES 4
-#define WIDE 2
-#endif
-#define ROWS 6
 #define CHUNK 64 /* keys whose scores are made before they are used: their keys and values stay in the first cache */
 #define LAZY 8.0f
 #define LOWEST -1e30f /* the maximum before any score; finite, as -inf - -inf is not a number */
-#define LN2 0.6931471805599453f
-
-typedef float vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
-typedef vec anywhere __attribute__((aligned(4), may_alias));
-
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 8")
-
-INLINE vec load(const float *p) { return *(const anywhere *)p; }
-INLINE void store(float *p, vec x) { *(anywhere *)p = x; }
-INLINE vec splat(float x) { return (vec){} + x; }
-INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
-INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
-
-INLINE float sum_of(vec x) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += x[i];
-    return s;
-}
-
-INLINE float top_of(vec x) {
-    float t = x[0];
-    for (int i = 1; i < LANES; i++) t = x[i] > t ? x[i] : t;
-    return t;
-}
-
-INLINE int any_of(ivec x) {
-    int found = 0;
-    for (int i = 0; i < LANES; i++) found |= x[i];
-    return found;
-}
-
-/* 2^x to 2e-7; 0 below 2^-126. NaN stays NaN. */
-INLINE vec exp2_of(vec x) {
-    const vec round = splat(12582912.0f); /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
-    x = choose(x < -127.0f, splat(-127.0f), x);
-    vec shifted = x + round;
-    ivec n = (ivec)shifted - (ivec)round;
-    vec f = x - (shifted - round);
-    vec y = splat(1.5403530e-4f);
-    y = y * f + 1.3333558e-3f;
-    y = y * f + 9.6181291e-3f;
-    y = y * f + 5.5504109e-2f;
-    y = y * f + 2.4022651e-1f;
-    y = y * f + 6.9314718e-1f;
-    y = y * f + 1.0f;
-    return y * (vec)((n + 127) << 23);
-}
-
-/* c (rows, width vectors) = or += a (rows, depth) b (depth, width vectors) */
-INLINE void product_of(const int rows, const int width, const int add, const float *restrict a, long step_a,
-                       const float *restrict b, long step_k, long step_v, long depth, float *restrict c, long step_c) {
-    vec sums[ROWS][WIDE];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < width; v++) sums[r][v] = add ? load(c + r * step_c + v * LANES) : (vec){};
-    for (long k = 0; k < depth; k++) {
-        vec x[WIDE];
-        UNROLL for (int v = 0; v < width; v++) x[v] = load(b + k * step_k + v * step_v);
-        UNROLL for (int r = 0; r < rows; r++) {
-            vec y = splat(a[r * step_a + k]);
-            UNROLL for (int v = 0; v < width; v++) sums[r][v] += y * x[v];
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < width; v++) store(c + r * step_c + v * LANES, sums[r][v]);
-}
-
-/* the same, compiled for each number of rows and vectors */
-typedef void product(const float *, long, const float *, long, long, long, float *, long);
-#define PRODUCT(NAME, R, W, ADD)                                                                                       \
-    static void NAME##R##_##W(const float *a, long step_a, const float *b, long step_k, long step_v, long depth,       \
-                              float *c, long step_c) {                                                                 \
-        product_of(R, W, ADD, a, step_a, b, step_k, step_v, depth, c, step_c);                                         \
-    }
-#define EACH(MACRO, NAME, W, ADD)                                                                                      \
-    MACRO(NAME, 1, W, ADD) MACRO(NAME, 2, W, ADD) MACRO(NAME, 3, W, ADD) MACRO(NAME, 4, W, ADD)                        \
-    MACRO(NAME, 5, W, ADD) MACRO(NAME, 6, W, ADD)
-#define NAMED(NAME, R, W, ADD) NAME##R##_##W,
-EACH(PRODUCT, put, 1, 0)
-EACH(PRODUCT, put, 2, 0)
-EACH(PRODUCT, add, 1, 1)
-EACH(PRODUCT, add, 2, 1)
-#if WIDE == 4
-EACH(PRODUCT, put, 3, 0)
-EACH(PRODUCT, put, 4, 0)
-EACH(PRODUCT, add, 3, 1)
-EACH(PRODUCT, add, 4, 1)
-#endif
-static product *const PUT[WIDE][ROWS] = {
-    {EACH(NAMED, put, 1, 0)},
-    {EACH(NAMED, put, 2, 0)},
-#if WIDE == 4
-    {EACH(NAMED, put, 3, 0)},
-    {EACH(NAMED, put, 4, 0)},
-#endif
-};
-static product *const ADD[WIDE][ROWS] = {
-    {EACH(NAMED, add, 1, 1)},
-    {EACH(NAMED, add, 2, 1)},
-#if WIDE == 4
-    {EACH(NAMED, add, 3, 1)},
-    {EACH(NAMED, add, 4, 1)},
-#endif
-};
-
-static void multiply(product *const (*kind)[ROWS], int rows, int vectors, const float *a, long step_a, const float *b,
-                     long step_k, long step_v, long depth, float *c, long step_c) {
-    for (int v = 0; v < vectors; v += WIDE) {
-        int width = vectors - v < WIDE ? vectors - v : WIDE;
-        kind[width - 1][rows - 1](a, step_a, b + v * step_v, step_k, step_v, depth, c + v * LANES, step_c);
-    }
-}
 
 /* What is kept of some rows while they meet their keys: the maximum taken off, the sums by lane, the outputs. */
 typedef struct {
@@ -156,17 +28,68 @@ typedef struct {
     float *out;     /* (rows, E) */
 } State;
 
-/* `rows` (at most ROWS) rows meet `keys` (at most CHUNK) keys. mask: bytes, 0 = may not attend; null = all may. */
-static void meet(State s, int rows, int keys, long D, long E, const float *panels, const float *values,
-                 const uint8_t *mask, long step_mask, float bias, float *scores) {
+/* What some rows may see of the keys from `key` on: bytes, 0 = may not, or null; and first and last key, or null. */
+typedef struct {
+    const uint8_t *mask;
+    long step;
+    const int64_t *first, *last;
+    long key;
+} Sight;
+
+/* The part from..to, in whole vectors, of the next `keys` keys that any of the rows sees; it may be empty. Forgets
+ * limits that no row reaches. */
+static void narrow(Sight *s, int rows, int keys, int *from, int *to) {
+    *from = 0;
+    *to = keys;
+    if (s->first) {
+        int64_t low = s->first[0], high = s->last[0], most = low, least = high;
+        for (int r = 1; r < rows; r++) {
+            low = s->first[r] < low ? s->first[r] : low;
+            most = s->first[r] > most ? s->first[r] : most;
+            high = s->last[r] > high ? s->last[r] : high;
+            least = s->last[r] < least ? s->last[r] : least;
+        }
+        if (low > s->key) *from = low - s->key < keys ? (int)(low - s->key) / LANES * LANES : keys;
+        if (high < s->key + keys - 1) *to = high < s->key ? 0 : (int)(high - s->key) + 1;
+        if (most <= s->key + *from && least >= s->key + *to - 1) s->first = s->last = 0;
+    }
+    if (s->mask) {
+        int begin = *to, end = *from;
+        for (int j = *from; j < *to; j += LANES) {
+            uint8_t some = 0;
+            int stop = *to - j < LANES ? *to : j + LANES;
+            for (int r = 0; r < rows; r++)
+                for (int i = j; i < stop; i++) some |= s->mask[r * s->step + i];
+            if (!some) continue;
+            begin = j < begin ? j : begin;
+            end = stop;
+        }
+        *from = begin;
+        *to = end;
+        s->mask += begin;
+    }
+    s->key += *from;
+}
+
+/* `rows` (at most ROWS) rows meet `keys` (at most CHUNK) keys. */
+static void meet(State s, int rows, int keys, long D, long E, const float *panels, const float *values, Sight sight,
+                 float bias, float *scores) {
     int vectors = (keys + LANES - 1) / LANES, tail = keys - (vectors - 1) * LANES;
-    multiply(PUT, rows, vectors, s.queries, D, panels, LANES, LANES * D, D, scores, CHUNK);
+    multiply(PUT, rows, vectors, s.queries, panels, (Layout){D, LANES, LANES * D, D, 1, 0, 0}, scores, CHUNK);
     ivec lane, over = {};
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int r = 0; r < rows; r++) {
         float *x = scores + r * CHUNK;
-        if (mask)
-            for (int j = 0; j < keys; j++) x[j] = mask[r * step_mask + j] ? x[j] : -INFINITY;
+        if (sight.mask)
+            for (int j = 0; j < keys; j++) x[j] = sight.mask[r * sight.step + j] ? x[j] : -INFINITY;
+        if (sight.first)
+            for (int v = 0; v < vectors; v++) {
+                long low = sight.first[r] - sight.key - v * LANES, high = sight.last[r] - sight.key - v * LANES;
+                low = low > LANES ? LANES : low < 0 ? 0 : low;
+                high = high > LANES ? LANES : high < -1 ? -1 : high;
+                ivec sees = (lane >= (int)low) & (lane <= (int)high);
+                store(x + v * LANES, choose(sees, load(x + v * LANES), splat(-INFINITY)));
+            }
         if (tail < LANES) {
             float *last = x + (vectors - 1) * LANES;
             store(last, choose(lane < tail, load(last), splat(-INFINITY)));
@@ -201,10 +124,8 @@ static void meet(State s, int rows, int keys, long D, long E, const float *panel
         }
         store(s.total + r * LANES, total);
     }
-    multiply(ADD, rows, (int)(E / LANES), scores, CHUNK, values, E, LANES, keys, s.out, E);
+    multiply(ADD, rows, E / LANES, scores, values, (Layout){CHUNK, E, LANES, keys, 1, 0, 0}, s.out, E);
 }
-
-static float *room(long floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
 int saccade_lanes(void) { return LANES; }
 
@@ -215,10 +136,7 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
     for (long x = 0; x < heads * per_head; x++) {
         long first = x % per_head * block, count = M - first < block ? M - first : block;
         const float *from = keys + (x / per_head * M + first) * D;
-        for (long j = 0; j < per_block * LANES; j++) {
-            float *to = panels + (x * per_block + j / LANES) * LANES * D + j % LANES;
-            for (long d = 0; d < D; d++) to[d * LANES] = j < count ? from[j * D + d] : 0.0f;
-        }
+        fill(panels + x * per_block * LANES * D, from, D, count, per_block, D);
     }
 }
 
@@ -233,13 +151,14 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
  * run_count  (runs) keys, all in one block
  * run_mask   (runs) mask tile, or -1
  * run_bias   (runs) added to the scores, in units of log 2, or null
+ * row_first, row_last  (rows) first and last key of its head that a row may attend to, or null
  * tiles      bytes (.., mask_rows, mask_keys), with room for a vector after the last
  */
 int saccade_tasks(const float *queries, const float *panels, const float *values, float *out, float *lse,
                   const int64_t *rows, const int64_t *slots, const int64_t *task_row, const int64_t *task_run,
                   const int64_t *task_mask, long tasks, const int64_t *run_key, const int64_t *run_count,
-                  const int64_t *run_mask, const float *run_bias, const uint8_t *tiles, long mask_rows, long mask_keys,
-                  long M, long D, long E, long block, float scale, int threads) {
+                  const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
+                  const int64_t *row_last, const uint8_t *tiles, long mask_rows, long mask_keys, long M, long D, long E, long block, float scale, int threads) {
     long most = 0, per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
     int failed = 0;
     for (long t = 0; t < tasks; t++)
@@ -274,10 +193,15 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                     for (long r = 0, some; r < count; r += some) {
                         long groups = (count - r + ROWS - 1) / ROWS; /* as equal as they can be */
                         some = (count - r + groups - 1) / groups;
+                        int from, to;
+                        Sight sight = {0, mask_keys, 0, 0, first + j};
+                        if (mask) sight.mask = mask + r * mask_keys + j;
+                        if (row_first) sight.first = row_first + task_row[t] + r, sight.last = row_last + task_row[t] + r;
+                        narrow(&sight, (int)some, (int)keys, &from, &to);
+                        if (from >= to) continue;
                         State state = {scaled + r * D, top + r, total + r * LANES, sums + r * E};
-                        meet(state, (int)some, (int)keys, D, E, panels + (panel * LANES + j) * D,
-                             values + (run_key[i] + j) * E, mask ? mask + r * mask_keys + j : 0, mask_keys,
-                             run_bias ? run_bias[i] : 0.0f, scores);
+                        meet(state, (int)some, to - from, D, E, panels + (panel * LANES + j + from) * D,
+                             values + (run_key[i] + j + from) * E, sight, run_bias ? run_bias[i] : 0.0f, scores);
                     }
                 }
             }
@@ -290,4 +214,26 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
         free(memory);
     }
     return failed;
+}
+
+/* out_i = sum_s w_is part_is over its own output and those of `shares` other sets of keys, w_is = exp(lse_is) / sum_s;
+ * lse_i of all. out (count, E) and lse (count) hold the own; where the LSE of a share is -inf, it is not read. */
+void saccade_merge(float *out, float *lse, const float *parts, const float *part_lse, long count, long shares, long E,
+                   int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (long i = 0; i < count; i++) {
+        float top = lse[i], total = 0;
+        for (long s = 0; s < shares; s++) top = part_lse[i * shares + s] > top ? part_lse[i * shares + s] : top;
+        if (top == -INFINITY) continue;
+        for (long s = 0; s < shares; s++) total += expf(part_lse[i * shares + s] - top);
+        float own = expf(lse[i] - top);
+        total += own;
+        for (long e = 0; e < E; e++) out[i * E + e] *= own / total;
+        for (long s = 0; s < shares; s++) {
+            float weight = expf(part_lse[i * shares + s] - top) / total;
+            if (weight == 0) continue;
+            for (long e = 0; e < E; e++) out[i * E + e] += weight * parts[(i * shares + s) * E + e];
+        }
+        lse[i] = top + logf(total);
+    }
 }

@@ -1,4 +1,4 @@
-"""Block maps in C: each query block is a task, each key block that it visits a run.
+"""Block maps in C: each query block is a task, each key block that it visits a run. And ranges of keys, without a map.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n, m
 blocks of queries and keys; R query blocks of all heads, P (query block, key block) pairs.
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from saccade.ops.blocks import BlockStructure
 from saccade.ops.masks import EMPTY, PARTIAL
-from saccade.ops.native import TASK_ROWS, Keys, Tasks, attend_tasks
+from saccade.ops.native import TASK_ROWS, WIDTH, Keys, Tasks, attend_tasks
 
-__all__ = ["attend_blocks"]
+__all__ = ["attend_blocks", "attend_ranges"]
+
+#: neighbouring queries that share a task, each with its range of keys
+RANGE_ROWS = 64
 
 #: bytes of elementwise masks at once, where each block has its own
 TILE_BYTES = 2**25
@@ -84,3 +87,37 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
         tiles=tiles,
     )
+
+
+def attend_ranges(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, first_N: Tensor, last_N: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, E) and LSE (B, H, N), float32, where each query attends to its keys first to last, inclusive.
+
+    Both grow, or stay, from query to query; last < first is none.
+    """
+    B, H, N, _ = q_BHND.shape
+    K, M = k_BKMD.shape[1:3]
+    keys = Keys(k_BKMD, v_BKME, M)
+    out, lse = q_BHND.new_empty(B, H, N, keys.values.shape[3]), q_BHND.new_empty(B, H, N)
+    start = torch.arange(0, N, RANGE_ROWS)
+    end = (start + RANGE_ROWS).clamp(max=N)
+    # runs begin where a panel of any vector's width begins
+    begin = first_N[start] // WIDTH * WIDTH
+    heads = torch.arange(B * H)
+    key = (heads // H * K + heads % H // (H // K)) * M
+    rows = torch.arange(B * H * N)
+    run = torch.arange(B * H * len(start))
+    tasks = Tasks(
+        rows=rows,
+        slots=rows,
+        task_row=torch.cat([(heads[:, None] * N + start).flatten(), torch.tensor([B * H * N])]),
+        task_run=torch.stack([run, run + 1], -1),
+        # a run of none may begin past the last key
+        run_key=(key[:, None] + begin.clamp(max=M - 1)).flatten(),
+        run_count=(last_N[end - 1] + 1 - begin).clamp(min=0).repeat(B * H),
+        row_first=first_N.repeat(B * H),
+        row_last=last_N.repeat(B * H),
+    )
+    attend_tasks(q_BHND, keys, tasks, scale, out, lse)
+    return out[..., : v_BKME.shape[3]], lse

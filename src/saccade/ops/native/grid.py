@@ -1,0 +1,116 @@
+"""Neighbourhoods on 2-D and 3-D grids in C; dilation d is separate grids, one for each residue class.
+
+Shape letters: B batch, H query heads, K key heads, N tokens of the grid, D head dim of q and k, E head dim of v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from math import ceil, log
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from saccade.ops.masks import Neighborhood
+from saccade.ops.native import WIDTH, address, library
+
+__all__ = ["attend_grid"]
+
+#: most queries of a tile
+ROWS = 6
+
+
+class _Grid(NamedTuple):
+    """One residue class: its axes (z, y, x) as `grid.c` takes them."""
+
+    lengths: Tensor
+    offset: int
+    steps: Tensor
+    windows: Tensor
+    tile: int
+    vectors: int
+
+
+def attend_grid(
+    q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, mask: Neighborhood, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, E) and LSE (B, H, N) of float32 tensors.
+
+    Raises:
+        MemoryError: if there is no room for the working memory of a thread.
+    """
+    B, H, N, D = q_BHND.shape
+    K, E = k_BKND.shape[1], v_BKNE.shape[3]
+    if scale < 0:  # the largest product is taken to be the largest score
+        q_BHND, scale = -q_BHND, -scale
+    q, k = q_BHND.detach().contiguous(), k_BKND.detach().contiguous()
+    v = F.pad(v_BKNE.detach(), (0, -E % WIDTH)).contiguous()
+    out, lse = q.new_empty(B, H, N, v.shape[3]), q.new_empty(B, H, N)
+    for grid in _grids(mask.size, mask.kernel, mask.dilation, mask.stride, mask.causal):
+        failed = library().saccade_grid(
+            address(q), address(k), address(v), address(out), address(lse), B * K, H // K, N, D, v.shape[3],
+            address(grid.lengths), grid.offset, address(grid.steps), address(grid.windows), grid.tile, grid.vectors,
+            scale / log(2), torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no room for the working memory of attention")
+    return out[..., :E], lse
+
+
+@lru_cache(maxsize=32)
+def _grids(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    causal: tuple[bool, ...],
+) -> tuple[_Grid, ...]:
+    return tuple(_classes(size, kernel, dilation, stride, causal))
+
+
+def _classes(
+    size: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    causal: tuple[bool, ...],
+) -> Iterator[_Grid]:
+    pitch = [1] * len(size)  # tokens from one position of an axis to the next
+    for axis in range(len(size) - 2, -1, -1):
+        pitch[axis] = pitch[axis + 1] * size[axis + 1]
+    for residues in product(*map(range, dilation)):
+        lengths, windows = [], []
+        for n, w, d, g, c, residue in zip(size, kernel, dilation, stride, causal, residues):
+            length = len(range(residue, n, d))
+            line = Neighborhood((length,), (w,), (1,), (g,), (c,))
+            _, first, last = line.axis_window(0, torch.arange(length))
+            lengths.append(length)
+            windows.append(torch.stack([first, last]))
+        spare = 3 - len(size)
+        tile, vectors = _tile(windows[-1])
+        yield _Grid(
+            torch.tensor([1] * spare + lengths),
+            sum(residue * p for residue, p in zip(residues, pitch)),
+            torch.tensor([0] * spare + [p * d for p, d in zip(pitch, dilation)]),
+            torch.cat([torch.zeros(2 * spare, dtype=torch.long), *(x.flatten() for x in windows)]),
+            tile,
+            vectors,
+        )
+
+
+def _tile(window: Tensor) -> tuple[int, int]:
+    """Queries side by side whose keys fill the fewest lanes, and the vectors that hold these keys."""
+    lanes = library().saccade_lanes()
+    best = (float("inf"), 1, 1)
+    for tile in range(1, ROWS + 1):
+        first, last = (F.pad(x, (0, -len(x) % tile), value=int(x[-1])).view(-1, tile) for x in window)
+        vectors = ceil(int((last.amax(1) - first.amin(1)).max() + 1) / lanes)
+        # every query pays for all lanes; making panels and loading keys is shared by those of a tile
+        cost = vectors * (1 + 0.3 / tile)
+        if cost < best[0]:
+            best = (cost, tile, vectors)
+    return best[1], best[2]

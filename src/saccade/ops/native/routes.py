@@ -1,0 +1,110 @@
+"""Routed block attention in C: each (key block, head) with the queries that chose it is some tasks of one run.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, S tokens per
+block, n key blocks, j blocks chosen per query; T tasks, R = B H N query rows, P choices made.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from saccade.ops.native import TASK_ROWS, Keys, Tasks, attend_tasks, merge_shares
+
+__all__ = ["attend_routes"]
+
+#: queries of an own block that share a task
+OWN_ROWS = 64
+
+#: bytes of partial outputs that wait for their merge
+WAITING = 64 * 2**20
+
+
+def attend_routes(
+    q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, chosen_BHNj: Tensor, size: int, scale: float, own: bool
+) -> tuple[Tensor, Tensor]:
+    """Output (B, H, N, E) and LSE (B, H, N), float32: `routed_attend` without its checks."""
+    B, H, N, _ = q_BHND.shape
+    K, M, E = k_BKMD.shape[1], k_BKMD.shape[2], v_BKME.shape[3]
+    keys = Keys(k_BKMD, v_BKME, size)
+    width = keys.values.shape[3]
+    out, lse = q_BHND.new_empty(B * H, N, width), q_BHND.new_empty(B * H, N)
+    if own:
+        attend_tasks(q_BHND, keys, _own_tasks(B, H, K, N, M, size), scale, out, lse)
+    else:
+        out.zero_()
+        lse.fill_(float("-inf"))
+    shares = chosen_BHNj.shape[3]
+    step = max(1, WAITING // (B * H * max(1, shares) * width * 4))
+    for first in range(0, N if shares else 0, step):
+        chosen = chosen_BHNj[:, :, first : first + step]
+        queries = chosen.shape[2]
+        parts = q_BHND.new_empty(B * H * queries, shares, width)
+        parts_lse = q_BHND.new_full((B * H * queries, shares), float("-inf"))
+        tasks = _tasks(chosen, K, M, size, first, N)
+        attend_tasks(q_BHND, keys, tasks, scale, parts, parts_lse)
+        if queries == N:
+            merge_shares(out.view(-1, width), lse.view(-1), parts, parts_lse)
+        else:
+            out_here, lse_here = (x[:, first : first + step].contiguous() for x in (out, lse))
+            merge_shares(out_here.view(-1, width), lse_here.view(-1), parts, parts_lse)
+            out[:, first : first + step], lse[:, first : first + step] = out_here, lse_here
+    return out.view(B, H, N, width)[..., :E], lse.view(B, H, N)
+
+
+def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:
+    """Each query block, in strips, with the keys of its own block up to themselves."""
+    strips = ceil(size / OWN_ROWS)
+    block = torch.arange(B * H * (N // size))
+    head, start = block // (N // size), block % (N // size) * size + M - N
+    first_key = head // H * K * M + head % H // (H // K) * M + start
+    offset = torch.arange(strips) * OWN_ROWS
+    rows = torch.arange(B * H * N)
+    run = torch.arange(len(block) * strips)
+    last = rows % N + M - N
+    return Tasks(
+        rows=rows,
+        slots=rows,
+        task_row=torch.cat([(block[:, None] * size + offset).flatten(), torch.tensor([B * H * N])]),
+        task_run=torch.stack([run, run + 1], -1),
+        run_key=first_key.repeat_interleave(strips),
+        run_count=(offset + OWN_ROWS).clamp(max=size).repeat(len(block)),
+        row_first=torch.zeros_like(last),
+        row_last=last,
+    )
+
+
+def _tasks(chosen_BHQj: Tensor, K: int, M: int, size: int, first: int, N: int) -> Tasks:
+    """The queries from `first` on of each (batch row, head, key block) that chose it, in order, in equal tasks."""
+    B, H, Q, j = chosen_BHQj.shape
+    n, share = M // size, H // K
+    groups = B * H * n
+    # one after the other: the blocks of a batch row's key head, for each the query heads that share it
+    head = torch.arange(H)
+    key_head = torch.arange(B)[:, None] * K + head // share
+    group = (key_head[..., None, None] * n + chosen_BHQj) * share + (head % share)[:, None, None]
+    group = group.masked_fill(chosen_BHQj < 0, groups).flatten()
+    if groups < 2**31 - 1:
+        group = group.to(torch.int32)
+    slots_P = group.sort(stable=True).indices
+    count = torch.bincount(group, minlength=groups + 1)[:groups]
+    slots_P = slots_P[: int(count.sum())]
+    query = slots_P // j
+    rows_P = query // Q * N + query % Q + first
+
+    tasks = (count + TASK_ROWS - 1) // TASK_ROWS
+    of_T = torch.repeat_interleave(tasks)
+    place_T = torch.arange(len(of_T)) - (tasks.cumsum(0) - tasks)[of_T]
+    start_T = (count.cumsum(0) - count)[of_T] + place_T * TASK_ROWS
+    run = torch.arange(len(of_T))
+    block_T = of_T // share
+    return Tasks(
+        rows=rows_P,
+        slots=slots_P,
+        task_row=torch.cat([start_T, torch.tensor([len(rows_P)])]),
+        task_run=torch.stack([run, run + 1], -1),
+        run_key=block_T * size,
+        run_count=torch.full_like(run, size),
+    )

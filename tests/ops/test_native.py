@@ -1,0 +1,189 @@
+"""The C code against the definition in double precision, on vectors of every width that this machine can run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import saccade
+from saccade.ops import masks, native
+from saccade.ops.backends.blocksparse import blocksparse_attend
+from saccade.ops.masks import Mask
+from saccade.ops.native.blocks import attend_ranges
+from saccade.ops.native.grid import _grids, attend_grid
+from saccade.ops.native.routes import attend_routes
+
+INF = float("inf")
+
+if reason := native.refusal(torch.device("cpu"), torch.float32):
+    pytest.skip(f"no native code: {reason}", allow_module_level=True)
+
+FLAGS = {"own": native.FLAGS}
+if platform.machine() in ("x86_64", "AMD64"):
+    FLAGS["avx2"] = tuple("-march=haswell" if flag == "-march=native" else flag for flag in native.FLAGS)
+    FLAGS["sse2"] = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native.FLAGS)
+
+
+@pytest.fixture(params=FLAGS, scope="module", autouse=True)
+def code(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param != "own" and "avx512f" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("the machine's own vectors are no wider")
+    compiled = native.load(native.compile_source(FLAGS[request.param]))
+    before, native._loaded = native._loaded, lambda: (compiled, None)
+    _grids.cache_clear()
+    yield
+    native._loaded = before
+    _grids.cache_clear()
+
+
+def inputs(B: int, H: int, K: int, N: int, M: int, D: int, E: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, generator=generator) for s in ((B, H, N, D), (B, K, M, D), (B, K, M, E))]
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.double() for x in (q, k, v))
+    return saccade.attend(q, k, v, mask=mask, scale=scale, return_lse=True, backend="reference")
+
+
+def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for x, y in zip(found, expected):
+        assert x.dtype == torch.float32
+        assert x.isneginf().equal(y.isneginf())
+        torch.testing.assert_close(x.nan_to_num(neginf=0), y.float().nan_to_num(neginf=0), rtol=1e-5, atol=1e-5)
+
+
+few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@few
+@given(
+    st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (3, 1)]), st.integers(1, 150), st.integers(1, 150),
+    st.sampled_from([(1, 1), (20, 9), (64, 64), (33, 40)]), st.sampled_from([(16, 16), (64, 32), (7, 20), (200, 130)]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_blocks(
+    B: int, heads: tuple[int, int], N: int, M: int, widths: tuple[int, int], size: tuple[int, int], seed: int
+) -> None:
+    H, K = heads
+    q, k, v = inputs(B, H, K, N, M, *widths, seed)
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(B, H, -(-N // size[0]), -(-M // size[1]), generator=generator) < 0.6
+    bias = torch.randn(keep.shape, generator=generator)
+    pairs = torch.rand(B, 1, N, M, generator=generator) < 0.7
+    mask = masks.blocks(keep, size)
+    for more in (None, masks.causal(), masks.dense(pairs), masks.padding(pairs[:, 0, 0])):
+        whole = mask if more is None else mask & more
+        found = blocksparse_attend(q, k, v, whole, block_size=size, scale=0.4, return_lse=True)
+        agree(found, definition(q, k, v, whole, 0.4))
+    found = blocksparse_attend(q, k, v, mask, block_size=size, block_bias=bias, scale=-0.3, return_lse=True)
+    spread = bias.double().repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, :N, :M]
+    scores = -0.3 * q.double() @ k.double().repeat_interleave(H // K, 1).mT + spread
+    scores = scores.masked_fill(~mask.dense(N, M), -INF)
+    expected = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(H // K, 1)
+    agree(found, (expected, scores.logsumexp(-1)))
+
+
+@few
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(-90, 60), st.integers(0, 90))
+def test_ranges(N: int, M: int, low: int, width: int) -> None:
+    q, k, v = inputs(2, 4, 2, N, M, 24, 16)
+    row = torch.arange(N)
+    found = attend_ranges(q, k, v, (row + low).clamp(0, M), (row + low + width).clamp(-1, M - 1), 0.3)
+    distance = torch.arange(M) - row[:, None]
+    agree(found, definition(q, k, v, (distance >= low) & (distance <= low + width), 0.3))
+
+
+@few
+@given(st.data(), st.sampled_from([2, 3]))
+def test_grids(data: st.DataObject, axes: int) -> None:
+    size = tuple(data.draw(st.integers(3, 22 if axes == 2 else 9)) for _ in range(axes))
+    dilation = tuple(data.draw(st.integers(1, max(1, n // 3))) for n in size)
+    kernel = tuple(data.draw(st.integers(2, max(2, n // d))) for n, d in zip(size, dilation))
+    stride = tuple(data.draw(st.integers(1, w)) for w in kernel)
+    causal = tuple(data.draw(st.booleans()) for _ in size)
+    mask = masks.neighborhood(size, kernel, dilation, causal=causal, stride=stride)
+    assert isinstance(mask, masks.Neighborhood)
+    N = 1
+    for n in size:
+        N *= n
+    q, k, v = inputs(2, 4, 2, N, N, 20, 24)
+    for scale in (0.3, -0.2):
+        agree(attend_grid(q, k, v, mask, scale), definition(q, k, v, mask, scale))
+
+
+@few
+@given(st.sampled_from([(1, 1), (4, 2)]), st.integers(1, 5), st.sampled_from([16, 20, 65, 130]), st.booleans())
+def test_routes(heads: tuple[int, int], n: int, size: int, own: bool) -> None:
+    H, K = heads
+    N = n * size
+    q, k, v = inputs(2, H, K, N, N, 24, 24)
+    chosen = torch.rand(2, H, N, n).argsort(-1)[..., :2]
+    chosen[torch.rand(chosen.shape) < 0.2] = -1
+    block = torch.arange(N) // size
+    if own:
+        chosen[chosen >= block[:, None]] = -1
+    pairs = torch.zeros(2, H, N, n + 1, dtype=torch.bool).scatter_(-1, chosen % (n + 1), True)[..., :n]
+    pairs = pairs.repeat_interleave(size, -1)
+    if own:
+        pairs = pairs | ((block[:, None] == block) & torch.ones(N, N, dtype=torch.bool).tril())
+    agree(attend_routes(q, k, v, chosen, size, 0.3, own), definition(q, k, v, pairs, 0.3))
+
+
+def test_waiting_parts_are_merged_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(1, 2, 1, 128, 128, 16, 16)
+    chosen = torch.rand(1, 2, 128, 8).argsort(-1)[..., :3]
+    whole = attend_routes(q, k, v, chosen, 16, 0.3, False)
+    monkeypatch.setattr("saccade.ops.native.routes.WAITING", 2**15)
+    for x, y in zip(whole, attend_routes(q, k, v, chosen, 16, 0.3, False)):
+        assert x.equal(y)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e4])
+def test_large_and_small_scores(size: float) -> None:
+    q, k, v = inputs(1, 2, 2, 90, 90, 32, 32)
+    found = blocksparse_attend(size * q, k, v, masks.causal(), block_size=32, return_lse=True)
+    out, lse = definition(size * q, k, v, masks.causal(), 32**-0.5)
+    # a float32 score of 1e4 is off by 1e-3
+    torch.testing.assert_close(found[0], out.float(), rtol=1e-4, atol=1e-5 if size < 1 else 5e-3)
+    torch.testing.assert_close(found[1], lse.float(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_row_does_not_depend_on_others_or_on_threads() -> None:
+    q, k, v = inputs(1, 2, 2, 150, 150, 32, 32)
+
+    def call() -> Tensor:
+        return blocksparse_attend(q, k, v, masks.causal(), block_size=32)
+
+    whole = call()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert call().equal(whole)
+    finally:
+        torch.set_num_threads(threads)
+    for x in (q, k, v):
+        x[:, :, 77:] = 50 * torch.randn(73, 32)
+    assert call()[:, :, :77].equal(whole[:, :, :77])
+
+
+def test_nan_reaches_the_rows_that_attend_to_it() -> None:
+    q, k, v = inputs(1, 1, 1, 70, 70, 16, 16)
+    k[0, 0, 40, 3] = float("nan")
+    out, lse = blocksparse_attend(q, k, v, masks.causal(), block_size=32, return_lse=True)
+    assert not out[:, :, :40].isnan().any() and out[:, :, 40:].isnan().all() and lse[:, :, 40:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(1, 2, 1, 64, 64, 16, 16))
+    out = blocksparse_attend(q, k, v, masks.window(9), block_size=16)
+    assert out.dtype == dtype
+    assert out.equal(blocksparse_attend(q.float(), k.float(), v.float(), masks.window(9), block_size=16).to(dtype))
