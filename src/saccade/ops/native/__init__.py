@@ -34,7 +34,7 @@ from saccade.ops.folder import cache_folder
 __all__ = ["Keys", "Tasks", "address", "attend_tasks", "library", "merge_shares", "refusal"]
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("attend.c", "grid.c"), ("vectors.h",)
+SOURCES, HEADERS = ("attend.c", "grid.c", "grid8.c"), ("vectors.h",)
 
 #: flags of the compiler: the machine's own vectors, and the OpenMP whose threads torch has already started
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -193,6 +193,7 @@ _SIGNATURES = {
     "saccade_tasks": "pppppppppplpppppppllllllfi",
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllfi",
+    "saccade_grid8": "ppppplllllplppllfi",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 

@@ -10,6 +10,11 @@
 
 #include "vectors.h"
 
+/* grid8.c compiles this for narrow vectors: small windows waste fewer of their lanes */
+#ifndef GRID
+#define GRID saccade_grid
+#endif
+
 /* rows of queries whose panels are made at a time: with one plane, and with several */
 #define DEEP_Z 4
 #define DEEP_Y 16
@@ -64,7 +69,7 @@ INLINE float soften(float *scores, long seen, long vectors, int first, int last,
 /* queries (heads * group, N, D), keys and values (heads, N, ..), out (heads * group, N, E), lse (heads * group, N).
  * Only the tokens offset + z steps[0] + y steps[1] + x steps[2] take part. windows: firsts of z, lasts of z, firsts of
  * y, ..; lengths: of the axes. tile: queries of a tile, at most ROWS; vectors: that hold the keys of any tile. */
-int saccade_grid(const float *queries, const float *keys, const float *values, float *out, float *lse, long heads,
+int GRID(const float *queries, const float *keys, const float *values, float *out, float *lse, long heads,
                  long group, long N, long D, long E, const int64_t *lengths, long offset, const int64_t *steps,
                  const int64_t *windows, long tile, long vectors, float scale, int threads) {
     Axis z_axis = {windows, windows + lengths[0], lengths[0], steps[0]};
