@@ -182,3 +182,17 @@ def test_bad_arguments() -> None:
         layer(torch.randn(2, 2, 8), cache=cache)
     with pytest.raises(ValueError, match="with a cache the mask must be"):
         layer(torch.randn(1, 2, 8), mask=torch.ones(1, 2, dtype=torch.bool), cache=cache)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "scaling"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_pieces_of_a_long_sequence_are_the_whole(normalization, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saccade.attention.efficient_attention._PIECE", 16)
+    q, k, v = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 41, 8), torch.randn(2, 2, 41, 12)
+    mask = torch.rand(2, 41) < 0.6 if padded else None
+    if mask is not None:
+        mask[1] = False
+    expected = efficient_attend(q, k, v, mask=mask, normalization=normalization)
+    with torch.no_grad():
+        found = efficient_attend(q, k, v, mask=mask, normalization=normalization)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

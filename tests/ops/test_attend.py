@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import saccade
 from saccade import masks
+from saccade.ops import native
 from saccade.ops.backends import BACKENDS
+from saccade.ops.measure import peak_bytes
 
 PATHS = ("sdpa", "blocksparse", "stream")
 
@@ -240,3 +242,23 @@ def test_compiles_whole(mask) -> None:
     q, k, v = qkv(H=4, K=2, N=24, M=24, dtype=torch.float32)
     call = torch.compile(lambda q, k, v: saccade.attend(q, k, v, mask=mask), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(call(q, k, v), saccade.attend(q, k, v, mask=mask))
+
+
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["dense", "causal"])
+def test_memory_is_linear_whatever_the_strides(mask) -> None:
+    """SDPA takes a path of quadratic memory where heads are not laid out densely."""
+    q, k, v = (torch.randn(1, 2, 8, 1024).mT for _ in range(3))
+    assert q.stride(-1) != 1
+    assert peak_bytes(lambda: saccade.attend(q, k, v, mask=mask)) < 1024 * 1024 * 4 / 2
+    expected = F.scaled_dot_product_attention(*(x.contiguous() for x in (q, k, v)), is_causal=mask is not None)
+    torch.testing.assert_close(saccade.attend(q, k, v, mask=mask), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.randn(1, 4, 1024, 32)
+    mask = masks.window(40)
+    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler here"))
+    assert "in torch (no compiler here)" in saccade.plan(q, q, q, mask=mask).reason
+    assert "in torch (single precision only)" in saccade.plan(*(q.double(),) * 3, mask=mask).reason
+    monkeypatch.setattr(native, "_loaded", lambda: (object(), None))
+    assert saccade.plan(q, q, q, mask=mask).reason.endswith("forward in C")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from saccade.ops.masks import Mask
 from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
 from saccade.ops.native.routes import attend_routes
+from saccade.ops.routed import routed_attend
 
 INF = float("inf")
 
@@ -53,6 +55,20 @@ def definition(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, scal
     return saccade.attend(q, k, v, mask=mask, scale=scale, return_lse=True, backend="reference")
 
 
+def gradients_agree(function: Callable[..., tuple[Tensor, Tensor]], truth: Callable[..., Any], *given: Tensor) -> None:
+    """Gradients of a weighted sum of output and LSE; rows without keys have none through their LSE."""
+    results = []
+    for call, dtype in ((function, torch.float32), (truth, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in given]
+        out, lse = call(*leaves)
+        generator = torch.Generator().manual_seed(2)
+        loss = (out * torch.randn(out.shape, generator=generator)).sum()
+        loss = loss + (lse.masked_fill(lse.isneginf(), 0.0) * torch.randn(lse.shape, generator=generator)).sum()
+        results.append(torch.autograd.grad(loss, leaves))
+    for x, y in zip(*results):
+        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=2e-5 * max(1.0, float(y.abs().max())))
+
+
 def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     for x, y in zip(found, expected):
         assert x.dtype == torch.float32
@@ -83,12 +99,24 @@ def test_blocks(
         whole = mask if more is None else mask & more
         found = blocksparse_attend(q, k, v, whole, block_size=size, scale=0.4, return_lse=True)
         agree(found, definition(q, k, v, whole, 0.4))
-    found = blocksparse_attend(q, k, v, mask, block_size=size, block_bias=bias, scale=-0.3, return_lse=True)
-    spread = bias.double().repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, :N, :M]
-    scores = -0.3 * q.double() @ k.double().repeat_interleave(H // K, 1).mT + spread
-    scores = scores.masked_fill(~mask.dense(N, M), -INF)
-    expected = scores.softmax(-1).nan_to_num() @ v.double().repeat_interleave(H // K, 1)
-    agree(found, (expected, scores.logsumexp(-1)))
+        gradients_agree(
+            lambda q, k, v, whole=whole: blocksparse_attend(q, k, v, whole, block_size=size, return_lse=True),
+            lambda q, k, v, whole=whole: definition(q, k, v, whole, widths[0] ** -0.5), q, k, v,
+        )  # fmt: skip
+
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return blocksparse_attend(q, k, v, mask, block_size=size, block_bias=bias, scale=-0.3, return_lse=True)
+
+    def truth(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        spread = bias.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, :N, :M]
+        scores = -0.3 * q @ k.repeat_interleave(H // K, 1).mT + spread
+        scores = scores.masked_fill(~mask.dense(N, M), -1e30)
+        dead = ~mask.dense(N, M).any(-1)
+        out = scores.softmax(-1).masked_fill(dead[..., None], 0.0) @ v.repeat_interleave(H // K, 1)
+        return out, scores.logsumexp(-1).masked_fill(dead, -INF)
+
+    agree(biased(q, k, v, bias), truth(q.double(), k.double(), v.double(), bias.double()))
+    gradients_agree(biased, truth, q, k, v, bias)
 
 
 @few
@@ -98,7 +126,13 @@ def test_ranges(N: int, M: int, low: int, width: int) -> None:
     row = torch.arange(N)
     found = attend_ranges(q, k, v, (row + low).clamp(0, M), (row + low + width).clamp(-1, M - 1), 0.3)
     distance = torch.arange(M) - row[:, None]
-    agree(found, definition(q, k, v, (distance >= low) & (distance <= low + width), 0.3))
+    pairs = (distance >= low) & (distance <= low + width)
+    agree(found, definition(q, k, v, pairs, 0.3))
+    band = masks.window(20, 9)
+    gradients_agree(
+        lambda q, k, v: saccade.attend(q, k, v, mask=band, backend="blocksparse", return_lse=True),
+        lambda q, k, v: definition(q, k, v, band, 24**-0.5), q, k, v,
+    )  # fmt: skip
 
 
 @few
@@ -135,6 +169,10 @@ def test_routes(heads: tuple[int, int], n: int, size: int, own: bool) -> None:
     if own:
         pairs = pairs | ((block[:, None] == block) & torch.ones(N, N, dtype=torch.bool).tril())
     agree(attend_routes(q, k, v, chosen, size, 0.3, own), definition(q, k, v, pairs, 0.3))
+    gradients_agree(
+        lambda q, k, v: routed_attend(q, k, v, chosen, size, scale=0.3, own=own),
+        lambda q, k, v: definition(q, k, v, pairs, 0.3), q, k, v,
+    )  # fmt: skip
 
 
 def test_waiting_parts_are_merged_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:

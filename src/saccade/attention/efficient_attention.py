@@ -46,6 +46,7 @@ from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
 from saccade.ops.masks import Dense, Mask, Padding
+from saccade.ops.memory import large_empty
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -102,6 +103,9 @@ def efficient_attend(
     if causal:
         out, after = _causal(q_BHND, k_BKMD, v_BKME, valid_B1M1, state, normalization)
         return (out, after) if return_state else out
+    long = max(q_BHND.shape[2], k_BKMD.shape[2]) > _PIECE
+    if long and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _in_pieces(q_BHND, k_BKMD, v_BKME, valid_B1M1, normalization)
     if normalization == "softmax":
         q_BHND = q_BHND.softmax(-1)
         if valid_B1M1 is None:
@@ -117,6 +121,41 @@ def efficient_attend(
     return linear_attend(q_BHND, k_BKMD, v_BKME, causal=False)
 
 
+def _in_pieces(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, normalization: Normalization) -> Tensor:
+    """The same without causality, in pieces whose maps stay in cache and take no memory that grows."""
+    (B, H, N, D), (K, M), E = q.shape, k.shape[1:3], v.shape[3]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lowest = torch.finfo(wide).min
+    top = k.new_full((B, K, 1, D), lowest, dtype=wide)
+    for start in range(0, M, _PIECE):
+        piece = slice(start, start + _PIECE)
+        key = k[:, :, piece].to(wide)
+        key = key if valid is None else key.masked_fill(~valid[:, :, piece], lowest)
+        top = torch.maximum(top, key.amax(2, keepdim=True))
+    context, total = q.new_zeros(B, K, D, E, dtype=wide), q.new_zeros(B, K, 1, D, dtype=wide)
+    for start in range(0, M, _PIECE):
+        piece = slice(start, start + _PIECE)
+        weight = k[:, :, piece].to(wide)
+        if normalization == "softmax":
+            weight = (weight - top).exp_()
+        if valid is not None:
+            weight = weight * valid[:, :, piece]
+        context += weight.mT @ v[:, :, piece].to(wide)
+        total += weight.sum(2, keepdim=True)
+    if normalization == "softmax":
+        # no real token: no sum, and nothing to divide
+        context /= total.clamp(min=torch.finfo(wide).tiny).mT
+    else:
+        context /= M if valid is None else valid.sum((1, 2, 3)).clamp(min=1)[:, None, None, None]
+    out = large_empty((B, H, N, E), q.dtype, q.device)
+    for start in range(0, N, _PIECE):
+        piece = slice(start, start + _PIECE)
+        query = q[:, :, piece].to(wide)
+        query = query.softmax(-1) if normalization == "softmax" else query
+        out[:, :, piece] = (query.unflatten(1, (K, -1)) @ context[:, :, None]).flatten(1, 2)
+    return out
+
+
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: EfficientState | None, normalization: Normalization
 ) -> tuple[Tensor, EfficientState]:
@@ -125,7 +164,7 @@ def _causal(
     if N <= _PIECE or k.shape[2] != N or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return form(q, k, v, valid, state)
     # a long sequence piece by piece, so that sums and weights stay in cache and take no memory that grows
-    out = q.new_empty(*q.shape[:3], v.shape[3])
+    out = large_empty((*q.shape[:3], v.shape[3]), q.dtype, q.device)
     for start in range(0, N, _PIECE):
         piece = slice(start, start + _PIECE)
         real = None if valid is None else valid[:, :, piece]

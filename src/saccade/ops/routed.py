@@ -26,7 +26,7 @@ from torch import Tensor
 from saccade.ops import native
 from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
 from saccade.ops.heads import repeat_heads
-from saccade.ops.native.routes import attend_routes
+from saccade.ops.native.routes import attend_routes, route_gradients
 
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
@@ -166,6 +166,11 @@ def _routed_backward(
     own: bool,
 ) -> Any:
     width, dtype = q.shape[3], q.dtype
+    if native.refusal(q.device, dtype) is None:
+        grads = route_gradients(
+            q.float(), k.float(), v.float(), chosen, size, scale, own, out.float(), lse, grad.float(), grad_lse
+        )
+        return tuple(x.to(dtype).contiguous() for x in grads)
     if grad_lse is not None:
         # d s = P (dP - rowsum(dO O) + dLSE): a column of 0 in v, 1 in out and -dLSE in d out brings dLSE in
         q, k, v = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(v, (0, 1))

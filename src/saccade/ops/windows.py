@@ -40,7 +40,7 @@ from torch import Tensor
 
 from saccade.ops import native
 from saccade.ops.masks import Band, Mask, Neighborhood
-from saccade.ops.native.blocks import attend_ranges
+from saccade.ops.native.blocks import attend_ranges, range_gradients
 from saccade.ops.native.grid import attend_grid
 from saccade.ops.planning import Problem
 
@@ -404,7 +404,8 @@ def _regular(problem: Problem) -> _Spec:
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`."""
-    out, lse = _window_forward(q, k, v, list(_regular(problem)), problem.scale, problem.return_lse, problem.memory_mb)
+    wants_lse = problem.return_lse or problem.needs_grad
+    out, lse = _window_forward(q, k, v, list(_regular(problem)), problem.scale, wants_lse, problem.memory_mb)
     return out, (lse if problem.return_lse else None)
 
 
@@ -775,16 +776,23 @@ def _grouped(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
 
 def _in_c(q: Tensor, k: Tensor, v: Tensor, spec: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """The native code's ranges of keys in one axis, its grids in more."""
-    row, M = torch.arange(q.shape[2]), k.shape[2]
-    if spec[0] == 0:
-        return attend_ranges(q, k, v, (row + spec[1]).clamp(0, M), (row + spec[2]).clamp(-1, M - 1), scale)
+    seen = _ranges(spec, q.shape[2], k.shape[2])
+    return attend_grid(q, k, v, _grid(spec), scale) if seen is None else attend_ranges(q, k, v, *seen, scale)
+
+
+def _grid(spec: Sequence[int]) -> Neighborhood:
     axes = spec[0]
     size, kernel, dilation, stride, causal = (tuple(spec[1 + a * axes : 1 + (a + 1) * axes]) for a in range(5))
-    mask = Neighborhood(size, kernel, dilation, stride, tuple(map(bool, causal)))
-    if dilation == (1,):
-        _, first, last = mask.axis_window(0, row)
-        return attend_ranges(q, k, v, first, last, scale)
-    return attend_grid(q, k, v, mask, scale)
+    return Neighborhood(size, kernel, dilation, stride, tuple(map(bool, causal)))
+
+
+def _ranges(spec: Sequence[int], N: int, M: int) -> tuple[Tensor, Tensor] | None:
+    """First and last key of each query, where those between are neighbours of each other."""
+    row = torch.arange(N)
+    if spec[0] == 0:
+        return (row + spec[1]).clamp(0, M), (row + spec[2]).clamp(-1, M - 1)
+    grid = _grid(spec)
+    return grid.axis_window(0, row)[1:] if grid.dilation == (1,) else None
 
 
 @torch.library.custom_op("saccade::window_attend", mutates_args=())
@@ -833,12 +841,19 @@ def _window_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    lse: Tensor,
     spec: list[int],
     scale: float,
     memory_mb: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, N = q.shape[1:3]
     K, M = k.shape[1:3]
+    seen = _ranges(spec, N, M)
+    if lse.numel() and seen is not None and native.refusal(q.device, q.dtype) is None:
+        grads = range_gradients(
+            q.float(), k.float(), v.float(), *seen, scale, out.float(), lse, grad_out.float(), grad_lse
+        )
+        return tuple(x.to(q.dtype).contiguous() for x in grads)  # type: ignore[return-value]
     dtype = _working_dtype(q.dtype)
     layout = (tuple(spec), N, M, H // K)
     empty = _layout(*layout, True)[0].empty
@@ -872,6 +887,7 @@ def _(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    lse: Tensor,
     spec: list[int],
     scale: float,
     memory_mb: float,
@@ -881,13 +897,13 @@ def _(
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, ctx.spec, ctx.scale, ctx.return_lse, ctx.memory_mb = inputs
-    ctx.save_for_backward(q, k, v, output[0])
+    ctx.save_for_backward(q, k, v, *output)
 
 
 def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
-    q, k, v, out = ctx.saved_tensors
+    q, k, v, out, lse = ctx.saved_tensors
     grad_lse = grad_lse if ctx.return_lse else None
-    grads = _window_backward(grad_out, grad_lse, q, k, v, out, ctx.spec, ctx.scale, ctx.memory_mb)
+    grads = _window_backward(grad_out, grad_lse, q, k, v, out, lse, ctx.spec, ctx.scale, ctx.memory_mb)
     return (*grads, None, None, None, None)
 
 

@@ -102,6 +102,9 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
         reason = "too small for skipping blocks to be worth a look at the mask"
     else:
         reason = "expected to be the fastest of " + ", ".join(candidates)
+    if name == "blocksparse" and problem.device.type == "cpu":
+        why_not = native.refusal(problem.device, problem.dtype)
+        reason += "; forward in C" if why_not is None else f"; in torch ({why_not})"
     return Plan(
         backend=name,
         reason=reason,

@@ -11,7 +11,7 @@ and backwards, with delta = rowsum(d out * out),
 
 `saccade.ops.blocks` makes the pieces in which that is done: the key blocks of a piece are gathered into a batch that
 stays in cache, and P is computed again in the backward pass. Extra memory is two gathered batches and two tiles of
-scores. Half precision is computed in float32. Forward on the CPU, `saccade.ops.native` does it in C where it can.
+scores. Half precision is computed in float32. On the CPU `saccade.ops.native` does it in C where it can.
 
 Windows and neighbourhoods are regular, which `saccade.ops.windows` uses: `run` hands those over.
 
@@ -72,8 +72,8 @@ def refusal(problem: Problem) -> str | None:
 
 
 def share(problem: Problem) -> float:
-    """Measured: in C at 1.2 times SDPA's rate; in torch, and backward, pieces run at three quarters of it, slower where
-    masked, and a call and a piece cost a moment."""
+    """Measured: in C at 1.2 times SDPA's rate; in torch pieces run at three quarters of it, slower where masked, and a
+    call and a piece cost a moment."""
     if (fast := _regular(problem)) is not None:
         return float(fast.share(problem))
     states = problem.block_map
@@ -82,7 +82,7 @@ def share(problem: Problem) -> float:
     pairs = problem.B * problem.H * problem.N * problem.M
     # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
     dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
-    if native.refusal(problem.device, problem.dtype) is None and not problem.needs_grad:
+    if native.refusal(problem.device, problem.dtype) is None:
         return problem.density * 0.82 + 0.1 * partial + 4e-4 / dense_seconds
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
@@ -388,6 +388,9 @@ class _BlockSparse(torch.autograd.Function):
         s, D, E = job.structure, q.shape[3], v.shape[3]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
+        if native.refusal(q.device, q.dtype) is None:
+            grads = native_blocks.block_gradients(q, k, v, s, bias, job.scale, out, lse, grad_out, grad_lse)
+            return *grads, None
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R, grad_out_R = _to_blocks(out, s.block_q), _to_blocks(grad_out, s.block_q)
         lse_R = _to_blocks(lse[..., None], s.block_q)

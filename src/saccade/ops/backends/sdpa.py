@@ -72,13 +72,13 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if problem.E != problem.D:
         # the fused kernel wants one width; zeros add nothing to a dot product or to a sum
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (in_rows(x) for x in (q, k, v))
     if problem.return_lse:
         bias = None
         if allowed is not None:
             bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
             bias = bias.expand(problem.B, problem.H, -1, -1)
         k, v = repeat_heads(k, problem.H), repeat_heads(v, problem.H)
-        q, k, v = (_in_rows(x) for x in (q, k, v))
         out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, problem.scale)
         if allowed is not None:
             empty = ~allowed.any(-1)
@@ -98,8 +98,11 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return out[..., : problem.E], lse
 
 
-def _in_rows(x: Tensor) -> Tensor:
-    """`x` with its last axis laid out densely, which the flash kernel takes for granted and does not check."""
+def in_rows(x: Tensor) -> Tensor:
+    """`x` with its last axis laid out densely.
+
+    The flash kernel takes it for granted, and SDPA leaves that kernel for one with quadratic memory where it is not so.
+    """
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -123,9 +126,9 @@ class _FlashWithLSE(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:  # type: ignore[override]
         q, k, v, bias, out, lse = ctx.saved_tensors
         width = q.shape[-1]
-        q, k, v = (_in_rows(F.pad(x, (0, 1))) for x in (q, k, v))
-        out = _in_rows(torch.cat([out, torch.ones_like(out[..., :1])], -1))
-        grad_out = _in_rows(torch.cat([grad_out, -grad_lse[..., None].to(grad_out.dtype)], -1))
+        q, k, v = (in_rows(F.pad(x, (0, 1))) for x in (q, k, v))
+        out = in_rows(torch.cat([out, torch.ones_like(out[..., :1])], -1))
+        grad_out = in_rows(torch.cat([grad_out, -grad_lse[..., None].to(grad_out.dtype)], -1))
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, ctx.causal, attn_mask=bias, scale=ctx.scale
         )

@@ -1,7 +1,7 @@
 """Inner loops in C for the CPU, compiled on the machine at first use: what torch has no fused operator for.
 
-`attend.c` holds softmax attention over lists of keys, `grid.c` over neighbourhoods on a grid; float32, forward. They
-are compiled by the C compiler that
+`attend.c` holds softmax attention over lists of keys, `grid.c` over neighbourhoods on a grid; float32; `gradients.c`
+the backward pass of the former. They are compiled by the C compiler that
 `torch.compile` uses too (`$CC`, else cc, gcc or clang; a second), for the machine's own instructions, into
 the cache folder (`$XDG_CACHE_HOME/saccade` or `~/.cache/saccade`). Where that cannot be done, `refusal` says
 why, `saccade.plan` shows it, and the paths in pure torch run instead. `SACCADE_NATIVE=0` turns it off.
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from math import ceil, log
 from pathlib import Path
@@ -30,11 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.folder import cache_folder
+from saccade.ops.memory import large_empty
 
-__all__ = ["Keys", "Tasks", "address", "attend_tasks", "library", "merge_shares", "refusal"]
+__all__ = ["Gradients", "Keys", "Tasks", "address", "attend_tasks", "library", "merge_shares", "refusal"]
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("attend.c", "grid.c", "grid8.c"), ("vectors.h",)
+SOURCES, HEADERS = ("attend.c", "gradients.c", "grid.c", "grid8.c"), ("lists.h", "vectors.h")
 
 #: flags of the compiler: the machine's own vectors, and the OpenMP whose threads torch has already started
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -114,10 +116,10 @@ _kept = _Kept()
 def _scratch(floats: int) -> Tensor:
     """Memory for `floats` floats, until this thread's next call."""
     if floats * 4 > KEPT_BYTES:
-        return torch.empty(floats)
+        return large_empty((floats,), torch.float32, torch.device("cpu"))
     if _kept.panels is None or _kept.panels.numel() < floats:
         with torch.inference_mode(False):
-            _kept.panels = torch.empty(floats)
+            _kept.panels = large_empty((floats,), torch.float32, torch.device("cpu"))
     return _kept.panels
 
 
@@ -128,15 +130,19 @@ class Keys:
     """
 
     def __init__(self, k: Tensor, v: Tensor, block: int) -> None:
-        code = library()
         self.M, self.D, self.block = k.shape[2], k.shape[3], block
-        heads, lanes = k.shape[0] * k.shape[1], code.saccade_lanes()
-        k = k.detach().contiguous()
-        panels = heads * ceil(self.M / block) * ceil(block / lanes)
-        self.panels = _scratch(panels * lanes * self.D)
-        threads = torch.get_num_threads()
-        code.saccade_panels(address(k), address(self.panels), heads, self.M, self.D, block, threads)
+        self.panels = _panels(k.detach().contiguous(), block, _scratch)
         self.values = F.pad(v.detach(), (0, -v.shape[3] % WIDTH)).contiguous()
+
+
+def _panels(x_BKMD: Tensor, block: int, room: Callable[[int], Tensor]) -> Tensor:
+    """Keys (or values) transposed into the panels that `attend.c` multiplies with."""
+    B, K, M, D = x_BKMD.shape
+    code = library()
+    lanes = code.saccade_lanes()
+    panels = room(B * K * ceil(M / block) * ceil(block / lanes) * lanes * D)
+    code.saccade_panels(address(x_BKMD), address(panels), B * K, M, D, block, torch.get_num_threads())
+    return panels
 
 
 def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Tensor, lse: Tensor) -> None:
@@ -162,6 +168,84 @@ def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Te
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the working memory of attention")
+
+
+class Gradients:
+    """The backward pass of tasks: `add` those of a forward pass, then `finish`.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE: inputs, outputs, and the gradient of `out`; float32.
+        grad_lse_BHN: the gradient of `lse`, or None.
+        block: tokens of a block of keys.
+        scale: of the scores.
+        apart: no row is in two tasks, so that tasks of one key head may run at the same time.
+    """
+
+    def __init__(
+        self,
+        q_BHND: Tensor,
+        k_BKMD: Tensor,
+        v_BKME: Tensor,
+        out_BHNE: Tensor,
+        lse_BHN: Tensor,
+        grad_BHNE: Tensor,
+        grad_lse_BHN: Tensor | None,
+        block: int,
+        scale: float,
+        *,
+        apart: bool,
+    ) -> None:
+        self.widths, self.block, self.scale = (q_BHND.shape[3], v_BKME.shape[3]), block, scale
+        delta = (grad_BHNE * out_BHNE).sum(-1)
+        if grad_lse_BHN is not None:
+            delta = delta - grad_lse_BHN.masked_fill(lse_BHN == float("-inf"), 0.0)
+        self.delta, self.lse = delta.contiguous(), lse_BHN.contiguous()
+        self.q, self.k, v, self.grad = (
+            F.pad(x, (0, -x.shape[3] % WIDTH)).contiguous() for x in (q_BHND, k_BKMD, v_BKME, grad_BHNE)
+        )
+        self.panels, self.value_panels = (_panels(x, block, torch.empty) for x in (self.k, v))
+        M = self.k.shape[2]
+        self.heads, threads = self.k.shape[0] * self.k.shape[1], torch.get_num_threads()
+        even = self.heads % threads == 0 or self.heads >= 4 * threads
+        self.parts = 1 if even or not apart else ceil(2 * threads / self.heads)
+        self.grad_q = torch.zeros_like(self.q)
+        self.grad_k, self.grad_v = (self.k.new_zeros(self.heads, self.parts, M, x.shape[3]) for x in (self.k, v))
+
+    def add(self, tasks: Tasks, run_grad: Tensor | None = None) -> None:
+        """Add what these tasks give; `run_grad` (runs,) is added the gradient of the bias of each run.
+
+        Raises:
+            MemoryError: if there is no room for the working memory of a thread.
+        """
+        # tasks stand in the order of heads: each head's in equal parts
+        queries, B_H = self.q.shape[2], self.q.shape[0] * self.q.shape[1]
+        task_head = tasks.rows[tasks.task_row[:-1].clamp(max=len(tasks.rows) - 1)] // queries * self.heads // B_H
+        first = torch.searchsorted(task_head, torch.arange(self.heads + 1))
+        share = torch.arange(self.parts)
+        owner_task = (first[:-1, None] + first.diff()[:, None] * share // self.parts).flatten()
+        owner_task = torch.cat([owner_task, first[-1:]])
+        t, at = tasks, address
+        M, D = self.k.shape[2:]
+        failed = library().saccade_gradients(
+            at(self.q), at(self.grad), at(self.delta), at(self.lse), at(self.k), at(self.panels),
+            at(self.value_panels), at(self.grad_q), at(self.grad_k), at(self.grad_v), at(run_grad), at(owner_task),
+            len(owner_task) - 1, at(t.rows), at(t.task_row), at(t.task_run), at(t.task_mask), at(t.run_key),
+            at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.tiles),
+            *t.mask_shape, M, D, self.grad.shape[3], self.block, self.scale, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no room for the working memory of attention")
+
+    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v."""
+        D, E = self.widths
+        shape = self.k.shape[:3]
+        grad_k, grad_v = (x.sum(1) if self.parts > 1 else x for x in (self.grad_k, self.grad_v))
+        return (
+            self.grad_q[..., :D],
+            grad_k.view(*shape, -1)[..., :D].mul_(self.scale),
+            grad_v.view(*shape, -1)[..., :E],
+        )
 
 
 def merge_shares(out_RE: Tensor, lse_R: Tensor, parts_RsE: Tensor, lse_Rs: Tensor) -> None:
@@ -191,6 +275,7 @@ _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
     "saccade_tasks": "pppppppppplpppppppllllllfi",
+    "saccade_gradients": "pppppppppppplpppppppppppllllllfi",
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllfi",
     "saccade_grid8": "ppppplllllplppllfi",

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from saccade.ops.blocks import BlockStructure
 from saccade.ops.masks import EMPTY, PARTIAL
-from saccade.ops.native import TASK_ROWS, WIDTH, Keys, Tasks, attend_tasks
+from saccade.ops.memory import large_empty
+from saccade.ops.native import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
 
-__all__ = ["attend_blocks", "attend_ranges"]
+__all__ = ["attend_blocks", "attend_ranges", "block_gradients", "range_gradients"]
 
 #: neighbouring queries that share a task, each with its range of keys
 RANGE_ROWS = 64
@@ -30,11 +31,35 @@ def attend_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`, float32; the bias is added to a block's scores."""
     keys = Keys(k_BKMD, v_BKME, s.block_k)
-    out = q_BHND.new_empty(s.B, s.H, s.N, keys.values.shape[3])
+    out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
     lse = q_BHND.new_empty(s.B, s.H, s.N)
     for first, last in _ranges(s):
-        attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm), scale, out, lse)
+        attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse)
     return out[..., : v_BKME.shape[3]], lse
+
+
+def block_gradients(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    s: BlockStructure,
+    bias_BHnm: Tensor | None,
+    scale: float,
+    out_BHNE: Tensor,
+    lse_BHN: Tensor,
+    grad_BHNE: Tensor,
+    grad_lse_BHN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the bias."""
+    sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, s.block_k, scale, apart=True)
+    grad_bias = None if bias_BHnm is None else torch.zeros_like(bias_BHnm, memory_format=torch.contiguous_format)
+    for first, last in _ranges(s):
+        tasks, map_P = _tasks(s, first, last, bias_BHnm)
+        of_runs = None if grad_bias is None else grad_bias.new_zeros(len(map_P))
+        sums.add(tasks, of_runs)
+        if grad_bias is not None and of_runs is not None:
+            grad_bias.view(-1)[map_P] = of_runs
+    return *sums.finish(), grad_bias
 
 
 def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
@@ -47,8 +72,8 @@ def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, total)
 
 
-def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -> Tasks:
-    """Query blocks [first, last) of all heads."""
+def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -> tuple[Tasks, Tensor]:
+    """Query blocks [first, last) of all heads, and the place of each run in the block map."""
     states = s.rows_of_states(first, last)
     kept = states != EMPTY
     row_P, block_P = kept.nonzero(as_tuple=True)
@@ -75,7 +100,7 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         example = torch.empty(int(kind_p.max()) + 1, dtype=torch.long).scatter_(0, kind_p, map_P[partial])
         tiles = s.allowed(example).expand(-1, s.block_q, s.block_k)
         run_mask = torch.full_like(map_P, -1).index_copy_(0, partial, kind_p)
-    return Tasks(
+    tasks = Tasks(
         rows=rows,
         slots=rows,
         task_row=task_row - task_row[0],
@@ -87,6 +112,7 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
         tiles=tiles,
     )
+    return tasks, map_P
 
 
 def attend_ranges(
@@ -96,10 +122,35 @@ def attend_ranges(
 
     Both grow, or stay, from query to query; last < first is none.
     """
+    keys = Keys(k_BKMD, v_BKME, k_BKMD.shape[2])
+    out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
+    lse = q_BHND.new_empty(q_BHND.shape[:3])
+    attend_tasks(q_BHND, keys, _range_tasks(q_BHND, k_BKMD, first_N, last_N), scale, out, lse)
+    return out[..., : v_BKME.shape[3]], lse
+
+
+def range_gradients(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    scale: float,
+    out_BHNE: Tensor,
+    lse_BHN: Tensor,
+    grad_BHNE: Tensor,
+    grad_lse_BHN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    block = k_BKMD.shape[2]
+    sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, block, scale, apart=True)
+    sums.add(_range_tasks(q_BHND, k_BKMD, first_N, last_N))
+    return sums.finish()
+
+
+def _range_tasks(q_BHND: Tensor, k_BKMD: Tensor, first_N: Tensor, last_N: Tensor) -> Tasks:
     B, H, N, _ = q_BHND.shape
     K, M = k_BKMD.shape[1:3]
-    keys = Keys(k_BKMD, v_BKME, M)
-    out, lse = q_BHND.new_empty(B, H, N, keys.values.shape[3]), q_BHND.new_empty(B, H, N)
     start = torch.arange(0, N, RANGE_ROWS)
     end = (start + RANGE_ROWS).clamp(max=N)
     # runs begin where a panel of any vector's width begins
@@ -108,7 +159,7 @@ def attend_ranges(
     key = (heads // H * K + heads % H // (H // K)) * M
     rows = torch.arange(B * H * N)
     run = torch.arange(B * H * len(start))
-    tasks = Tasks(
+    return Tasks(
         rows=rows,
         slots=rows,
         task_row=torch.cat([(heads[:, None] * N + start).flatten(), torch.tensor([B * H * N])]),
@@ -119,5 +170,3 @@ def attend_ranges(
         row_first=first_N.repeat(B * H),
         row_last=last_N.repeat(B * H),
     )
-    attend_tasks(q_BHND, keys, tasks, scale, out, lse)
-    return out[..., : v_BKME.shape[3]], lse

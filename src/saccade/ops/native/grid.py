@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.masks import Neighborhood
+from saccade.ops.memory import large_empty
 from saccade.ops.native import WIDTH, address, library
 
 __all__ = ["attend_grid"]
@@ -50,7 +51,7 @@ def attend_grid(
         q_BHND, scale = -q_BHND, -scale
     q, k = q_BHND.detach().contiguous(), k_BKND.detach().contiguous()
     v = F.pad(v_BKNE.detach(), (0, -E % WIDTH)).contiguous()
-    out, lse = q.new_empty(B, H, N, v.shape[3]), q.new_empty(B, H, N)
+    out, lse = large_empty((B, H, N, v.shape[3]), q.dtype, q.device), q.new_empty(B, H, N)
     for grid in _grids(mask.size, mask.kernel, mask.dilation, mask.stride, mask.causal):
         run = library().saccade_grid8 if grid.narrow else library().saccade_grid
         failed = run(
@@ -103,7 +104,7 @@ def _classes(
 
 
 def _tile(window: Tensor) -> tuple[int, int, bool]:
-    """Queries side by side whose keys fill the fewest lanes, the vectors that hold these keys, and whether of 8 lanes."""
+    """Queries side by side whose keys fill the fewest lanes, the vectors that hold these, and whether narrow ones."""
     own = library().saccade_lanes()
     best = (float("inf"), 1, 1, False)
     for tile, narrow in product(range(1, ROWS + 1), (False, True) if own > 8 else (False,)):

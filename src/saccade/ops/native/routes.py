@@ -11,9 +11,10 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from saccade.ops.native import TASK_ROWS, Keys, Tasks, attend_tasks, merge_shares
+from saccade.ops.memory import large_empty
+from saccade.ops.native import TASK_ROWS, Gradients, Keys, Tasks, attend_tasks, merge_shares
 
-__all__ = ["attend_routes"]
+__all__ = ["attend_routes", "route_gradients"]
 
 #: queries of an own block that share a task
 OWN_ROWS = 64
@@ -30,7 +31,8 @@ def attend_routes(
     K, M, E = k_BKMD.shape[1], k_BKMD.shape[2], v_BKME.shape[3]
     keys = Keys(k_BKMD, v_BKME, size)
     width = keys.values.shape[3]
-    out, lse = q_BHND.new_empty(B * H, N, width), q_BHND.new_empty(B * H, N)
+    out = large_empty((B * H, N, width), q_BHND.dtype, q_BHND.device)
+    lse = q_BHND.new_empty(B * H, N)
     if own:
         attend_tasks(q_BHND, keys, _own_tasks(B, H, K, N, M, size), scale, out, lse)
     else:
@@ -41,7 +43,7 @@ def attend_routes(
     for first in range(0, N if shares else 0, step):
         chosen = chosen_BHNj[:, :, first : first + step]
         queries = chosen.shape[2]
-        parts = q_BHND.new_empty(B * H * queries, shares, width)
+        parts = large_empty((B * H * queries, shares, width), q_BHND.dtype, q_BHND.device)
         parts_lse = q_BHND.new_full((B * H * queries, shares), float("-inf"))
         tasks = _tasks(chosen, K, M, size, first, N)
         attend_tasks(q_BHND, keys, tasks, scale, parts, parts_lse)
@@ -52,6 +54,30 @@ def attend_routes(
             merge_shares(out_here.view(-1, width), lse_here.view(-1), parts, parts_lse)
             out[:, first : first + step], lse[:, first : first + step] = out_here, lse_here
     return out.view(B, H, N, width)[..., :E], lse.view(B, H, N)
+
+
+def route_gradients(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    chosen_BHNj: Tensor,
+    size: int,
+    scale: float,
+    own: bool,
+    out_BHNE: Tensor,
+    lse_BHN: Tensor,
+    grad_BHNE: Tensor,
+    grad_lse_BHN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given what each query got from all of its blocks."""
+    B, H, N, _ = q_BHND.shape
+    K, M = k_BKMD.shape[1:3]
+    sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, size, scale, apart=False)
+    if own:
+        sums.add(_own_tasks(B, H, K, N, M, size))
+    if chosen_BHNj.shape[3]:
+        sums.add(_tasks(chosen_BHNj, K, M, size, 0, N))
+    return sums.finish()
 
 
 def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:

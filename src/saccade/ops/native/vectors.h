@@ -134,14 +134,14 @@ static void multiply(product *const (*kind)[ROWS], int rows, long vectors, const
 
 static float *room(long floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
-/* 8 x 8 elements transposed, lines of the result LANES apart. */
+/* 8 x 8 elements transposed. */
 #if LANES >= 8 && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define TRANSPOSED 8
 typedef float eight __attribute__((vector_size(32)));
 typedef eight any_eight __attribute__((aligned(4), may_alias));
 #define MIX(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
-INLINE void transpose(const float *from, long step, float *to) {
+INLINE void transpose(const float *from, long step, float *to, long step_to) {
     eight x[8], y[8];
     UNROLL for (int i = 0; i < 8; i++) x[i] = *(const any_eight *)(from + i * step);
     UNROLL for (int i = 0; i < 8; i += 2) {
@@ -154,21 +154,21 @@ INLINE void transpose(const float *from, long step, float *to) {
             x[i + 2 * j + 1] = MIX(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
         }
     UNROLL for (int i = 0; i < 4; i++) {
-        *(any_eight *)(to + i * LANES) = MIX(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        *(any_eight *)(to + (i + 4) * LANES) = MIX(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+        *(any_eight *)(to + i * step_to) = MIX(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        *(any_eight *)(to + (i + 4) * step_to) = MIX(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
     }
 }
 #endif
 #endif
 
 /* Keys of a row as panels (vectors, D, LANES), filled up with zeros. */
-static void fill(float *panels, const float *from, long step, long keys, long vectors, long D) {
+static inline void fill(float *panels, const float *from, long step, long keys, long vectors, long D) {
     for (long v = 0; v < vectors; v++, keys -= LANES, from += LANES * step, panels += LANES * D) {
         long d = 0;
 #ifdef TRANSPOSED
         if (keys >= LANES)
             for (; d + 8 <= D; d += 8)
-                for (int i = 0; i < LANES; i += 8) transpose(from + i * step + d, step, panels + d * LANES + i);
+                for (int i = 0; i < LANES; i += 8) transpose(from + i * step + d, step, panels + d * LANES + i, LANES);
 #endif
         for (; d < D; d++)
             for (long i = 0; i < LANES; i++) panels[d * LANES + i] = i < keys ? from[i * step + d] : 0.0f;
