@@ -126,18 +126,18 @@ def _in_pieces(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, normalizat
     (B, H, N, D), (K, M), E = q.shape, k.shape[1:3], v.shape[3]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     lowest = torch.finfo(wide).min
+
+    def keys(piece: slice) -> Tensor:
+        key = k[:, :, piece].to(wide)
+        return key if valid is None else key.masked_fill(~valid[:, :, piece], lowest)
+
     top = k.new_full((B, K, 1, D), lowest, dtype=wide)
     for start in range(0, M, _PIECE):
-        piece = slice(start, start + _PIECE)
-        key = k[:, :, piece].to(wide)
-        key = key if valid is None else key.masked_fill(~valid[:, :, piece], lowest)
-        top = torch.maximum(top, key.amax(2, keepdim=True))
+        top = torch.maximum(top, keys(slice(start, start + _PIECE)).amax(2, keepdim=True))
     context, total = q.new_zeros(B, K, D, E, dtype=wide), q.new_zeros(B, K, 1, D, dtype=wide)
     for start in range(0, M, _PIECE):
         piece = slice(start, start + _PIECE)
-        weight = k[:, :, piece].to(wide)
-        if normalization == "softmax":
-            weight = (weight - top).exp_()
+        weight = (keys(piece) - top).exp_() if normalization == "softmax" else k[:, :, piece].to(wide)
         if valid is not None:
             weight = weight * valid[:, :, piece]
         context += weight.mT @ v[:, :, piece].to(wide)
