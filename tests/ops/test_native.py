@@ -124,7 +124,7 @@ def test_blocks(
 def test_ranges(N: int, M: int, low: int, width: int) -> None:
     q, k, v = inputs(2, 4, 2, N, M, 24, 16)
     row = torch.arange(N)
-    found = attend_ranges(q, k, v, (row + low).clamp(0, M), (row + low + width).clamp(-1, M - 1), 0.3)
+    found = attend_ranges(q, k, v, (row + low).clamp(0, M), (row + low + width).clamp(-1, M - 1), None, 0.3)
     distance = torch.arange(M) - row[:, None]
     pairs = (distance >= low) & (distance <= low + width)
     agree(found, definition(q, k, v, pairs, 0.3))
@@ -133,6 +133,24 @@ def test_ranges(N: int, M: int, low: int, width: int) -> None:
         lambda q, k, v: saccade.attend(q, k, v, mask=band, backend="blocksparse", return_lse=True),
         lambda q, k, v: definition(q, k, v, band, 24**-0.5), q, k, v,
     )  # fmt: skip
+
+
+@few
+@given(st.sampled_from([(1, 1), (4, 2)]), st.integers(1, 150), st.integers(1, 150), st.integers(0, 99))
+def test_rows_of_tensors_and_bands(heads: tuple[int, int], N: int, M: int, seed: int) -> None:
+    q, k, v = inputs(2, *heads, N, M, 24, 16, seed)
+    generator = torch.Generator().manual_seed(seed)
+    H = heads[0]
+    shapes = (2, H, N, M), (1, 1, N, M), (2, 1, 1, M), (1, H, 1, M), (1, 1, N, 1)
+    tensors = [masks.dense(torch.rand(shape, generator=generator) < 0.6) for shape in shapes]
+    padding = masks.padding(torch.rand(2, M, generator=generator) < 0.6)
+    for mask in (*tensors, padding, padding & masks.causal(), masks.window(9, 30) & tensors[0], masks.causal(M - N)):
+        found = blocksparse_attend(q, k, v, mask, scale=0.4, return_lse=True)
+        agree(found, definition(q, k, v, mask, 0.4))
+        gradients_agree(
+            lambda q, k, v, mask=mask: blocksparse_attend(q, k, v, mask, return_lse=True),
+            lambda q, k, v, mask=mask: definition(q, k, v, mask, 24**-0.5), q, k, v,
+        )  # fmt: skip
 
 
 @few

@@ -205,20 +205,24 @@ def _choose(
     (B, H, X, _), Y = qbar.shape, kbar.shape[2]
     ordered = counts_B is not None
     step = max(1, min(X, max(_RANKED, 4 * B * H * total) // max(1, B * H * Y)))
-    values = qbar.new_empty(B, H, 0)
-    best = torch.empty(B, H, 0, dtype=torch.long, device=qbar.device)
+    values = best = None
     tops = []
+    absent = (key_count == 0)[:, None, None]
+    padded = bool(absent.any())
     for start in range(0, X, step):
         stop = min(start + step, X)
-        scores = (qbar[:, :, start:stop] @ kbar.mT) * factor
-        top = scores if released else scores.masked_fill((key_count == 0)[:, None, None], -math.inf)
+        scores = (qbar[:, :, start:stop] @ kbar.mT).mul_(factor)
+        top = scores.masked_fill(absent, -math.inf) if padded and not released else scores
         tops.append(top.amax(-1).clamp(min=torch.finfo(scores.dtype).min))
         here = _ranks(qbar, kbar, factor, tops[-1], query_count, key_count, first, diagonal, start, stop, scores)
-        index = torch.arange(start * Y, stop * Y, device=qbar.device).expand(B, H, -1)
-        if start:
+        here, index = here.topk(min(total, here.shape[-1]), -1, sorted=ordered and stop == X and not start)
+        index += start * Y
+        if values is not None and best is not None:
             here, index = torch.cat([values, here], -1), torch.cat([best, index], -1)
-        values, picked = here.topk(min(total, here.shape[-1]), -1, sorted=ordered and stop == X)
-        best = index.gather(-1, picked) if start or stop < X else picked
+            here, picked = here.topk(min(total, here.shape[-1]), -1, sorted=ordered and stop == X)
+            index = index.gather(-1, picked)
+        values, best = here, index
+    assert values is not None and best is not None
     threshold = values.amin(-1) if values.shape[-1] else values.new_full((B, H), math.inf)
     kept = None
     if counts_B is not None:
@@ -243,7 +247,8 @@ def _ranks(
     scores = (qbar[:, :, start:stop] @ kbar.mT) * factor if scores is None else scores
     ranks = scores.detach() - top_BHX[..., None]
     absent = (query_count[:, start:stop, None] == 0) | (key_count[:, None] == 0)
-    ranks = ranks - _PAD * absent[:, None].to(ranks.dtype)
+    if absent.any():
+        ranks = ranks - _PAD * absent[:, None].to(ranks.dtype)
     x = torch.arange(start, stop, device=ranks.device)[:, None]
     y = torch.arange(kbar.shape[2], device=ranks.device)
     if diagonal:

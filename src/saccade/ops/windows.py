@@ -777,7 +777,7 @@ def _grouped(x: Tensor, K: int, dtype: torch.dtype) -> Tensor:
 def _in_c(q: Tensor, k: Tensor, v: Tensor, spec: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """The native code's ranges of keys in one axis, its grids in more."""
     seen = _ranges(spec, q.shape[2], k.shape[2])
-    return attend_grid(q, k, v, _grid(spec), scale) if seen is None else attend_ranges(q, k, v, *seen, scale)
+    return attend_grid(q, k, v, _grid(spec), scale) if seen is None else attend_ranges(q, k, v, *seen, None, scale)
 
 
 def _grid(spec: Sequence[int]) -> Neighborhood:
@@ -851,7 +851,7 @@ def _window_backward(
     seen = _ranges(spec, N, M)
     if lse.numel() and seen is not None and native.refusal(q.device, q.dtype) is None:
         grads = range_gradients(
-            q.float(), k.float(), v.float(), *seen, scale, out.float(), lse, grad_out.float(), grad_lse
+            q.float(), k.float(), v.float(), *seen, None, scale, out.float(), lse, grad_out.float(), grad_lse
         )
         return tuple(x.to(q.dtype).contiguous() for x in grads)  # type: ignore[return-value]
     dtype = _working_dtype(q.dtype)

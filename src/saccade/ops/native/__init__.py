@@ -63,6 +63,10 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     return _loaded()[1]
 
 
+# what torch.compiler.assume_constant_result does, without its import of the whole compiler
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Tasks:
     """Rows that meet the same runs of keys, as `attend.c` lists them.
 
@@ -73,10 +77,11 @@ class Tasks:
         task_run: (T, 2) first run of each task, and the one after its last.
         run_key: (L,) first key of each run among those of all heads: head * M + key.
         run_count: (L,) keys of the run, within one block.
-        run_mask: (L,) mask tile of the run, or -1.
-        task_mask: (T,) line of a mask tile that the task's first row is.
+        run_mask: (L,) where in `masks` the first line of the run's mask begins, or -1.
+        task_mask: (T,) line of its masks at which the task's first row stands.
         run_bias: (L,) added to the scores of the run.
-        tiles: bool (tiles, rows, keys), True = may attend.
+        masks: bool, True = may attend, contiguous.
+        mask_step: elements from line to line of a mask.
         row_first, row_last: (R,) first and last key of its head that each row may attend to.
     """
 
@@ -91,7 +96,8 @@ class Tasks:
         run_mask: Tensor | None = None,
         task_mask: Tensor | None = None,
         run_bias: Tensor | None = None,
-        tiles: Tensor | None = None,
+        masks: Tensor | None = None,
+        mask_step: int = 0,
         row_first: Tensor | None = None,
         row_last: Tensor | None = None,
     ) -> None:
@@ -99,9 +105,7 @@ class Tasks:
         self.run_key, self.run_count, self.run_mask, self.run_bias = run_key, run_count, run_mask, run_bias
         self.task_mask = torch.zeros_like(task_row) if task_mask is None else task_mask
         self.row_first, self.row_last = row_first, row_last
-        self.mask_shape = (0, 0) if tiles is None else (tiles.shape[1], tiles.shape[2])
-        # C reads whole vectors
-        self.tiles = None if tiles is None else F.pad(tiles.reshape(-1).view(torch.uint8), (0, 64))
+        self.masks, self.mask_step = masks, mask_step
 
 
 class _Kept(local):
@@ -163,8 +167,8 @@ def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Te
     failed = library().saccade_tasks(
         at(q), at(keys.panels), at(keys.values), at(out), at(lse),
         at(t.rows), at(t.slots), at(t.task_row), at(t.task_run), at(t.task_mask), len(t.task_row) - 1,
-        at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.tiles),
-        *t.mask_shape, keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
+        at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.masks),
+        t.mask_step, keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the working memory of attention")
@@ -230,8 +234,8 @@ class Gradients:
             at(self.q), at(self.grad), at(self.delta), at(self.lse), at(self.k), at(self.panels),
             at(self.value_panels), at(self.grad_q), at(self.grad_k), at(self.grad_v), at(run_grad), at(owner_task),
             len(owner_task) - 1, at(t.rows), at(t.task_row), at(t.task_run), at(t.task_mask), at(t.run_key),
-            at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.tiles),
-            *t.mask_shape, M, D, self.grad.shape[3], self.block, self.scale, torch.get_num_threads(),
+            at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.masks),
+            t.mask_step, M, D, self.grad.shape[3], self.block, self.scale, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no room for the working memory of attention")
@@ -274,8 +278,8 @@ def address(x: Tensor | None) -> int | None:
 _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
-    "saccade_tasks": "pppppppppplpppppppllllllfi",
-    "saccade_gradients": "pppppppppppplpppppppppppllllllfi",
+    "saccade_tasks": "pppppppppplppppppplllllfi",
+    "saccade_gradients": "pppppppppppplppppppppppplllllfi",
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllfi",
     "saccade_grid8": "ppppplllllplppllfi",

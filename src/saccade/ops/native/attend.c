@@ -102,19 +102,19 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
  * slots      where its output and lse go
  * task_row   (tasks + 1) first row of each task
  * task_run   (tasks, 2) first run of each task, and the one after its last
- * task_mask  (tasks) line of a mask tile at which the task's first row stands
+ * task_mask  (tasks) line of its masks at which the task's first row stands
  * run_key    (runs) first key of the run, among the keys of all heads; a multiple of LANES from its block's start
  * run_count  (runs) keys, all in one block
- * run_mask   (runs) mask tile, or -1
+ * run_mask   (runs) where in `masks` the first line of the run's mask begins, or -1; lines are mask_step bytes apart
  * run_bias   (runs) added to the scores, in units of log 2, or null
  * row_first, row_last  (rows) first and last key of its head that a row may attend to, or null
- * tiles      bytes (.., mask_rows, mask_keys), with room for a vector after the last
+ * masks      bytes, 0 = may not attend
  */
 int saccade_tasks(const float *queries, const float *panels, const float *values, float *out, float *lse,
                   const int64_t *rows, const int64_t *slots, const int64_t *task_row, const int64_t *task_run,
                   const int64_t *task_mask, long tasks, const int64_t *run_key, const int64_t *run_count,
                   const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
-                  const int64_t *row_last, const uint8_t *tiles, long mask_rows, long mask_keys, long M, long D, long E, long block, float scale, int threads) {
+                  const int64_t *row_last, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
     long most = 0, per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
     int failed = 0;
     for (long t = 0; t < tasks; t++)
@@ -143,15 +143,15 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                 long head = run_key[i] / M, first = run_key[i] % M;
                 long panel = (head * per_head + first / block) * per_block + first % block / LANES;
                 const uint8_t *mask = 0;
-                if (run_mask && run_mask[i] >= 0) mask = tiles + (run_mask[i] * mask_rows + task_mask[t]) * mask_keys;
+                if (run_mask && run_mask[i] >= 0) mask = masks + run_mask[i] + task_mask[t] * mask_step;
                 for (long j = 0; j < run_count[i]; j += CHUNK) {
                     long keys = run_count[i] - j < CHUNK ? run_count[i] - j : CHUNK;
                     for (long r = 0, some; r < count; r += some) {
                         long groups = (count - r + ROWS - 1) / ROWS; /* as equal as they can be */
                         some = (count - r + groups - 1) / groups;
                         int from, to;
-                        Sight sight = {0, mask_keys, 0, 0, first + j};
-                        if (mask) sight.mask = mask + r * mask_keys + j;
+                        Sight sight = {0, mask_step, 0, 0, first + j};
+                        if (mask) sight.mask = mask + r * mask_step + j;
                         if (row_first) sight.first = row_first + task_row[t] + r, sight.last = row_last + task_row[t] + r;
                         narrow(&sight, (int)some, (int)keys, &from, &to);
                         if (from >= to) continue;

@@ -12,8 +12,9 @@ from math import ceil, log
 import torch
 from torch import Tensor
 
+from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure
-from saccade.ops.masks import EMPTY, PARTIAL
+from saccade.ops.masks import EMPTY, PARTIAL, Mask
 from saccade.ops.memory import large_empty
 from saccade.ops.native import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
 
@@ -30,6 +31,9 @@ def attend_blocks(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, s: BlockStructure, bias_BHnm: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`, float32; the bias is added to a block's scores."""
+    rows = None if bias_BHnm is not None else _by_row(s)
+    if rows is not None:
+        return attend_ranges(q_BHND, k_BKMD, v_BKME, *rows, scale)
     keys = Keys(k_BKMD, v_BKME, s.block_k)
     out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
     lse = q_BHND.new_empty(s.B, s.H, s.N)
@@ -51,6 +55,10 @@ def block_gradients(
     grad_lse_BHN: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of q, k, v and the bias."""
+    rows = None if bias_BHnm is not None else _by_row(s)
+    if rows is not None:
+        given = q_BHND, k_BKMD, v_BKME, *rows, scale, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN
+        return *range_gradients(*given), None
     sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, s.block_k, scale, apart=True)
     grad_bias = None if bias_BHnm is None else torch.zeros_like(bias_BHnm, memory_format=torch.contiguous_format)
     for first, last in _ranges(s):
@@ -60,6 +68,46 @@ def block_gradients(
         if grad_bias is not None and of_runs is not None:
             grad_bias.view(-1)[map_P] = of_runs
     return *sums.finish(), grad_bias
+
+
+_Rows = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _by_row(s: BlockStructure) -> _Rows | None:
+    """First and last key of each query, and which of those between it sees, where the mask says it in this way."""
+    if s.mask is None or not s.N or not s.M:
+        return None
+    found = _limits(s.mask)
+    if found is None:
+        return None
+    (low, high), seen = found
+    row = torch.arange(s.N)
+    first = torch.zeros_like(row) if low is None else (row + low).clamp(0, s.M)
+    last = torch.full_like(row, s.M - 1) if high is None else (row + high).clamp(-1, s.M - 1)
+    return first, last, seen
+
+
+_Limits = tuple[tuple[int | None, int | None], Tensor | None]
+
+
+def _limits(mask: Mask) -> _Limits | None:
+    """The bounds of a band, and a bool tensor that broadcasts to (B, H, N, M) or None: the mask is where both allow."""
+    if isinstance(mask, masks.Band):
+        return None if mask.nothing else ((mask.low, mask.high), None)
+    if isinstance(mask, masks.Padding):
+        return (None, None), mask.valid_BM[:, None, None]
+    if isinstance(mask, masks.Dense):
+        return (None, None), mask.mask_BHNM
+    if not isinstance(mask, masks._And):
+        return None
+    left, right = _limits(mask.left), _limits(mask.right)
+    if left is None or right is None or (left[1] is not None and right[1] is not None):
+        return None
+    # bands have been folded into one before they come here
+    if left[0] != (None, None) and right[0] != (None, None):
+        return None
+    bounds = left[0] if left[0] != (None, None) else right[0]
+    return bounds, left[1] if left[1] is not None else right[1]
 
 
 def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
@@ -92,14 +140,14 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
     rows = torch.arange(int(task_row[0]), end)
     runs_R = torch.stack([run_R - kept.sum(-1), run_R], -1)
 
-    run_mask, tiles = None, None
+    run_mask = tiles = None
     partial = (states[row_P, block_P] == PARTIAL).nonzero()[:, 0]
     if s.mask is not None and len(partial):
         _, kind_p = s.kinds(map_P[partial]).unique(return_inverse=True)
         # any block of a kind will do
         example = torch.empty(int(kind_p.max()) + 1, dtype=torch.long).scatter_(0, kind_p, map_P[partial])
-        tiles = s.allowed(example).expand(-1, s.block_q, s.block_k)
-        run_mask = torch.full_like(map_P, -1).index_copy_(0, partial, kind_p)
+        tiles = s.allowed(example).expand(-1, s.block_q, s.block_k).contiguous()
+        run_mask = torch.full_like(map_P, -1).index_copy_(0, partial, kind_p * (s.block_q * s.block_k))
     tasks = Tasks(
         rows=rows,
         slots=rows,
@@ -110,22 +158,30 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         run_mask=run_mask,
         task_mask=(torch.arange(pieces) * TASK_ROWS).repeat(last - first),
         run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
-        tiles=tiles,
+        masks=tiles,
+        mask_step=s.block_k,
     )
     return tasks, map_P
 
 
 def attend_ranges(
-    q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, first_N: Tensor, last_N: Tensor, scale: float
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    seen_BHNM: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N), float32, where each query attends to its keys first to last, inclusive.
 
-    Both grow, or stay, from query to query; last < first is none.
+    Both grow, or stay, from query to query; last < first is none. Of these keys those are attended that `seen` says: a
+    bool tensor that broadcasts to (B, H, N, M), or None for all.
     """
     keys = Keys(k_BKMD, v_BKME, k_BKMD.shape[2])
     out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
     lse = q_BHND.new_empty(q_BHND.shape[:3])
-    attend_tasks(q_BHND, keys, _range_tasks(q_BHND, k_BKMD, first_N, last_N), scale, out, lse)
+    attend_tasks(q_BHND, keys, _range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM), scale, out, lse)
     return out[..., : v_BKME.shape[3]], lse
 
 
@@ -135,6 +191,7 @@ def range_gradients(
     v_BKME: Tensor,
     first_N: Tensor,
     last_N: Tensor,
+    seen_BHNM: Tensor | None,
     scale: float,
     out_BHNE: Tensor,
     lse_BHN: Tensor,
@@ -144,29 +201,42 @@ def range_gradients(
     """Gradients of q, k and v."""
     block = k_BKMD.shape[2]
     sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, block, scale, apart=True)
-    sums.add(_range_tasks(q_BHND, k_BKMD, first_N, last_N))
+    sums.add(_range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM))
     return sums.finish()
 
 
-def _range_tasks(q_BHND: Tensor, k_BKMD: Tensor, first_N: Tensor, last_N: Tensor) -> Tasks:
+def _range_tasks(q_BHND: Tensor, k_BKMD: Tensor, first_N: Tensor, last_N: Tensor, seen_BHNM: Tensor | None) -> Tasks:
     B, H, N, _ = q_BHND.shape
     K, M = k_BKMD.shape[1:3]
     start = torch.arange(0, N, RANGE_ROWS)
     end = (start + RANGE_ROWS).clamp(max=N)
-    # runs begin where a panel of any vector's width begins
-    begin = first_N[start] // WIDTH * WIDTH
+    # runs begin where a panel of any vector's width begins; one of no keys may begin past the last
+    begin = (first_N[start] // WIDTH * WIDTH).clamp(max=M - 1)
     heads = torch.arange(B * H)
     key = (heads // H * K + heads % H // (H // K)) * M
     rows = torch.arange(B * H * N)
     run = torch.arange(B * H * len(start))
+    lines = run_mask = task_mask = None
+    step = 0
+    if seen_BHNM is not None:
+        # one line for all queries, where it is the same; a mask for each batch row and head that it knows
+        b, h, n, _ = seen_BHNM.shape
+        lines = seen_BHNM.expand(b, h, n, M).contiguous()
+        step = M if n > 1 else 0
+        of_head = (heads // H * (b > 1) * h + heads % H * (h > 1)) * (n * M)
+        run_mask = (of_head[:, None] + begin).flatten()
+        task_mask = start.repeat(B * H)
     return Tasks(
         rows=rows,
         slots=rows,
         task_row=torch.cat([(heads[:, None] * N + start).flatten(), torch.tensor([B * H * N])]),
         task_run=torch.stack([run, run + 1], -1),
-        # a run of none may begin past the last key
-        run_key=(key[:, None] + begin.clamp(max=M - 1)).flatten(),
+        run_key=(key[:, None] + begin).flatten(),
         run_count=(last_N[end - 1] + 1 - begin).clamp(min=0).repeat(B * H),
         row_first=first_N.repeat(B * H),
         row_last=last_N.repeat(B * H),
+        run_mask=run_mask,
+        task_mask=task_mask,
+        masks=lines,
+        mask_step=step,
     )

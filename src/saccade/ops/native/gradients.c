@@ -43,8 +43,8 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                       float *grad_values, float *run_grad, const int64_t *owner_task, long owners, const int64_t *rows,
                       const int64_t *task_row, const int64_t *task_run, const int64_t *task_mask,
                       const int64_t *run_key, const int64_t *run_count, const int64_t *run_mask, const float *run_bias,
-                      const int64_t *row_first, const int64_t *row_last, const uint8_t *tiles, long mask_rows,
-                      long mask_keys, long M, long D, long E, long block, float scale, int threads) {
+                      const int64_t *row_first, const int64_t *row_last, const uint8_t *masks, long mask_step,
+                      long M, long D, long E, long block, float scale, int threads) {
     long per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -79,7 +79,7 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                         long panel = (head * per_head + first / block) * per_block + first % block / LANES;
                         const uint8_t *mask = 0;
                         if (run_mask && run_mask[i] >= 0)
-                            mask = tiles + (run_mask[i] * mask_rows + task_mask[t] + high - task_row[t]) * mask_keys;
+                            mask = masks + run_mask[i] + (task_mask[t] + high - task_row[t]) * mask_step;
                         float bias = run_bias ? run_bias[i] : 0.0f, whole = 0;
                         for (long j = 0; j < run_count[i]; j += CHUNK) {
                             int some_keys = run_count[i] - j < CHUNK ? (int)(run_count[i] - j) : CHUNK;
@@ -89,8 +89,8 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                             for (int r = 0, some; r < count; r += some) {
                                 int groups = (count - r + ROWS - 1) / ROWS, from, to;
                                 some = (count - r + groups - 1) / groups;
-                                Sight sight = {0, mask_keys, 0, 0, first + j};
-                                if (mask) sight.mask = mask + r * mask_keys + j;
+                                Sight sight = {0, mask_step, 0, 0, first + j};
+                                if (mask) sight.mask = mask + r * mask_step + j;
                                 if (row_first) sight.first = row_first + high + r, sight.last = row_last + high + r;
                                 narrow(&sight, some, some_keys, &from, &to);
                                 if (from >= to) continue;
