@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import saccade
+from saccade.attention.nats import Lifetimes
 from saccade.ops import masks, native
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
@@ -151,6 +152,21 @@ def test_rows_of_tensors_and_bands(heads: tuple[int, int], N: int, M: int, seed:
             lambda q, k, v, mask=mask: blocksparse_attend(q, k, v, mask, return_lse=True),
             lambda q, k, v, mask=mask: definition(q, k, v, mask, 24**-0.5), q, k, v,
         )  # fmt: skip
+
+
+@few
+@given(st.sampled_from([(1, 1), (4, 2)]), st.integers(1, 150), st.integers(1, 150), st.integers(0, 99))
+def test_keys_that_are_seen_for_a_while(heads: tuple[int, int], N: int, M: int, seed: int) -> None:
+    H, K = heads
+    q, k, v = inputs(2, H, K, N, M, 24, 16, seed)
+    generator = torch.Generator().manual_seed(seed)
+    born = torch.randint(0, N + 20, (2, K, M), generator=generator)
+    mask = Lifetimes(born, born + torch.randint(-5, 60, (2, K, M), generator=generator), H // K, offset=3)
+    agree(blocksparse_attend(q, k, v, mask, scale=0.4, return_lse=True), definition(q, k, v, mask, 0.4))
+    gradients_agree(
+        lambda q, k, v: blocksparse_attend(q, k, v, mask, return_lse=True),
+        lambda q, k, v: definition(q, k, v, mask, 24**-0.5), q, k, v,
+    )  # fmt: skip
 
 
 @few

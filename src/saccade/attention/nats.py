@@ -110,6 +110,9 @@ class Lifetimes(Mask):
         every = (first_q >= high_born[:, :, None]) & (last_q <= low_until[:, :, None])
         return masks._state(some, every & some).repeat_interleave(self.group, 1)
 
+    def key_limits(self) -> tuple[Tensor, Tensor]:
+        return self.born_BKM - self.offset, self.until_BKM - self.offset
+
     def __repr__(self) -> str:
         return f"lifetimes({self.heads} heads, {self.until_BKM.shape[2]} keys)"
 

@@ -107,6 +107,10 @@ class Mask:
         """The same mask with its tensors on `device`."""
         return self
 
+    def key_limits(self) -> tuple[Tensor, Tensor] | None:
+        """First and last query that sees each key, (B', K', M), where that is all that the mask says; else None."""
+        return None
+
     def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
         """The bool tensor (B', H', n, m) that this mask stands for. Quadratic: for small sizes and for tests."""
         self.check(n, m)

@@ -83,6 +83,8 @@ class Tasks:
         masks: bool, True = may attend, contiguous.
         mask_step: elements from line to line of a mask.
         row_first, row_last: (R,) first and last key of its head that each row may attend to.
+        row_place, key_born, key_until: int32 (R,) and (keys of all heads,): a row attends to the keys whose born and
+            until enclose its place.
     """
 
     def __init__(
@@ -100,11 +102,16 @@ class Tasks:
         mask_step: int = 0,
         row_first: Tensor | None = None,
         row_last: Tensor | None = None,
+        row_place: Tensor | None = None,
+        key_born: Tensor | None = None,
+        key_until: Tensor | None = None,
     ) -> None:
         self.rows, self.slots, self.task_row, self.task_run = rows, slots, task_row, task_run
         self.run_key, self.run_count, self.run_mask, self.run_bias = run_key, run_count, run_mask, run_bias
         self.task_mask = torch.zeros_like(task_row) if task_mask is None else task_mask
-        self.row_first, self.row_last = row_first, row_last
+        self.row_first, self.row_last, self.row_place = row_first, row_last, row_place
+        # C reads whole vectors
+        self.key_born, self.key_until = (None if x is None else F.pad(x, (0, WIDTH)) for x in (key_born, key_until))
         self.masks, self.mask_step = masks, mask_step
 
 
@@ -167,7 +174,8 @@ def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Te
     failed = library().saccade_tasks(
         at(q), at(keys.panels), at(keys.values), at(out), at(lse),
         at(t.rows), at(t.slots), at(t.task_row), at(t.task_run), at(t.task_mask), len(t.task_row) - 1,
-        at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.masks),
+        at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last),
+        at(t.row_place), at(t.key_born), at(t.key_until), at(t.masks),
         t.mask_step, keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
     )  # fmt: skip
     if failed:
@@ -234,7 +242,8 @@ class Gradients:
             at(self.q), at(self.grad), at(self.delta), at(self.lse), at(self.k), at(self.panels),
             at(self.value_panels), at(self.grad_q), at(self.grad_k), at(self.grad_v), at(run_grad), at(owner_task),
             len(owner_task) - 1, at(t.rows), at(t.task_row), at(t.task_run), at(t.task_mask), at(t.run_key),
-            at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.masks),
+            at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last),
+        at(t.row_place), at(t.key_born), at(t.key_until), at(t.masks),
             t.mask_step, M, D, self.grad.shape[3], self.block, self.scale, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -278,8 +287,8 @@ def address(x: Tensor | None) -> int | None:
 _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
-    "saccade_tasks": "pppppppppplppppppplllllfi",
-    "saccade_gradients": "pppppppppppplppppppppppplllllfi",
+    "saccade_tasks": "pppppppppplpppppppppplllllfi",
+    "saccade_gradients": "pppppppppppplpppppppppppppplllllfi",
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllfi",
     "saccade_grid8": "ppppplllllplppllfi",

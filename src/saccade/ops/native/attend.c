@@ -38,14 +38,9 @@ static void meet(State s, int rows, int keys, long D, long E, const float *panel
         float *x = scores + r * CHUNK;
         if (sight.mask)
             for (int j = 0; j < keys; j++) x[j] = sight.mask[r * sight.step + j] ? x[j] : -INFINITY;
-        if (sight.first)
-            for (int v = 0; v < vectors; v++) {
-                long low = sight.first[r] - sight.key - v * LANES, high = sight.last[r] - sight.key - v * LANES;
-                low = low > LANES ? LANES : low < 0 ? 0 : low;
-                high = high > LANES ? LANES : high < -1 ? -1 : high;
-                ivec sees = (lane >= (int)low) & (lane <= (int)high);
-                store(x + v * LANES, choose(sees, load(x + v * LANES), splat(-INFINITY)));
-            }
+        if (sight.first || sight.born)
+            for (int v = 0; v < vectors; v++)
+                store(x + v * LANES, choose(seen_by(&sight, r, v), load(x + v * LANES), splat(-INFINITY)));
         if (tail < LANES) {
             float *last = x + (vectors - 1) * LANES;
             store(last, choose(lane < tail, load(last), splat(-INFINITY)));
@@ -108,14 +103,18 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
  * run_mask   (runs) where in `masks` the first line of the run's mask begins, or -1; lines are mask_step bytes apart
  * run_bias   (runs) added to the scores, in units of log 2, or null
  * row_first, row_last  (rows) first and last key of its head that a row may attend to, or null
+ * row_place  (rows) and key_born, key_until (keys of all heads, and a vector more): a row sees the keys whose born and
+ *            until enclose its place; or null
  * masks      bytes, 0 = may not attend
  */
 int saccade_tasks(const float *queries, const float *panels, const float *values, float *out, float *lse,
                   const int64_t *rows, const int64_t *slots, const int64_t *task_row, const int64_t *task_run,
                   const int64_t *task_mask, long tasks, const int64_t *run_key, const int64_t *run_count,
                   const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
-                  const int64_t *row_last, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
+                  const int64_t *row_last, const int32_t *row_place, const int32_t *key_born,
+                  const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
     long most = 0, per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
+    const Sights all = {row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
     for (long t = 0; t < tasks; t++)
         if (task_row[t + 1] - task_row[t] > most) most = task_row[t + 1] - task_row[t];
@@ -150,9 +149,8 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                         long groups = (count - r + ROWS - 1) / ROWS; /* as equal as they can be */
                         some = (count - r + groups - 1) / groups;
                         int from, to;
-                        Sight sight = {0, mask_step, 0, 0, first + j};
-                        if (mask) sight.mask = mask + r * mask_step + j;
-                        if (row_first) sight.first = row_first + task_row[t] + r, sight.last = row_last + task_row[t] + r;
+                        Sight sight = look(&all, mask ? mask + r * mask_step + j : 0, task_row[t] + r, first + j,
+                                           run_key[i] + j);
                         narrow(&sight, (int)some, (int)keys, &from, &to);
                         if (from >= to) continue;
                         State state = {scaled + r * D, top + r, total + r * LANES, sums + r * E};

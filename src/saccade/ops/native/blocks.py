@@ -113,7 +113,7 @@ def _limits(mask: Mask) -> _Limits | None:
 def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
     """Ranges of query blocks that are listed at once."""
     step = s.rows_per_list
-    if not s.kinds_are_few:
+    if not s.kinds_are_few and _key_limits(s) is None:
         step = max(1, min(step, TILE_BYTES // (s.m * s.block_q * s.block_k)))
     total = s.B * s.H * s.n
     for first in range(0, total, step):
@@ -141,8 +141,9 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
     runs_R = torch.stack([run_R - kept.sum(-1), run_R], -1)
 
     run_mask = tiles = None
+    limits = _key_limits(s)
     partial = (states[row_P, block_P] == PARTIAL).nonzero()[:, 0]
-    if s.mask is not None and len(partial):
+    if s.mask is not None and limits is None and len(partial):
         _, kind_p = s.kinds(map_P[partial]).unique(return_inverse=True)
         # any block of a kind will do
         example = torch.empty(int(kind_p.max()) + 1, dtype=torch.long).scatter_(0, kind_p, map_P[partial])
@@ -160,8 +161,20 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
         masks=tiles,
         mask_step=s.block_k,
+        row_place=None if limits is None else (rows % s.N).int(),
+        key_born=None if limits is None else limits[0],
+        key_until=None if limits is None else limits[1],
     )
     return tasks, map_P
+
+
+def _key_limits(s: BlockStructure) -> tuple[Tensor, Tensor] | None:
+    """First and last query that sees each key of all heads, int32, where that is all that the mask says."""
+    limits = None if s.mask is None else s.mask.key_limits()
+    if limits is None or limits[0].shape[1] not in (1, s.K):
+        return None
+    born, until = (x.clamp(-1, s.N).expand(s.B, s.K, -1).int().flatten() for x in limits)
+    return born, until
 
 
 def attend_ranges(

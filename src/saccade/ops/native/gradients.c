@@ -43,9 +43,10 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                       float *grad_values, float *run_grad, const int64_t *owner_task, long owners, const int64_t *rows,
                       const int64_t *task_row, const int64_t *task_run, const int64_t *task_mask,
                       const int64_t *run_key, const int64_t *run_count, const int64_t *run_mask, const float *run_bias,
-                      const int64_t *row_first, const int64_t *row_last, const uint8_t *masks, long mask_step,
-                      long M, long D, long E, long block, float scale, int threads) {
+                      const int64_t *row_first, const int64_t *row_last, const int32_t *row_place,
+                      const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
     long per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
+    const Sights all = {row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -89,9 +90,8 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                             for (int r = 0, some; r < count; r += some) {
                                 int groups = (count - r + ROWS - 1) / ROWS, from, to;
                                 some = (count - r + groups - 1) / groups;
-                                Sight sight = {0, mask_step, 0, 0, first + j};
-                                if (mask) sight.mask = mask + r * mask_step + j;
-                                if (row_first) sight.first = row_first + high + r, sight.last = row_last + high + r;
+                                Sight sight = look(&all, mask ? mask + r * mask_step + j : 0, high + r, first + j,
+                                                   run_key[i] + j);
                                 narrow(&sight, some, some_keys, &from, &to);
                                 if (from >= to) continue;
                                 least = from < least ? from : least;
@@ -105,13 +105,7 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                                          (Layout){E, LANES, LANES * E, E, 1, 0, 0}, dp, CHUNK);
                                 for (int u = 0; u < some; u++)
                                     for (int x = 0; x < vectors; x++) {
-                                        ivec key = lane + x * LANES, sees = key < to - from;
-                                        if (sight.first) {
-                                            long low = sight.first[u] - sight.key, top = sight.last[u] - sight.key;
-                                            low = low > CHUNK ? CHUNK : low < 0 ? 0 : low;
-                                            top = top > CHUNK ? CHUNK : top < -1 ? -1 : top;
-                                            sees &= (key >= (int)low) & (key <= (int)top);
-                                        }
+                                        ivec sees = seen_by(&sight, u, x) & (lane + x * LANES < to - from);
                                         vec score = load(weights + u * CHUNK + x * LANES) * (scale / LN2) + bias;
                                         vec weight = (vec)(sees & (ivec)exp2_of(score - off[r + u]));
                                         if (sight.mask)

@@ -4,13 +4,33 @@
 
 #define CHUNK 64 /* keys whose scores are made before they are used: their keys and values stay in the first cache */
 
-/* What some rows may see of the keys from `key` on: bytes, 0 = may not, or null; and first and last key, or null. */
+/* What some rows may see of the keys from `key` on; each may be null. mask: bytes, 0 = may not. first, last: key of each
+ * row. born, until: first and last place of a row that sees each key; place: of each row. */
 typedef struct {
     const uint8_t *mask;
-    long step;
+    long step, key;
     const int64_t *first, *last;
-    long key;
+    const int32_t *born, *until, *place;
 } Sight;
+
+/* The same for all tasks; what a row is, and a key, is where they stand in these arrays. */
+typedef struct {
+    const int64_t *row_first, *row_last;
+    const int32_t *row_place, *key_born, *key_until;
+    const uint8_t *masks;
+    long mask_step;
+} Sights;
+
+INLINE Sight look(const Sights *all, const uint8_t *mask, long row, long key, long key_of_all) {
+    Sight s = {mask, all->mask_step, key, 0, 0, 0, 0, 0};
+    if (all->row_first) s.first = all->row_first + row, s.last = all->row_last + row;
+    if (all->key_born) {
+        s.born = all->key_born + key_of_all;
+        s.until = all->key_until + key_of_all;
+        s.place = all->row_place + row;
+    }
+    return s;
+}
 
 /* The part from..to, in whole vectors, of the next `keys` keys that any of the rows sees; it may be empty. Forgets
  * limits that no row reaches. */
@@ -42,7 +62,38 @@ static void narrow(Sight *s, int rows, int keys, int *from, int *to) {
         }
         *from = begin;
         *to = end;
-        s->mask += begin;
     }
+    if (s->born) {
+        int begin = *to, end = *from, low = s->place[0], high = low;
+        for (int r = 1; r < rows; r++) {
+            low = s->place[r] < low ? s->place[r] : low;
+            high = s->place[r] > high ? s->place[r] : high;
+        }
+        for (int j = *from; j < *to; j += LANES) {
+            if (!any_of((load_int(s->born + j) <= high) & (load_int(s->until + j) >= low))) continue;
+            begin = j < begin ? j : begin;
+            end = *to - j < LANES ? *to : j + LANES;
+        }
+        *from = begin;
+        *to = end;
+        s->born += begin;
+        s->until += begin;
+    }
+    if (s->mask) s->mask += *from;
     s->key += *from;
+}
+
+/* Which lanes of vector v row r sees, by the limits of rows and keys. */
+INLINE ivec seen_by(const Sight *s, int r, int v) {
+    ivec key, sees;
+    for (int i = 0; i < LANES; i++) key[i] = v * LANES + i;
+    sees = key >= 0;
+    if (s->first) {
+        long low = s->first[r] - s->key, high = s->last[r] - s->key;
+        low = low > CHUNK ? CHUNK : low < 0 ? 0 : low;
+        high = high > CHUNK ? CHUNK : high < -1 ? -1 : high;
+        sees &= (key >= (int)low) & (key <= (int)high);
+    }
+    if (s->born) sees &= (load_int(s->born + v * LANES) <= s->place[r]) & (load_int(s->until + v * LANES) >= s->place[r]);
+    return sees;
 }

@@ -33,11 +33,13 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef vec anywhere __attribute__((aligned(4), may_alias));
+typedef ivec int_anywhere __attribute__((aligned(4), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 8")
 
 INLINE vec load(const float *p) { return *(const anywhere *)p; }
+INLINE ivec load_int(const int32_t *p) { return *(const int_anywhere *)p; }
 INLINE void store(float *p, vec x) { *(anywhere *)p = x; }
 INLINE vec splat(float x) { return (vec){} + x; }
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
