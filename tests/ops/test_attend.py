@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import saccade
 from saccade import masks
-from saccade.ops import native
 from saccade.ops.backends import BACKENDS
 from saccade.ops.measure import peak_bytes
+from saccade.ops.native import build
 
 PATHS = ("sdpa", "blocksparse", "stream")
 
@@ -257,8 +257,8 @@ def test_memory_is_linear_whatever_the_strides(mask) -> None:
 def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 4, 1024, 32)
     mask = masks.window(40)
-    monkeypatch.setattr(native, "_loaded", lambda: (None, "no compiler here"))
+    monkeypatch.setattr(build, "_loaded", lambda: (None, "no compiler here"))
     assert "in torch (no compiler here)" in saccade.plan(q, q, q, mask=mask).reason
     assert "in torch (single precision only)" in saccade.plan(*(q.double(),) * 3, mask=mask).reason
-    monkeypatch.setattr(native, "_loaded", lambda: (object(), None))
+    monkeypatch.setattr(build, "_loaded", lambda: (object(), None))
     assert saccade.plan(q, q, q, mask=mask).reason.endswith("forward in C")

@@ -15,9 +15,10 @@ from torch import Tensor
 
 import saccade
 from saccade.attention.nats import Lifetimes
-from saccade.ops import masks, native
+from saccade.ops import masks
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
+from saccade.ops.native import build
 from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
 from saccade.ops.native.routes import attend_routes
@@ -25,24 +26,24 @@ from saccade.ops.routed import routed_attend
 
 INF = float("inf")
 
-if reason := native.refusal(torch.device("cpu"), torch.float32):
+if reason := build.refusal(torch.device("cpu"), torch.float32):
     pytest.skip(f"no native code: {reason}", allow_module_level=True)
 
-FLAGS = {"own": native.FLAGS}
+FLAGS = {"own": build.FLAGS}
 if platform.machine() in ("x86_64", "AMD64"):
-    FLAGS["avx2"] = tuple("-march=haswell" if flag == "-march=native" else flag for flag in native.FLAGS)
-    FLAGS["sse2"] = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in native.FLAGS)
+    FLAGS["avx2"] = tuple("-march=haswell" if flag == "-march=native" else flag for flag in build.FLAGS)
+    FLAGS["sse2"] = tuple("-march=x86-64" if flag == "-march=native" else flag for flag in build.FLAGS)
 
 
 @pytest.fixture(params=FLAGS, scope="module", autouse=True)
 def code(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param != "own" and "avx512f" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("the machine's own vectors are no wider")
-    compiled = native.load(native.compile_source(FLAGS[request.param]))
-    before, native._loaded = native._loaded, lambda: (compiled, None)
+    compiled = build.load(build.compile_source(FLAGS[request.param]))
+    before, build._loaded = build._loaded, lambda: (compiled, None)
     _grids.cache_clear()
     yield
-    native._loaded = before
+    build._loaded = before
     _grids.cache_clear()
 
 

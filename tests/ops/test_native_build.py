@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import saccade
-from saccade.ops import masks, native
+from saccade.ops import masks
 from saccade.ops.backends.blocksparse import blocksparse_attend
+from saccade.ops.native import build
 from saccade.ops.routed import routed_attend
 
 needs_code = pytest.mark.skipif(
-    native.refusal(torch.device("cpu"), torch.float32) is not None, reason="no native code here"
+    build.refusal(torch.device("cpu"), torch.float32) is not None, reason="no native code here"
 )
 
 
@@ -34,15 +35,15 @@ def test_torch_runs_where_there_is_no_native_code(monkeypatch: pytest.MonkeyPatc
         ]
 
     ours = calls()
-    monkeypatch.setattr(native, "_loaded", lambda: (None, "turned off"))
+    monkeypatch.setattr(build, "_loaded", lambda: (None, "turned off"))
     for x, y in zip(ours, calls()):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     with pytest.raises(RuntimeError, match="turned off"):
-        native.library()
+        build.library()
 
 
 def test_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    fresh = native._load_or_refuse
+    fresh = build._load_or_refuse
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("SACCADE_NATIVE", "0")
     assert fresh() == (None, "turned off by SACCADE_NATIVE=0")
@@ -64,17 +65,17 @@ def test_says_why_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 @needs_code
 def test_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = native.compile_source()
+    path = build.compile_source()
     before = path.stat().st_mtime_ns
-    assert native.compile_source() == path and path.stat().st_mtime_ns == before
+    assert build.compile_source() == path and path.stat().st_mtime_ns == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_types_of_arguments_are_those_of_the_source() -> None:
-    for name, letters in native._SIGNATURES.items():
+    for name, letters in build._SIGNATURES.items():
         found = [
             re.search(rf"int {name}\((.*?)\)|void {name}\((.*?)\)", text.replace("GRID(", f"{name}("), re.S)
-            for text in ((native.FOLDER / source).read_text() for source in native.SOURCES)
+            for text in ((build.FOLDER / source).read_text() for source in build.SOURCES)
         ]
         match = next(m for m in found if m)
         arguments = [a.split() for a in (match[1] or match[2]).split(",")]

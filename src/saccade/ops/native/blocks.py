@@ -16,7 +16,7 @@ from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure
 from saccade.ops.masks import EMPTY, PARTIAL, Mask
 from saccade.ops.memory import large_empty
-from saccade.ops.native import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
+from saccade.ops.native.tasks import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
 
 __all__ = ["attend_blocks", "attend_ranges", "block_gradients", "range_gradients"]
 

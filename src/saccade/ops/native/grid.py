@@ -17,7 +17,8 @@ from torch import Tensor
 
 from saccade.ops.masks import Neighborhood
 from saccade.ops.memory import large_empty
-from saccade.ops.native import WIDTH, address, library
+from saccade.ops.native.build import address, library
+from saccade.ops.native.tasks import WIDTH
 
 __all__ = ["attend_grid"]
 

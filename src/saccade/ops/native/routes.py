@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.memory import large_empty
-from saccade.ops.native import TASK_ROWS, Gradients, Keys, Tasks, attend_tasks, merge_shares
+from saccade.ops.native.tasks import TASK_ROWS, Gradients, Keys, Tasks, attend_tasks, merge_shares
 
 __all__ = ["attend_routes", "route_gradients"]
 
