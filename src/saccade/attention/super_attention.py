@@ -506,7 +506,7 @@ register(
     ),
     build=SuperAttention,
     example={"dim": 16, "num_heads": 4, "max_length": 40},
-    at_length=lambda length: {"max_length": length + 64},
+    at_length=lambda length: {"max_length": length + 128},
     ports=tuple(
         AuthorsPort(module, build=_build, convert=_convert, run=_run)
         for module in ("sdpa", "optimised", "efficient", "super")
