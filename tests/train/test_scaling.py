@@ -54,3 +54,20 @@ def test_a_sweep_stops_before_it_takes_too_long_and_leaves_no_gradients() -> Non
     points = sweep(part, lambda n: (torch.randn(1, n, 4),), (8, 16, 32), seconds_per_point=0.001, limit_seconds=1e-9)
     assert [point.length for point in points] == [8, 16]
     assert part.weight.grad is None
+
+
+def test_a_length_that_the_part_refuses_ends_the_sweep() -> None:
+    class Short(nn.Linear):
+        def forward(self, x):
+            if x.shape[1] > 16:
+                raise ValueError(f"16 tokens at most, got {x.shape[1]}")
+            return super().forward(x)
+
+    def inputs(n):
+        return (torch.randn(1, n, 4),)
+
+    said: list[str] = []
+    points = sweep(Short(4, 4), inputs, (8, 16, 32, 64), seconds_per_point=0.001, on_refusal=said.append)
+    assert [point.length for point in points] == [8, 16] and said == ["16 tokens at most, got 32"]
+    with pytest.raises(ValueError, match="16 tokens"):
+        sweep(Short(4, 4), inputs, (8, 32), seconds_per_point=0.001)

@@ -50,6 +50,7 @@ def measure(
             record.notes.append("has no cache to decode with, so its decoding speed was not measured")
     if settings.lengths and mechanism.slug != NONE:
         part = task.part(mechanism, settings.length).to(task.device)
+        refused: list[str] = []
         record.scaling = sweep(
             part,
             task.part_inputs,
@@ -57,11 +58,13 @@ def measure(
             seconds_per_point=settings.sweep_seconds,
             limit_seconds=settings.limit_seconds,
             on_point=on_point,
+            on_refusal=refused.append,
         )
         record.fits = fits(record.scaling)
         if len(record.scaling) < len(settings.lengths):
             longest = record.scaling[-1].length if record.scaling else 0
-            record.notes.append(f"measured up to length {longest}: a longer one would take too long here")
+            why = refused[0] if refused else "a longer one would take too long here"
+            record.notes.append(f"measured up to length {longest}: {why}")
     maps: dict[str, Tensor] = {}
     if settings.map_length and mechanism.slug != NONE:
         maps, why = attention_maps(task, model)

@@ -77,6 +77,7 @@ def sweep(
     seconds_per_point: float = 0.5,
     limit_seconds: float = 5.0,
     on_point: Callable[[ScalingPoint], None] | None = None,
+    on_refusal: Callable[[str], None] | None = None,
 ) -> list[ScalingPoint]:
     """Measure `part` alone against length.
 
@@ -87,6 +88,8 @@ def sweep(
         limit_seconds: stop before a length at which one forward and backward would take longer (extrapolated from the
             last two lengths).
         on_point: called with each point.
+        on_refusal: called with the reason where the part takes no length as long as one that is due, which ends the
+            sweep; without it the ValueError is the caller's.
     """
     part.train()
     points: list[ScalingPoint] = []
@@ -99,7 +102,13 @@ def sweep(
             x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs(length)
         )
 
-        point = ScalingPoint(length, *cost(part, arguments, repeats=25, budget=seconds_per_point))
+        try:
+            point = ScalingPoint(length, *cost(part, arguments, repeats=25, budget=seconds_per_point))
+        except ValueError as error:
+            if on_refusal is None:
+                raise
+            on_refusal(str(error))
+            break
         points.append(point)
         if on_point is not None:
             on_point(point)
