@@ -14,8 +14,9 @@ from pathlib import Path
 import saccade
 from saccade import catalogue
 from saccade.bench.machine import describe
-from saccade.report.html import write_report
+from saccade.report.html import page, write_report
 from saccade.train.files import write_text
+from saccade.train.plotting import PANELS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -52,8 +53,10 @@ def main() -> int:
         result = saccade.compare(slugs, task=task, budget=budget, seed=arguments.seed, out=folder)
         report = write_report(result, folder)
         target = DOCS / f"comparison-{task}.html"
-        write_text(target, report.read_text(encoding="utf-8"))
-        lines += ["", f"## {task}", "", f"[The report]({target.name}): learning curves, growth with length, maps.", ""]
+        # without the attention maps: those of all mechanisms are 10 MB
+        write_text(target, page(result, {name: (folder / f"{name}.png").read_bytes() for name in PANELS}, {}))
+        print(f"with attention maps: {report}")
+        lines += ["", f"## {task}", "", f"[The report]({target.name}): learning curves and growth with length.", ""]
         lines += ["```", result.table(), "```", "", *result.answer()]
     write_text(DOCS / "comparison.md", "\n".join(lines) + "\n")
     return 0
