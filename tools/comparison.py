@@ -57,7 +57,7 @@ def main() -> int:
         write_text(target, page(result, {name: (folder / f"{name}.png").read_bytes() for name in PANELS}, {}))
         print(f"with attention maps: {report}")
         lines += ["", f"## {task}", "", f"[The report]({target.name}): learning curves and growth with length.", ""]
-        lines += ["```", result.table(), "```", "", *result.answer()]
+        lines += ["```", result.table(width=150), "```", "", *result.answer()]
     write_text(DOCS / "comparison.md", "\n".join(lines) + "\n")
     return 0
 
