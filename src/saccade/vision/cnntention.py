@@ -49,13 +49,13 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         _check_map(x_BCHW, self.channels)
-        v = _positions(self.value(x_BCHW), 1)
-        return _residual(x_BCHW, _as_map(self.mix(x_BCHW, v), x_BCHW), self.gamma)
+        q, k, v = _projections(x_BCHW, (self.query, self.key, self.value), 1)
+        return _residual(x_BCHW, _as_map(_mixed(q, k, v, self.scale), x_BCHW), self.gamma)
 
     def mix(self, x_BCHW: Tensor, values_B1SE: Tensor) -> Tensor:
         """The weights on `x_BCHW`, applied to given values (B, 1, S, E); what `attention_map` shows."""
-        q, k = (_positions(p(x_BCHW), 1) for p in (self.query, self.key))
-        return attend(q, k, values_B1SE, scale=self.scale)
+        q, k = _projections(x_BCHW, (self.query, self.key), 1)
+        return _mixed(q, k, values_B1SE, self.scale)
 
 
 class MultiHeadAttention2d(nn.Module):
@@ -74,19 +74,20 @@ class MultiHeadAttention2d(nn.Module):
         _check_channels(channels)
         if num_heads < 1 or channels % num_heads:
             raise ValueError(f"num_heads must divide channels ({channels}), got {num_heads}")
-        self.channels, self.num_heads = channels, num_heads
+        self.channels, self.num_heads, self.scale = channels, num_heads, (channels // num_heads) ** -0.5
         self.query, self.key, self.value, self.linear = (nn.Conv2d(channels, channels, 1) for _ in range(4))
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         _check_map(x_BCHW, self.channels)
-        v = _positions(self.value(x_BCHW), self.num_heads)
-        return _residual(x_BCHW, self.linear(_as_map(self.mix(x_BCHW, v), x_BCHW)), self.gamma)
+        rows, columns, v = _projections(x_BCHW, (self.key, self.query, self.value), self.num_heads)
+        out_BCHW = _as_map(_mixed(rows, columns, v, self.scale), x_BCHW)
+        return _residual(x_BCHW, self.linear(out_BCHW), self.gamma)
 
     def mix(self, x_BCHW: Tensor, values_BGSE: Tensor) -> Tensor:
         """The weights on `x_BCHW`, applied to given values (B, G, S, E); what `attention_map` shows."""
-        rows, columns = (_positions(p(x_BCHW), self.num_heads) for p in (self.key, self.query))
-        return attend(rows, columns, values_BGSE)
+        rows, columns = _projections(x_BCHW, (self.key, self.query), self.num_heads)
+        return _mixed(rows, columns, values_BGSE, self.scale)
 
 
 class ResidualCBAM(nn.Module):
