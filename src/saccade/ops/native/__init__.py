@@ -6,7 +6,7 @@
     vectors.h     the product that all of them are made of
 
 Float32, and half precision by way of it. The compiler is the one that `torch.compile` uses too (`$CC`, else cc, gcc or
-clang; three seconds, once), for the machine's own instructions. Where there is none, `refusal` says why, `saccade.plan`
+clang; five seconds, once), for the machine's own instructions. Where there is none, `refusal` says why, `saccade.plan`
 shows it, and the same is computed in torch. `SACCADE_NATIVE=0` turns it off.
 """
 

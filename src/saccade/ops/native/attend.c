@@ -114,7 +114,7 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                   const int64_t *row_last, const int32_t *row_place, const int32_t *key_born,
                   const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
     long most = 0, per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
-    const Sights all = {row_first, row_last, row_place, key_born, key_until, masks, mask_step};
+    const Sights all = {row_first, row_last, row_place, key_born, key_until, mask_step};
     int failed = 0;
     for (long t = 0; t < tasks; t++)
         if (task_row[t + 1] - task_row[t] > most) most = task_row[t + 1] - task_row[t];

@@ -46,7 +46,7 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                       const int64_t *row_first, const int64_t *row_last, const int32_t *row_place,
                       const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
     long per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
-    const Sights all = {row_first, row_last, row_place, key_born, key_until, masks, mask_step};
+    const Sights all = {row_first, row_last, row_place, key_born, key_until, mask_step};
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {

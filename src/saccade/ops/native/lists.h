@@ -17,7 +17,6 @@ typedef struct {
 typedef struct {
     const int64_t *row_first, *row_last;
     const int32_t *row_place, *key_born, *key_until;
-    const uint8_t *masks;
     long mask_step;
 } Sights;
 
