@@ -187,12 +187,12 @@ def test_bad_arguments() -> None:
 @pytest.mark.parametrize("normalization", ["softmax", "scaling"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_pieces_of_a_long_sequence_are_the_whole(normalization, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saccade.attention.efficient_attention._PIECE", 16)
     q, k, v = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 41, 8), torch.randn(2, 2, 41, 12)
     mask = torch.rand(2, 41) < 0.6 if padded else None
     if mask is not None:
         mask[1] = False
     expected = efficient_attend(q, k, v, mask=mask, normalization=normalization)
+    monkeypatch.setattr("saccade.attention.efficient_attention._PIECE", 16)
     with torch.no_grad():
         found = efficient_attend(q, k, v, mask=mask, normalization=normalization)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

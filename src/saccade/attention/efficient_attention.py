@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops.cache import StateCache
+from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
@@ -103,8 +104,7 @@ def efficient_attend(
     if causal:
         out, after = _causal(q_BHND, k_BKMD, v_BKME, valid_B1M1, state, normalization)
         return (out, after) if return_state else out
-    long = max(q_BHND.shape[2], k_BKMD.shape[2]) > _PIECE
-    if long and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if _fits_pieces(max(q_BHND.shape[2], k_BKMD.shape[2]), q_BHND, k_BKMD, v_BKME):
         return _in_pieces(q_BHND, k_BKMD, v_BKME, valid_B1M1, normalization)
     if normalization == "softmax":
         q_BHND = q_BHND.softmax(-1)
@@ -119,6 +119,11 @@ def efficient_attend(
         if valid_B1M1 is not None:
             k_BKMD = k_BKMD * valid_B1M1
     return linear_attend(q_BHND, k_BKMD, v_BKME, causal=False)
+
+
+def _fits_pieces(length: int, *inputs: Tensor) -> bool:
+    """Long enough for pieces, and nothing of them has to be remembered."""
+    return length > _PIECE and not needs_grad(*inputs) and not torch.compiler.is_compiling()
 
 
 def _in_pieces(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, normalization: Normalization) -> Tensor:
@@ -161,7 +166,7 @@ def _causal(
 ) -> tuple[Tensor, EfficientState]:
     form = _causal_softmax if normalization == "softmax" else _causal_scaling
     N = q.shape[2]
-    if N <= _PIECE or k.shape[2] != N or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if k.shape[2] != N or not _fits_pieces(N, q, k, v, *(state or ())):
         return form(q, k, v, valid, state)
     # a long sequence piece by piece, so that sums and weights stay in cache and take no memory that grows
     out = large_empty((*q.shape[:3], v.shape[3]), q.dtype, q.device)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
-from saccade.ops.backends.sdpa import in_rows
+from saccade.ops.backends.sdpa import in_rows, is_causal_mask
+from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction, ScoreMod
@@ -122,7 +123,7 @@ def attend(
         and dropout == 0.0
         and not return_lse
         and backend is None
-        and (mask is None or _is_causal(mask))
+        and (mask is None or is_causal_mask(mask))
         and type(normalize) is str
         and normalize == "softmax"
         and q_BHND.shape == k_BKMD.shape == v_BKME.shape
@@ -131,7 +132,7 @@ def attend(
         and 0 not in q_BHND.shape
         and q_BHND.dtype in _FLOATS
         and memory_mb > 0
-        and (mask is None or _needs_grad(q_BHND, k_BKMD, v_BKME) or q_BHND.shape[:3].numel() * q_BHND.shape[2] <= SMALL)
+        and (mask is None or needs_grad(q_BHND, k_BKMD, v_BKME) or q_BHND.shape[:3].numel() * q_BHND.shape[2] <= SMALL)
     ):
         _refuse_nan(q_BHND, k_BKMD, v_BKME)
         q, k, v = (in_rows(x) for x in (q_BHND, k_BKMD, v_BKME))
@@ -177,14 +178,6 @@ def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-
-
-def _is_causal(mask: Any) -> bool:
-    return type(mask) is masks.Band and mask.low is None and mask.high == 0
-
-
-def _needs_grad(*inputs: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
 
 
 def _refuse_nan(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -248,7 +241,7 @@ def _problem(
         E=E,
         dtype=q.dtype,
         device=q.device,
-        needs_grad=_needs_grad(q, k, v),
+        needs_grad=needs_grad(q, k, v),
         mask=_as_mask(mask, B, H, N, M, q.device),
         score=score,
         score_mod=score_mod,

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saccade.ops.grad import needs_grad
 from saccade.ops.memory import large_empty
 
 __all__ = ["Expansion", "Outer", "Polynomial", "expanded_attend", "expanded_attend_reference", "in_segments"]
@@ -226,7 +227,7 @@ def expanded_attend(
     else:
         before = state.to(wide).flatten(0, 1)
     inputs = (*(x.flatten(0, 1) for x in (q_BHND, k_BHMD, v_BHME)), before)
-    keep = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    keep = needs_grad(*inputs)
     chunk_size = chunk_size or 128
     settings = expansion.code, causal, chunk_size, state is None, return_state
     out, after, _ = torch.ops.saccade.expanded(*inputs, *settings, keep)
@@ -250,8 +251,7 @@ def in_segments(
     """
     (B, H, N, D), E = q_BHND.shape, v_BKNE.shape[3]
     size = max(512, _SEGMENT_ELEMENTS // max(1, B * H * D))
-    grads = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q_BHND, k_BKND, v_BKNE, state))
-    if size >= N or grads or torch.compiler.is_compiling():
+    if size >= N or needs_grad(q_BHND, k_BKND, v_BKNE, state) or torch.compiler.is_compiling():
         return attend(q_BHND, k_BKND, v_BKNE, mask_BN, state, return_state)
     out = large_empty((B, H, N, E), q_BHND.dtype, q_BHND.device)
     for at in _chunks(N, size):

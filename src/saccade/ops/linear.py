@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.memory import large_empty
 
@@ -97,7 +98,7 @@ def linear_attend(
         out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, before, scale, normalize)
     else:
         inputs = (q_BHND, k_BKMD, v_BKME, before, factors)
-        keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        keep = needs_grad(*inputs)
         if chunk_size is None:
             chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
         out, _, _, after = torch.ops.saccade.linear_chunked(*inputs, scale, normalize, chunk_size, keep)

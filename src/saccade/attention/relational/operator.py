@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from saccade.ops import masks
+from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
 
@@ -85,7 +86,7 @@ def relational_attend(
     per_row = 3 * max(1, B) * (H + R) * max(1, M) * q_BHND.element_size()
     rows = int(max(1, min(_ROWS, memory_mb * 2**20 // per_row)))
     tensors = (q_BHND, k_BHMD, q_rel_BRNP, k_rel_BRMP, symbols, relation_weights_HER)
-    again = rows < N and torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    again = rows < N and needs_grad(*tensors)
     pieces = []
     for first in range(0, max(1, N), rows):
         arguments = (*tensors, first, min(first + rows, N), activation, mask, causal, offset, scale)

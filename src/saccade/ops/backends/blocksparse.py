@@ -36,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from saccade.ops import masks, native, windows
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
+from saccade.ops.grad import needs_grad
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
@@ -248,8 +249,7 @@ def _attend(
     block_q, block_k = block_size
     # per pair of a query block and a key block: the gathered block, and a tile of scores; backward holds each twice
     bytes_per_pair = block_k * (max(D, E) + block_q) * compute.itemsize
-    inputs = [x for x in (q, k, v, block_bias) if x is not None]
-    tiles = 2 if torch.is_grad_enabled() and any(x.requires_grad for x in inputs) else 1
+    tiles = 2 if needs_grad(q, k, v, block_bias) else 1
     limit = memory_mb * 2**20 / tiles
     aim = min(limit, (PIECE_BYTES if q.device.type == "cpu" else DEVICE_PIECE_BYTES) / tiles)
     structure = BlockStructure(
@@ -374,7 +374,10 @@ class _Desk:
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> Any:
-        out, lse = (_forward_in_c if native.refusal(q.device, q.dtype) is None else _forward)(q, k, v, bias, job)
+        if native.refusal(q.device, q.dtype) is None:
+            out, lse = native_blocks.attend_blocks(q, k, v, job.structure, bias, job.scale)
+        else:
+            out, lse = _forward(q, k, v, bias, job, job.return_lse or any(ctx.needs_input_grad))
         ctx.save_for_backward(q, k, v, bias, out, lse)
         ctx.job = job
         ctx.set_materialize_grads(False)
@@ -436,11 +439,8 @@ class _BlockSparse(torch.autograd.Function):
         )
 
 
-def _forward_in_c(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
-    return native_blocks.attend_blocks(q, k, v, job.structure, bias, job.scale)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job, wants_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output and LSE; the latter is that of cut rows alone unless it is wanted."""
     s, D, E = job.structure, q.shape[3], v.shape[3]
     q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
     out_R = q.new_zeros(q_R.shape[0], s.block_q, E)
@@ -461,13 +461,14 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) ->
                 torch.index_select(v_R, 0, pairs, out=d.values_P)
                 torch.bmm(d.scores, d.values, out=d.rows)
                 d.rows.div_(total_rq.clamp(min=tiny) if piece.has_partial else total_rq)
-                lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
-                if piece.cut:
-                    before = out_R[rows], lse_R[rows][..., 0]
-                    out_rqE, merged_rq = merge(*before, d.rows, lse_rq[..., 0])
-                    d.rows.copy_(out_rqE)
-                    lse_rq = merged_rq[..., None]
-                lse_R.index_copy_(0, rows, lse_rq)
+                if wants_lse or piece.cut:
+                    lse_rq = total_rq.log_() if bounded else total_rq.log_().add_(top_rq, alpha=log(2))
+                    if piece.cut:
+                        before = out_R[rows], lse_R[rows][..., 0]
+                        out_rqE, merged_rq = merge(*before, d.rows, lse_rq[..., 0])
+                        d.rows.copy_(out_rqE)
+                        lse_rq = merged_rq[..., None]
+                    lse_R.index_copy_(0, rows, lse_rq)
                 out_R.index_copy_(0, rows, d.rows)
     return _from_blocks(out_R, (*q.shape[:3], E)), _from_blocks(lse_R, (*q.shape[:3], 1))[..., 0]
 

@@ -56,7 +56,11 @@ def is_plain(problem: Problem) -> bool:
 
 
 def is_causal(problem: Problem) -> bool:
-    mask = problem.mask
+    return is_causal_mask(problem.mask)
+
+
+def is_causal_mask(mask: object) -> bool:
+    """Each query sees the keys up to its own, and nothing else is asked."""
     return type(mask) is Band and mask.low is None and mask.high == 0
 
 
