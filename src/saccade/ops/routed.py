@@ -26,7 +26,7 @@ from torch import Tensor
 from saccade.ops import native
 from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
 from saccade.ops.heads import repeat_heads
-from saccade.ops.native.routes import attend_routes, route_gradients
+from saccade.ops.native.routes import attend_routes, by_block, route_gradients
 
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
@@ -324,15 +324,7 @@ def _route(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     B, H, Q, j = chosen.shape
     device = chosen.device
     groups, share = B * H * n, H // K
-    # one after the other: the blocks of a batch row's key head, for each the query heads that share it
-    head = torch.arange(H, device=device)
-    key_head = torch.arange(B, device=device)[:, None] * K + head // share
-    group = (key_head[..., None, None] * n + chosen) * share + (head % share)[:, None, None]
-    group = group.masked_fill(chosen < 0, groups).flatten()
-    if groups < 2**31 - 1:
-        group = group.to(torch.int32)
-    ordered, order = group.sort(stable=True)
-    counts = torch.bincount(group, minlength=groups + 1)[:groups]
+    ordered, order, counts = by_block(chosen, K, n)
 
     # about half of an average group: larger tiles run faster, smaller ones leave fewer spare slots
     average = max(1, chosen.numel() // groups)

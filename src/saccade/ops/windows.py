@@ -40,7 +40,7 @@ from torch import Tensor
 
 from saccade.ops import native
 from saccade.ops.masks import Band, Mask, Neighborhood
-from saccade.ops.native.blocks import attend_ranges, range_gradients
+from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
 from saccade.ops.native.grid import attend_grid
 from saccade.ops.planning import Problem
 
@@ -788,11 +788,10 @@ def _grid(spec: Sequence[int]) -> Neighborhood:
 
 def _ranges(spec: Sequence[int], N: int, M: int) -> tuple[Tensor, Tensor] | None:
     """First and last key of each query, where those between are neighbours of each other."""
-    row = torch.arange(N)
     if spec[0] == 0:
-        return (row + spec[1]).clamp(0, M), (row + spec[2]).clamp(-1, M - 1)
+        return band_ranges(spec[1], spec[2], N, M)
     grid = _grid(spec)
-    return grid.axis_window(0, row)[1:] if grid.dilation == (1,) else None
+    return grid.axis_window(0, torch.arange(N))[1:] if grid.dilation == (1,) else None
 
 
 @torch.library.custom_op("saccade::window_attend", mutates_args=())

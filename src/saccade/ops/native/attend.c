@@ -112,9 +112,10 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                   const int64_t *task_mask, long tasks, const int64_t *run_key, const int64_t *run_count,
                   const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
                   const int64_t *row_last, const int32_t *row_place, const int32_t *key_born,
-                  const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
-    long most = 0, per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
-    const Sights all = {row_first, row_last, row_place, key_born, key_until, mask_step};
+                  const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block,
+                  float scale, int threads) {
+    long most = 0;
+    const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
     for (long t = 0; t < tasks; t++)
         if (task_row[t + 1] - task_row[t] > most) most = task_row[t + 1] - task_row[t];
@@ -139,22 +140,17 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
             memset(total, 0, count * LANES * sizeof(float));
             memset(sums, 0, count * E * sizeof(float));
             for (long i = task_run[2 * t]; i < task_run[2 * t + 1]; i++) {
-                long head = run_key[i] / M, first = run_key[i] % M;
-                long panel = (head * per_head + first / block) * per_block + first % block / LANES;
-                const uint8_t *mask = 0;
-                if (run_mask && run_mask[i] >= 0) mask = masks + run_mask[i] + task_mask[t] * mask_step;
+                long first = run_key[i] % M, place = in_panels(run_key[i], M, block);
                 for (long j = 0; j < run_count[i]; j += CHUNK) {
                     long keys = run_count[i] - j < CHUNK ? run_count[i] - j : CHUNK;
                     for (long r = 0, some; r < count; r += some) {
-                        long groups = (count - r + ROWS - 1) / ROWS; /* as equal as they can be */
-                        some = (count - r + groups - 1) / groups;
+                        some = next_part(count - r, ROWS);
                         int from, to;
-                        Sight sight = look(&all, mask ? mask + r * mask_step + j : 0, task_row[t] + r, first + j,
-                                           run_key[i] + j);
+                        Sight sight = look(&all, i, task_mask[t] + r, task_row[t] + r, first, run_key[i], j);
                         narrow(&sight, (int)some, (int)keys, &from, &to);
                         if (from >= to) continue;
                         State state = {scaled + r * D, top + r, total + r * LANES, sums + r * E};
-                        meet(state, (int)some, to - from, D, E, panels + (panel * LANES + j + from) * D,
+                        meet(state, (int)some, to - from, D, E, panels + (place + j + from) * D,
                              values + (run_key[i] + j + from) * E, sight, run_bias ? run_bias[i] : 0.0f, scores);
                     }
                 }

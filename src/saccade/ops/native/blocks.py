@@ -18,7 +18,7 @@ from saccade.ops.masks import EMPTY, PARTIAL, Mask
 from saccade.ops.memory import large_empty
 from saccade.ops.native.tasks import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
 
-__all__ = ["attend_blocks", "attend_ranges", "block_gradients", "range_gradients"]
+__all__ = ["attend_blocks", "attend_ranges", "band_ranges", "block_gradients", "range_gradients"]
 
 #: neighbouring queries that share a task, each with its range of keys
 RANGE_ROWS = 64
@@ -73,6 +73,14 @@ def block_gradients(
 _Rows = tuple[Tensor, Tensor, Tensor | None]
 
 
+def band_ranges(low: int | None, high: int | None, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """First and last of the keys i + low to i + high of each query; None is no bound."""
+    row = torch.arange(N)
+    first = torch.zeros_like(row) if low is None else (row + low).clamp(0, M)
+    last = torch.full_like(row, M - 1) if high is None else (row + high).clamp(-1, M - 1)
+    return first, last
+
+
 def _by_row(s: BlockStructure) -> _Rows | None:
     """First and last key of each query, and which of those between it sees, where the mask says it in this way."""
     if s.mask is None or not s.N or not s.M:
@@ -81,10 +89,7 @@ def _by_row(s: BlockStructure) -> _Rows | None:
     if found is None:
         return None
     (low, high), seen = found
-    row = torch.arange(s.N)
-    first = torch.zeros_like(row) if low is None else (row + low).clamp(0, s.M)
-    last = torch.full_like(row, s.M - 1) if high is None else (row + high).clamp(-1, s.M - 1)
-    return first, last, seen
+    return *band_ranges(low, high, s.N, s.M), seen
 
 
 _Limits = tuple[tuple[int | None, int | None], Tensor | None]
@@ -125,7 +130,8 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
     states = s.rows_of_states(first, last)
     kept = states != EMPTY
     row_P, block_P = kept.nonzero(as_tuple=True)
-    run_R = kept.sum(-1).cumsum(0)
+    count_R = kept.sum(-1)
+    run_R = count_R.cumsum(0)
     map_P = (row_P + first) * s.m + block_P
     head_P = (row_P + first) // s.rows_per_key_head
     key_P = block_P * s.block_k
@@ -138,7 +144,7 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
     end = last // s.n * s.N + min(last % s.n * s.block_q, s.N)
     task_row = torch.cat([start_T.flatten(), torch.tensor([end])])
     rows = torch.arange(int(task_row[0]), end)
-    runs_R = torch.stack([run_R - kept.sum(-1), run_R], -1)
+    runs_R = torch.stack([run_R - count_R, run_R], -1)
 
     run_mask = tiles = None
     limits = _key_limits(s)

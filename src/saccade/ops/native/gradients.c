@@ -27,8 +27,7 @@ static void turn(const float *weights, int rows, int from, int to, float *turned
 /* sums (keys, width) += turned (keys, rows) x (rows, width) */
 static void gather(const float *turned, int rows, int keys, const float *x, long width, float *sums) {
     for (int j = 0, some; j < keys; j += some) {
-        int groups = (keys - j + ROWS - 1) / ROWS;
-        some = (keys - j + groups - 1) / groups;
+        some = (int)next_part(keys - j, ROWS);
         multiply(ADD, some, width / LANES, turned + j * HIGH, x, (Layout){HIGH, width, LANES, rows, 1, 0, 0},
                  sums + j * width, width);
     }
@@ -36,17 +35,17 @@ static void gather(const float *turned, int rows, int keys, const float *x, long
 
 /* queries (.., D), grads of outputs (.., E), delta and lse (..) by row; keys (heads, M, D); panels of keys and of values;
  * grad_queries (.., D) by row, added to; grad_keys (owners, M, D), which the caller multiplies by scale, and grad_values
- * (owners, M, E), added to: an owner's tasks have keys of one head. owner_task (owners + 1): first task of each owner. run_grad (runs): d bias, or null. The
- * others as in attend.c. */
+ * (owners, M, E), added to: an owner's tasks have keys of one head. owner_task (owners + 1): first task of each owner.
+ * run_grad (runs): d bias, or null. The others as in attend.c. */
 int saccade_gradients(const float *queries, const float *grads, const float *delta, const float *lse, const float *keys,
                       const float *panels, const float *value_panels, float *grad_queries, float *grad_keys,
                       float *grad_values, float *run_grad, const int64_t *owner_task, long owners, const int64_t *rows,
                       const int64_t *task_row, const int64_t *task_run, const int64_t *task_mask,
                       const int64_t *run_key, const int64_t *run_count, const int64_t *run_mask, const float *run_bias,
                       const int64_t *row_first, const int64_t *row_last, const int32_t *row_place,
-                      const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block, float scale, int threads) {
-    long per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
-    const Sights all = {row_first, row_last, row_place, key_born, key_until, mask_step};
+                      const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M,
+                      long D, long E, long block, float scale, int threads) {
+    const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
@@ -76,11 +75,8 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                     }
                     memset(dq, 0, count * D * sizeof(float));
                     for (long i = task_run[2 * t]; i < task_run[2 * t + 1]; i++) {
-                        long head = run_key[i] / M, first = run_key[i] % M;
-                        long panel = (head * per_head + first / block) * per_block + first % block / LANES;
-                        const uint8_t *mask = 0;
-                        if (run_mask && run_mask[i] >= 0)
-                            mask = masks + run_mask[i] + (task_mask[t] + high - task_row[t]) * mask_step;
+                        long first = run_key[i] % M, place = in_panels(run_key[i], M, block);
+                        long line = task_mask[t] + high - task_row[t];
                         float bias = run_bias ? run_bias[i] : 0.0f, whole = 0;
                         for (long j = 0; j < run_count[i]; j += CHUNK) {
                             int some_keys = run_count[i] - j < CHUNK ? (int)(run_count[i] - j) : CHUNK;
@@ -88,15 +84,14 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                             memset(p, 0, count * CHUNK * sizeof(float));
                             memset(ds, 0, count * CHUNK * sizeof(float));
                             for (int r = 0, some; r < count; r += some) {
-                                int groups = (count - r + ROWS - 1) / ROWS, from, to;
-                                some = (count - r + groups - 1) / groups;
-                                Sight sight = look(&all, mask ? mask + r * mask_step + j : 0, high + r, first + j,
-                                                   run_key[i] + j);
+                                int from, to;
+                                some = (int)next_part(count - r, ROWS);
+                                Sight sight = look(&all, i, line + r, high + r, first, run_key[i], j);
                                 narrow(&sight, some, some_keys, &from, &to);
                                 if (from >= to) continue;
                                 least = from < least ? from : least;
                                 most = to > most ? to : most;
-                                long at = panel * LANES + j + from;
+                                long at = place + j + from;
                                 int vectors = (to - from + LANES - 1) / LANES;
                                 float *weights = p + r * CHUNK + from, *slopes = ds + r * CHUNK + from;
                                 multiply(PUT, some, vectors, q + r * D, panels + at * D,

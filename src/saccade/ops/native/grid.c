@@ -26,7 +26,6 @@
 
 typedef struct {
     const int64_t *first, *last; /* window of each position, inclusive */
-    long length, step;           /* positions, and tokens from one to the next */
 } Axis;
 
 /* First and last key that the queries [from, to) of an axis see. */
@@ -37,6 +36,23 @@ static void reach(const Axis *axis, long from, long to, long *low, long *high) {
         *low = axis->first[i] < *low ? axis->first[i] : *low;
         *high = axis->last[i] > *high ? axis->last[i] : *high;
     }
+}
+
+/* Most keys that `deep` queries of an axis see together. */
+static long widest(const Axis *axis, long length, long deep) {
+    long most = 0, low, high;
+    for (long i = 0; i < length; i += deep) {
+        reach(axis, i, i + deep < length ? i + deep : length, &low, &high);
+        most = high - low + 1 > most ? high - low + 1 : most;
+    }
+    return most;
+}
+
+/* The part a..b of `some` keys from c on that a query of an axis sees; whether there is one. */
+INLINE int part(const Axis *axis, long query, long c, long some, long *a, long *b) {
+    *a = c > axis->first[query] ? c : axis->first[query];
+    *b = c + some - 1 < axis->last[query] ? c + some - 1 : axis->last[query];
+    return *a <= *b;
 }
 
 /* Ask for `floats` floats that will be needed soon. */
@@ -69,23 +85,15 @@ INLINE float soften(float *scores, long seen, long vectors, int first, int last,
 /* queries (heads * group, N, D), keys and values (heads, N, ..), out (heads * group, N, E), lse (heads * group, N).
  * Only the tokens offset + z steps[0] + y steps[1] + x steps[2] take part. windows: firsts of z, lasts of z, firsts of
  * y, ..; lengths: of the axes. tile: queries of a tile, at most ROWS; vectors: that hold the keys of any tile. */
-int GRID(const float *queries, const float *keys, const float *values, float *out, float *lse, long heads,
-                 long group, long N, long D, long E, const int64_t *lengths, long offset, const int64_t *steps,
-                 const int64_t *windows, long tile, long vectors, float scale, int threads) {
-    Axis z_axis = {windows, windows + lengths[0], lengths[0], steps[0]};
-    Axis y_axis = {z_axis.last + lengths[0], z_axis.last + lengths[0] + lengths[1], lengths[1], steps[1]};
-    Axis x_axis = {y_axis.last + lengths[1], y_axis.last + lengths[1] + lengths[2], lengths[2], steps[2]};
+int GRID(const float *queries, const float *keys, const float *values, float *out, float *lse, long heads, long group,
+         long N, long D, long E, const int64_t *lengths, long offset, const int64_t *steps, const int64_t *windows,
+         long tile, long vectors, float scale, int threads) {
+    Axis z_axis = {windows, windows + lengths[0]};
+    Axis y_axis = {z_axis.last + lengths[0], z_axis.last + lengths[0] + lengths[1]};
+    Axis x_axis = {y_axis.last + lengths[1], y_axis.last + lengths[1] + lengths[2]};
     long deep_z = DEEP_Z, deep_y = lengths[0] == 1 ? FLAT_Y : DEEP_Y;
     long cuts_z = (lengths[0] + deep_z - 1) / deep_z, cuts_y = (lengths[1] + deep_y - 1) / deep_y;
-    long most_z = 0, most_y = 0, low, high;
-    for (long z = 0; z < lengths[0]; z += deep_z) {
-        reach(&z_axis, z, z + deep_z < lengths[0] ? z + deep_z : lengths[0], &low, &high);
-        most_z = high - low + 1 > most_z ? high - low + 1 : most_z;
-    }
-    for (long y = 0; y < lengths[1]; y += deep_y) {
-        reach(&y_axis, y, y + deep_y < lengths[1] ? y + deep_y : lengths[1], &low, &high);
-        most_y = high - low + 1 > most_y ? high - low + 1 : most_y;
-    }
+    long most_z = widest(&z_axis, lengths[0], deep_z), most_y = widest(&y_axis, lengths[1], deep_y);
     long stretch = vectors * LANES, panel = stretch * D, width = most_z * most_y * stretch;
     long some = CACHED / (stretch * D) ? CACHED / (stretch * D) : 1;
     int failed = 0;
@@ -144,13 +152,15 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                             for (long p = 0; p < planes; p++)
                                 for (long c = first; c <= last; c += some)
                                     for (int h = 0; h < high; h++) {
-                                        long begin = y_axis.first[y + h], end = y_axis.last[y + h], lines_seen = end - begin + 1;
-                                        long a = c > begin ? c : begin, b = c + some - 1 < end ? c + some - 1 : end;
-                                        if (a > b) continue;
+                                        long a, b;
+                                        if (!part(&y_axis, y + h, c, some, &a, &b)) continue;
+                                        float *here = scores + h * ROWS * width +
+                                                      (p * (y_axis.last[y + h] - y_axis.first[y + h] + 1) + a -
+                                                       y_axis.first[y + h]) * stretch;
                                         multiply(PUT, count, (b - a + 1) * vectors, queries + (token + h * steps[1]) * D,
                                                  panels + ((z_first + p - z_low) * rows + a - y_low) * panel,
                                                  (Layout){steps[2] * D, LANES, LANES * D, D, 1, 0, 0},
-                                                 scores + h * ROWS * width + (p * lines_seen + a - begin) * stretch, width);
+                                                 here, width);
                                     }
                             float share[HIGH][ROWS];
                             for (int h = 0; h < high; h++)
@@ -166,12 +176,13 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                             for (long p = 0; p < planes; p++)
                                 for (long c = first; c <= last; c += some)
                                     for (int h = 0; h < high; h++) {
-                                        long begin = y_axis.first[y + h], end = y_axis.last[y + h], lines_seen = end - begin + 1;
-                                        long a = c > begin ? c : begin, b = c + some - 1 < end ? c + some - 1 : end;
-                                        if (a > b) continue;
+                                        long a, b;
+                                        if (!part(&y_axis, y + h, c, some, &a, &b)) continue;
+                                        float *here = scores + h * ROWS * width +
+                                                      (p * (y_axis.last[y + h] - y_axis.first[y + h] + 1) + a -
+                                                       y_axis.first[y + h]) * stretch;
                                         Layout at = {width, E, LANES, keys_here, b - a + 1, stretch, stretch * E};
-                                        multiply(ADD, count, E / LANES,
-                                                 scores + h * ROWS * width + (p * lines_seen + a - begin) * stretch,
+                                        multiply(ADD, count, E / LANES, here,
                                                  lines + ((z_first + p - z_low) * rows + a - y_low) * stretch * E, at,
                                                  sums + h * ROWS * E, E);
                                     }

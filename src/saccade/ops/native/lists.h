@@ -15,17 +15,28 @@ typedef struct {
 
 /* The same for all tasks; what a row is, and a key, is where they stand in these arrays. */
 typedef struct {
-    const int64_t *row_first, *row_last;
+    const int64_t *run_mask, *row_first, *row_last;
     const int32_t *row_place, *key_born, *key_until;
+    const uint8_t *masks;
     long mask_step;
 } Sights;
 
-INLINE Sight look(const Sights *all, const uint8_t *mask, long row, long key, long key_of_all) {
-    Sight s = {mask, all->mask_step, key, 0, 0, 0, 0, 0};
+/* Where a key stands in the panels, counted in keys, each block having been filled up to whole vectors. */
+INLINE long in_panels(long key_of_all, long M, long block) {
+    long per_head = (M + block - 1) / block, per_block = (block + LANES - 1) / LANES;
+    long head = key_of_all / M, key = key_of_all % M;
+    return (head * per_head + key / block) * per_block * LANES + key % block;
+}
+
+/* What `row` and those after it see of the keys j.. of a run, whose first key is `first` of its head and `key_of_all` of
+ * all; line: of the run's mask, where the row stands. */
+INLINE Sight look(const Sights *all, long run, long line, long row, long first, long key_of_all, long j) {
+    Sight s = {0, all->mask_step, first + j, 0, 0, 0, 0, 0};
+    if (all->run_mask && all->run_mask[run] >= 0) s.mask = all->masks + all->run_mask[run] + line * all->mask_step + j;
     if (all->row_first) s.first = all->row_first + row, s.last = all->row_last + row;
     if (all->key_born) {
-        s.born = all->key_born + key_of_all;
-        s.until = all->key_until + key_of_all;
+        s.born = all->key_born + key_of_all + j;
+        s.until = all->key_until + key_of_all + j;
         s.place = all->row_place + row;
     }
     return s;

@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.ops.memory import large_empty
 from saccade.ops.native.tasks import TASK_ROWS, Gradients, Keys, Tasks, attend_tasks, merge_shares
 
-__all__ = ["attend_routes", "route_gradients"]
+__all__ = ["attend_routes", "by_block", "route_gradients"]
 
 #: queries of an own block that share a task
 OWN_ROWS = 64
@@ -80,6 +80,21 @@ def route_gradients(
     return sums.finish()
 
 
+def by_block(chosen_BHQj: Tensor, K: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The choices in the order of (batch row, key head, block, query head): their groups, their places in `chosen`, and
+    how many each of the B H n groups has. Those of no block come last, as a group of their own that is not counted."""
+    B, H = chosen_BHQj.shape[:2]
+    groups, share = B * H * n, H // K
+    head = torch.arange(H, device=chosen_BHQj.device)
+    key_head = torch.arange(B, device=chosen_BHQj.device)[:, None] * K + head // share
+    group = (key_head[..., None, None] * n + chosen_BHQj) * share + (head % share)[:, None, None]
+    group = group.masked_fill(chosen_BHQj < 0, groups).flatten()
+    if groups < 2**31 - 1:
+        group = group.to(torch.int32)
+    ordered, places = group.sort(stable=True)
+    return ordered, places, torch.bincount(group, minlength=groups + 1)[:groups]
+
+
 def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:
     """Each query block, in strips, with the keys of its own block up to themselves."""
     strips = ceil(size / OWN_ROWS)
@@ -104,18 +119,8 @@ def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:
 
 def _tasks(chosen_BHQj: Tensor, K: int, M: int, size: int, first: int, N: int) -> Tasks:
     """The queries from `first` on of each (batch row, head, key block) that chose it, in order, in equal tasks."""
-    B, H, Q, j = chosen_BHQj.shape
-    n, share = M // size, H // K
-    groups = B * H * n
-    # one after the other: the blocks of a batch row's key head, for each the query heads that share it
-    head = torch.arange(H)
-    key_head = torch.arange(B)[:, None] * K + head // share
-    group = (key_head[..., None, None] * n + chosen_BHQj) * share + (head % share)[:, None, None]
-    group = group.masked_fill(chosen_BHQj < 0, groups).flatten()
-    if groups < 2**31 - 1:
-        group = group.to(torch.int32)
-    slots_P = group.sort(stable=True).indices
-    count = torch.bincount(group, minlength=groups + 1)[:groups]
+    H, Q, j = chosen_BHQj.shape[1:]
+    _, slots_P, count = by_block(chosen_BHQj, K, M // size)
     slots_P = slots_P[: int(count.sum())]
     query = slots_P // j
     rows_P = query // Q * N + query % Q + first
@@ -125,7 +130,7 @@ def _tasks(chosen_BHQj: Tensor, K: int, M: int, size: int, first: int, N: int) -
     place_T = torch.arange(len(of_T)) - (tasks.cumsum(0) - tasks)[of_T]
     start_T = (count.cumsum(0) - count)[of_T] + place_T * TASK_ROWS
     run = torch.arange(len(of_T))
-    block_T = of_T // share
+    block_T = of_T // (H // K)
     return Tasks(
         rows=rows_P,
         slots=slots_P,

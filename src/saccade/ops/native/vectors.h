@@ -123,13 +123,18 @@ EACH(PRODUCT, add, 1, 1) EACH(PRODUCT, add, 2, 1) EACH(PRODUCT, add, 3, 1) EACH(
 static product *const PUT[WIDE][ROWS] = {LINES(put, 0)};
 static product *const ADD[WIDE][ROWS] = {LINES(add, 1)};
 
+/* How many of `left` come next, where they are taken in parts as equal as they can be, of `most` at most. */
+INLINE long next_part(long left, long most) {
+    long parts = (left + most - 1) / most;
+    return (left + parts - 1) / parts;
+}
+
 /* c = a b (PUT) or c += a b (ADD), as many vectors at a time as registers hold, in equal parts */
 static void multiply(product *const (*kind)[ROWS], int rows, long vectors, const float *a, const float *b, Layout at,
                      float *c, long step_c) {
     long most = SUMS / rows < WIDE ? SUMS / rows : WIDE;
     for (long v = 0, width; v < vectors; v += width) {
-        long parts = (vectors - v + most - 1) / most;
-        width = (vectors - v + parts - 1) / parts;
+        width = next_part(vectors - v, most);
         kind[width - 1][rows - 1](a, b + v * at.step_v, &at, c + v * LANES, step_c);
     }
 }
