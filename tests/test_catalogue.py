@@ -23,6 +23,40 @@ def test_unknown_names_answer_with_the_nearest() -> None:
         catalogue.port("cbam", "nothing")
 
 
+@pytest.mark.parametrize(
+    ("slug", "given", "said"),
+    [
+        ("MoBA", {}, "no part is called 'MoBA'; did you mean 'moba'\\?"),
+        ("set_transformer", {}, "did you mean 'set-transformer'\\?"),
+        ("moba", {"dim": 8, "blocksize": 3}, "moba has no option 'blocksize'; did you mean 'block_size'"),
+        ("moba", {"dim": 8, "kv_heads": 3}, "moba has no option 'kv_heads'; did you mean 'num_kv_heads'"),
+        ("softmax", {"dim": 8, "zzz": 3}, "softmax has no option 'zzz'; it has dim, num_heads, causal, num_kv_heads"),
+        ("moba", {"dim": 8, "block_size": "x"}, "moba: block_size must be an int, got 'x'"),
+        ("softmax", {"dim": 8, "rope": "false"}, "softmax: rope must be True or False, got 'false'"),
+        ("softmax", {"num_heads": 2}, r"softmax needs dim \(an int\)"),
+        ("mra", {"dim": 8, "num_blocks": (1, "x")}, "num_blocks must be an int or a sequence of ints or None, got"),
+        ("nexus", {"dim": 8, "sharing": 3}, "nexus: sharing must be 'S', 'R' or 'U', got 3"),
+        ("cnntention", {"channels": 8, "num_heads": 2}, "form 'self' has no option 'num_heads'"),
+    ],
+)
+def test_options_that_do_not_fit_are_named(slug: str, given: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        saccade.create(slug, **given)
+
+
+def test_options_count_those_of_the_base_classes() -> None:
+    moba = catalogue.options("moba")
+    assert (
+        moba["dim"] == (int, catalogue.REQUIRED) and moba["block_size"] == (int, 512) and moba["rope"] == (bool, True)
+    )
+    assert {"text_rate", "num_kv_heads"} <= set(catalogue.options("a-vl"))
+    assert {"combine", "head_dim"} <= set(catalogue.options("layerwise-shortcuts"))
+    assert "hosts" not in catalogue.options("aila")
+    catalogue.check_options("moba", block_size=3)
+    with pytest.raises(ValueError, match="did you mean 'top_k'"):
+        catalogue.check_options("moba", topk=3)
+
+
 def test_parts_are_listed_without_importing_their_rooms() -> None:
     import subprocess
     import sys

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from saccade import catalogue
+from saccade.catalogue.options import fits
 from saccade.report.sizes import count
 from saccade.train.lab import Lab
 
@@ -294,6 +295,21 @@ def test_bad_arguments(slug: str) -> None:
         catalogue.create(slug, dim=dim, num_heads=0)
     with pytest.raises(ValueError):
         catalogue.create(slug, no_such_argument=1)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_option_can_be_given(slug: str) -> None:
+    example = catalogue.part(slug).example
+    options = catalogue.options(slug)
+    assert set(example) <= set(options)
+    for name, (kind, default) in options.items():
+        if name in example:
+            continue
+        assert not isinstance(kind, str) and fits(default, kind), (name, kind, default)
+        try:
+            catalogue.create(slug, **example, **{name: default})
+        except ValueError as error:  # a default may not go with the example's values, but it is taken
+            assert not isinstance(error.__cause__, TypeError), name
 
 
 @pytest.mark.parametrize("slug", SLUGS)

@@ -695,6 +695,7 @@ register(
         "no output before an edited token changes, at any depth; decoding equals the full pass",
     ),
     build=ShortcutStack,
+    passes=(ShortcutAttention,),
     example={"dim": 16, "num_heads": 4, "causal": True, "layers": 3, "depths": (0, 1), "num_kv_heads": 2},
     claim=Claim(
         paper="lower next-token loss than a GPT-like baseline of the same size on four data sets; depth maps show "

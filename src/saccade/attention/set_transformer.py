@@ -226,13 +226,21 @@ class SetAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int = 4, causal: bool = False, *, num_inds: int | None = 32, **block: Any
+        self,
+        dim: int,
+        num_heads: int = 4,
+        causal: bool = False,
+        *,
+        num_inds: int | None = 32,
+        layer_norm: bool = False,
+        scale: Scale = "width",
     ) -> None:
         super().__init__()
         if causal:
             raise ValueError("a set has no order: got causal=True")
         self.dim, self.num_heads, self.causal = dim, num_heads, causal
         whole = num_inds is None
+        block: dict[str, Any] = {"layer_norm": layer_norm, "scale": scale}
         self.block = SAB(dim, dim, num_heads, **block) if whole else ISAB(dim, dim, num_heads, num_inds or 0, **block)
 
     def forward(

@@ -1,7 +1,8 @@
 """What there is: 119 papers, the parts built from them, and each part's evidence.
 
 This package knows names and paths; it imports a part only when it is asked for one. `papers()` lists the papers,
-`parts()` those that have a room, `part(slug)` is the full registration, `create(slug, **arguments)` builds.
+`parts()` those that have a room, `part(slug)` is the full registration, `create(slug, **arguments)` builds and
+`options(slug)` says what it takes.
 """
 
 from saccade.catalogue.authors import load_authors as load_authors
@@ -29,8 +30,16 @@ from saccade.catalogue.cards import (
 from saccade.catalogue.cards import (
     Summary as Summary,
 )
+from saccade.catalogue.options import REQUIRED as REQUIRED
+from saccade.catalogue.options import Option as Option
+from saccade.catalogue.registry import (
+    check_options as check_options,
+)
 from saccade.catalogue.registry import (
     create as create,
+)
+from saccade.catalogue.registry import (
+    options as options,
 )
 from saccade.catalogue.registry import (
     paper as paper,

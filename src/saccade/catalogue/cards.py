@@ -137,7 +137,8 @@ class Published:
 class Part(Summary):
     """A full registration.
 
-    `build` is the constructor that `create` calls. `example` are constructor arguments of a tiny instance; `inputs`
+    `build` is the constructor that `create` calls. `passes` are the constructors to which it hands its `**keywords`,
+    where that is not the next class. `example` are constructor arguments of a tiny instance; `inputs`
     maps (a tiny instance, a size) to its call's positional arguments, where the default of its kind does not do.
     `at_length` gives arguments for short sequences, where the defaults are made for long ones.
     `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
@@ -145,6 +146,7 @@ class Part(Summary):
     """
 
     build: Callable[..., nn.Module] | None = None
+    passes: tuple[Callable[..., Any], ...] = ()
     example: Mapping[str, Any] = field(default_factory=dict)
     inputs: Callable[[nn.Module, int], tuple[Any, ...]] | None = None
     at_length: Callable[[int], dict[str, Any]] | None = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import json
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saccade.catalogue import options as _options
 from saccade.catalogue.cards import AXES, CAPABILITIES, AuthorsPort, Paper, Part, Summary
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def paper(slug: str) -> Paper:
     try:
         return _all()[slug]
     except (KeyError, TypeError):
-        near = difflib.get_close_matches(str(slug), _all(), n=3, cutoff=0.5)
+        near = _options.nearest(str(slug), _all())
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `saccade list` names all"
         raise ValueError(f"no part is called {slug!r}{hint}") from None
 
@@ -165,6 +165,31 @@ def part(slug: str) -> Part:
     return _registered[slug]
 
 
+def options(slug: str) -> dict[str, _options.Option]:
+    """What `create` takes for a part: name -> (type, default), those included that its base classes take.
+
+    >>> from saccade import catalogue
+    >>> catalogue.options("moba")["top_k"]
+    Option(type=<class 'int'>, default=3)
+
+    Raises:
+        ValueError: if the name is unknown, or there is nothing to build.
+    """
+    entry = part(slug)
+    if entry.build is None:
+        raise ValueError(f"{slug!r} is a function, not a module: import it from {paper(slug).room}")
+    return _options.read(entry.build, entry.passes)
+
+
+def check_options(slug: str, **arguments: Any) -> None:
+    """Refuse what `create` would refuse for its name or type, without building.
+
+    Raises:
+        ValueError: as `create`.
+    """
+    _options.check(slug, options(slug), arguments, complete=False)
+
+
 def create(slug: str, **arguments: Any) -> nn.Module:
     """Build a part.
 
@@ -173,13 +198,13 @@ def create(slug: str, **arguments: Any) -> nn.Module:
     4
 
     Raises:
-        ValueError: if the name is unknown (the nearest names are in the message) or an argument is wrong.
+        ValueError: if the name or an option is unknown (the nearest are in the message) or an argument is wrong.
     """
-    entry = part(slug)
-    if entry.build is None:
-        raise ValueError(f"{slug!r} is a function, not a module: import it from {paper(slug).room}")
+    _options.check(slug, options(slug), arguments)
+    build = part(slug).build
+    assert build is not None
     try:
-        return entry.build(**arguments)
+        return build(**arguments)
     except TypeError as error:
         raise ValueError(f"{slug}: {error}") from error
 

@@ -873,6 +873,7 @@ register(
         "refreshed, attention follows what is looked at within K steps",
     ),
     build=AVL,
+    passes=(AVLOptions, QKVAttention),
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2},
     inputs=lambda module, size: (torch.randn(2, size, module.dim),),
     ports=tuple(

@@ -14,6 +14,7 @@ Shape letters: B batch, C channels, H height, W width, S positions, G heads, D =
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -135,11 +136,14 @@ def cnntention(channels: int, form: Form = "self", **arguments: Any) -> nn.Modul
     """One of the three modules by name; `arguments` are its own.
 
     Raises:
-        ValueError: if the form is unknown.
+        ValueError: if the form is unknown, or an argument is another form's.
     """
     forms = {"self": SelfAttention2d, "multi-head": MultiHeadAttention2d, "cbam": ResidualCBAM}
     if form not in forms:
         raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
+    for name in arguments:
+        if name not in inspect.signature(forms[form]).parameters:
+            raise ValueError(f"form {form!r} has no option {name!r}")
     return forms[form](channels, **arguments)
 
 
@@ -365,6 +369,7 @@ register(
         "parameters: 269,722 plain, 286,189 self, 291,677 multi-head, 271,363 CBAM",
     ),
     build=cnntention,
+    passes=(MultiHeadAttention2d, ResidualCBAM),
     example={"channels": 8, "form": "self"},
     ports=(
         AuthorsPort("self_att", build=lambda a: SelfAttention2d(a["in_ch"]), convert=_convert, run=_run_attention),

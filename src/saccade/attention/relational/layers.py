@@ -217,7 +217,7 @@ class DualAttention(nn.Module):
         num_kv_heads: key heads of all heads; or a pair, of the sensory and of the relational heads. Grouped alike.
         rope, rope_base, proj_bias, dropout: of both branches.
         share_attention: both branches have the same W_q and W_k (as many heads each).
-        **relational: `RelationalAttention`'s num_relations, relation_dim, relation_activation, symmetric, key_dim.
+        num_relations, relation_dim, relation_activation, symmetric, key_dim: `RelationalAttention`'s.
 
     Raises:
         ValueError: if the head counts do not fit together, or an argument is wrong.
@@ -238,7 +238,11 @@ class DualAttention(nn.Module):
         proj_bias: bool = False,
         dropout: float = 0.0,
         share_attention: bool = False,
-        **relational: Any,
+        num_relations: int | None = None,
+        relation_dim: int | None = None,
+        relation_activation: str = "identity",
+        symmetric: bool = False,
+        key_dim: int | None = None,
     ) -> None:
         super().__init__()
         if dim < 1 or num_heads < 1 or dim % num_heads:
@@ -270,13 +274,22 @@ class DualAttention(nn.Module):
         }
         self.sensory = self.relational = self.retriever = None
         if sensory_heads:
-            key_dim = relational.get("key_dim") if share_attention else None
+            shared = key_dim if share_attention else None
             self.sensory = SensoryAttention(
-                dim, sensory_heads, causal, num_kv_heads=sensory_kv, key_dim=key_dim, **common
+                dim, sensory_heads, causal, num_kv_heads=sensory_kv, key_dim=shared, **common
             )
         if relational_heads:
             self.relational = RelationalAttention(
-                dim, relational_heads, causal, num_kv_heads=relational_kv, **common, **relational
+                dim,
+                relational_heads,
+                causal,
+                num_kv_heads=relational_kv,
+                num_relations=num_relations,
+                relation_dim=relation_dim,
+                relation_activation=relation_activation,
+                symmetric=symmetric,
+                key_dim=key_dim,
+                **common,
             )
             if symbols is not None:
                 options = {"causal": causal} if symbols == "relational" else {}
