@@ -254,6 +254,16 @@ def test_memory_is_linear_whatever_the_strides(mask) -> None:
     torch.testing.assert_close(saccade.attend(q, k, v, mask=mask), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("mask", [None, masks.causal()], ids=["dense", "causal"])
+def test_rows_may_overlap(mask, return_lse: bool) -> None:
+    """torch's flash kernel reads past such rows."""
+    q, k, v = (torch.randn(1, 2, 31 + 15).unfold(-1, 16, 1) for _ in range(3))
+    given = {"mask": mask, "return_lse": return_lse}
+    expected = saccade.attend(*(x.contiguous() for x in (q, k, v)), backend="reference", **given)
+    torch.testing.assert_close(saccade.attend(q, k, v, **given), expected)
+
+
 def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 4, 1024, 32)
     mask = masks.window(40)

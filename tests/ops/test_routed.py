@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,50 @@ def test_equals_masked_attention_with_lse_and_gradients(
         ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def columns(x: Tensor) -> Tensor:
+    """`x` with its last axis apart in memory."""
+    return x.mT.contiguous().mT
+
+
+def overlapping(x: Tensor) -> Tensor:
+    """Rows like `x`'s in shape, of which each begins one element after the last."""
+    return torch.randn(*x.shape[:2], x.shape[2] + x.shape[3] - 1, dtype=x.dtype).unfold(-1, x.shape[3], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lay_out", [columns, overlapping])
+@pytest.mark.parametrize("size", [8, 2 * routed._STRIP])
+def test_strides_do_not_matter(size: int, lay_out: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    chosen = torch.zeros(1, 1, 3 * size, 1, dtype=torch.long)
+    chosen[:, :, :size] = -1
+    tensors = [lay_out(torch.randn(1, 1, 3 * size, 16, dtype=dtype)) for _ in range(4)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out, lse = routed_attend(*inputs, chosen, size)
+        return out, lse, *torch.autograd.grad(out, inputs, grad)
+
+    for ours, theirs in zip(run(*tensors), run(*(x.contiguous() for x in tensors)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("size", [8, 2 * routed._STRIP])
+def test_scales_of_zero_and_below(size: int, scale: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 2 * size, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
+    chosen = torch.zeros(1, 2, 2 * size, 1, dtype=torch.long)
+    chosen[:, :, :size] = -1
+    ours = routed_attend(q, k, v, chosen, size, scale=scale)
+    mask = allowed(chosen, 2 * size, size, True)
+    theirs = attend(q, k, v, mask=mask, scale=scale, return_lse=True, backend="reference")
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(out.square().sum() + lse.sum(), (q, k, v)) for out, lse in (ours, theirs)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_many_pieces_and_ranges_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.ops.backends.sdpa import in_rows
 from saccade.ops.cache import StateCache
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
@@ -434,6 +435,7 @@ class DotProduct2d(EfficientAttention2d):
 
     def mix(self, x_BCHW: Tensor, values_BHME: Tensor) -> Tensor:
         q_BHND, k_BHND = self._heads(self.q_proj(x_BCHW)), self._heads(self.k_proj(x_BCHW))
+        q_BHND, k_BHND, values_BHME = (in_rows(x) for x in (q_BHND, k_BHND, values_BHME))
         return F.scaled_dot_product_attention(q_BHND, k_BHND, values_BHME, scale=1.0)
 
 

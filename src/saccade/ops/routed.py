@@ -25,6 +25,7 @@ from torch import Tensor
 
 from saccade.ops import native
 from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
+from saccade.ops.backends.sdpa import in_rows, positive_scale
 from saccade.ops.heads import repeat_heads
 from saccade.ops.native.routes import attend_routes, by_block, route_gradients
 
@@ -80,7 +81,7 @@ def routed_attend(
         raise ValueError(
             f"queries {tuple(q_BHND.shape)}, keys {tuple(k_BKMD.shape)} and values {tuple(v_BKME.shape)} do not fit"
         )
-    scale = D**-0.5 if scale is None else float(scale)
+    q_BHND, scale = positive_scale(q_BHND, D**-0.5 if scale is None else float(scale))
     if 0 in (B, H, N, M):
         return q_BHND.new_zeros(B, H, N, E), q_BHND.new_full((B, H, N), float("-inf"), dtype=torch.float32)
     # the kernels want one width; zeros add nothing to a dot product or to a sum
@@ -372,6 +373,7 @@ def _own_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor,
     size = q.shape[1]
     if q.device.type != "cpu" or size < 2 * _STRIP:
         return _tiles_forward(q, k, v, scale, causal=True)
+    q, k, v = (in_rows(x) for x in (q, k, v))
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.promote_types(q.dtype, torch.float32))
     place = torch.arange(size)
     for first in range(0, size, _STRIP):
@@ -391,7 +393,7 @@ def _tiles_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: boo
     if q.device.type != "cpu":
         return _forward_by_matmul(q, k, v, scale, causal=causal)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q[:, None], k[:, None], v[:, None], 0.0, causal, scale=scale
+        *(in_rows(x)[:, None] for x in (q, k, v)), 0.0, causal, scale=scale
     )
     return out[:, 0], lse[:, 0]
 
@@ -409,7 +411,7 @@ def _tiles_backward(
     if q.device.type != "cpu":
         return _backward_by_matmul(grad, q, k, v, out, lse, scale, causal=causal)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *(x[:, None] for x in (grad, q, k, v, out, lse)), 0.0, causal, scale=scale
+        *(in_rows(x)[:, None] for x in (grad, q, k, v, out)), lse[:, None], 0.0, causal, scale=scale
     )
     return dq[:, 0], dk[:, 0], dv[:, 0]
 

@@ -103,11 +103,22 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
 
 def in_rows(x: Tensor) -> Tensor:
-    """`x` with its last axis laid out densely.
+    """`x` with its last axis laid out densely, and rows that do not overlap.
 
-    The flash kernel takes it for granted, and SDPA leaves that kernel for one with quadratic memory where it is not so.
+    The flash kernel takes both for granted, and SDPA leaves that kernel for one with quadratic memory where the first
+    is not so.
     """
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above 0.
+
+    The flash kernel hides the keys ahead before it scales, and -inf times a scale of 0 or less hides nothing.
+    """
+    if scale < 0:
+        return -q, -scale
+    return (q * 0.0, 1.0) if scale == 0 else (q, scale)
 
 
 class _FlashWithLSE(torch.autograd.Function):
