@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -389,3 +390,30 @@ def test_user_files_are_the_text(tmp_path) -> None:
         saccade.compare({"mine": RunningMean}, data=[path], out=tmp_path / "run", **sizes)
     with pytest.raises(OSError, match="no data file"):
         saccade.compare(["softmax"], data=[Path("missing.txt")])
+
+
+def test_names_that_look_alike_have_folders_of_their_own(tmp_path) -> None:
+    pairs = [("a b", "a-b"), ("x:a=1", "x:a=-1"), ("A", "a"), ("..", "."), ("q" * 300, "q" * 301), ("result.json", "")]
+    for pair in pairs:
+        names = [files.folder_name(name) for name in pair]
+        assert len({name.lower() for name in names}) == 2 and all(len(name) < 100 for name in names)
+        assert all("/" not in name and name not in ("", ".", "..", "config.json", "result.json") for name in names)
+    names = {"a b": "softmax", "a-b": "softmax:num_kv_heads=2", "A-b": RunningMean}
+    result = saccade.compare(names, out=tmp_path, **{**TEXT, "lengths": ()})
+    assert len({record.parameters for record in result.mechanisms}) == 3
+    assert len({record.quality for record in result.mechanisms}) == 3
+    loaded = CompareResult.load(tmp_path)
+    for name in ("a b", "a-b"):
+        assert np.array_equal(loaded[name].maps["layer 0"], result[name].maps["layer 0"])
+    assert not np.array_equal(loaded["a b"].maps["layer 0"], loaded["a-b"].maps["layer 0"])
+
+
+def test_a_folder_of_another_definition_is_not_taken_over(tmp_path) -> None:
+    sizes = {**TEXT, "lengths": (), "map_length": 0, "decode_tokens": 0}
+    saccade.compare({"mine": "softmax"}, out=tmp_path / "a", **sizes)
+    saccade.compare({"mine": "softmax:num_kv_heads=2"}, out=tmp_path / "b", **sizes)
+    (tmp_path / "b" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "b" / "mine")
+    shutil.copytree(tmp_path / "a" / "mine", tmp_path / "b" / "mine")
+    with pytest.raises(ValueError, match=r"another mechanism: mechanism\.options\.num_kv_heads is None there and 2"):
+        saccade.compare({"mine": "softmax:num_kv_heads=2"}, out=tmp_path / "b", **sizes)

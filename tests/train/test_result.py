@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from saccade.train.files import write_tensors
+from saccade.train.files import folder_name, write_tensors
 from saccade.train.result import CompareResult, MechanismRecord, Metric, SeedRecord
 from saccade.train.scaling import Fit, ScalingPoint
 
@@ -78,7 +78,8 @@ def test_json_there_and_back_with_maps(tmp_path) -> None:
     maps = {"layer 0": np.eye(3, dtype=np.float32)[None]}
     original = result(record("moba:top_k=2", 2.0, 2.1, maps=maps, supports=("causal",)), record("b", 3.0))
     original.save(tmp_path)
-    write_tensors(tmp_path / "maps" / "moba-top_k-2.safetensors", {n: torch.tensor(m) for n, m in maps.items()})
+    path = tmp_path / "maps" / f"{folder_name('moba:top_k=2')}.safetensors"
+    write_tensors(path, {name: torch.tensor(array) for name, array in maps.items()})
     loaded = CompareResult.load(tmp_path)
     assert loaded.to_json() == original.to_json()
     assert loaded.mechanisms[1] == original.mechanisms[1]

@@ -3,6 +3,7 @@
 A comparison lives in a folder:
 
     config.json                          what was asked, and every setting that followed
+    <mechanism>/mechanism.json           its definition: a folder is used for no other
     <mechanism>/seed-<seed>/             metrics.jsonl, checkpoint.safetensors, final.json
     <mechanism>/measures.json            decoding, memory, growth with length
     maps/<mechanism>.safetensors         attention on a sample
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 import saccade
 from saccade.ops.measure import machine
 from saccade.train.data import read_files
-from saccade.train.files import folder_name, make_folder, read_arrays, write_text
+from saccade.train.files import folder_name, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import measure
 from saccade.train.mechanisms import NONE, Mechanism, check_fit, parse
 from saccade.train.result import CompareResult, MechanismRecord, Metric
@@ -135,7 +136,7 @@ def _compared(
     job: Task, entry: Mechanism, seeds: list[int], seconds: float | None, folder: Path, show: _Display
 ) -> MechanismRecord:
     """Everything about one mechanism: its runs, then its measures, each taken from the folder where it is there."""
-    own_folder = folder / folder_name(entry.name)
+    own_folder = _mechanism_folder(folder, entry)
     steps = job.settings.steps if seconds is None else _planned_steps(job, entry, seeds[0], seconds, own_folder)
     record = MechanismRecord(
         entry.name,
@@ -154,6 +155,23 @@ def _compared(
         with show.bar(f"measuring {entry.name}", len(job.settings.lengths)) as on_step:
             measure(job, entry, trained, record, folder, lambda _: on_step(None, None))
     return record
+
+
+def _mechanism_folder(folder: Path, entry: Mechanism) -> Path:
+    """The mechanism's own folder, with its definition in it.
+
+    Raises:
+        ValueError: if another definition is there.
+    """
+    path = folder / folder_name(entry.name) / "mechanism.json"
+    asked = _plain(entry.as_config())
+    if path.is_file():
+        difference = _difference(read_json(path), asked, "mechanism")
+        if difference:
+            raise ValueError(f"{path.parent} holds the runs of another mechanism: {difference}; choose another folder")
+    else:
+        write_text(path, json.dumps(asked, indent=2) + "\n")
+    return path.parent
 
 
 def _planned_steps(job: Task, entry: Mechanism, seed: int, seconds: float, folder: Path) -> int:
@@ -257,6 +275,11 @@ def _config(
         "data": fingerprint(data),
         "device": str(device),
     }
+    return _plain(config)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON keeps it."""
     return json.loads(json.dumps(config, default=str))
 
 
@@ -269,11 +292,7 @@ def _open_folder(folder: Path, config: dict[str, Any]) -> CompareResult | None:
     """
     path = folder / "config.json"
     if path.is_file():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another folder") from error
-        difference = _difference(there, config)
+        difference = _difference(read_json(path), config)
         if difference:
             raise ValueError(f"{folder} holds another comparison: {difference}; choose another folder")
         if (folder / "result.json").is_file():

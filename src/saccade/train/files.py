@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import tempfile
@@ -14,9 +16,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+#: names that are file names as they stand, on every system; no other file of a run folder is called so
+_PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
+
+
 def folder_name(name: str) -> str:
-    """A mechanism's name as a file name: `moba:block_size=32` -> `moba-block_size-32`."""
-    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.") or "unnamed"
+    """A mechanism's name as a file name, another one for each name (`~` stands in none that is kept as it is).
+
+    >>> folder_name("moba"), folder_name("moba:top_k=2")
+    ('moba', 'moba-top_k-2~6dea7a9eb58f')
+    """
+    if _PLAIN.fullmatch(name):
+        return name
+    readable = re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")[:60] or "unnamed"
+    return f"{readable}~{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
 def make_folder(path: Path) -> None:
@@ -58,6 +71,19 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
 
 
 def append_line(path: Path, line: str) -> None:
