@@ -35,6 +35,21 @@ def test_equals_sdpa_and_its_gradients() -> None:
         torch.testing.assert_close(x.grad, y.grad)
 
 
+@pytest.mark.parametrize("path", [None, *PATHS])
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+@pytest.mark.parametrize("mask", [None, masks.causal(), masks.causal(1), masks.window(2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_scale(path, scale, mask, dtype) -> None:
+    results = []
+    for backend in (path, "reference"):
+        inputs = [x.requires_grad_() for x in qkv(N=9, M=9, dtype=dtype)]
+        alone = saccade.attend(*inputs, mask=mask, scale=scale, backend=backend)
+        out, lse = saccade.attend(*inputs, mask=mask, scale=scale, backend=backend, return_lse=True)
+        results.append((alone, out, lse, *torch.autograd.grad(alone.sin().sum() + out.sum() + lse.sum(), inputs)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, check_dtype=False)
+
+
 @st.composite
 def problems(draw):
     K = draw(st.sampled_from([1, 2]))

@@ -1,5 +1,6 @@
 """Masks as objects: what they allow, their block structure, their composition, their picture."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -357,3 +358,33 @@ def test_bad_arguments(match: str, make) -> None:
 def test_masks_compose_with_masks_only() -> None:
     with pytest.raises(TypeError, match="wrap a bool tensor in dense"):
         masks.causal() & torch.ones(3, 3).bool()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 9])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_functions_that_take_scalars_only(m: int, batch: int) -> None:
+    """FlexAttention asks for a pair at a time, so that its users index with scalars, reduce and branch by `where`."""
+    intervals = torch.tensor([[1, 3], [0, 2]])
+    rows, columns = torch.randn(7, 4), torch.randn(m, 4)
+    scalar_functions = {
+        "index": lambda b, h, q, k: (k >= intervals[b][0]) & (k < intervals[b][1]) & (q >= 0),
+        "dot": lambda b, h, q, k: torch.dot(rows[q], columns[k]) > 0,
+        "reduction": lambda b, h, q, k: torch.stack([q, k]).sum() % 3 == b,
+    }
+    for name, mask_mod in scalar_functions.items():
+        expected = torch.zeros(batch, 1, 7, m, dtype=torch.bool)
+        for b, q, k in itertools.product(range(batch), range(7), range(m)):
+            expected[b, 0, q, k] = mask_mod(*(torch.tensor(x) for x in (b, 0, q, k)))
+        mask = masks.function(mask_mod, batch=batch)
+        assert torch.equal(mask.dense(7, m), expected), name
+        assert torch.equal(mask.block_map(7, m, 2), true_states(mask, 7, m, 2, 2)), name
+        assert masks.function(mask_mod, batch=batch).dense(0, m).shape == (batch, 1, 0, m)
+
+
+def test_a_function_that_fails_says_why() -> None:
+    with pytest.raises(RuntimeError, match="no such pair"):
+        masks.function(lambda *_: _refuse("no such pair")).dense(3, 3)
+
+
+def _refuse(why: str) -> Tensor:
+    raise RuntimeError(why)

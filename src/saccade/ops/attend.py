@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
-from saccade.ops.backends.sdpa import in_rows, is_causal_mask
+from saccade.ops.backends.sdpa import in_rows, is_causal_mask, positive_scale
 from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import check_normalizer
@@ -135,6 +135,8 @@ def attend(
         and (mask is None or needs_grad(q_BHND, k_BKMD, v_BKME) or q_BHND.shape[:3].numel() * q_BHND.shape[2] <= SMALL)
     ):
         _refuse_nan(q_BHND, k_BKMD, v_BKME)
+        if scale is not None:
+            q_BHND, scale = positive_scale(q_BHND, scale)
         q, k, v = (in_rows(x) for x in (q_BHND, k_BKMD, v_BKME))
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None, scale=scale)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saccade.ops.pairs import for_pairs, is_scalar_only
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -613,6 +615,7 @@ class Function(Mask):
     rows: int = 1
     planes: int = 1
     _maps: dict[tuple[int, int, int, int], Tensor] = field(default_factory=dict, repr=False)
+    _scalars: list[bool] = field(default_factory=list, repr=False)
 
     @property
     def batch(self) -> int:
@@ -623,9 +626,12 @@ class Function(Mask):
         return self.planes
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        answer = self.mask_mod(_row(b, self.rows), _row(h, self.planes), q, k)
-        shape = torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape)
-        return torch.as_tensor(answer, dtype=torch.bool, device=q.device).expand(shape)
+        b, h = _row(b, self.rows), _row(h, self.planes)
+        if torch.compiler.is_compiling():  # looking at values would cut the graph
+            return for_pairs(self.mask_mod, b, h, q, k).bool()
+        if not self._scalars:
+            self._scalars.append(is_scalar_only(self.mask_mod, b, h, q, k))
+        return for_pairs(self.mask_mod, b, h, q, k, scalars=self._scalars[0]).bool()
 
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """Exact, by asking for every pair once, some blocks of queries at a time; the answer is kept."""
@@ -652,8 +658,9 @@ class Function(Mask):
 
 
 def function(mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, batch: int = 1, heads: int = 1) -> Mask:
-    """FlexAttention's `mask_mod(b, h, q_idx, kv_idx) -> bool` as a mask; index tensors broadcast.
+    """FlexAttention's `mask_mod(b, h, q_idx, kv_idx) -> bool` as a mask.
 
+    It is asked with index tensors that broadcast where that gives the same as one pair at a time, else it is mapped.
     Its block structure is found by asking for each pair once (N M evaluations, never held at once) and is kept with the
     mask, so make a mask once and use it in every layer; tensors that the function captures must not change afterwards.
 

@@ -76,6 +76,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if problem.E != problem.D:
         # the fused kernel wants one width; zeros add nothing to a dot product or to a sum
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    q, scale = positive_scale(q, problem.scale)
     q, k, v = (in_rows(x) for x in (q, k, v))
     if problem.return_lse:
         bias = None
@@ -83,7 +84,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
             bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
             bias = bias.expand(problem.B, problem.H, -1, -1)
         k, v = repeat_heads(k, problem.H), repeat_heads(v, problem.H)
-        out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, problem.scale)
+        out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, scale)
         if allowed is not None:
             empty = ~allowed.any(-1)
             lse = lse.masked_fill(empty, float("-inf"))
@@ -95,7 +96,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
             v,
             attn_mask=allowed,
             is_causal=causal,
-            scale=problem.scale,
+            scale=scale,
             dropout_p=problem.dropout,
             enable_gqa=problem.K != problem.H,
         )
