@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test lint types demo readme benchmarks gallery claims comparison clean
+.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison clean
 
 setup: $(STAMP)
 
@@ -15,6 +15,12 @@ $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 
 test: setup lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+# attack the library with generated cases: make fuzz MINUTES=5 SEED=0
+MINUTES ?= 5
+SEED ?= 0
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tools/fuzz --minutes $(MINUTES) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
