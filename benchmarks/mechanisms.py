@@ -469,12 +469,11 @@ def engine_retention(n: int, dtype: torch.dtype) -> Trial:
 
 @case("flex-attention, soft cap", STREAMED, QUADRATIC)
 def flex_soft_cap(n: int, dtype: torch.dtype) -> Trial:
-    from saccade.attention.flex_attention import soft_cap
-    from saccade.ops import masks
+    from saccade.ops import masks, score_mods
     from saccade.ops.attend import attend
 
     q, k, v = tensors(n, dtype)
-    return Trial(lambda: attend(q, k, v, mask=masks.causal(), score_mod=soft_cap(20.0)))
+    return Trial(lambda: attend(q, k, v, mask=masks.causal(), score_mod=score_mods.soft_cap(20.0)))
 
 
 def quadratic_trial(n: int, dtype: torch.dtype, slug: str, options: dict[str, Any]) -> Trial:

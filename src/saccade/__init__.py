@@ -18,6 +18,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "autotune": ("saccade.ops.autotune", "autotune"),
     "merge": ("saccade.ops.merge", "merge"),
     "masks": ("saccade.ops.masks", None),
+    "score_mods": ("saccade.ops.score_mods", None),
     "linear_attend": ("saccade.ops.linear", "linear_attend"),
     "attention_map": ("saccade.ops.maps", "attention_map"),
     "catalogue": ("saccade.catalogue", None),
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from saccade.integrations.insert import insert as insert
     from saccade.integrations.transformers import switch as switch
     from saccade.ops import masks as masks
+    from saccade.ops import score_mods as score_mods
     from saccade.ops.attend import attend as attend
     from saccade.ops.attend import plan as plan
     from saccade.ops.autotune import autotune as autotune

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import flex_attention as theirs
 
-from saccade import attend, masks
+from saccade import attend, masks, score_mods
 from saccade.attention import flex_attention as flex
 from saccade.attention.flex_attention import FlexAttention, PagedCache, attend_jagged, create_block_mask
+from saccade.ops.score_mods import ScoreMod
 
 N = 37
 
@@ -44,17 +46,20 @@ DISTANCES = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().m
 @pytest.mark.parametrize(
     ("mod", "change"),
     [
-        (flex.alibi(4), lambda s: s + SLOPES * (J - I)),
-        (flex.soft_cap(2.0), lambda s: 2 * (s / 2).tanh()),
+        (score_mods.alibi(4), lambda s: s + SLOPES * (J - I)),
+        (score_mods.soft_cap(2.0), lambda s: 2 * (s / 2).tanh()),
         (flex.relative(), lambda s: s + (I - J)),
-        (flex.bias(TABLE), lambda s: s + TABLE),
-        (flex.bias(TABLE[0]), lambda s: s + TABLE[0]),
-        (flex.distance_bias(DISTANCES), lambda s: s + DISTANCES[:, (J - I + 3).clamp(0, 6)]),
-        (flex.compose(flex.alibi(4), flex.soft_cap(3.0)), lambda s: 3 * ((s + SLOPES * (J - I)) / 3).tanh()),
+        (score_mods.bias(TABLE), lambda s: s + TABLE),
+        (score_mods.bias(TABLE[0]), lambda s: s + TABLE[0]),
+        (score_mods.relative_bias(DISTANCES), lambda s: s + DISTANCES[:, (J - I + 3).clamp(0, 6)]),
+        (
+            score_mods.compose(score_mods.alibi(4), score_mods.soft_cap(3.0)),
+            lambda s: 3 * ((s + SLOPES * (J - I)) / 3).tanh(),
+        ),
     ],
     ids=["alibi", "soft-cap", "relative", "bias", "bias for all heads", "distances", "alibi then cap"],
 )
-def test_score_modifications(mod: flex.ScoreMod, change: Callable[[Tensor], Tensor], backend: str | None) -> None:
+def test_score_modifications(mod: ScoreMod, change: Callable[[Tensor], Tensor], backend: str | None) -> None:
     q, k, v = tensors()
     out = attend(q, k, v, mask=masks.causal(), score_mod=mod, backend=backend)
     torch.testing.assert_close(out, plainly(q, k, v, CAUSAL, change))
@@ -94,7 +99,7 @@ def test_masks(mask: masks.Mask, allowed: Tensor) -> None:
         torch.testing.assert_close(attend(q, k, v, mask=mask, backend=backend), expected)
     # a score modification of -inf says the same
     table = torch.zeros(N, N, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
-    torch.testing.assert_close(attend(q, k, v, score_mod=flex.bias(table)), expected)
+    torch.testing.assert_close(attend(q, k, v, score_mod=score_mods.bias(table)), expected)
 
 
 def test_rotary_part_of_mla_is_a_longer_dot_product() -> None:
@@ -113,7 +118,7 @@ def test_a_captured_bias_gets_the_gradient_of_the_dense_form() -> None:
     q, k, v = (x.requires_grad_() for x in tensors())
     table = TABLE.clone().requires_grad_()
     weight = torch.randn(2, 4, N, 6, dtype=torch.float64)
-    out = attend(q, k, v, mask=masks.causal(), score_mod=flex.bias(table), backend="stream", memory_mb=0.01)
+    out = attend(q, k, v, mask=masks.causal(), score_mod=score_mods.bias(table), backend="stream", memory_mb=0.01)
     ours = torch.autograd.grad((out * weight).sum(), (q, k, v, table))
     dense = plainly(q, k, v, CAUSAL, lambda s: s + table)
     for got, expected in zip(ours, torch.autograd.grad((dense * weight).sum(), (q, k, v, table)), strict=True):
@@ -155,11 +160,11 @@ def test_jagged_sequences_equal_each_alone(mask: masks.Mask | None) -> None:
     lengths = [4, 1, 0, 11]
     rows = [[torch.randn(n, heads, 8, dtype=torch.float64) for n in lengths] for heads in (4, 2, 2)]
     nested = [torch.nested.nested_tensor(each, layout=torch.jagged).requires_grad_() for each in rows]
-    out = attend_jagged(*nested, mask=mask, score_mod=flex.alibi(4))
+    out = attend_jagged(*nested, mask=mask, score_mod=score_mods.alibi(4))
     assert out.is_nested and out.requires_grad
     for row, got in enumerate(out.unbind()):
         q, k, v = (each[row].transpose(0, 1)[None] for each in rows)
-        expected = attend(q, k, v, mask=mask, score_mod=flex.alibi(4))[0].transpose(0, 1)
+        expected = attend(q, k, v, mask=mask, score_mod=score_mods.alibi(4))[0].transpose(0, 1)
         torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="nested"):
         attend_jagged(*tensors())
@@ -180,10 +185,10 @@ def test_pages_in_any_order_equal_a_contiguous_cache(page_size: int, backend: st
             cache.append(row, k[row, :, seen[row] : end], v[row, :, seen[row] : end])
             seen[row] = end
     assert cache.lengths.tolist() == lengths
-    out = cache.attend(q, mask=masks.causal(), score_mod=None if backend == "blocksparse" else flex.alibi(4),
+    out = cache.attend(q, mask=masks.causal(), score_mod=None if backend == "blocksparse" else score_mods.alibi(4),
                        backend=backend)  # fmt: skip
     for row, length in enumerate(lengths):
-        mod = None if backend == "blocksparse" else flex.alibi(4)
+        mod = None if backend == "blocksparse" else score_mods.alibi(4)
         alone = attend(
             q[row : row + 1], k[row : row + 1, :, :length], v[row : row + 1, :, :length], mask=masks.causal(),
             score_mod=mod,
@@ -219,11 +224,12 @@ def test_freed_pages_leak_nothing() -> None:
 def test_limits_and_refusals() -> None:
     q, k, v = tensors()
     plain = attend(q, k, v, mask=masks.causal())
-    torch.testing.assert_close(attend(q, k, v, mask=masks.causal(), score_mod=flex.soft_cap(1e6)), plain)
-    torch.testing.assert_close(attend(q, k, v, mask=masks.causal(), score_mod=flex.bias(TABLE * 0)), plain)
-    one, other = flex.alibi(4), flex.bias(TABLE)
+    torch.testing.assert_close(attend(q, k, v, mask=masks.causal(), score_mod=score_mods.soft_cap(1e6)), plain)
+    torch.testing.assert_close(attend(q, k, v, mask=masks.causal(), score_mod=score_mods.bias(TABLE * 0)), plain)
+    one, other = score_mods.alibi(4), score_mods.bias(TABLE)
     torch.testing.assert_close(
-        attend(q, k, v, score_mod=flex.compose(one, other)), attend(q, k, v, score_mod=flex.compose(other, one))
+        attend(q, k, v, score_mod=score_mods.compose(one, other)),
+        attend(q, k, v, score_mod=score_mods.compose(other, one)),
     )
     layer = FlexAttention(16, 4, causal=True, rope=False)
     assert layer.distances is None
@@ -232,3 +238,9 @@ def test_limits_and_refusals() -> None:
             FlexAttention(16, 4, **arguments)
     with pytest.raises(ValueError, match="dilation"):
         flex.dilated_window(3, 0)
+
+
+def test_a_layer_can_be_pickled() -> None:
+    layer = FlexAttention(16, 4, causal=True, use_alibi=True, cap=5.0, reach=2, window=3)
+    x = torch.randn(1, 9, 16)
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(x), layer(x))

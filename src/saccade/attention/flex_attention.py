@@ -13,8 +13,9 @@ holds what the paper defines with them:
 | causal, sliding window w, prefix LM p, neighbourhood | `masks.causal()`, `masks.window(w)`, `masks.prefix(p) \\| masks.causal()`, `masks.neighborhood(...)` |
 | documents, a mask within each | `masks.documents(ids)`, `masks.per_document(ids, inner)` |
 | dilated window, global tokens and window, any other | `dilated_window(w, d)`, `global_window(g, w)`, `masks.function(mask_mod)` |
-| ALiBi, soft cap, relative bias, bias table, rotary part of MLA | `alibi(H)`, `soft_cap(c)`, `relative()`, `bias(table)`, `rope_part(q, k, scale)` |
-| compositions | `&`, `\\|`, `~` of masks; `compose(...)` of score modifications |
+| ALiBi, soft cap, bias table, bias by distance | `score_mods.alibi(H)`, `soft_cap(c)`, `bias(table)`, `relative_bias(table)` |
+| relative bias, rotary part of MLA | `relative()`, `rope_part(q, k, scale)` |
+| compositions | `&`, `\\|`, `~` of masks; `score_mods.compose(...)` of score modifications |
 | another activation than exp | `activation_attend(q, k, v, f, offset)` |
 | block mask | `create_block_mask(mask, n, m, block_size)` |
 | paged key-value cache | `PagedCache` |
@@ -35,48 +36,19 @@ import torch
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
-from saccade.ops import masks
+from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import EMPTY, FULL, PARTIAL, Mask
-from saccade.ops.planning import ScoreMod
+from saccade.ops.score_mods import ScoreMod
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
 
 
-def alibi(num_heads: int) -> ScoreMod:
-    """s + 2^(-8 (h + 1) / H) (j - i): a penalty on distance, steeper in some heads (Press et al., arXiv 2108.12409)."""
-    return lambda s, b, h, i, j: s + torch.exp2(-8.0 * (h + 1) / num_heads) * (j - i)
-
-
-def soft_cap(cap: float) -> ScoreMod:
-    """c tanh(s / c): scores stay between -c and c.
-
-    Raises:
-        ValueError: if `cap` is not positive.
-    """
-    if cap <= 0:
-        raise ValueError(f"cap must be positive, got {cap}")
-    return lambda s, b, h, i, j: cap * (s / cap).tanh()
-
-
 def relative() -> ScoreMod:
     """s + (i - j)."""
-    return lambda s, b, h, i, j: s + (i - j)
-
-
-def bias(table_HNM: Tensor) -> ScoreMod:
-    """s + table[h, i, j]; the table may be (N, M) for all heads, and receives its gradient."""
-    if table_HNM.ndim == 2:
-        return lambda s, b, h, i, j: s + table_HNM[i, j]
-    return lambda s, b, h, i, j: s + table_HNM[h, i, j]
-
-
-def distance_bias(table_HR: Tensor) -> ScoreMod:
-    """s + table[h, clamp(j - i + r, 0, 2 r)]: a learned bias per head and distance, the last ones for all farther."""
-    reach = table_HR.shape[-1] // 2
-    return lambda s, b, h, i, j: s + table_HR[h, (j - i + reach).clamp(0, 2 * reach)]
+    return score_mods.alibi(torch.tensor([-1.0]))
 
 
 def rope_part(q_BHNR: Tensor, k_BKMR: Tensor, scale: float) -> ScoreMod:
@@ -88,17 +60,6 @@ def rope_part(q_BHNR: Tensor, k_BKMR: Tensor, scale: float) -> ScoreMod:
         q = q_BHNR[b[:, None, None], h[:, None], i]
         k = k_BKMR[b[:, None, None], (h // group)[:, None], j]
         return s + scale * (q @ k.mT)
-
-    return mod
-
-
-def compose(*mods: ScoreMod) -> ScoreMod:
-    """One modification after the other, from left to right."""
-
-    def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        for each in mods:
-            s = each(s, b, h, i, j)
-        return s
 
     return mod
 
@@ -455,9 +416,7 @@ class FlexAttention(QKVAttention):
         self.window, self.global_tokens = window, global_tokens
         self.score_mod, self.attend_mask = score_mod, attend_mask
         self.distances = None if reach is None else nn.Parameter(torch.zeros(num_heads, 2 * reach + 1))
-        self._fixed = [alibi(num_heads)] if use_alibi else []
-        if cap is not None:
-            self._fixed.append(soft_cap(cap))
+        self.use_alibi, self.cap = use_alibi, None if cap is None else score_mods.soft_cap(cap)
 
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
@@ -470,15 +429,14 @@ class FlexAttention(QKVAttention):
         whole: Mask | None = None
         for part in parts:
             whole = part if whole is None else whole & part
-        mods = [*self._fixed]
+        mods: list[ScoreMod] = [score_mods.alibi(self.num_heads, device=q_BHND.device)] if self.use_alibi else []
+        if self.cap is not None:
+            mods.append(self.cap)
         if self.distances is not None:
-            mods.append(distance_bias(self.distances.to(q_BHND.dtype)))
+            mods.append(score_mods.relative_bias(self.distances.to(q_BHND.dtype)))
         if self.score_mod is not None:
             mods.append(self.score_mod)
-        mod = None
-        if mods:
-            every = compose(*mods)
-            mod = lambda s, b, h, i, j: every(s, b, h, i + offset, j)  # noqa: E731
+        mod = score_mods.shifted(score_mods.compose(*mods), offset) if mods else None
         return attend(q_BHND, k_BKMD, v_BKME, mask=whole, score_mod=mod)
 
 
@@ -502,10 +460,10 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
         ):  # fmt: skip
             out[f"{name}.{field}"] = getattr(lists, field)
         out[f"{name}.dense_blocks"] = lists.to_dense()
-    mods = {
-        "alibi": alibi(q.shape[1]),
-        "softcap": soft_cap(args["soft_cap"]),
-        "bias": bias(inputs["bias"]),
+    mods: dict[str, ScoreMod] = {
+        "alibi": score_mods.alibi(q.shape[1]),
+        "softcap": score_mods.soft_cap(args["soft_cap"]),
+        "bias": score_mods.bias(inputs["bias"]),
         "relative": relative(),
     }
     for name, mod in mods.items():
@@ -541,8 +499,9 @@ def _claim(lab: Lab) -> ClaimResult:
     few = lab.size(4096, 64)
     short = [x[:, :, :few] for x in (q, k, v)]
     plain = lab.seconds(lambda: attend(*short, mask=masks.causal()), repeats=3)
-    eager = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=soft_cap(30.0), backend="reference"), 2)
-    capped = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=soft_cap(30.0)), repeats=3)
+    cap = score_mods.soft_cap(30.0)
+    eager = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=cap, backend="reference"), 2)
+    capped = lab.seconds(lambda: attend(*short, mask=masks.causal(), score_mod=cap), repeats=3)
     measured = {
         "window_1024_at_16k_speedup": dense / window,
         "window_speedup_share_of_ideal": dense / window / ideal,

@@ -24,7 +24,8 @@ from saccade.ops.backends.sdpa import in_rows, is_causal_mask, positive_scale
 from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import check_normalizer
-from saccade.ops.planning import Plan, Problem, ScoreFunction, ScoreMod
+from saccade.ops.planning import Plan, Problem, ScoreFunction
+from saccade.ops.score_mods import Modification, ScoreMod
 
 __all__ = ["attend", "plan"]
 
@@ -95,7 +96,8 @@ def attend(
         mask: bool tensor that broadcasts to (B, H, N, M), True = may attend, or a mask of `saccade.masks`.
         score: another pairwise score than the dot product, called on a tile of queries (B, H, n, D) and a tile of
             keys (B, H, m, D), returns (B, H, n, m). May own parameters. `scale` multiplies it only where given.
-        score_mod: FlexAttention's `(score, b, h, q_idx, kv_idx) -> score`, on broadcastable index tensors.
+        score_mod: one of `saccade.score_mods`, or any function of FlexAttention's signature
+            `(score, b, h, q_idx, kv_idx) -> score`, on broadcastable index tensors.
         normalize: "softmax", "sigmoid", "relu", "abs-sum", or a `saccade.ops.normalizers.Normalizer`.
         scale: factor of the dot product, D ** -0.5 where None.
         dropout: probability that a weight is dropped.
@@ -243,7 +245,7 @@ def _problem(
         E=E,
         dtype=q.dtype,
         device=q.device,
-        needs_grad=needs_grad(q, k, v),
+        needs_grad=needs_grad(q, k, v, *_checked(score_mod, B, H, N, M, q.device)),
         mask=_as_mask(mask, B, H, N, M, q.device),
         score=score,
         score_mod=score_mod,
@@ -253,6 +255,19 @@ def _problem(
         return_lse=return_lse,
         memory_mb=float(memory_mb),
     )
+
+
+def _checked(score_mod: ScoreMod | None, B: int, H: int, N: int, M: int, device: torch.device) -> list[Tensor]:
+    """The tensors of a modification that has a name, once it is known to fit."""
+    if not isinstance(score_mod, Modification):
+        return []
+    why_not = score_mod.refusal(B, H, N, M)
+    if why_not:
+        raise ValueError(why_not)
+    tensors = score_mod.tensors()
+    if device.type != "meta" and any(x.device != device for x in tensors):
+        raise ValueError(f"{score_mod!r} is on {tensors[0].device}, but query is on {device}")
+    return tensors
 
 
 def _as_mask(mask: Tensor | Mask | None, B: int, H: int, N: int, M: int, device: torch.device) -> Mask | None:

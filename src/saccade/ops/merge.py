@@ -1,12 +1,16 @@
 """Exact union of attention over disjoint sets of keys, from each part's output and LSE.
 
 lse = log(exp(lse_a) + exp(lse_b)),   out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse)
+
+A learned sink (GPT-OSS, arXiv 2508.10925) is a part of its own: one key of score s_h whose value is 0.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+__all__ = ["add_sink", "merge"]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,3 +47,33 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     out = torch.lerp(out_b.to(wide), out_a.to(wide), share.to(wide))
     lse = (safe.log() + top).masked_fill(none, float("-inf"))
     return out.to(out_a.dtype), lse
+
+
+def add_sink(out_BHNE: Tensor, lse_BHN: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax with one more logit in the denominator: out sigmoid(lse - s_h), lse = log(exp(lse) + exp(s_h)).
+
+    Gradients reach the sink through both.
+
+    Args:
+        out_BHNE, lse_BHN: what `attend(..., return_lse=True)` gave.
+        sink_H: a finite logit s_h per head, which `scale` does not multiply.
+
+    Returns:
+        out (B, H, N, E) in the dtype of `out_BHNE`, lse (B, H, N).
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    >>> import torch
+    >>> out, lse = add_sink(torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1), torch.tensor([0.0, -100.0]))
+    >>> out.flatten().tolist()
+    [0.5, 1.0]
+    """
+    if out_BHNE.ndim != 4 or lse_BHN.shape != out_BHNE.shape[:3] or sink_H.shape != out_BHNE.shape[1:2]:
+        raise ValueError(
+            f"a sink needs an output (B, H, N, E), its LSE (B, H, N) and a logit per head (H,), got "
+            f"{tuple(out_BHNE.shape)}, {tuple(lse_BHN.shape)} and {tuple(sink_H.shape)}"
+        )
+    sink_H1 = sink_H.to(lse_BHN.dtype)[:, None]
+    share = (lse_BHN - sink_H1).sigmoid()[..., None]
+    return (out_BHNE * share).to(out_BHNE.dtype), torch.logaddexp(lse_BHN, sink_H1)

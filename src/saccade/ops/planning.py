@@ -15,12 +15,12 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.masks import EMPTY, FULL, Mask
+from saccade.ops.score_mods import ScoreMod
 
 #: tokens per block in which the planner looks at a mask, unless the mask brings its own
 PLANNING_BLOCK = 64
 
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
-ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(eq=False)
