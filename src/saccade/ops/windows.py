@@ -261,26 +261,38 @@ def _sizes_of_tiles(window: _Window, start: int, end: int, axes: int) -> list[in
     return sorted(size for size in sizes if size <= length) or [length]
 
 
+def _choices(sizes: Sequence[Sequence[int]], group: int) -> list[tuple[int, ...]]:
+    """Tiles among these sizes that have at most `_ROWS` rows; where there is none, a smaller one."""
+    found = [tile for tile in product(*sizes) if prod(tile) * group <= _ROWS]
+    if found:
+        return found
+    tile = [min(options) for options in sizes]
+    while prod(tile) * group > _ROWS and prod(tile) > 1:
+        longest = tile.index(max(tile))
+        tile[longest] = ceil(tile[longest] / 2)
+    return [tuple(tile)]
+
+
 def _cut(
     windows: Sequence[_Window], stretch: Sequence[tuple[int, int]], group: int, dilated: bool, backward: bool
 ) -> list[_Part]:
     """The parts of a region of the grid, in the tile and with the first axis that are expected to be fastest."""
     axes = sum(w.queries > 1 for w in windows)
     multiple = 16 if axes <= 1 else 1
-    options = [
-        [_segments(w, a, b, t, multiple) for t in _sizes_of_tiles(w, a, b, axes)] for w, (a, b) in zip(windows, stretch)
-    ]
+    choices = _choices([_sizes_of_tiles(w, a, b, axes) for w, (a, b) in zip(windows, stretch)], group)
+    segments = {
+        (axis, tile): _segments(windows[axis], *stretch[axis], tile, multiple)
+        for choice in choices
+        for axis, tile in enumerate(choice)
+    }
     best: tuple[float, list[_Part]] = (float("inf"), [])
-    for choice in product(*options):
-        rows = prod(segments[0].tile for segments in choice) * group
-        if rows > _ROWS and rows > group:
-            continue
+    for choice in choices:
         for first in range(3):
             if first and windows[first].queries == 1:
                 continue
             order = (first, *(a for a in range(3) if a != first))
             parts = []
-            for picked in product(*(choice[a] for a in order)):
+            for picked in product(*(segments[a, choice[a]] for a in order)):
                 inner = [(s.count == 1 and s.box == windows[a].keys) for s, a in zip(picked[1:], order[1:])]
                 whole = order == (0, 1, 2) and all(inner) and not dilated
                 straight = whole and group == 1 and all(w.queries == 1 for w in windows[1:])
@@ -343,8 +355,16 @@ def _layout(spec: _Spec, N: int, M: int, group: int, backward: bool = False) -> 
 
 
 def _parts(windows: Sequence[_Window], group: int, dilated: bool, backward: bool) -> tuple[_Part, ...]:
+    """The parts of all regions: every query is in one, or memory would be returned that nothing has written."""
     regions = product(*(window.stretches() for window in windows))
-    return tuple(part for region in regions for part in _cut(windows, region, group, dilated, backward))
+    parts = tuple(part for region in regions for part in _cut(windows, region, group, dilated, backward))
+    times = torch.zeros([window.queries for window in windows], dtype=torch.uint8)
+    for part in parts:
+        axes = [part.segments[part.order.index(axis)] for axis in range(3)]
+        times[tuple(slice(s.query, s.query + s.queries) for s in axes)] += 1
+    if not bool((times == 1).all()):
+        raise RuntimeError(f"tiles must hold each of the {times.numel()} queries once, got {int((times == 1).sum())}")
+    return parts
 
 
 # ---------------------------------------------------------------------------- what a backend asks
