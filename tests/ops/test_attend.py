@@ -282,8 +282,8 @@ def test_rows_may_overlap(mask, return_lse: bool) -> None:
 def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randn(1, 4, 1024, 32)
     mask = masks.window(40)
-    monkeypatch.setattr(build, "_loaded", lambda: (None, "no compiler here"))
+    monkeypatch.setattr(build, "_outcome", (None, "no compiler here"))
     assert "in torch (no compiler here)" in saccade.plan(q, q, q, mask=mask).reason
     assert "in torch (single precision only)" in saccade.plan(*(q.double(),) * 3, mask=mask).reason
-    monkeypatch.setattr(build, "_loaded", lambda: (object(), None))
+    monkeypatch.setattr(build, "_outcome", (object(), None))
     assert saccade.plan(q, q, q, mask=mask).reason.endswith("forward in C")

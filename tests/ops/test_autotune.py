@@ -87,6 +87,24 @@ def test_an_unreadable_file_is_ignored_with_a_warning(cache: Path) -> None:
         assert tuning.tuned("stream") is None
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
+def test_a_file_that_others_can_write_is_ignored_with_a_warning(cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text('{"stream": {"tile_bytes": 7}}')
+    cache.chmod(0o666)
+    with pytest.warns(UserWarning, match="others can write to"):
+        assert tuning.tuned("stream") is None
+    cache.parent.chmod(0o777)
+    with pytest.raises(OSError, match=f"others can write to {cache.parent}"):
+        tuning._write(cache, {})
+
+
+def test_without_a_home_nothing_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "nowhere")
+    assert tuning.tuned("stream") is None
+
+
 def test_a_failing_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text('{"stream": {"tile_bytes": 5}}')

@@ -40,10 +40,10 @@ def code(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.param != "own" and "avx512f" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("the machine's own vectors are no wider")
     compiled = build.load(build.compile_source(FLAGS[request.param]))
-    before, build._loaded = build._loaded, lambda: (compiled, None)
+    before, build._outcome = build._outcome, (compiled, None)
     _grids.cache_clear()
     yield
-    build._loaded = before
+    build._outcome = before
     _grids.cache_clear()
 
 
@@ -67,8 +67,9 @@ def gradients_agree(function: Callable[..., tuple[Tensor, Tensor]], truth: Calla
         loss = (out * torch.randn(out.shape, generator=generator)).sum()
         loss = loss + (lse.masked_fill(lse.isneginf(), 0.0) * torch.randn(lse.shape, generator=generator)).sum()
         results.append(torch.autograd.grad(loss, leaves))
+    # a bias has a gradient of thousands of terms, which cancel
     for x, y in zip(*results):
-        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=2e-5 * max(1.0, float(y.abs().max())))
+        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-4 * max(1.0, float(y.abs().max())))
 
 
 def agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

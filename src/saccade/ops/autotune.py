@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from saccade.ops.folder import cache_folder
+from saccade.ops.folder import cache_folder, exposure, private_folder, settle
 
 __all__ = ["autotune", "cache_path", "tuned"]
 
@@ -49,7 +49,10 @@ def tuned(key: str, device_type: str = "cpu") -> dict[str, int] | None:
     if key in _trying:
         return _trying[key]
     if _found is None:
-        _found = _read(cache_path())
+        try:
+            _found = _read(cache_path())
+        except OSError:
+            _found = {}  # no home folder: nothing can have been kept
     return _found.get(key)
 
 
@@ -127,7 +130,10 @@ def _machine() -> str:
 
 def _read(path: Path) -> dict[str, dict[str, int]]:
     try:
-        text = path.read_text()
+        reason = exposure(path)
+        if reason is not None:
+            raise PermissionError(reason)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
@@ -154,14 +160,14 @@ def _read(path: Path) -> dict[str, dict[str, int]]:
 
 def _write(path: Path, content: dict[str, dict[str, int]]) -> None:
     """Write beside the file, then put in its place: readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    private_folder(path.parent)
+    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(content, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
+        settle(Path(draft), path)
     except BaseException:
-        os.unlink(temporary)
+        Path(draft).unlink(missing_ok=True)
         raise
 
 

@@ -68,7 +68,7 @@ def causal_in_c(problem: Problem) -> bool:
     """Causal inference in float32 on the CPU: torch's kernel computes much of what lies above the diagonal."""
     if problem.needs_grad or problem.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    return sdpa.is_causal(problem) and native.refusal(problem.device, problem.dtype) is None
+    return sdpa.is_causal(problem) and native.forecast(problem.device, problem.dtype) is None
 
 
 def _is_small(problem: Problem) -> bool:
@@ -103,7 +103,7 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
     else:
         reason = "expected to be the fastest of " + ", ".join(candidates)
     if name == "blocksparse" and problem.device.type == "cpu":
-        why_not = native.refusal(problem.device, problem.dtype)
+        why_not = native.forecast(problem.device, problem.dtype)
         reason += "; forward in C" if why_not is None else f"; in torch ({why_not})"
     return Plan(
         backend=name,

@@ -83,7 +83,7 @@ def share(problem: Problem) -> float:
     pairs = problem.B * problem.H * problem.N * problem.M
     # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
     dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
-    if native.refusal(problem.device, problem.dtype) is None:
+    if native.forecast(problem.device, problem.dtype) is None:
         return problem.density * 0.82 + 0.1 * partial + 4e-4 / dense_seconds
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES

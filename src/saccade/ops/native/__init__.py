@@ -7,11 +7,12 @@
 
 Float32, and half precision by way of it. The compiler is the one that `torch.compile` uses too (`$CC`, else cc, gcc or
 clang; five seconds, once), for the machine's own instructions. Where there is none, `refusal` says why, `saccade.plan`
-shows it, and the same is computed in torch. `SACCADE_NATIVE=0` turns it off.
+shows it, and the same is computed in torch. `SACCADE_NATIVE=0` turns it off. Planning asks `forecast`, which compiles
+nothing.
 """
 
 from __future__ import annotations
 
-from saccade.ops.native.build import refusal
+from saccade.ops.native.build import forecast, refusal
 
-__all__ = ["refusal"]
+__all__ = ["forecast", "refusal"]

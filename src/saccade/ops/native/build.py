@@ -1,7 +1,8 @@
 """Compiling the C code and loading it. See the package's docstring.
 
 It goes into the cache folder (`$XDG_CACHE_HOME/saccade` or `~/.cache/saccade`), under a name that stands for source,
-compiler, flags and processor.
+compiler, flags and processor, and for its own contents. What lies there is loaded only where nobody else could have
+written it and the contents are what the name says: a damaged library is compiled again.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import lru_cache
+import warnings
+from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
-from saccade.ops.folder import cache_folder
+from saccade.ops.folder import cache_folder, exposure, private_folder, settle
 
-__all__ = ["FLAGS", "address", "compile_source", "library", "load", "refusal"]
+__all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", "refusal"]
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = ("attend.c", "gradients.c", "grid.c", "grid8.c"), ("lists.h", "vectors.h")
@@ -47,16 +50,24 @@ _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ct
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this kind cannot be computed here, or None."""
+    """Why tensors of this kind cannot be computed here, or None. Compiles, where that is still to be done."""
+    return _strange(device, dtype) or _loaded()[1]
+
+
+def forecast(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What `refusal` will say, as far as that can be known without compiling anything."""
+    return _strange(device, dtype) or (_prospect() if _outcome is None else _outcome[1])
+
+
+def _strange(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "for the CPU only"
-    if dtype == torch.float64:
-        return "single precision only"
-    return _loaded()[1]
+    return "single precision only" if dtype == torch.float64 else None
 
 
 # what torch.compiler.assume_constant_result does, without its import of the whole compiler
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+forecast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def address(x: Tensor | None) -> int | None:
@@ -76,28 +87,58 @@ def library() -> ctypes.CDLL:
     return code
 
 
-@lru_cache(maxsize=1)
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+_Outcome = tuple[ctypes.CDLL | None, str | None]
+_outcome: _Outcome | None = None
+_turn = Lock()
+
+
+def _loaded() -> _Outcome:
     """The code, or why there is none; found out once."""
-    return _load_or_refuse()
+    global _outcome
+    if _outcome is None:
+        with _turn:
+            if _outcome is None:
+                _outcome = _load_or_refuse()
+    return _outcome
 
 
-def _load_or_refuse() -> tuple[ctypes.CDLL | None, str | None]:
-    if os.environ.get("SACCADE_NATIVE") == "0":
-        return None, "turned off by SACCADE_NATIVE=0"
+def _load_or_refuse() -> _Outcome:
+    reason = _prospect()
+    if reason is not None:
+        return None, reason
     try:
         return load(compile_source()), None
     except subprocess.CalledProcessError as error:
-        return None, f"the C compiler failed: {error.stderr.strip().splitlines()[-1:] or error}"
+        reason = f"the C compiler failed: {''.join(error.stderr.strip().splitlines()[-1:]) or error}"
     except (OSError, subprocess.SubprocessError) as error:
-        return None, str(error)
+        reason = str(error)
+    warnings.warn(f"saccade has no C code and computes in torch: {reason}", stacklevel=3)
+    return None, reason
+
+
+def _prospect() -> str | None:
+    """Why there will be no code, where that is clear from the start; nothing is wrong then."""
+    if os.environ.get("SACCADE_NATIVE") == "0":
+        return "turned off by SACCADE_NATIVE=0"
+    try:
+        _compiler()
+    except OSError as error:
+        return str(error)
+    return None
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The compiled library at `path`, with the types of its functions."""
+    """The compiled library at `path`, with the types of its functions.
+
+    Raises:
+        OSError: if it cannot be loaded, or is not ours.
+    """
     code = ctypes.CDLL(str(path))
     for name, letters in _SIGNATURES.items():
-        function = getattr(code, name)
+        try:
+            function = getattr(code, name)
+        except AttributeError as error:
+            raise OSError(f"{path} has no {name}; delete it") from error
         function.argtypes, function.restype = [_TYPES[letter] for letter in letters], ctypes.c_int
     return code
 
@@ -106,27 +147,44 @@ def compile_source(flags: tuple[str, ...] = FLAGS) -> Path:
     """Compile the C code unless that has been done for this source, compiler and processor; the library's path.
 
     Raises:
-        OSError: if there is no compiler, or nowhere to write.
+        OSError: if there is no compiler, or nowhere to write where others cannot.
         subprocess.SubprocessError: if it fails.
     """
     compiler = _compiler()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=PATIENCE)
+    version = _run(compiler, "--version")
     text = [(FOLDER / name).read_text(encoding="utf-8") for name in SOURCES + HEADERS]
-    known = [*text, version.stdout, *flags, platform.platform(), _processor()]
-    name = hashlib.sha256("\0".join(known).encode()).hexdigest()[:32] + ".so"
-    folder = _folder()
-    target = folder / name
-    if target.exists():
-        return target
-    handle, draft = tempfile.mkstemp(suffix=".so", dir=folder)
-    os.close(handle)
-    try:
-        command = [compiler, *flags, *(str(FOLDER / name) for name in SOURCES), "-o", draft, "-lm"]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
-        os.replace(draft, target)
-    finally:
-        Path(draft).unlink(missing_ok=True)
+    known = [*text, version, *flags, platform.platform(), _processor()]
+    name = _digest("\0".join(known).encode())
+    folder = private_folder(cache_folder() / "native")
+    for kept in folder.glob(f"{name}-*.so"):
+        if _is_whole(kept):
+            return kept
+        with suppress(OSError):
+            kept.unlink()
+    with tempfile.TemporaryDirectory(dir=folder) as desk:
+        draft = Path(desk) / "draft.so"
+        _run(compiler, *flags, *(str(FOLDER / name) for name in SOURCES), "-o", str(draft), "-lm")
+        draft.chmod(0o700)
+        target = folder / f"{name}-{_digest(draft.read_bytes())}.so"
+        settle(draft, target)
     return target
+
+
+def _is_whole(path: Path) -> bool:
+    """Nobody else can have written it, and it is what its name says."""
+    try:
+        return path.is_file() and exposure(path) is None and path.stem.endswith(_digest(path.read_bytes()))
+    except OSError:
+        return False
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=PATIENCE)
+    return done.stdout
 
 
 def _compiler() -> str:
@@ -145,10 +203,3 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def _folder() -> Path:
-    """Where compiled code is kept: the user's own cache, which others cannot write to."""
-    folder = cache_folder() / "native"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
