@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -29,6 +30,10 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
     assert {row["kind"] for row in json.loads(out)} == {"gate"}
     code, out, _ = run(capsys, "list", "--taxonomy", "--ready")
     assert code == 0 and "softm" in out
+    _, out, _ = run(capsys, "list", "--family", "sparse", "--json")
+    assert {row["family"] for row in json.loads(out)} == {"sequence: sparse"}
+    _, out, _ = run(capsys, "list", "--family", "baseline")
+    assert "softmax" in out and "moba" not in out
     code, out, _ = run(capsys, "list", "--tree")
     assert code == 0 and "- moba" in out
     _, out, _ = run(capsys, "list", "--tree", "--json")
@@ -54,8 +59,13 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     "arguments",
     [
+        ("lst",),
+        ("list", "--knd", "gate"),
+        ("show",),
+        ("plan", "--keys", "many"),
         ("show", "sofmax"),
         ("list", "--family", "no such family"),
+        ("list", "--kind", "foo"),
         ("list", "--supports", "everything"),
         ("plan", "--shape", "1,2"),
         ("plan", "--mask", "__import__('os').system('true')"),
@@ -89,6 +99,44 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(ValueError, match="did you mean 'softmax'"):
         main(["show", "sofmax", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list", "--taxonomy", "--ready"), ("list", "--supports", "decoding"), ("show", "moba", "--no-cost")]
+)
+@pytest.mark.parametrize("columns", ["30", "60", "80", "200"])
+def test_names_are_whole_at_any_width(
+    arguments: tuple[str, ...], columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    _, out, _ = run(capsys, *arguments)
+    wanted = {"moba", "2502.13189"} | ({"grouped-heads"} if "show" in arguments else {"neighborhood", "a-vl"})
+    assert wanted <= set(out.split()) and "…" not in out
+    assert max(map(len, out.splitlines())) <= max(int(columns), 80)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("list", "--tree"),
+        ("show", "fast", "--no-cost"),
+        ("plan", "--shape", "1,1,64,8", "--mask", "causal", "--picture"),
+        ("show", "日本"),
+    ],
+)
+def test_no_encoding_of_the_output_ends_a_command(
+    arguments: tuple[str, ...], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    texts = [stream.buffer.getvalue().decode(encoding) for stream in streams if not stream.flush()]
+    assert exit_.value.code == (2 if "日本" in arguments else 0) and "Unicode" not in "".join(texts)
+    assert texts[1].count("\n") == 1 if exit_.value.code else texts[0]
 
 
 def test_bench_measures(capsys: pytest.CaptureFixture[str]) -> None:

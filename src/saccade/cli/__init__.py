@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
 
+from saccade.cli.encoding import say_in_any_encoding
+
+INTERRUPTED = 130
+#: what is said after "stopped"
+_GOES_ON = {
+    "compare": "; the same command continues",
+    "claim": "; what was measured is in --out, where it was given: --missing with it continues",
+}
+
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; bad input ends with one line on stderr and exit code 2 (`--debug` shows the traceback)."""
-    from saccade.cli.commands import app
-
+    """Run the command line; whatever goes wrong ends with one line on stderr and exit code 2 (`--debug` shows the
+    traceback), an interruption with 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            say_in_any_encoding(stream)
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments
-    arguments = _repeat_data([argument for argument in arguments if argument != "--debug"])
+    arguments = _repeat_data([argument for argument in arguments if argument != "--debug"]) or ["--help"]
     try:
-        app(args=arguments, prog_name="saccade")
-    except (ValueError, OSError, ImportError) as error:
+        code = _run(arguments)
+        sys.stdout.flush()  # where the output cannot be written, it is said here
+        if code == INTERRUPTED:  # typer's word for it
+            raise KeyboardInterrupt
+    except Exception as error:
         if debug:
             raise
         if isinstance(error, BrokenPipeError):
@@ -28,8 +43,25 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("saccade: interrupted", file=sys.stderr)
-        sys.exit(130)
+        print(f"saccade: stopped{_GOES_ON.get(arguments[0], '')}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit code of a command.
+
+    Raises:
+        ValueError: if an argument of the command line is wrong.
+    """
+    from saccade.cli.commands import app
+
+    try:
+        return int(app(args=arguments, prog_name="saccade", standalone_mode=False) or 0)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's own, which typer keeps under another name in each version
+            raise ValueError(error.format_message()) from error
+        raise
 
 
 def _repeat_data(arguments: list[str]) -> list[str]:
@@ -43,5 +75,8 @@ def _repeat_data(arguments: list[str]) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's message on one line; its type before it where the message alone would not say what went wrong."""
+    message = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, ImportError)) and message:
+        return message
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__

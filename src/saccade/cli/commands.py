@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from saccade import __version__, catalogue
+from saccade.tables import table
 
 app = typer.Typer(
     name="saccade",
@@ -47,7 +47,7 @@ def _print_json(data: Any) -> None:
 
 @app.command("list")
 def list_parts(
-    family: Annotated[str | None, typer.Option(help="Only this family, e.g. 'sequence: sparse'.")] = None,
+    family: Annotated[str | None, typer.Option(help="Only this family, or those with this in their name.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only this kind: sequence, gate, fusion, model ...")] = None,
     supports: Annotated[str | None, typer.Option(help="Only parts that support this, e.g. decoding.")] = None,
     ready: Annotated[bool, typer.Option("--ready", help="Only what is built.")] = False,
@@ -70,14 +70,12 @@ def list_parts(
         return
     chosen = {part.slug: part for part in catalogue.select(kind=kind, supports=supports)}
     only_built = ready or kind is not None or supports is not None
-    families = {paper.family for paper in catalogue.papers()}
-    if family is not None and family not in families:
-        raise ValueError(f"family must be one of {', '.join(sorted(families))}, got {family!r}")
     papers = [catalogue.paper("softmax"), *catalogue.papers()]
+    families = _families({paper.family for paper in papers}, family)
     rows = [
         (paper, chosen.get(paper.slug))
         for paper in papers
-        if (family is None or paper.family == family) and (paper.slug in chosen or not only_built)
+        if paper.family in families and (paper.slug in chosen or not only_built)
     ]
     if as_json:
         _print_json(
@@ -95,23 +93,20 @@ def list_parts(
             ]
         )
         return
-    table = Table("id", "family", "state", "arXiv")
-    if taxonomy:
-        for column in (*catalogue.AXES, "efficiency"):
-            table.add_column(column)
-    else:
-        table.add_column("title" if not only_built else "what it is")
+    more = (*catalogue.AXES, "efficiency") if taxonomy else ("what it is" if only_built else "title",)
+    columns, groups = ("id", "state", "arXiv", *more), dict[str, list[list[str]]]()
     for paper, part in rows:
-        cells = [paper.slug, paper.family, paper.state, paper.arxiv]
+        cells = [paper.slug, paper.state, paper.arxiv]
         if taxonomy:
             cells += [part.taxonomy.get(axis, "") if part else "" for axis in catalogue.AXES]
             cells.append(part.efficiency if part else "")
         else:
             cells.append(part.summary if part and only_built else paper.title)
-        table.add_row(*cells)
-    Console().print(table)
+        groups.setdefault(paper.family, []).append(cells)
+    for name, lines in groups.items():
+        print(table(columns, lines, title=name.upper(), left=len(columns)), end="\n\n")
     ready_count = sum(paper.state == "ready" for paper, _ in rows)
-    Console().print(f"{ready_count} ready, {len(rows) - ready_count} planned", highlight=False)
+    print(f"{ready_count} ready, {len(rows) - ready_count} planned")
 
 
 @app.command()
@@ -127,7 +122,7 @@ def show(
     if as_json:
         _print_json(found)
     else:
-        Console().print(card_text(found))
+        print(card_text(found))
 
 
 @app.command()
@@ -197,9 +192,9 @@ def bench(
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     rows = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    spinner = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
-    with Progress(*columns, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
+    with Progress(*spinner, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
         progress.add_task("measuring")
         for row in measure(
             slugs,
@@ -215,11 +210,9 @@ def bench(
     if as_json:
         _print_json({"machine": machine(), "matmul_flops": matmul_rate(), "rows": [row.as_dict() for row in rows]})
         return
-    table = Table(title=describe())
-    for name in ("part", "length", "forward", "backward", "memory", "tokens/s", "dense FLOPs / matmul", "x softmax"):
-        table.add_column(name, justify="left" if name == "part" else "right")
-    for row in rows:
-        table.add_row(
+    columns = ("part", "length", "forward", "backward", "memory", "tokens/s", "dense FLOPs / matmul", "x softmax")
+    lines = [
+        (
             row.slug,
             f"{row.length:,}",
             f"{row.forward * 1e3:.1f} ms",
@@ -229,7 +222,9 @@ def bench(
             f"{row.matmul_share:.2f}",
             f"{row.speedup:.2f}",
         )
-    Console().print(table)
+        for row in rows
+    ]
+    print(table(columns, lines, title=describe()))
 
 
 @app.command()
@@ -440,7 +435,17 @@ def insert(
     if as_json:
         _print_json(report.as_dict())
     else:
-        print(report.table())
+        print(report.table(gently="--gentle"))
+
+
+def _families(known: set[str], asked: str | None) -> set[str]:
+    """The family of that name, else those that have it in their name; all where none is asked for."""
+    if asked is None or asked in known:
+        return known if asked is None else {asked}
+    found = {family for family in known if asked.strip().lower() in family}
+    if not asked.strip() or not found:
+        raise ValueError(f"family must be one of {'; '.join(sorted(known))}; or a part of one's name, got {asked!r}")
+    return found
 
 
 def _integers(text: str, name: str, count: int | None = None) -> list[int]:

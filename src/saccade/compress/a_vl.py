@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.extras import need
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.layer import QKVAttention
@@ -535,6 +536,7 @@ class AVLCache:
 @once
 def _transformers_cache() -> type:
     """`AVLCache` as a transformers `Cache`; its layers' attention function finds the layer on the keys."""
+    need("transformers", "A-VL's cache for a model")
     from transformers import AttentionInterface
     from transformers.cache_utils import Cache
 

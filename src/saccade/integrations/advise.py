@@ -23,6 +23,7 @@ from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.measure import machine, seconds
+from saccade.tables import table
 
 __all__ = ["Advice", "Trial", "advise", "trials"]
 
@@ -108,17 +109,18 @@ class Advice:
 
     def table(self, everything: bool = False) -> str:
         """A line per setting on the frontier (or of all), then the recommendation."""
-        lines = [
-            f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms",
-            f"{'speed-up':>8}  {'deviation':>9}  {'worst layer':>11}  {'density':>8}  setting",
-        ]
         shown = sorted(self.trials, key=lambda t: -t.speedup) if everything else self.frontier
-        for trial in shown:
-            agreement = "" if trial.agreement is None else f"  ({trial.agreement:.1%} same next token)"
-            lines.append(
-                f"{trial.speedup:>7.2f}x  {trial.deviation:>9.2e}  {trial.worst_layer:>11.2e}  {trial.density:>8.1%}  "
-                f"{trial.name}{agreement}"
-            )
+        columns = ["setting", "speed-up", "deviation", "worst layer", "density"]
+        rows = [
+            [t.name, f"{t.speedup:.2f} x", f"{t.deviation:.2e}", f"{t.worst_layer:.2e}", f"{t.density:.1%}"]
+            for t in shown
+        ]
+        if any(trial.agreement is not None for trial in shown):
+            columns.append("same next token")
+            for row, trial in zip(rows, shown):
+                row.append("" if trial.agreement is None else f"{trial.agreement:.1%}")
+        title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
+        lines = [table(columns, rows, title=title)]
         lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
         if self.warning:
             lines.append(f"mind: {self.warning}")

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import masking_utils
 
+from saccade.extras import need
 from saccade.ops import masks
 from saccade.ops.masks import Mask
+
+masking_utils = need("transformers.masking_utils", "saccade inside transformers")
 
 __all__ = ["HandedMask", "Pattern", "hand_over", "read"]
 

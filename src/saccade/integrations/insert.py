@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from saccade import catalogue
+from saccade.extras import need
+from saccade.tables import table
 
 __all__ = ["Gentle", "Inserted", "Place", "insert", "load", "save"]
 
@@ -120,15 +122,15 @@ class Inserted:
         names = ("slug", "arguments", "gentle", "input", "parameters", "flops", "added_parameters", "added_flops")
         return {**{name: getattr(self, name) for name in names}, "places": rows}
 
-    def table(self) -> str:
-        """One line per gate, then the sums."""
-        width = max(len("after"), *(len(place.path) for place in self.places))
-        lines = [f"{'after':<{width}}  {'map':>14}  {'parameters':>10}  {'multiply-adds':>13}  {'change at start':>15}"]
+    def table(self, gently: str = "gentle=True") -> str:
+        """One line per gate, then the sums. `gently`: how the reader asks for a gentle start."""
+        rows = []
         for place in self.places:
             size = "x".join(map(str, (place.channels, *(place.size or ("?", "?")))))
             work = "?" if place.flops is None else f"{place.flops:,}"
             change = "?" if place.change is None else f"{place.change:.1%}" if place.change else "none"
-            lines.append(f"{place.path:<{width}}  {size:>14}  {place.parameters:>10,}  {work:>13}  {change:>15}")
+            rows.append((place.path, size, f"{place.parameters:,}", work, change))
+        lines = [table(("after", "map", "parameters", "multiply-adds", "change at start"), rows)]
         added, flops = self.added_parameters, self.added_flops
         lines.append(
             f"{self.slug} x {len(self.places)}: {added:,} parameters "
@@ -138,7 +140,7 @@ class Inserted:
             lines[-1] += f", {flops:,} multiply-adds ({flops / max(1, self.flops):+.2%} of {self.flops:,}"
             lines[-1] += f" on an input of {' and '.join('x'.join(map(str, shape)) for shape in self.input)})"
         if any(place.change for place in self.places):
-            lines.append("This gate changes the map from the start; gentle=True begins with what the network does now.")
+            lines.append(f"This gate changes the map from the start; {gently} begins with what the network does now.")
         return "\n".join(lines)
 
     def __str__(self) -> str:
@@ -514,8 +516,7 @@ def pretrained(folder: str | Path) -> nn.Module:
         OSError: if there is no model.
         ValueError: if transformers has no such class.
     """
-    import transformers
-
+    transformers = need("transformers", "a model from a folder")
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no transformers model in {folder}: it has no config.json")

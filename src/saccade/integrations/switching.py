@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.tables import table
+
 __all__ = ["LayerReport", "Report", "choose", "sequences", "take"]
 
 
@@ -74,13 +76,14 @@ class Report:
 
     def table(self) -> str:
         """One line per layer."""
-        lines = [f"{'layer':>5}  {'density':>8}  {'deviation':>9}  {'calls':>5}  {'dense':>5}  module"]
-        for row in self.layers:
-            lines.append(
-                f"{row.layer:>5}  {row.density:>8.1%}  {row.relative_error:>9.2e}  {row.calls:>5}  "
-                f"{row.dense_calls:>5}  {row.name}"
-            )
-        return "\n".join(lines if self.layers else ["nothing was measured: switch(..., report=True) does"])
+        if not self.layers:
+            return "nothing was measured: switch(..., report=True) does"
+        rows = [
+            (row.name, str(row.layer), f"{row.density:.1%}", f"{row.relative_error:.2e}", str(row.calls))
+            + (str(row.dense_calls),)
+            for row in self.layers
+        ]
+        return table(("module", "layer", "density", "deviation", "calls", "dense"), rows)
 
     def __str__(self) -> str:
         return self.table()

@@ -25,12 +25,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
 
+from saccade.extras import need
 from saccade.integrations.handed_masks import Pattern, hand_over, read
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
 from saccade.ops.attend import attend
+
+AttentionInterface = need("transformers").AttentionInterface
+AttentionMaskInterface = need("transformers").AttentionMaskInterface
 
 __all__ = ["LayerReport", "Report", "register", "switch"]
 

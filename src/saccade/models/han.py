@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
+from saccade.extras import need
 from saccade.models.backbone import check_images
 
 if TYPE_CHECKING:
@@ -263,7 +264,7 @@ def _run_layers(module: LayerAttention, inputs: dict[str, Tensor], args: dict[st
 
 def _photographs(factor: int) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """(small, large) pairs of skimage's photographs, to learn from and to be judged on; values in [0, 1]."""
-    from skimage import data
+    data = need("skimage.data", "the claim of han")
 
     def pair(image: Any) -> tuple[Tensor, Tensor]:
         large = torch.as_tensor(image[..., :3].copy()).permute(2, 0, 1)[None] / 255

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from saccade.extras import need
 from saccade.ops.pairs import for_pairs, is_scalar_only
 
 if TYPE_CHECKING:
@@ -143,11 +144,9 @@ class Mask:
 
     def figure(self, n: int, m: int | None = None, *, width: int = 128, b: int = 0, h: int = 0) -> Figure:
         """The mask as a matplotlib figure (extra `saccade[plots]`)."""
-        from matplotlib.figure import Figure
-
         m = n if m is None else m
         states = self.block_map(n, m, max(1, ceil(max(n, m) / width)))
-        figure = Figure(figsize=(4, 4), layout="constrained")
+        figure = need("matplotlib.figure", "drawing a mask").Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
         grid = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
         axes.imshow(grid.cpu().numpy(), cmap="Blues", vmin=0, vmax=2, extent=(0, m, n, 0), aspect="auto")

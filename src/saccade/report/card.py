@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from saccade import catalogue
+from saccade.tables import facts
 
 
 def card(slug: str, *, measure: bool) -> dict[str, Any]:
@@ -68,15 +68,11 @@ def _cost(part: catalogue.Part) -> list[str]:
     ]
 
 
-def card_text(found: dict[str, Any]) -> Table:
-    """The card as a table of two columns."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
-    for key, value in found.items():
-        if isinstance(value, dict):
-            value = "\n".join(f"{name}: {item}" for name, item in value.items())
-        elif isinstance(value, list):
-            value = "\n".join(map(str, value))
-        table.add_row(key, str(value))
-    return table
+def card_text(found: dict[str, Any], width: int | None = None) -> str:
+    """The card as text: names on the left, what they hold beside them, or below them where lines are short."""
+    pairs: list[tuple[str, str | list[str]]] = []
+    for name, held in found.items():
+        if isinstance(held, dict):
+            held = [f"{key}: {value}" for key, value in held.items()]
+        pairs.append((name, held if isinstance(held, list) else str(held)))
+    return "\n".join(facts(pairs, width))

@@ -33,11 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import __version__, catalogue
+from saccade.extras import need
 from saccade.integrations.insert import insert
 from saccade.ops.maps import Mixes, attention_map
 from saccade.ops.measure import machine
+from saccade.tables import fold, table
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
+from saccade.train.labels import labels
 from saccade.train.mechanisms import NONE, Mechanism, parse
 
 #: photographs that scikit-image carries in itself, so that they open without a network; names of `skimage.data`
@@ -154,12 +157,9 @@ class Gallery:
 
     def table(self) -> str:
         """A line per exhibit."""
-        rows = [self.headings, *(self.cells(exhibit) for exhibit in self.exhibits)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        return "\n".join(
-            "  ".join(f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(row, widths)))
-            for row in rows
-        )
+        short = labels(exhibit.name for exhibit in self.exhibits)
+        rows = [(short.of[exhibit.name], *self.cells(exhibit)[1:]) for exhibit in self.exhibits]
+        return "\n".join([table(self.headings, rows), *(line for text in short.caption for line in fold(text))])
 
     def as_dict(self) -> dict[str, Any]:
         """Figures without pictures, in plain values."""
@@ -173,12 +173,9 @@ def photographs(side: int, count: int = len(PHOTOGRAPHS)) -> dict[str, Tensor]:
     """The first `count` photographs in grey, (side, side) in [0, 1], cut to their middle square.
 
     Raises:
-        ValueError: if scikit-image is not installed.
+        ImportError: if scikit-image is not installed.
     """
-    try:
-        from skimage import color, data
-    except ImportError:
-        raise ValueError("the photographs need scikit-image: pip install 'saccade[data]'") from None
+    color, data = need("skimage.color", "the gallery"), need("skimage.data", "the gallery")
     found = {}
     for name in PHOTOGRAPHS[:count]:
         image = getattr(data, name)()
@@ -255,7 +252,8 @@ def make(
         show_progress: draw a bar for each training.
 
     Raises:
-        ValueError: if a part is no gate, or scikit-image is not installed.
+        ValueError: if a part is no gate.
+        ImportError: if scikit-image is not installed.
     """
     settings = settings or Settings()
     wanted = parse(list(gates) if gates else [part.slug for part in catalogue.select(kind="gate")])
@@ -592,11 +590,7 @@ def _greys() -> list[tuple[int, int, int]]:
 
 def _colours() -> list[tuple[int, int, int]]:
     """64 colours from low to high."""
-    try:
-        from matplotlib import colormaps
-    except ImportError:
-        raise ValueError("drawing needs matplotlib: pip install 'saccade[plots]'") from None
-    scale = colormaps["inferno"]
+    scale = need("matplotlib", "drawing").colormaps["inferno"]
     return [tuple(round(255 * part) for part in scale(i / 63)[:3]) for i in range(64)]  # type: ignore[misc]
 
 

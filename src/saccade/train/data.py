@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.extras import need
+
 #: label of positions that are not scored (`torch.nn.functional.cross_entropy`'s own)
 IGNORE = -100
 
@@ -115,13 +117,9 @@ def digits() -> Digits:
     """scikit-learn's digits; a fixed fifth is the test set.
 
     Raises:
-        ValueError: if scikit-learn is not installed.
+        ImportError: if scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise ValueError("the digits need scikit-learn: pip install 'saccade[data]'") from None
-    source = load_digits()
+    source = need("sklearn.datasets", "the task of digits").load_digits()
     images = torch.from_numpy(source.images).float().unsqueeze(1) / 16
     labels = torch.from_numpy(source.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))

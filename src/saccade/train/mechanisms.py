@@ -157,7 +157,7 @@ def _fitting(kind: str, needs: Sequence[str]) -> str:
 def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
     slug, _, rest = text.partition(":")
     options: dict[str, Any] = {}
-    for piece in _split(rest):
+    for piece in split_options(rest):
         name, equals, value = piece.partition("=")
         if not equals or not name.strip().isidentifier():
             raise ValueError(f"options must be name=value with commas between, got {piece!r} in {text!r}")
@@ -168,7 +168,7 @@ def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
     return slug.strip(), options
 
 
-def _split(text: str) -> list[str]:
+def split_options(text: str) -> list[str]:
     """At commas that are not inside brackets."""
     pieces, depth = [""], 0
     for character in text:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from saccade.extras import need
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -20,13 +22,9 @@ def new_figure(width: float, height: float) -> Figure:
     """An empty figure, without touching matplotlib's global state.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("drawing needs matplotlib: pip install 'saccade[plots]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return need("matplotlib.figure", "drawing").Figure(figsize=(width, height), layout="constrained")
 
 
 def summary(result: CompareResult) -> Figure:

@@ -15,11 +15,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saccade.tables import fold, table
 from saccade.train.files import folder_name, read_arrays, write_text
+from saccade.train.labels import labels
 from saccade.train.scaling import Fit, ScalingPoint
 
 if TYPE_CHECKING:
@@ -180,24 +181,19 @@ class CompareResult:
             for record in self.ranked
         ]
 
-    def table(self, width: int = 120) -> str:
-        """The table as plain text, with the notes below it."""
-        from rich.console import Console
-        from rich.table import Table
+    def table(self, width: int | None = None) -> str:
+        """The table as plain text, with what the names leave out and the notes below it.
 
-        table = Table(title=self.title)
-        table.add_column("mechanism")
-        for heading in self.headings():
-            table.add_column(heading, justify="right")
-        for record in self.ranked:
-            table.add_row(record.name, *self.cells(record))
-        console = Console(file=StringIO(), width=width, color_system=None)
-        console.print(table)
-        for record in self.mechanisms:
-            for note in record.notes:
-                console.print(f"{record.name}: {note}", markup=False, highlight=False)
-        assert isinstance(console.file, StringIO)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+        Args:
+            width: columns of a line; the terminal's where None. What is wider becomes a paragraph a mechanism.
+        """
+        short = labels(record.name for record in self.mechanisms)
+        rows = [(short.of[record.name], *self.cells(record)) for record in self.ranked]
+        lines = [table(("mechanism", *self.headings()), rows, title=self.title, width=width)]
+        notes = [f"{short.of[record.name]}: {note}" for record in self.mechanisms for note in record.notes]
+        for note in (*short.caption, *notes):
+            lines += fold(note, width)
+        return "\n".join(lines)
 
     @property
     def title(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.catalogue import ClaimResult
+from saccade.extras import need
 from saccade.models.bevanet.model import BEVANet, Segmentation, segmentation_loss
 
 if TYPE_CHECKING:
@@ -20,9 +21,8 @@ def coins() -> tuple[Tensor, Tensor]:
 
     The labels are the watershed of the picture's gradient between what is surely coin and surely background, filled.
     """
-    from scipy import ndimage
-    from skimage import data, filters, segmentation
-
+    wanted = ("scipy.ndimage", "skimage.data", "skimage.filters", "skimage.segmentation")
+    ndimage, data, filters, segmentation = (need(name, "the photograph of coins") for name in wanted)
     image = data.coins()
     markers = (image < 30) * 1 + (image > 150) * 2
     filled = ndimage.binary_fill_holes(segmentation.watershed(filters.sobel(image), markers) == 2)

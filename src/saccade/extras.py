@@ -1,0 +1,45 @@
+"""Packages that come with an extra of saccade, and what is said where one is missing."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+#: package -> the extra that brings it
+EXTRAS = {
+    "transformers": "transformers",
+    "diffusers": "diffusers",
+    "accelerate": "diffusers",
+    "sklearn": "data",
+    "skimage": "data",
+    "scipy": "data",
+    "matplotlib": "plots",
+    "psutil": "compare",
+    "onnx": "onnx",
+    "onnxscript": "onnx",
+    "onnxruntime": "onnx",
+    "triton": "triton",
+}
+
+
+def need(module: str, what: str = "this") -> ModuleType:
+    """Import a module of a package in `EXTRAS`.
+
+    Args:
+        module: its name, e.g. "matplotlib.figure".
+        what: who needs it, as the beginning of a sentence.
+
+    Raises:
+        ImportError: if the package is not installed; the message says what installs it.
+
+    >>> need("matplotlib.figure", "drawing").Figure
+    <class 'matplotlib.figure.Figure'>
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise  # the package is there, but one that it needs is not
+        message = f"{what} needs {package}: pip install 'saccade[{EXTRAS[package]}]'"
+        raise ImportError(message, name=package) from None
