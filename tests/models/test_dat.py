@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import saccade
 from saccade import catalogue
 from saccade.attention.neighborhood import neighborhood_attend
 from saccade.models.dat import DAT, ConvMLP, DeformableAttention, NeighborhoodAttention, Stage, load_network
+from saccade.models.dat.attention import ShiftedWindowAttention
 from saccade.models.dat.neighborhood import neighborhood_with_bias
 
 
@@ -172,40 +180,117 @@ def test_points_of_the_published_sizes() -> None:
         assert DeformableAttention(8, 2, side, stride=stride, kernel_size=kernel)._points(side) == 7
 
 
-def test_a_whole_checkpoint_loads() -> None:
-    """Names within stages are recorded; those outside are found by shape."""
-    model, state = small(num_classes=7), {}
-    deformable = {"q_proj": "proj_q", "k_proj": "proj_k", "v_proj": "proj_v", "out_proj": "proj_out",
-                  "offset_conv": "conv_offset.0", "offset_norm": "conv_offset.1.norm", "offset_proj": "conv_offset.3",
-                  "bias_table": "rpe_table", "qkv": "qkv", "proj": "proj",
-                  "relative_position_bias_table": "relative_position_bias_table"}  # fmt: skip
-    for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        tensor = torch.randn_like(tensor)
-        if parts[0] != "stages":
-            state[f"elsewhere.{len(state)}.{parts[-1]}"] = tensor
-            continue
-        stage, block, kind, rest = parts[1], int(parts[3]), parts[4], parts[5:]
-        if kind in ("norm1", "norm2"):
-            rest = [f"layer_norms.{2 * block + int(kind[-1]) - 1}", "norm", *rest]
-        elif kind == "local":
-            rest = [f"local_perception_units.{block}", *rest]
-        elif kind == "mlp":
-            rest = [f"mlps.{block}", "dwc" if rest[0] == "conv" else f"{rest[0]}.0", *rest[1:]]
-        else:
-            rest = [f"attns.{block}", deformable[rest[0]], *rest[1:]]
-        if (kind == "mlp" and "linear" in rest[1]) or (kind == "attention" and "proj_" in rest[1]):
-            tensor = tensor[..., None, None] if tensor.ndim == 2 else tensor
-        state[f"stages.{stage}." + ".".join(rest)] = tensor
-    loaded = load_network(state, small(num_classes=7))
-    x = torch.randn(1, 3, 24, 24)
-    assert not torch.equal(loaded(x).logits, model(x).logits)
-    for ours, theirs in zip(loaded.state_dict().values(), state.values(), strict=True):
-        assert torch.equal(ours, theirs.view_as(ours))
-    other = load_network(state, small(num_classes=7, image_size=48))
-    assert other.stages[0].blocks[1].attention.bias_table.shape == (2, 23, 23)
-    with pytest.raises(ValueError, match="has no place"):
-        load_network(state | {"x": torch.randn(3, 2, 1)}, small(num_classes=7))
+RECORDED = Path(__file__).parent.parent / "golden" / "dat" / "network.a.safetensors"
+
+
+@pytest.fixture(scope="module")
+def released() -> tuple[dict[str, Tensor], dict[str, object]]:
+    """A checkpoint of the authors' network and its arguments."""
+    with safe_open(RECORDED, "pt") as file:
+        arguments = json.loads(file.metadata()["args"])
+    recorded = load_file(RECORDED)
+    return {k.removeprefix("param."): t for k, t in recorded.items() if k.startswith("param.")}, arguments
+
+
+def test_a_whole_checkpoint_loads_in_any_order(released: tuple, tmp_path: Path) -> None:
+    state, arguments = released
+    shuffled = list(state)
+    random.Random(0).shuffle(shuffled)
+    torch.save({"model": {name: state[name] for name in shuffled}}, tmp_path / "shuffled.pth")
+    loaded = saccade.load_authors("dat", tmp_path / "shuffled.pth", **arguments).eval()
+    recorded = load_file(RECORDED)
+    scale = recorded["output.logits"].abs().max()
+    assert (loaded(recorded["input.x"]).logits - recorded["output.logits"]).abs().max() <= 1e-5 * scale
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s | {"stages.0.extra.weight": torch.zeros(3)}, "no place for stages.0.extra.weight"),
+        (lambda s: {k: t for k, t in s.items() if k != "cls_norm.norm.bias"}, "missing norm.bias"),
+        (lambda s: s | {"patch_proj.0.bias": torch.zeros(4)}, r"stem.0.bias is \(4,\).* expected \(3,\)"),
+        # of the right size, but no 1 x 1 convolution
+        (lambda s: s | {"stages.0.attns.1.proj_q.weight": torch.zeros(3, 3, 2, 2)}, "q_proj.weight is"),
+        (lambda s: s | {"stages.0.layer_norms.x.norm.bias": torch.zeros(6)}, "must be numbered"),
+    ],
+)
+def test_what_has_no_place_by_name_is_refused(released: tuple, tmp_path: Path, change: object, message: str) -> None:
+    state, arguments = released
+    save_file(change(state), tmp_path / "changed.safetensors")
+    with pytest.raises(ValueError, match=message):
+        saccade.load_authors("dat", tmp_path / "changed.safetensors", **arguments)
+
+
+def test_our_names_are_not_the_authors() -> None:
+    """Sorted by a file and matched by shape, these once landed in other layers."""
+    state = {name: torch.randn_like(tensor) for name, tensor in small().state_dict().items()}
+    with pytest.raises(ValueError, match="no place for"):
+        load_network(dict(sorted(state.items())), small())
+
+
+def test_tables_are_stretched_to_another_map(released: tuple) -> None:
+    state, arguments = released
+    model = load_network(state, catalogue.port("dat", "network").build({**arguments, "img_size": 128}))
+    table = model.stages[0].blocks[1].attention.bias_table
+    assert table.shape == (2, 63, 63) and table.mean().item() == pytest.approx(
+        state["stages.0.attns.1.rpe_table"].mean().item(), abs=0.02
+    )
+    assert torch.equal(model.stages[0].blocks[0].attention.bias_table, state["stages.0.attns.0.rpb"])
+
+
+def test_each_stage_has_its_own_kinds() -> None:
+    port = catalogue.port("dat", "network")
+    model = port.build({
+        "img_size": 64, "dim_stem": 4, "dims": [8, 16, 32, 64], "depths": [2] * 4, "heads": [2] * 4,
+        "stage_spec": [["N", "D"], ["S", "D"], ["L", "D"], ["D", "D"]], "groups": [1, 2, 1, 2],
+        "strides": [4, 2, 1, 1], "ksizes": [5, 4, 3, 1], "offset_range_factor": [-1, 2, 1, -1],
+        "window_sizes": [4, 2, 4, 2], "nat_ksizes": [3, 5, 5, 5], "use_pes": [True, True, False, True],
+        "dwc_pes": [True, False, False, False], "fixed_pes": [False, True, True, False],
+        "log_cpb": [False, False, False, True], "no_offs": [False, False, False, False],
+        "use_dwc_mlps": [True, False, True, False], "use_lpus": [False, True, True, False],
+        "layer_scale_values": [-1, 0.5, 0.1, -1], "expansion": 2, "num_classes": 3,
+    })  # fmt: skip
+    assert [stage.blocks[1].attention.bias for stage in model.stages] == ["convolution", "fixed", None, "log"]
+    assert [stage.blocks[1].attention.offset_range for stage in model.stages] == [-1, 2, 1, -1]
+    assert [stage.blocks[0].mlp.conv is None for stage in model.stages] == [False, True, False, True]
+    assert [stage.blocks[0].scale1 is None for stage in model.stages] == [True, False, False, True]
+    assert model.stages[0].blocks[0].attention.kernel_size == 3
+    assert [model.stages[i].blocks[0].attention.window_size for i in (1, 2)] == [(2, 2), (4, 4)]
+    assert model.stages[0].proj.weight.shape == (8, 4)
+    theirs = {"stages.0.proj.weight": torch.randn(8, 4, 1, 1), "stages.0.proj.bias": torch.randn(8),
+              "stages.1.layer_scales.3.weight": torch.randn(16), "stages.1.mlps.1.chunk.linear1.bias": torch.randn(32),
+              "stages.3.attns.0.rpe_table.2.weight": torch.randn(1, 32),
+              "stages.0.attns.1.rpe_table.weight": torch.randn(8, 1, 3, 3)}  # fmt: skip
+    ours, own = port.convert(theirs), model.state_dict()
+    assert {name: tuple(t.shape) for name, t in ours.items()} == {name: tuple(own[name].shape) for name in ours}
+    assert len(ours) == len(theirs) and torch.equal(ours["stages.1.blocks.1.scale2"], theirs[list(theirs)[2]])
+    assert model(torch.randn(1, 3, 64, 64)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("window", "size"), [(3, (6, 9)), (4, (4, 8)), (5, (5, 5)), (2, (8, 2))])
+def test_shifted_windows_are_those_of_the_card(window: int, size: tuple[int, int]) -> None:
+    """Shifted by half a window, rounded up, with Swin's regions, where a window covers the map too."""
+    torch.manual_seed(0)
+    module, x, (H, W) = ShiftedWindowAttention(8, 2, window_size=window).double(), maps(2, *size, 8), size
+    nn.init.normal_(module.relative_position_bias_table)
+    s = -(-window // 2)
+    regions = torch.zeros(1, H, W, 1)
+    for i, rows in enumerate((slice(-window, -s), slice(-s, None))):
+        regions[:, rows] += 3 * (i + 1)
+    for i, columns in enumerate((slice(-window, -s), slice(-s, None))):
+        regions[:, :, columns] += i + 1
+
+    def cut(map_BHWC: Tensor) -> Tensor:
+        return (
+            map_BHWC.unflatten(1, (-1, window)).unflatten(3, (-1, window)).transpose(2, 3).flatten(3, 4).flatten(0, 2)
+        )
+
+    mask = torch.where(cut(regions) != cut(regions).mT, -100.0, 0.0).double()
+    q, k, v = module.qkv(cut(x.roll((-s, -s), (1, 2)))).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    scores = q @ k.mT / 2 + module._bias() + mask.repeat(2, 1, 1)[:, None]
+    out = module.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    out = out.view(2, H // window, W // window, window, window, 8).transpose(2, 3).reshape(2, H, W, 8)
+    torch.testing.assert_close(module(x), out.roll((s, s), (1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ This package knows names and paths; it imports a part only when it is asked for 
 """
 
 from saccade.catalogue.authors import load_authors as load_authors
+from saccade.catalogue.authors import load_state as load_state
 from saccade.catalogue.cards import (
     AXES as AXES,
 )
@@ -29,6 +30,9 @@ from saccade.catalogue.cards import (
 )
 from saccade.catalogue.cards import (
     Summary as Summary,
+)
+from saccade.catalogue.names import (
+    Names as Names,
 )
 from saccade.catalogue.options import REQUIRED as REQUIRED
 from saccade.catalogue.options import Option as Option

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.attention.flash_window import FlashWindowAttention
 from saccade.models.dat.neighborhood import neighborhood_with_bias
 from saccade.ops.deformable import relative_bias, sample
+from saccade.ops.shifted import window_attend
 
 #: the biases by relative position that the authors' code knows
 BIASES = ("table", "log", "fixed", "convolution", None)
@@ -36,7 +38,7 @@ class DeformableAttention(nn.Module):
             (DAT++).
         bias: "table" (read at displacements), "log" (a network of log displacements), "fixed" (one number per query
             and point), "convolution" (a depthwise convolution of q beside the attention), or None.
-        offsets: False leaves points where they are, reads means of stride x stride pixels and has no table.
+        offsets: False leaves points where they are, reads means of stride x stride pixels and has no bias.
         reference: "published" divides i + 1/2 by n - 1 as the authors' weights need it (points lean to the lower
             right); "symmetric" spreads them evenly from -1 to 1.
         attn_drop, proj_drop: dropout of weights and output.
@@ -97,7 +99,8 @@ class DeformableAttention(nn.Module):
             if bias == "log" and offsets
             else None
         )
-        self.bias_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if bias == "convolution" else None
+        convolution = bias == "convolution" and offsets
+        self.bias_conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if convolution else None
 
     def _points(self, n: int) -> int:
         """Sampling points along an axis of n pixels."""
@@ -241,3 +244,49 @@ class NeighborhoodAttention(nn.Module):
         q, k, v = self.qkv(x_BHWC).unflatten(3, (3, self.num_heads, -1)).unbind(3)
         out = neighborhood_with_bias(q, k, v, self.bias_table).flatten(3)
         return self.proj_drop(self.proj(out[:, :H, :W]))
+
+
+class ShiftedWindowAttention(FlashWindowAttention):
+    """Windows that are shifted by half their length, rounded up, on every axis of the map.
+
+    Unlike Swin's, a window that covers an axis is shifted too: the axis falls into two parts that do not see each
+    other.
+
+    Args:
+        dim, num_heads, window_size, proj_drop: see `FlashWindowAttention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, window_size: int, proj_drop: float = 0.0) -> None:
+        shift = -(-window_size // 2) % max(window_size, 1)
+        super().__init__(dim, num_heads, window_size=window_size, shift=shift, proj_drop=proj_drop)
+
+    def forward(self, x_BHWC: Tensor) -> Tensor:  # type: ignore[override]
+        q, k, v = self._filled_heads(x_BHWC)
+        return self.proj_drop(self.proj(self._attend(q, k, v, x_BHWC.shape).flatten(3)))
+
+    def mix(self, x_BHWC: Tensor, values_BhNE: Tensor, **unused: None) -> Tensor:  # type: ignore[override]
+        """This layer's weights on `x`, applied to given values (B, h, N, E); what `attention_map` calls."""
+        q, k, _ = self._filled_heads(x_BHWC)
+        values, _ = self._fill(values_BhNE.flatten(0, 1).unflatten(1, x_BHWC.shape[1:3]))
+        v = values.unflatten(0, values_BhNE.shape[:2]).permute(0, 2, 3, 1, 4)
+        return self._attend(q, k, v, x_BHWC.shape).flatten(1, 2).transpose(1, 2)
+
+    def _filled_heads(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
+        """q, k, v (B, H, W, h, D) of a map filled up to whole windows."""
+        self._grid(x_BHWC, None)
+        y_BHWC, _ = self._fill(x_BHWC)
+        return self.qkv(y_BHWC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+
+    def _attend(self, q_BHWhD: Tensor, k_BHWhD: Tensor, v_BHWhE: Tensor, size: torch.Size) -> Tensor:
+        return self._attend_parts([q_BHWhD, k_BHWhD, v_BHWhE], self._bias())[:, : size[1], : size[2]]
+
+    def _attend_parts(self, heads: list[Tensor], bias: Tensor | None) -> Tensor:
+        """(B, H, W, h, E), where an axis as long as the window is cut at the shift."""
+        size = heads[0].shape[1:3]
+        for axis, (window, shift) in enumerate(zip(self.window_size, self.shift), 1):
+            if shift and heads[0].shape[axis] == window:
+                parts = zip(*(x.split([shift, window - shift], axis) for x in heads))
+                return torch.cat([self._attend_parts(list(part), bias) for part in parts], axis)
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in heads)
+        out: Tensor = window_attend(q, k, v, size, self.window_size, self.shift, bias, scale=self.scale)
+        return out.transpose(1, 2).unflatten(1, size)

@@ -1,9 +1,4 @@
-"""The authors' names, of the four recorded modules and of whole checkpoints.
-
-The card names the parameters of stages. Those outside (stem, convolutions between stages, head) are matched by shape,
-in the order of the checkpoint, the last norm of the deepest width being the head's; the layers of attentions and MLPs
-whose names are not recorded (neighbourhood attention, MLPs without convolution) likewise by shape.
-"""
+"""The authors' names and arguments, of the recorded modules and of whole networks."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names, load_state
 from saccade.models.dat.attention import DeformableAttention
 from saccade.models.dat.model import DAT, ConvMLP, Stage
 
@@ -24,6 +19,10 @@ def _bias(args: Mapping[str, Any]) -> str | None:
     if not args.get("use_pe", False):
         return None
     return next((ours for theirs, ours in _BIASES if args.get(theirs, False)), "table")
+
+
+def _scale(value: float) -> float | None:
+    return value if value > 0 else None
 
 
 def _size(value: Any) -> tuple[int, int]:
@@ -49,7 +48,6 @@ def build_attention(args: dict[str, Any]) -> DeformableAttention:
 def build_stage(args: dict[str, Any]) -> Stage:
     rates = args.get("drop_path_rate", 0.0)
     depth = len(args["stage_spec"])
-    scale = args.get("layer_scale_value", -1.0)
     return Stage(
         args["dim_embed"],
         args["stage_spec"],
@@ -67,7 +65,7 @@ def build_stage(args: dict[str, Any]) -> Stage:
         expansion=args["expansion"],
         conv_mlp=args["use_dwc_mlp"],
         local_perception=args["use_lpu"],
-        layer_scale=scale if scale > 0 else None,
+        layer_scale=_scale(args.get("layer_scale_value", -1.0)),
         attn_drop=args.get("attn_drop", 0.0),
         proj_drop=args.get("proj_drop", 0.0),
         drop=args.get("drop", 0.0),
@@ -75,115 +73,138 @@ def build_stage(args: dict[str, Any]) -> Stage:
     )
 
 
-_DEFORMABLE = {
-    "proj_q": "q_proj",
-    "proj_k": "k_proj",
-    "proj_v": "v_proj",
-    "proj_out": "out_proj",
-    "conv_offset.0": "offset_conv",
-    "conv_offset.1.norm": "offset_norm",
-    "conv_offset.3": "offset_proj",
-}
+def build_network(args: dict[str, Any]) -> DAT:
+    """Their `DAT`; what is not given is as in DAT-T++."""
+    dims = args.get("dims", (64, 128, 256, 512))
+    depths = args.get("depths", (2, 4, 18, 2))
+    count = len(dims)
+    specs = args.get("stage_spec") or [["N", "D"] * (depth // 2) for depth in depths[:-1]] + [["D"] * depths[-1]]
+    if args.get("patch_size", 4) != 4:
+        raise ValueError(f"patch_size must be 4, got {args['patch_size']}")
+    if [len(spec) for spec in specs] != list(depths):
+        raise ValueError(f"stage_spec must have as many letters as depths {depths}, got {specs}")
+
+    def of_stages(name: str, default: Any) -> list[Any]:
+        return list(args.get(name, [default] * count))
+
+    kinds = {"use_pe": of_stages("use_pes", True), "dwc_pe": of_stages("dwc_pes", False),
+             "fixed_pe": of_stages("fixed_pes", False), "log_cpb": of_stages("log_cpb", False)}  # fmt: skip
+    return DAT(
+        dims,
+        ["".join(spec) for spec in specs],
+        args.get("heads", (2, 4, 8, 16)),
+        args.get("groups", (1, 2, 4, 8)),
+        args.get("strides", (8, 4, 2, 1)),
+        args.get("ksizes", (9, 7, 5, 3)),
+        offset_range=of_stages("offset_range_factor", -1),
+        window=of_stages("window_sizes", 7),
+        neighborhood=of_stages("nat_ksizes", 7),
+        image_size=_size(args.get("img_size", 224)),
+        stem_dim=args.get("dim_stem", dims[0]),
+        conv_stem=args.get("use_conv_patches", True),
+        conv_mlp=of_stages("use_dwc_mlps", True),
+        local_perception=of_stages("use_lpus", True),
+        expansion=args.get("expansion", 4),
+        layer_scale=[_scale(value) for value in of_stages("layer_scale_values", -1)],
+        bias=[_bias({name: values[i] for name, values in kinds.items()}) for i in range(count)],
+        offsets=[not off for off in of_stages("no_offs", False)],
+        drop_path=args.get("drop_path_rate", 0.0),
+        attn_drop=args.get("attn_drop_rate", 0.0),
+        proj_drop=args.get("drop_rate", 0.0),
+        drop=args.get("drop_rate", 0.0),
+        num_classes=args.get("num_classes", 1000),
+    )
+
+
+_DEFORMABLE = Names({
+    "conv_offset.0.{leaf}": "offset_conv.{leaf}",
+    "conv_offset.1.norm.{leaf}": "offset_norm.{leaf}",
+    "conv_offset.3.{leaf}": "offset_proj.{leaf}",
+    "proj_q.{leaf}": "q_proj.{leaf}",
+    "proj_k.{leaf}": "k_proj.{leaf}",
+    "proj_v.{leaf}": "v_proj.{leaf}",
+    "proj_out.{leaf}": "out_proj.{leaf}",
+    "rpe_table": "bias_table",
+    "rpe_table.{leaf}": "bias_conv.{leaf}",
+    "rpe_table.{layer}.{leaf}": "bias_network.{layer}.{leaf}",
+})  # fmt: skip
+_NEIGHBORHOOD = Names({"qkv.{leaf}": "qkv.{leaf}", "proj.{leaf}": "proj.{leaf}", "rpb": "bias_table"})
+#: index and mask follow from the window and the map
+_WINDOWS = Names({
+    "proj_qkv.{leaf}": "qkv.{leaf}",
+    "windows_out.{leaf}": "proj.{leaf}",
+    "relative_position_bias_table": "relative_position_bias_table",
+    "relative_position_index": None,
+    "attn_mask": None,
+})  # fmt: skip
+_MLP = Names({
+    "linear1.0.{leaf}": "linear1.{leaf}",
+    "dwc.{leaf}": "conv.{leaf}",
+    "linear2.0.{leaf}": "linear2.{leaf}",
+    "chunk.linear1.{leaf}": "linear1.{leaf}",
+    "chunk.linear2.{leaf}": "linear2.{leaf}",
+})  # fmt: skip
+_STAGE = Names({
+    "proj.{leaf}": "proj.{leaf}",
+    "local_perception_units.{i}.{leaf}": "blocks.{i}.local.{leaf}",
+    "layer_norms.{k}.norm.{leaf}": lambda t: "blocks.{}.norm{}.{}".format(*_half(t["k"]), t["leaf"]),
+    "layer_scales.{k}.weight": lambda t: "blocks.{}.scale{}".format(*_half(t["k"])),
+    **_MLP.within("mlps.{i}.", "blocks.{i}.mlp."),
+    **_DEFORMABLE.within("attns.{i}.", "blocks.{i}.attention."),
+    **_NEIGHBORHOOD.within("attns.{i}.", "blocks.{i}.attention."),
+    **_WINDOWS.within("attns.{i}.", "blocks.{i}.attention."),
+})  # fmt: skip
+_NETWORK = Names({
+    "patch_proj.{i}.{leaf}": "stem.{i}.{leaf}",
+    "patch_proj.{i}.norm.{leaf}": "stem.{i}.{leaf}",
+    **_STAGE.within("stages.{s}.", "stages.{s}."),
+    "down_projs.{s}.0.{leaf}": "merges.{s}.0.{leaf}",
+    "down_projs.{s}.1.norm.{leaf}": "merges.{s}.1.{leaf}",
+    "cls_norm.norm.{leaf}": "norm.{leaf}",
+    "cls_head.{leaf}": "head.{leaf}",
+})  # fmt: skip
+
+#: what is a 1 x 1 convolution there and a linear layer here
+_LINEAR = re.compile(r"(?:.*\.)?(?:[qkv]_proj|out_proj|offset_proj|linear[12]|stages\.\d+\.proj|proj)\.weight")
+
+
+def _half(k: str) -> tuple[int, int]:
+    """The block of their k-th norm or scale, and whether it is the block's first or second."""
+    if not k.isdecimal():
+        raise ValueError(f"layers must be numbered, got {k!r}")
+    return int(k) // 2, int(k) % 2 + 1
+
+
+def _convert(names: Names, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # `proj_out` is the last layer of windows too; the other layers of its attention tell which it is
+    windows = tuple(name.removesuffix("proj_qkv.weight") for name in state if name.endswith("proj_qkv.weight"))
+    outs = {f"{stem}proj_out.{leaf}": f"{stem}windows_out.{leaf}" for stem in windows for leaf in ("weight", "bias")}
+    placed = names({outs.get(name, name): tensor for name, tensor in state.items()})
+    return {
+        name: tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) and _LINEAR.fullmatch(name) else tensor
+        for name, tensor in placed.items()
+    }
 
 
 def convert_deformable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The authors' 1x1 convolutions are linear layers here."""
-    ours = {}
-    for name, tensor in state.items():
-        stem, _, leaf = name.rpartition(".")
-        if name == "rpe_table":
-            ours["bias_table"] = tensor
-        elif stem == "rpe_table":
-            ours[f"bias_conv.{leaf}"] = tensor
-        elif stem.startswith("rpe_table."):
-            ours[f"bias_network.{stem.removeprefix('rpe_table.')}.{leaf}"] = tensor
-        else:
-            flat = stem.startswith("proj_") or stem == "conv_offset.3"
-            ours[f"{_DEFORMABLE.get(stem, stem)}.{leaf}"] = tensor.flatten(1) if flat and tensor.ndim == 4 else tensor
-    return ours
-
-
-def _convert_local(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Window and neighbourhood attention: a projection of three times the width, one of the width, a table."""
-    ours = {}
-    for name, tensor in state.items():
-        if name.endswith("relative_position_index") or name.endswith("attn_mask"):
-            continue  # made anew from the window's size
-        if name.endswith("relative_position_bias_table"):
-            ours["relative_position_bias_table"] = tensor
-        elif tensor.ndim == 3:
-            ours["bias_table"] = tensor
-        else:
-            layer = "qkv" if "qkv" in name else "proj"
-            ours[f"{layer}.{name.rpartition('.')[2]}"] = tensor.flatten(1) if tensor.ndim == 4 else tensor
-    return ours
+    return _convert(_DEFORMABLE, state)
 
 
 def convert_mlp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        found = re.search(r"linear[12]", name)
-        layer = "conv" if "dwc" in name else found.group() if found else name.rpartition(".")[0]
-        leaf = name.rpartition(".")[2]
-        ours[f"{layer}.{leaf}"] = tensor.flatten(1) if found and tensor.ndim == 4 else tensor
-    return ours
-
-
-_PART = re.compile(r"(attns|mlps|layer_norms|local_perception_units|layer_scales)\.(\d+)\.(.+)")
+    return _convert(_MLP, state)
 
 
 def convert_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    parts: dict[tuple[str, int], dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        found = _PART.fullmatch(name)
-        if found is None:
-            ours[f"proj.{name.rpartition('.')[2]}"] = tensor.flatten(1)
-            continue
-        kind, number, rest = found[1], int(found[2]), found[3]
-        if kind == "local_perception_units":
-            ours[f"blocks.{number}.local.{rest.rpartition('.')[2]}"] = tensor
-        elif kind == "layer_norms":
-            ours[f"blocks.{number // 2}.norm{number % 2 + 1}.{rest.rpartition('.')[2]}"] = tensor
-        elif kind == "layer_scales":
-            ours[f"blocks.{number // 2}.scale{number % 2 + 1}"] = tensor.flatten()
-        else:
-            parts.setdefault((kind, number), {})[rest] = tensor
-    for (kind, number), part in parts.items():
-        if kind == "mlps":
-            name, converted = "mlp", convert_mlp(part)
-        else:
-            deformable = any(key.startswith("proj_q.") for key in part)
-            name, converted = "attention", (convert_deformable if deformable else _convert_local)(part)
-        ours |= {f"blocks.{number}.{name}.{key}": tensor for key, tensor in converted.items()}
-    return ours
+    return _convert(_STAGE, state)
 
 
-def convert_network(state: Mapping[str, Tensor], model: DAT) -> dict[str, Tensor]:
-    """A whole checkpoint, for a `DAT` of its size.
+def convert_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole checkpoint under our names.
 
     Raises:
-        ValueError: if a tensor outside of the stages has no counterpart of its shape.
+        ValueError: naming the tensors that have no place.
     """
-    stages: dict[int, dict[str, Tensor]] = {}
-    outer: list[tuple[str, Tensor]] = []
-    for name, tensor in state.items():
-        found = re.fullmatch(r"(?:.*\.)?(\d+)\." + _PART.pattern, name)
-        if found is None:
-            outer.append((name, tensor))
-        else:
-            stages.setdefault(int(found[1]), {})[".".join(found.groups()[1:])] = tensor
-    ours: dict[str, Tensor] = {}
-    for number, stage in stages.items():
-        ours |= {f"stages.{number}.{key}": tensor for key, tensor in convert_stage(stage).items()}
-    open_names = [(name, p.shape) for name, p in model.named_parameters() if not name.startswith("stages.")]
-    for name, tensor in outer:
-        fitting = next((n for n, shape in open_names if shape == tensor.shape), None)
-        if fitting is None:
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)} has no place in this DAT")
-        open_names = [entry for entry in open_names if entry[0] != fitting]
-        ours[fitting] = tensor
-    return ours
+    return _convert(_NETWORK, state)
 
 
 def load_network(state: Mapping[str, Tensor], model: DAT) -> DAT:
@@ -191,18 +212,19 @@ def load_network(state: Mapping[str, Tensor], model: DAT) -> DAT:
     other maps are stretched bicubically, as the authors do.
 
     Raises:
-        ValueError: if the checkpoint is of another size.
+        ValueError: naming what has no place, is missing, or has another shape.
     """
-    converted, own = convert_network(state, model), model.state_dict()
+    converted, own = convert_network(state), model.state_dict()
+    fixed = {path for path, module in model.named_modules() if getattr(module, "bias", None) == "fixed"}
     for name, tensor in converted.items():
-        if name in own and tensor.shape != own[name].shape and name.endswith("bias_table") and tensor.ndim == 3:
+        path, _, leaf = name.rpartition(".")
+        if name not in own or leaf != "bias_table" or path in fixed or tensor.ndim != 3:
+            continue
+        if tensor.shape != own[name].shape:
             size = own[name].shape[1:]
             stretched = nn.functional.interpolate(tensor[None].float(), size, mode="bicubic", align_corners=False)
             converted[name] = stretched[0].to(tensor.dtype)
-    try:
-        model.load_state_dict(converted)
-    except RuntimeError as error:
-        raise ValueError(f"the checkpoint does not fit this DAT: {' '.join(str(error).split())[:300]}") from error
+    load_state(model, converted)
     return model
 
 
@@ -215,14 +237,21 @@ def _on_map(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) 
     return {"y": module(inputs["x"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)}
 
 
+def _network(module: DAT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    out = module(inputs["x"])
+    assert out.logits is not None
+    return {"logits": out.logits, "stage1": out.features[1], "stage3": out.features[3]}
+
+
 PORTS = (
-    AuthorsPort("dattention", build_attention, lambda state: convert_deformable(state), _attention),
-    AuthorsPort("dattention_logcpb", build_attention, lambda state: convert_deformable(state), _attention),
+    AuthorsPort("network", build_network, convert_network, _network),
+    AuthorsPort("dattention", build_attention, convert_deformable, _attention),
+    AuthorsPort("dattention_logcpb", build_attention, convert_deformable, _attention),
     AuthorsPort(
         "convmlp",
         build=lambda args: ConvMLP(args["channels"], args["expansion"], drop=args.get("drop", 0.0)),
-        convert=lambda state: convert_mlp(state),
+        convert=convert_mlp,
         run=_on_map,
     ),
-    AuthorsPort("stage", build_stage, lambda state: convert_stage(state), _on_map),
+    AuthorsPort("stage", build_stage, convert_stage, _on_map),
 )

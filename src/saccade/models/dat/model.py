@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from saccade.attention.flash_window import FlashWindowAttention
 from saccade.models.backbone import Backbone, check_images
-from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention
+from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention, ShiftedWindowAttention
 from saccade.ops.drop import DropPath
 
 #: kinds of attention in a stage's pattern: deformable, neighbourhood, windows, shifted windows
@@ -153,8 +154,8 @@ class Stage(nn.Module):
                 )  # fmt: skip
             if kind == "N":
                 return NeighborhoodAttention(dim, num_heads, neighborhood, proj_drop=proj_drop)
-            shift = window // 2 if kind == "S" else 0
-            return FlashWindowAttention(dim, num_heads, window_size=window, shift=shift, proj_drop=proj_drop)
+            windows = ShiftedWindowAttention if kind == "S" else FlashWindowAttention
+            return windows(dim, num_heads, window_size=window, proj_drop=proj_drop)
 
         self.proj = nn.Identity() if in_dim in (None, dim) else nn.Linear(in_dim, dim)  # type: ignore[arg-type]
         rates = [*drop_path, *[0.0] * (len(pattern) - len(drop_path))]
@@ -188,11 +189,14 @@ class DAT(Backbone):
         dims: channels of each stage.
         patterns: a letter per block and stage, see `Stage`.
         num_heads, groups, strides, kernel_sizes: of each stage; see `DeformableAttention`.
-        offset_range: r of each stage, or one for all; negative is unbounded.
+        offset_range: r; negative is unbounded. This and the following take one value for all stages or one for each.
         window, neighborhood: lengths of L and S, of N.
+        conv_mlp, local_perception, layer_scale, bias, offsets: see `Stage`.
+        expansion: width of the MLPs over C.
         image_size: for which biases are made; images of any size are taken.
+        stem_dim: channels of the stem where they are others than the first stage's.
         conv_stem: two convolutions of stride 2 and overlapping ones between stages; else patches.
-        conv_mlp, local_perception, expansion, layer_scale, bias, reference: see `Stage`.
+        reference: see `DeformableAttention`.
         drop_path: rate of the last block; grows linearly from 0.
         attn_drop, proj_drop, drop: dropouts.
         in_channels: of the images.
@@ -214,15 +218,17 @@ class DAT(Backbone):
         kernel_sizes: Sequence[int] = (9, 7, 5, 3),
         *,
         offset_range: float | Sequence[float] = -1.0,
-        window: int = 7,
-        neighborhood: int = 7,
+        window: int | Sequence[int] = 7,
+        neighborhood: int | Sequence[int] = 7,
         image_size: int | tuple[int, int] = 224,
+        stem_dim: int | None = None,
         conv_stem: bool = True,
-        conv_mlp: bool = True,
-        local_perception: bool = True,
-        expansion: float = 4,
-        layer_scale: float | None = None,
-        bias: str | None = "table",
+        conv_mlp: bool | Sequence[bool] = True,
+        local_perception: bool | Sequence[bool] = True,
+        expansion: float | Sequence[float] = 4,
+        layer_scale: float | Sequence[float | None] | None = None,
+        bias: str | Sequence[str | None] | None = "table",
+        offsets: bool | Sequence[bool] = True,
         reference: str = "published",
         drop_path: float = 0.0,
         attn_drop: float = 0.0,
@@ -232,16 +238,17 @@ class DAT(Backbone):
         num_classes: int = 1000,
     ) -> None:
         super().__init__()
-        ranges = (offset_range,) * len(dims) if isinstance(offset_range, (int, float)) else tuple(offset_range)
-        lists = {"patterns": patterns, "num_heads": num_heads, "groups": groups, "strides": strides,
-                 "kernel_sizes": kernel_sizes, "offset_range": ranges}  # fmt: skip
-        for name, values in lists.items():
-            if len(values) != len(dims):
-                raise ValueError(f"{name} must have an entry per stage ({len(dims)}), got {values}")
-        if not dims or min(dims) < 2 or in_channels < 1 or num_classes < 0:
+        stages = _of_stages(
+            len(dims), dims=dims, patterns=patterns, num_heads=num_heads, groups=groups, strides=strides,
+            kernel_sizes=kernel_sizes, offset_range=offset_range, window=window, neighborhood=neighborhood,
+            conv_mlp=conv_mlp, local_perception=local_perception, expansion=expansion, layer_scale=layer_scale,
+            bias=bias, offsets=offsets,
+        )  # fmt: skip
+        first = dims[0] if stem_dim is None and dims else stem_dim
+        if not dims or min(dims) < 2 or first is None or first < 2 or in_channels < 1 or num_classes < 0:
             raise ValueError(
-                "dims, in_channels and num_classes must be at least 2, 1 and 0, "
-                f"got {tuple(dims)}, {in_channels} and {num_classes}"
+                "dims, stem_dim, in_channels and num_classes must be at least 2, 2, 1 and 0, "
+                f"got {tuple(dims)}, {first}, {in_channels} and {num_classes}"
             )
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
         self.in_channels = in_channels
@@ -249,7 +256,6 @@ class DAT(Backbone):
         depths = [len(pattern) for pattern in patterns]
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         starts = [0, *accumulate(depths)]
-        first = dims[0]
         self.stem = nn.Sequential()
         if conv_stem:
             self.stem.extend(
@@ -259,13 +265,11 @@ class DAT(Backbone):
         else:
             self.stem.extend([_Convolution(in_channels, first, 4, 4), nn.LayerNorm(first)])
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
-        for i, dim in enumerate(dims):
+        for i, arguments in enumerate(stages):
             stage = Stage(
-                dim, patterns[i], tuple(-(-n // self.strides[i]) for n in sides),  # type: ignore[arg-type]
-                num_heads=num_heads[i], groups=groups[i], stride=strides[i], kernel_size=kernel_sizes[i],
-                offset_range=ranges[i], bias=bias, reference=reference, window=window, neighborhood=neighborhood,
-                expansion=expansion, conv_mlp=conv_mlp, local_perception=local_perception, layer_scale=layer_scale,
-                attn_drop=attn_drop, proj_drop=proj_drop, drop=drop, drop_path=rates[starts[i] : starts[i + 1]],
+                map_size=(-(-sides[0] // self.strides[i]), -(-sides[1] // self.strides[i])),
+                in_dim=None if i else first, reference=reference, attn_drop=attn_drop, proj_drop=proj_drop,
+                drop=drop, drop_path=rates[starts[i] : starts[i + 1]], **arguments,
             )  # fmt: skip
             self.stages.append(stage)
         for dim, wider in zip(dims, dims[1:]):
@@ -294,6 +298,19 @@ class DAT(Backbone):
         if self.head is None:
             return None
         return self.head(self.norm(x_BCHW.permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+def _of_stages(count: int, **lists: Any) -> list[dict[str, Any]]:
+    """The arguments of each `Stage`; one value alone is for all."""
+    names = {"dims": "dim", "patterns": "pattern", "strides": "stride", "kernel_sizes": "kernel_size"}
+    stages: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, values in lists.items():
+        given = values if isinstance(values, Sequence) and not isinstance(values, str) else (values,) * count
+        if len(given) != count:
+            raise ValueError(f"{name} must have an entry per stage ({count}), got {values}")
+        for stage, value in zip(stages, given):
+            stage[names.get(name, name)] = value
+    return stages
 
 
 def _filled(x_BCHW: Tensor, patch: int) -> Tensor:
