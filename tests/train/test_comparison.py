@@ -352,7 +352,14 @@ def test_a_loss_that_is_not_finite_names_the_mechanism() -> None:
         (["softmax", "softmax"], {}, "comes twice"),
         (["sofmax"], {}, "did you mean 'softmax'"),
         (["softmax:heads"], {}, "options must be name=value"),
-        (["softmax:colour=3"], {}, "softmax: .*colour"),
+        (["softmax:colour=3"], {}, "softmax has no option 'colour'"),
+        (["softmax:head_dims=3"], {}, "did you mean 'head_dim'"),
+        (["softmax:rope=maybe"], {}, "softmax: rope must be True or False, got 'maybe'"),
+        (["softmax:rope=1,rope=0"], {}, "'rope' comes twice"),
+        (["moba:block_size=x"], {}, "moba: block_size must be an int, got 'x'"),
+        (["moba:top_k=2.5"], {}, "moba: top_k must be an int, got '2.5'"),
+        (["slay:variant=ancor"], {}, "slay: variant must be 'anchor', .*, got 'ancor'; did you mean 'anchor'"),
+        (["none:x=1"], {"task": "digits-cnn"}, "'none' leaves the mechanism out and has no options"),
         (["softmax"], {"task": "txt"}, "task must be one of text, recall"),
         (["softmax"], {"budget": "fast"}, "budget must be quick, standard, long or a positive number"),
         (["softmax"], {"budget": -3}, "budget must be"),
@@ -417,3 +424,23 @@ def test_a_folder_of_another_definition_is_not_taken_over(tmp_path) -> None:
     shutil.copytree(tmp_path / "a" / "mine", tmp_path / "b" / "mine")
     with pytest.raises(ValueError, match=r"another mechanism: mechanism\.options\.num_kv_heads is None there and 2"):
         saccade.compare({"mine": "softmax:num_kv_heads=2"}, out=tmp_path / "b", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("softmax:rope=false", {"rope": False}),
+        ("softmax:rope=True, qkv_bias=off", {"rope": True, "qkv_bias": False}),
+        ("softmax:rope=0,num_kv_heads=1", {"rope": False, "num_kv_heads": 1}),
+        ("softmax:num_kv_heads=none,rope_base=1e4", {"num_kv_heads": None, "rope_base": 1e4}),
+        ("adaptive-filter:rotation=none", {"rotation": "none"}),
+        ("mega:position=none,norm=rms", {"position": None, "norm": "rms"}),
+        ("layerwise-shortcuts:depths=all", {"depths": "all"}),
+        ("neighborhood:kernel_size=(3, 5),dilation=[1,2]", {"kernel_size": (3, 5), "dilation": [1, 2]}),
+        ("cbam:pool_types=('avg',)", {"pool_types": ("avg",)}),
+    ],
+)
+def test_options_are_read_as_their_types(text: str, options: dict[str, object]) -> None:
+    (found,) = parse([text])
+    assert found.options == options
+    assert [type(value) for value in found.options.values()] == [type(value) for value in options.values()]

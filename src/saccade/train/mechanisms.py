@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import nn
 
 from saccade import catalogue
+from saccade.catalogue.options import fits, in_words, nearest
 
 #: the name of the baseline that leaves a gate or a fusion part out
 NONE = "none"
@@ -99,7 +101,8 @@ def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module
             to such slugs or to constructors.
 
     Raises:
-        ValueError: if a slug is unknown or not built yet, an option is not `name=value`, or a name comes twice.
+        ValueError: if a slug is unknown or not built yet, an option is not `name=value`, unknown or of another type,
+            or a name comes twice.
     """
     if isinstance(mechanisms, str):
         mechanisms = [mechanisms]
@@ -156,16 +159,65 @@ def _fitting(kind: str, needs: Sequence[str]) -> str:
 
 def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
     slug, _, rest = text.partition(":")
+    slug = slug.strip()
+    pieces = split_options(rest)
+    known = catalogue.options(slug) if pieces and slug != NONE else {}
     options: dict[str, Any] = {}
-    for piece in split_options(rest):
-        name, equals, value = piece.partition("=")
-        if not equals or not name.strip().isidentifier():
+    for piece in pieces:
+        name, equals, value = (each.strip() for each in piece.partition("="))
+        if not equals or not name.isidentifier():
             raise ValueError(f"options must be name=value with commas between, got {piece!r} in {text!r}")
-        try:
-            options[name.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            options[name.strip()] = value.strip()
-    return slug.strip(), options
+        if slug == NONE:
+            raise ValueError(f"{NONE!r} leaves the mechanism out and has no options, got {piece!r}")
+        if name in options:
+            raise ValueError(f"option {name!r} comes twice in {text!r}")
+        if name not in known:
+            catalogue.check_options(slug, **{name: value})
+        options[name] = _read_value(value, known[name].type, f"{slug}: {name}")
+    return slug, options
+
+
+#: words for values that are no Python
+_WORDS: dict[str, Any] = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_WORDS |= {"none": None, "null": None}
+_SWITCHES = {"1": True, "0": False}
+
+
+def _read_value(text: str, kind: Any, what: str) -> Any:
+    """An option's value as its type reads the text: the first of a Python literal, a word (`true`, `off`, `none`), a
+    switch (`0`, `1`) and the text itself that is of the type.
+
+    Raises:
+        ValueError: if none is.
+    """
+    candidates = [text]
+    if text in _SWITCHES:
+        candidates.insert(0, _SWITCHES[text])
+    if text.lower() in _WORDS:
+        candidates.insert(0, _WORDS[text.lower()])
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        candidates.insert(0, ast.literal_eval(text))
+    for value in candidates:
+        if _admits(kind, value):
+            return value
+    near = nearest(text, [name for name in _literals(kind) if isinstance(name, str)])
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"{what} must be {in_words(kind)}, got {text!r}{hint}")
+
+
+def _admits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a type, and one of its literals where it has some."""
+    literals = _literals(kind)
+    if any(type(value) is type(each) for each in literals):
+        return value in literals
+    return fits(value, kind)
+
+
+def _literals(kind: Any) -> list[Any]:
+    """The values that a type names one by one."""
+    if get_origin(kind) is Literal:
+        return list(get_args(kind))
+    return [value for each in get_args(kind) for value in _literals(each)]
 
 
 def split_options(text: str) -> list[str]:
