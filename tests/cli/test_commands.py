@@ -170,3 +170,22 @@ def test_compare_writes_a_report_and_prints_json(capsys: pytest.CaptureFixture[s
     assert code == 0 and json.loads(out)["mechanisms"][0]["name"] == "softmax"
     page = (tmp_path / "run" / "report.html").read_text()
     assert "softmax" in page and page.count("<img ") == len(list((tmp_path / "run").glob("*.png")))
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_was_measured_is_shown_before_anything_is_drawn(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path, as_json: bool
+) -> None:
+    def failing(*given: object) -> None:
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr("saccade.report.html.write_report", failing)
+    text = tmp_path / "own.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
+    arguments = ["compare", "softmax", "--budget", "0.1", "--data", str(text), "--out", str(tmp_path / "run")]
+    code, out, err = run(capsys, *arguments, *(["--json"] if as_json else []))
+    assert code == 0 and "no report" in err and "no such font" in err
+    if as_json:
+        assert json.loads(out)["mechanisms"][0]["name"] == "softmax"
+    else:
+        assert "softmax" in out and "bits per byte" in out

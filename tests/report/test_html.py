@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,15 @@ def test_the_model_without_a_part_is_described(tmp_path: Path) -> None:
     compared = result(tmp_path)
     compared.mechanisms.append(MechanismRecord("none", "none", runs=[SeedRecord(0, 1.0)]))
     assert "none: the same model without a part" in page(compared, {}, {})
+
+
+def test_mechanisms_may_have_any_name(tmp_path: Path) -> None:
+    compared = result(tmp_path)
+    first, second = compared.mechanisms
+    names = ("a$x^$b", r"a\$b", "$", "{%s}\ttab", "../..", "\udc80")
+    compared.mechanisms = [replace(first if name == names[0] else second, name=name) for name in names]
+    assert write_report(compared, tmp_path).is_file()
+    assert len(list(tmp_path.glob("*.png"))) == 5 and compared.table()
 
 
 def test_an_unwritable_folder_leaves_nothing(tmp_path: Path) -> None:

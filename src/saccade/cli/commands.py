@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -293,6 +294,7 @@ def compare(
     Writes a run folder with config, metrics, checkpoints, and report.html, which opens offline.
     """
     import saccade
+    from saccade.cli import one_line
     from saccade.report.html import write_report
 
     folder = out or Path("runs") / f"{task}-{'-'.join(name.split(':')[0] for name in mechanisms)}"
@@ -307,14 +309,18 @@ def compare(
         data=data or None,
         progress=False if as_json else None,
     )
-    report = write_report(result, folder)
     if as_json:
-        print(result.to_json())
+        print(result.to_json(), flush=True)
+    else:
+        print(result.table())
+        print(*result.answer(), sep="\n", flush=True)
+    try:
+        report = write_report(result, folder)
+    except Exception as error:  # whatever it is, the measurements stand above and in the folder
+        print(f"saccade: no report: {one_line(error)}", file=sys.stderr)
         return
-    print(result.table())
-    for sentence in result.answer():
-        print(sentence)
-    print(f"report: {report}")
+    if not as_json:
+        print(f"report: {report}")
     if open_report:
         typer.launch(str(report))
 

@@ -59,7 +59,7 @@ def write_report(result: CompareResult, folder: str | Path) -> Path:
     for name, png in maps.items():
         write_bytes(folder / f"maps-{folder_name(name)}.png", png)
     path = folder / "report.html"
-    write_bytes(path, page(result, pictures, maps).encode())
+    write_bytes(path, page(result, pictures, maps).encode("utf-8", "backslashreplace"))
     return path
 
 

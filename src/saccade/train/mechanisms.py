@@ -190,7 +190,7 @@ def _read_value(text: str, kind: Any, what: str) -> Any:
     Raises:
         ValueError: if none is.
     """
-    candidates = [text]
+    candidates: list[Any] = [text]
     if text in _SWITCHES:
         candidates.insert(0, _SWITCHES[text])
     if text.lower() in _WORDS:

@@ -46,7 +46,7 @@ def learning_curves(result: CompareResult, axes: Axes) -> None:
         for run in record.runs:
             points = [(row["step"], row["quality"]) for row in run.curve if row.get("quality") is not None]
             if points:
-                label = record.name if run is record.runs[0] else None
+                label = as_text(record.name) if run is record.runs[0] else None
                 axes.plot(*zip(*points), linewidth=1.6, markersize=4, label=label, **_style(index))
     _finish(axes, "Learning curves", "training step", f"held-out {result.metric.unit}")
 
@@ -58,7 +58,7 @@ def quality_against_speed(result: CompareResult, axes: Axes) -> None:
         if rate is None:
             continue
         axes.errorbar(rate, record.quality, yerr=record.spread, capsize=3, markersize=8, **_style(index))
-        axes.annotate(record.name, (rate, record.quality), textcoords="offset points", xytext=(8, 5))
+        axes.annotate(as_text(record.name), (rate, record.quality), textcoords="offset points", xytext=(8, 5))
     axes.margins(0.2)
     better = "up" if result.metric.higher_is_better else "down"
     _finish(axes, "Quality against speed", "training tokens per second", f"{result.metric.unit} (better is {better})")
@@ -105,6 +105,11 @@ PANELS: dict[str, Callable[[CompareResult, Axes], None]] = {
 }
 
 
+def as_text(name: str) -> str:
+    """A name of the caller's in a figure: what stands between two dollars would be read as mathematics."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
 def _style(index: int) -> dict[str, Any]:
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
@@ -116,7 +121,7 @@ def _growth(result: CompareResult, axes: Axes, name: str, factor: float) -> None
             continue
         style = _style(index)
         fit = record.fits.get(name)
-        label = record.name if fit is None else f"{record.name}: N^{fit.exponent:.2f}"
+        label = as_text(record.name if fit is None else f"{record.name}: N^{fit.exponent:.2f}")
         values = [getattr(point, name) * factor for point in record.scaling]
         axes.plot(lengths, values, linestyle="none", markersize=5, label=label, **style)
         if fit is not None:
