@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade import attention_map
+from saccade import attention_map, catalogue
 from saccade.attention.adaptive_filter import (
     AdaptiveFilterAttention,
     AdaptiveFilterNetwork,
     Dynamics,
     Weighting,
     adaptive_filter_attend,
+    common_frame,
     simulate,
 )
 from saccade.attention.softmax import SoftmaxAttention
@@ -57,7 +58,7 @@ def naive(
     nu: Tensor,
     weighting: Weighting | None = None,
     values: Dynamics | None = None,
-    rotate_values: bool = True,
+    rotate_values: bool | None = True,
     times: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The formulas of the module's docstring with tensors over pairs and channels, residuals by their definition."""
@@ -97,9 +98,12 @@ def naive(
     fit = (misfit * scale / d).sum(-1, keepdim=True)
     scores = temp.view(-1, 1, 1, 1) * (bias - (fit.log1p() if weighting.robust else fit))
     scores = scores.masked_fill(~torch.ones(N, N, dtype=torch.bool).tril()[..., None], -torch.inf)
-    if not rotate_values:
+    turned = torch.exp(-1j * shaped(values.frequency) * t[:, None, None])[:, :, 0]  # into the common frame
+    if rotate_values is None:
         values = values._replace(frequency=None)
     out = (scores.softmax(-2) * growth(values) * phase(values) * v[:, :, None]).sum(-2)
+    if rotate_values is False:
+        out = out * turned
     return torch.cat([out.real, out.imag], -1), scores.logsumexp(-2)
 
 
@@ -179,9 +183,33 @@ def test_separate_dynamics_equal_their_definition() -> None:
     q, k, v = heads()
     values = Dynamics(*(0.5 * x for x in dynamics()))
     given = {"temperature_H": TEMP, "robustness_H": NU, "value_dynamics": values}
-    ours, _ = adaptive_filter_attend(q, k, v, dynamics(), **given, rotate_values=False)
-    expected, _ = naive(q, k, v, dynamics(), temp=TEMP, nu=NU, values=values, rotate_values=False)
-    torch.testing.assert_close(ours, expected)
+    for turn in (True, False, None):
+        ours, _ = adaptive_filter_attend(q, k, v, dynamics(), **given, rotate_values=turn)
+        expected, _ = naive(q, k, v, dynamics(), temp=TEMP, nu=NU, values=values, rotate_values=turn)
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_authors_leave_the_estimate_in_the_common_frame() -> None:
+    """Their rotate_values = 0 still turns values; the latent estimate is the one before the output norm."""
+    arguments = {"seq_len": 32, "d_e": 16, "d_k_total": 8, "d_v_total": 8, "n_heads": 2, "rotate_values": 0}
+    port = catalogue.port("adaptive-filter", "isotropic_afa0")
+    torch.manual_seed(0)
+    module = port.build({**arguments, "use_complex_output_norm": 1, "use_inner_residual": 0}).double().eval()
+    turned = port.build({**arguments, "use_inner_residual": 0, "rotate_values": 1}).double().eval()
+    nn.init.uniform_(module.output_norm.weight, 1, 2)
+    turned.load_state_dict({k: x for k, x in module.state_dict().items() if k != "output_norm.weight"})
+    x = torch.randn(2, 1, 9, 16, dtype=DOUBLE)
+    latent, expected = (
+        torch.view_as_complex(port.run(m, {"x": x}, arguments)["est_latent"].contiguous()) for m in (module, turned)
+    )
+    angles = torch.arange(9, dtype=DOUBLE)[:, None, None] * module.dynamics().frequency
+    torch.testing.assert_close(latent, expected * torch.exp(-1j * angles))
+    z = module.output_norm(torch.cat([latent.real, latent.imag], -1).transpose(1, 2))
+    grown = z * module.dynamics().decay[:, None, None].exp()
+    grown = common_frame(grown, module.dynamics().frequency, torch.ones(1, 1, dtype=DOUBLE), back=True)
+    torch.testing.assert_close(module(x[:, 0]), module.out_proj(grown.transpose(1, 2).flatten(2)))
+    with pytest.raises(ValueError, match="use_complex_input_norm must be 0 or 1"):
+        port.build({**arguments, "use_complex_input_norm": 2})
 
 
 def test_the_variance_solves_its_equation_and_its_limit() -> None:
@@ -258,7 +286,7 @@ LAYERS = [
     {"separate_dynamics": True, "value_head_dim": 12, "rotation": "fixed", "inner_residual": "sum"},
     {"robust": False, "residual": "dot", "additive": "linear", "rotation": "none", "predict": False},
     {"decay": False, "process_noise": False, "robust": False, "rotation": "rope", "inner_residual": "none"},
-    {"exponents": (-0.5, 0.5), "rotate_values": False},
+    {"exponents": (-0.5, 0.5), "rotate_values": None},
 ]
 
 

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
@@ -158,7 +158,7 @@ def adaptive_filter_attend(
     robustness_H: Tensor | float = 1.0,
     weighting: Weighting | None = None,
     value_dynamics: Dynamics | None = None,
-    rotate_values: bool = True,
+    rotate_values: bool | None = True,
     times: Tensor | None = None,
     mask: Tensor | Mask | None = None,
     causal: bool = True,
@@ -168,6 +168,7 @@ def adaptive_filter_attend(
     Args:
         q_BHND, k_BHMD, v_BHME: halves of the last axis are real and imaginary parts.
         dynamics: of the keys and, without `value_dynamics`, of the values.
+        rotate_values: False leaves e in the common frame, without e^(i omega t_i); None does not turn values at all.
         times: (N,) or (B, N), rising; 0, 1, 2 ... where None. Needs N = M.
         mask: as `attend`'s, beside causality.
 
@@ -192,7 +193,7 @@ def adaptive_filter_attend(
     e, log_precision = filter_in_common_frame(
         with_times(common_frame(q, dynamics.frequency, times_BN), times_BN),
         with_times(common_frame(k, dynamics.frequency, times_BM), times_BM),
-        common_frame(v, values.frequency if rotate_values else None, times_BM),
+        common_frame(v, None if rotate_values is None else values.frequency, times_BM),
         dynamics,
         values,
         temperature_H,
@@ -496,7 +497,8 @@ class AdaptiveFilterAttention(QKVAttention):
         separate_dynamics: keys and queries have a system of their own.
         rotation: frequencies "learned" or "fixed" (in conjugate pairs), "rope" (rotary positions, unscaled) or "none".
         rope_base: base of the latter two.
-        rotate_values: turn values too.
+        rotate_values: True turns values into the common frame and e back; False leaves e in the common frame, as the
+            authors do; None does not turn values.
         robust, residual, additive, multiplicative: see `Weighting`.
         decay, process_noise, key_noise: False sets mu, sigma, eta to exactly 0.
         inner_residual: g is "learned", "precision": sigmoid(scale^2 log P - log(prior^2 + 1e-5)); "sum" is e + v,
@@ -523,7 +525,7 @@ class AdaptiveFilterAttention(QKVAttention):
         separate_dynamics: bool = False,
         rotation: Rotation = "learned",
         rope_base: float = 10000.0,
-        rotate_values: bool = True,
+        rotate_values: bool | None = True,
         robust: bool = True,
         residual: Literal["full", "dot"] = "full",
         additive: Bias = "precision",
@@ -616,7 +618,7 @@ class AdaptiveFilterAttention(QKVAttention):
             ValueError: if the arguments do not fit together.
         """
         z_BHNE, _, log_precision = self.estimate(x_BNC, context_BMC, mask=mask, cache=cache, times=times)
-        values = self.dynamics()
+        z_BHNE, values = self.output_norm(z_BHNE), self.dynamics()
         if self.predict:
             if values.decay is not None:
                 z_BHNE = z_BHNE * self._of_channels(values.decay).exp()
@@ -636,7 +638,7 @@ class AdaptiveFilterAttention(QKVAttention):
         cache: KVCache | None = None,
         times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """z before the prediction and e (B, H, N, E; halves real and imaginary), and log P; arguments as `forward`."""
+        """z before its norm and the prediction, e (B, H, N, E; halves real and imaginary), log P; as `forward`."""
         if context_BMC is not None:
             raise ValueError("a filter takes no context")
         self._check(x_BNC, None, cache)
@@ -645,12 +647,11 @@ class AdaptiveFilterAttention(QKVAttention):
         v_BHNE = self._split(self.v_proj(x_BNC)).to(wide)
         q, k, times_BN = self._in_common_frame(x_BNC, start, times)
         values = self.dynamics()
-        frequency = values.frequency if self.rotate_values else None
-        v = common_frame(self.v_norm(v_BHNE), frequency, times_BN)
+        v = common_frame(self.v_norm(v_BHNE), None if self.rotate_values is None else values.frequency, times_BN)
         if cache is not None:
             k, v = cache.append(k, v)
         e, log_precision = self._filter(q, k, v, mask, start, times)
-        e = common_frame(e, frequency, times_BN, back=True)
+        e = common_frame(e, values.frequency if self.rotate_values else None, times_BN, back=True)
         z = e
         if self.inner_residual == "sum":
             z = e + v_BHNE
@@ -662,7 +663,7 @@ class AdaptiveFilterAttention(QKVAttention):
                 gate = known - (self.gate_prior.to(wide)[:, None].square() + 1e-5).log()
             gate = torch.cat([gate, gate], -1).sigmoid()
             z = gate * e + (1.0 - gate) * v_BHNE
-        return self.output_norm(z), e, log_precision
+        return z, e, log_precision
 
     def mix(
         self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None, decay: bool = True
@@ -683,7 +684,7 @@ class AdaptiveFilterAttention(QKVAttention):
         rotary = read_softmax(module).rope if rope is None else rope
         limit: dict[str, Any] = {
             "rotation": "rope" if rotary else "none",
-            "rotate_values": False,
+            "rotate_values": None,
             "robust": False,
             "residual": "dot",
             "additive": "none",
@@ -866,6 +867,8 @@ def _build(args: dict[str, Any]) -> nn.Module:
         "epsilon": 1e-5,
         **args,
     }
+    if given["use_complex_input_norm"] not in (0, 1):
+        raise ValueError(f"use_complex_input_norm must be 0 or 1, got {given['use_complex_input_norm']}")
     if given["epsilon"] != 1e-5:
         raise ValueError(f"epsilon must be 1e-5, the only one whose places are known, got {given['epsilon']}")
     heads = given["n_heads"]
@@ -903,6 +906,7 @@ _NAMES = {
     "cn_q": "q_norm",
     "cn_k": "k_norm",
     "cn_v": "v_norm",
+    "cn_o": "output_norm",
     "lambda_imag": "frequency",
     "mu": "decay",
     "sigma": "process_noise",
@@ -915,28 +919,32 @@ _NAMES = {
 }
 
 
+_PLACES = Names({
+    **{f"W_{x}.{{leaf}}": f"{_NAMES[f'W_{x}']}.{{leaf}}" for x in "qkvo"},
+    **{f"cn_{x}.gamma": f"{_NAMES[f'cn_{x}']}.weight" for x in "qkvo"},
+    **{name: _NAMES[name] for name in ("tau", "nu_sqrt", "P_scale", "P_prior_param")},
+    **{
+        f"{name}_{side}": f"{system}.{_NAMES[name]}"
+        for name in ("lambda_imag", "mu", "sigma", "eta", "gamma")
+        for side, system in (("v", "dynamics"), ("k", "key_dynamics"))
+    },
+})  # fmt: skip
+
+
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = _PLACES(state)
     heads, pairs = state["lambda_imag_v"].shape
-    # a recording without gate has no gate tensors
-    ours = {name: torch.zeros(heads, 2 * pairs) for name in ("gate_scale", "gate_prior")}
-    for name, tensor in state.items():
-        first, _, last = name.partition(".")
-        if name == "W_o.bias":
-            ours["out_proj.bias"] = tensor
-        elif first.startswith("W_"):
+    for name, tensor in ours.items():
+        if "_proj." in name and name != "out_proj.bias":
             # theirs: the real parts of all heads, then the imaginary ones; ours: both parts of a head
-            axis = 1 if name == "W_o.weight" else 0
-            ours[f"{_NAMES[first]}.{last}"] = (
-                tensor.unflatten(axis, (2, heads, -1)).transpose(axis, axis + 1).flatten(axis, axis + 2)
-            )
-        elif first.startswith("cn_"):
-            ours[f"{_NAMES.get(first, 'output_norm')}.weight"] = tensor.reshape(heads, -1)
-        elif first in _NAMES:
-            ours[_NAMES[first]] = tensor.reshape(heads, -1) if first.startswith("P_") else tensor.flatten()
-        else:
-            quantity, _, side = first.rpartition("_")
-            ours[f"{'dynamics' if side == 'v' else 'key_dynamics'}.{_NAMES[quantity]}"] = tensor
-    return ours
+            axis = 1 if name == "out_proj.weight" else 0
+            ours[name] = tensor.unflatten(axis, (2, heads, -1)).transpose(axis, axis + 1).flatten(axis, axis + 2)
+        elif "norm." in name or name.startswith("gate_"):
+            ours[name] = tensor.reshape(heads, -1)
+        elif name in ("temperature", "robustness"):
+            ours[name] = tensor.flatten()
+    # a recording without gate has no gate tensors
+    return {name: torch.zeros(heads, 2 * pairs) for name in ("gate_scale", "gate_prior")} | ours
 
 
 def _run(module: AdaptiveFilterAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
