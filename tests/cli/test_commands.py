@@ -81,6 +81,12 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
         ("claim", "softmax", "--smoke", "--out", "somewhere"),
         ("compare", "softmax", "--task", "nonsense"),
         ("compare", "no-such-part"),
+        ("compare", "softmax:no_such_option=1"),
+        ("compare", "moba:block_size=small"),
+        ("gallery", "cbam:no_such_option=1"),
+        ("insert", ".", "--gate", "cbam:no_such_option=1", "--after", "x"),
+        ("insert", ".", "--gate", "moba", "--after", "x"),
+        ("advise", "--shape", "1,2,64,8", "--mechanism", "mobba"),
         ("compare", "cbam", "--task", "text"),
         ("compare", "softmax", "--budget", "soon"),
         ("compare", "softmax", "--data", "/no/such/file"),
@@ -92,6 +98,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     code, _, err = run(capsys, *arguments)
     assert code == 2
+    assert not any("no_such_option" in argument for argument in arguments) or "has no option" in err
     assert err.startswith("saccade: ") and err.count("\n") == 1 and "Traceback" not in err
     assert not list(tmp_path.rglob("*.html"))
 

@@ -433,6 +433,10 @@ def insert(
     from saccade.train.mechanisms import parse
 
     (wanted,) = parse([gate])
+    if catalogue.part(str(wanted.slug)).kind != "gate":
+        gates = ", ".join(part.slug for part in catalogue.select(kind="gate"))
+        raise ValueError(f"--gate must be one of {gates}, got {wanted.slug!r}")
+    catalogue.check_options(str(wanted.slug), **wanted.options)
     torch.manual_seed(seed)
     network = inserting.pretrained(model)
     report = inserting.insert(network, str(wanted.slug), after=after, gentle=gentle, **wanted.options)

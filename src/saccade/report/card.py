@@ -7,7 +7,12 @@ from typing import Any
 import torch
 
 from saccade import catalogue
+from saccade.catalogue.options import REQUIRED, Option
+from saccade.integrations.mechanisms import MECHANISMS
 from saccade.tables import facts
+
+#: values for a first try of the options that must be given
+_USUAL = {"dim": 256, "num_heads": 8, "channels": 64}
 
 
 def card(slug: str, *, measure: bool) -> dict[str, Any]:
@@ -36,11 +41,47 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
         ],
         "invariants": list(part.invariants),
     }
+    found["to copy"] = to_copy(part)
+    if part.build is not None:
+        found["options"] = [_option(name, option) for name, option in catalogue.options(slug).items()]
+    found["published sizes"] = [
+        f"{size.name}: {size.parameters:.4g} M parameters"
+        + (f", {size.flops:g} G multiply-adds at {size.resolution} x {size.resolution}" if size.flops else "")
+        for size in part.published
+    ]
     if part.claim:
         found["claim"] = {"the paper says": part.claim.paper, "expected here": part.claim.expected}
     if measure:
         found["cost here"] = _cost(part)
     return {key: value for key, value in found.items() if value not in ("", [], {})}
+
+
+def to_copy(part: catalogue.Part) -> list[str]:
+    """Lines that build the part in Python and try it on the command line."""
+    lines = []
+    if part.build is not None:
+        needed = [name for name, option in catalogue.options(part.slug).items() if option.default is REQUIRED]
+        usual = {name: _USUAL.get(name, part.example.get(name)) for name in needed}
+        told = "".join(f", {name}={value!r}" for name, value in usual.items())
+        lines.append(f'part = saccade.create("{part.slug}"{told})')
+    if part.published and hasattr(part.build, "from_config"):
+        of, name = str(catalogue.paper(part.slug).room), getattr(part.build, "__name__", "")
+        lines.append(f'from {of} import {name}; model = {name}.from_config("{part.published[0].name}")')
+    if part.slug in MECHANISMS and part.slug != "softmax":
+        lines.append(f'with saccade.switch(model, "{part.slug}"): ...')
+    if part.kind == "sequence" and {"causal", "teacher-forced"} & set(part.supports):
+        lines.append(f"$ saccade compare {' '.join(dict.fromkeys(('softmax', part.slug)))} --task text")
+    if part.kind == "gate":
+        lines.append(f"$ saccade insert MODEL --gate {part.slug} --after '**.layer'")
+        lines.append(f"$ saccade compare {part.slug} --task digits-cnn")
+    if part.kind == "fusion":
+        lines.append(f"$ saccade compare {part.slug} --task paired")
+    return [*lines, f"$ saccade claim {part.slug}"]
+
+
+def _option(name: str, option: Option) -> str:
+    default = "must be given" if option.default is REQUIRED else f"{option.default!r} by default"
+    return f"{name}: {option.words}, {default}"
 
 
 def _cost(part: catalogue.Part) -> list[str]:
