@@ -189,6 +189,36 @@ def test_bfloat16(slug: str) -> None:
     assert touched and all(g is None or g.isfinite().all() for g in touched)
 
 
+def directions(slug: str) -> list[dict[str, bool]]:
+    """What a part is built with to run in each of the directions that it has."""
+    supports = catalogue.part(slug).supports
+    if catalogue.part(slug).kind != "sequence":
+        return [{}]
+    forward = [{"causal": True}] if {"causal", "teacher-forced"} & set(supports) else []
+    return forward + ([{"causal": False}] if "bidirectional" in supports else [])
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_autocast_trains_in_either_direction(slug: str) -> None:
+    for direction in directions(slug):
+        module = build(slug, **direction).train()
+        arguments = call_arguments(slug, module, 12)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = floats(module(*arguments))
+            sum(t.float().square().sum() for t in out).backward()
+        assert all(t.isfinite().all() for t in out)
+        gradients = [p.grad for p in module.parameters() if p.requires_grad]
+        assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_every_parameter_has_a_gradient(slug: str) -> None:
+    """By default and in the example, so that it trains on several devices."""
+    module = catalogue.create(slug, **catalogue.part(slug).example).train()
+    sum(t.square().sum() for t in floats(module(*call_arguments(slug, module, 16)))).backward()
+    assert not [name for name, p in module.named_parameters() if p.requires_grad and p.grad is None]
+
+
 @pytest.mark.parametrize("slug", SLUGS)
 def test_compiles(slug: str) -> None:
     module = build(slug)

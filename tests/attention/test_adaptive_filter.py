@@ -451,3 +451,23 @@ def test_bad_calls() -> None:
         layer(form="tensor").mix(x, x)
     with pytest.raises(ValueError, match="divides by the keys' noise"):
         adaptive_filter_attend(*heads(), dynamics(key_noise=None), weighting=Weighting(multiplicative="linear"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_residual": "precision"},
+        {"inner_residual": "none"},
+        {"multiplicative": "linear"},
+        {"additive": "none", "multiplicative": "none"},
+        {"decay": False},
+        {"process_noise": False, "key_noise": False},
+        {"separate_dynamics": True, "rotate_values": False, "predict": False},
+        {"form": "tensor"},
+    ],
+)
+def test_what_options_leave_unused_is_not_trained(options: dict) -> None:
+    module = AdaptiveFilterAttention(16, 2, seq_len=32, **options)
+    module(torch.randn(2, 9, 16)).square().sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in module.parameters())
+    assert module.gate_prior.requires_grad == (options.get("inner_residual") == "precision")

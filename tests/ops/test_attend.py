@@ -287,3 +287,11 @@ def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in torch (single precision only)" in saccade.plan(*(q.double(),) * 3, mask=mask).reason
     monkeypatch.setattr(build, "_outcome", (object(), None))
     assert saccade.plan(q, q, q, mask=mask).reason.endswith("forward in C")
+
+
+def test_autocast_makes_one_type_of_several() -> None:
+    q, k, v = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4).bfloat16(), torch.randn(1, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"key is torch\.bfloat16"):
+        attend(q, k, v)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend(q, k, v).dtype == torch.bfloat16

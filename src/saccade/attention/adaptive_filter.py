@@ -414,7 +414,7 @@ def _tensor_form(
 class LinearDynamics(nn.Module):
     """Learned `Dynamics`: decay (sigmoid(raw) - 1) s_r - 1e-5 and noises softplus(raw), all of a head or each channel.
 
-    Raw parameters stay where their quantity is switched off, as in the authors' checkpoints.
+    Raw parameters stay where their quantity is switched off, as in the authors' checkpoints, and are not trained.
     """
 
     def __init__(
@@ -438,8 +438,9 @@ class LinearDynamics(nn.Module):
         self.has_decay, self.has_process_noise, self.has_key_noise = decay, process_noise, key_noise
         self.rate, self.rotation = 10.0 / (2 * seq_len), rotation
         shape = (heads, channels) if each_channel else (heads,)
-        for name in ("decay", "process_noise", "key_noise", "query_noise"):
-            setattr(self, name, nn.Parameter(torch.randn(shape)))
+        used = {"decay": decay, "process_noise": process_noise, "key_noise": key_noise, "query_noise": True}
+        for name, trained in used.items():
+            setattr(self, name, nn.Parameter(torch.randn(shape), requires_grad=trained))
         steps = torch.arange(channels)
         if rotation == "learned":
             self.frequency = nn.Parameter(torch.randn(heads, channels // 2))
@@ -595,6 +596,8 @@ class AdaptiveFilterAttention(QKVAttention):
         self.q_norm, self.k_norm, self.v_norm, self.output_norm = norms
         for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             self._initialise(projection)
+        for parameter in self._unused():
+            parameter.requires_grad_(False)
 
     def forward(  # type: ignore[override]
         self,
@@ -699,6 +702,20 @@ class AdaptiveFilterAttention(QKVAttention):
     def start_as_softmax(self) -> None:
         """2 temp / d = D^-1/2."""
         nn.init.constant_(self.temperature, math.sqrt(math.sqrt(self.head_dim) / 4))
+
+    def _unused(self) -> Iterator[nn.Parameter]:
+        """What these options leave without effect. It stays, as in the authors' checkpoints, and is not trained."""
+        systems = [self.dynamics] if self.key_dynamics is None else [self.dynamics, self.key_dynamics]
+        if self.inner_residual not in ("learned", "precision"):
+            yield self.gate_scale
+        if self.inner_residual != "precision":
+            yield self.gate_prior
+        if self.weighting.multiplicative != "precision":
+            yield self.robustness
+        if self.weighting.additive == self.weighting.multiplicative == "none":
+            yield from (x for each in systems for x in (each.process_noise, each.key_noise, each.query_noise))
+        if self.key_dynamics is not None and not self.rotate_values and not self.predict:
+            yield from (x for name, x in self.dynamics.named_parameters() if name == "frequency")
 
     def _filter(
         self,

@@ -54,6 +54,7 @@ from torch.utils.checkpoint import checkpoint
 from saccade.attention.softmax import SoftmaxAttention
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
+from saccade.ops.autocast import exact, one_type
 from saccade.ops.cache import KVCache
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
@@ -84,12 +85,14 @@ class _Depthwise(torch.autograd.Function):
     """
 
     @staticmethod
+    @exact
     def forward(ctx: Any, scores: Tensor, kernel_H1QT: Tensor, left: int) -> Tensor:
         ctx.save_for_backward(scores, kernel_H1QT)
         ctx.left = left
         return _correlate(scores, kernel_H1QT, 0, left, kernel_H1QT.shape[3] - 1 - left)
 
     @staticmethod
+    @exact
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         scores, kernel_H1QT = ctx.saved_tensors
         (H, _, Q, T), left = kernel_H1QT.shape, ctx.left
@@ -125,7 +128,7 @@ def _convolve(scores: Tensor, kernel_HPQT: Tensor, pad_key: PadKey) -> Tensor:
     T = kernel_HPQT.shape[3]
     left = key_origin(T, pad_key)
     if kernel_HPQT.shape[1] == 1 and torch.is_grad_enabled():
-        return _Depthwise.apply(scores, kernel_HPQT, left)
+        return _Depthwise.apply(*one_type(scores, kernel_HPQT), left)
     return _correlate(scores, kernel_HPQT, 0, left, T - 1 - left)
 
 

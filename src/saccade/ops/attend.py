@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
+from saccade.ops.autocast import one_type
 from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
 from saccade.ops.backends.sdpa import in_rows, is_causal_mask, positive_scale
 from saccade.ops.grad import needs_grad
@@ -118,6 +119,7 @@ def attend(
     torch.Size([1, 2, 8, 4])
     """
     _refuse_strangers(q_BHND, k_BKMD, v_BKME)
+    q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
     # what torch has fused, without weighing it
     if (
         score is None

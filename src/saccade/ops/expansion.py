@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import exact
 from saccade.ops.grad import needs_grad
 from saccade.ops.memory import large_empty
 
@@ -501,6 +502,6 @@ for _name, _kernel, _shapes in (
     ("expanded_backward", _backward, _backward_shapes),
 ):
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, exact(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"saccade::{_name}", _shapes, lib=_library)
 torch.library.register_autograd("saccade::expanded", _differentiate, setup_context=_remember, lib=_library)

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import exact, one_type
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.memory import large_empty
@@ -87,6 +88,7 @@ def linear_attend(
     >>> linear_attend(q, k, v, decay=0.5).flatten().tolist()
     [1.0, 1.5, 1.75, 1.875]
     """
+    q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
     _check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
     if feature_map is not None:
         q_BHND, k_BKMD = _features(feature_map, q_BHND, k_BKMD)
@@ -809,6 +811,6 @@ for _name, _kernel, _shapes in (
     ("linear_chunked_backward", _backward, _backward_shapes),
 ):
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    _library.impl(_name, exact(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"saccade::{_name}", _shapes, lib=_library)
 torch.library.register_autograd("saccade::linear_chunked", _differentiate, setup_context=_remember, lib=_library)

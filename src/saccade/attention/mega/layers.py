@@ -268,7 +268,7 @@ class MegaAttention(nn.Module):
         out_BHNV = weighted(*self._queries_and_keys(F.silu(z)), value_BHNV)
         out_BNV = out_BHNV.transpose(1, 2).flatten(2) * F.silu(reset)
         candidate = self.dropout(f(h + self.h_proj(out_BNV)))
-        y_BNC = torch.lerp(x_BNC, candidate, update.sigmoid())
+        y_BNC = torch.lerp(x_BNC, candidate.to(x_BNC.dtype), update.sigmoid().to(x_BNC.dtype))
         return y_BNC if self.prenorm else self.norm(y_BNC)
 
     def _decode(self, x_BNC: Tensor, mask: Tensor | Mask | None, cache: MegaCache) -> Tensor:
@@ -438,7 +438,7 @@ class MegaCrossAttention(nn.Module):
         v_BHMV = self._heads(f(self.v_proj(context_BMC)))
         out_BNC = self._weighted(q_BNZ, context_BMC, v_BHMV, mask, start).transpose(1, 2).flatten(2)
         candidate = self.dropout(f(self.h_proj(out_BNC * F.silu(reset))))
-        y_BNC = torch.lerp(x_BNC, candidate, update.sigmoid())
+        y_BNC = torch.lerp(x_BNC, candidate.to(x_BNC.dtype), update.sigmoid().to(x_BNC.dtype))
         return y_BNC if self.prenorm else self.norm(y_BNC)
 
     def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor, mask: Tensor | Mask | None = None) -> Tensor:

@@ -126,7 +126,7 @@ def _backward(
     of_tiles = of_scores.sum(0).unflatten(0, (-1, heads))
     of_kinds = of_tiles.new_zeros(len(place), *of_tiles.shape[1:]).index_add_(0, _kind_of_tile(y, x), of_tiles)
     of_table = torch.zeros_like(table_hKK).flatten(1)
-    of_table.index_add_(1, place[seen], of_kinds.transpose(0, 1)[:, seen])
+    of_table.index_add_(1, place[seen], of_kinds.transpose(0, 1)[:, seen].to(of_table.dtype))
     of_q = _spread(of_q, (y.queries.shape, x.queries.shape), heads)[:, :H, :W].contiguous()
     of_k, of_v = (_add(z, y.keys, x.keys, heads, (H, W)) for z in (of_k, of_v))
     return of_q, of_k, of_v, of_table.view_as(table_hKK)

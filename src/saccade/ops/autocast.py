@@ -1,0 +1,41 @@
+"""torch.autocast, and what has chosen its types itself."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; under autocast, those of several types in autocast's, as torch's attention takes them."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return tensors  # the caller's check names the stranger
+    device = tensors[0].device.type
+    if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(device):
+        return tensors
+    kind = torch.get_autocast_dtype(device)
+    return tuple(x.to(kind) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
+
+def exact(function: Callable[P, R]) -> Callable[P, R]:
+    """Run without autocast: the types that the function names are those in which it computes.
+
+    The first argument is a tensor, or the context of an autograd function and then a tensor.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return run
