@@ -283,6 +283,18 @@ def test_padding_at_the_end_changes_nothing(slug: str) -> None:
     assert module(x, mask=mask).isfinite().all()
 
 
+@pytest.mark.parametrize("slug", supporting("padding"))
+@pytest.mark.parametrize("place", [[0, 1, 2], [18, 19, 20], [2, 5, 6, 13]])
+def test_the_content_of_padding_does_not_matter(slug: str, place: list[int]) -> None:
+    for direction in directions(slug):
+        module = build(slug, **direction)
+        (x,) = call_arguments(slug, module, 21)
+        mask = torch.ones(2, 21, dtype=torch.bool)
+        mask[0, place] = False
+        other = x.masked_fill(~mask[..., None], 100.0)
+        assert relative(module(other, mask=mask)[mask], module(x, mask=mask)[mask]) <= 1e-5
+
+
 @pytest.mark.parametrize("slug", supporting("cross"))
 def test_cross_attention(slug: str) -> None:
     module = build(slug, causal=False)

@@ -225,3 +225,34 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="same tokens"):
         nats_attend(q, k[:, :, 1:], v[:, :, 1:], roles, window=2)
     assert isinstance(layer.mask(torch.randn(1, 9, 16)), Lifetimes)
+
+
+def test_padding_has_no_say_in_the_roles() -> None:
+    module, x = NAtS(16, 2, window=3, chunk_size=4), torch.randn(1, 16, 16)
+    mask = torch.ones(1, 16, dtype=torch.bool)
+    mask[:, 12:] = False
+    for before in (4, 8):  # whole chunks of padding before the first token change nothing
+        padded = F.pad(x[:, :12], (0, 0, before, 0), value=50.0)
+        real = F.pad(mask[:, :12], (before, 0))
+        assert torch.equal(module.eval().roles(padded, mask=real)[:, :, before // 4 :], module.roles(x[:, :12]))
+    mask[:, 5:7] = False
+    changed = x.masked_fill(~mask[..., None], 50.0)
+    for training in (True, False):
+        module.train(training)
+        roles = []
+        for tokens in (x, changed):
+            torch.manual_seed(1)
+            roles.append(module.roles(tokens, mask=mask))
+        assert torch.equal(*roles)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4])
+def test_only_the_penalty_reaches_later_tokens(chunk_size: int) -> None:
+    later = []
+    for penalty in (0.0, 0.5):
+        torch.manual_seed(0)
+        module = NAtS(16, 2, window=3, chunk_size=chunk_size, penalty=penalty).train()
+        x = torch.randn(1, 24, 16, requires_grad=True)
+        module(x)[:, :12].square().sum().backward()
+        later.append(x.grad[:, 12:].abs().max())
+    assert later[0] <= 1e-8 < later[1]

@@ -292,6 +292,6 @@ def test_plan_says_in_which_language(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_autocast_makes_one_type_of_several() -> None:
     q, k, v = torch.randn(1, 2, 8, 4), torch.randn(1, 2, 8, 4).bfloat16(), torch.randn(1, 2, 8, 4)
     with pytest.raises(ValueError, match=r"key is torch\.bfloat16"):
-        attend(q, k, v)
+        saccade.attend(q, k, v)
     with torch.autocast("cpu", torch.bfloat16):
-        assert attend(q, k, v).dtype == torch.bfloat16
+        assert saccade.attend(q, k, v).dtype == torch.bfloat16

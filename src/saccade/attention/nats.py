@@ -23,10 +23,12 @@ where M_ij = 0, with the authors' clamp P_ij <= 1), in closed form: M_ij changes
 Local. The layer divides them by c and adds the penalty's derivative, as the authors' kernel does (e_j held fixed).
 
 Choices that the paper leaves open: the first chunk is Global always; forcing the last one in training changes no
-output, so it is not done; a chunk that is not complete has no role yet and is seen; padding is seen by none, and a
-chunk of padding ends no Local. `from_softmax` starts with W_r = 0: arg-max ties are Global, so that the layer equals
-the softmax layer, while training draws roles evenly. Long sequences read keys by how long they live, long-lived ones
-first, so that blocks of short-lived keys far behind a query are skipped.
+output, so it is not done; a chunk that is not complete has no role yet and is seen; padding is seen by none and is not
+in a chunk's mean, the first chunk is the first that has a real token, and a chunk of padding ends no Local. The
+penalty is a loss of its own: it reaches the roles of all tokens, whichever outputs are trained. `from_softmax` starts
+with W_r = 0: arg-max ties are Global, so that the layer equals the softmax layer, while training draws roles evenly.
+Long sequences read keys by how long they live, long-lived ones first, so that blocks of short-lived keys far behind a
+query are skipped.
 
 Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim, E width of values,
 n chunks, R the 3 roles, r queries of a piece, c tokens of a chunk.
@@ -548,17 +550,27 @@ class NAtS(QKVAttention):
         x_BNC = x_BNC.detach() if self.detach_roles else x_BNC
         return self.role_proj(x_BNC).unflatten(-1, (self.num_kv_heads, 3)).transpose(1, 2)
 
-    def roles(self, x_BNC: Tensor) -> Tensor:
-        """One-hot roles (B, K, n, 3): sampled with straight-through gradients in training, else the arg-max."""
+    def roles(self, x_BNC: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+        """One-hot roles (B, K, n, 3): sampled with straight-through gradients in training, else the arg-max.
+
+        Args:
+            mask: as in `forward`; what a padding mask hides has no say in its chunk.
+        """
         logits = self.role_logits(x_BNC)
-        logits = _chunk_sum(logits.mT, self.chunk_size).mT / self.chunk_size
-        n = logits.shape[2]
+        mask = as_mask(mask, logits)
+        real_B1N = x_BNC.new_ones(1, 1, x_BNC.shape[1], dtype=torch.bool)
+        if isinstance(mask, masks.Padding):
+            real_B1N = mask.valid_BM[:, None]
+            logits = torch.where(real_B1N[..., None], logits, 0.0)
+        tokens_B1n1 = _chunk_sum(real_B1N.to(logits.dtype), self.chunk_size)[..., None]
+        logits = _chunk_sum(logits.mT, self.chunk_size).mT / tokens_B1n1.clamp(min=1)
         if self.training:
             roles = F.gumbel_softmax(logits, self.tau, hard=True, dim=-1)
         else:
             roles = F.one_hot(logits.argmax(-1), 3).to(logits.dtype)
         first = torch.tensor([1.0, 0.0, 0.0], dtype=roles.dtype, device=roles.device)
-        roles = torch.where(torch.arange(n, device=roles.device)[:, None] == 0, first, roles)
+        some_B1n1 = tokens_B1n1 > 0
+        roles = torch.where(some_B1n1 & (some_B1n1.cumsum(2) == 1), first, roles)
         if self.training and roles.requires_grad:
             roles = _Penalised.apply(roles, self.penalty, self.chunk_size)
         return roles
@@ -588,7 +600,7 @@ class NAtS(QKVAttention):
         q_BHND, k_BKND = self._queries_and_keys(x_BNC, None, 0 if cache is None else cache.length)
         v_BKND = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
         if cache is None:
-            out = self._living(q_BHND, k_BKND, v_BKND, self.roles(x_BNC), mask)
+            out = self._living(q_BHND, k_BKND, v_BKND, self.roles(x_BNC, mask=mask), mask)
         else:
             keys, values, living = cache.extend(k_BKND, v_BKND, self.role_logits(x_BNC))
             out = _attend_cached(q_BHND, keys, values, living)
@@ -597,7 +609,7 @@ class NAtS(QKVAttention):
 
     def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
         q_BHND, k_BKND = self._queries_and_keys(x_BNC, None, 0)
-        k_BHND, roles = (repeat_heads(x, self.num_heads) for x in (k_BKND, self.roles(x_BNC)))
+        k_BHND, roles = (repeat_heads(x, self.num_heads) for x in (k_BKND, self.roles(x_BNC, mask=mask)))
         return self._living(q_BHND, k_BHND, values_BHME, roles, mask)
 
     def _living(self, q: Tensor, k: Tensor, v: Tensor, roles: Tensor, mask: Tensor | Mask | None) -> Tensor:
