@@ -703,7 +703,7 @@ class AdaptiveFilterAttention(QKVAttention):
         """2 temp / d = D^-1/2."""
         nn.init.constant_(self.temperature, math.sqrt(math.sqrt(self.head_dim) / 4))
 
-    def _unused(self) -> Iterator[nn.Parameter]:
+    def _unused(self) -> Iterator[Any]:
         """What these options leave without effect. It stays, as in the authors' checkpoints, and is not trained."""
         systems = [self.dynamics] if self.key_dynamics is None else [self.dynamics, self.key_dynamics]
         if self.inner_residual not in ("learned", "precision"):

@@ -60,6 +60,8 @@ class StateAttention(QKVAttention):
             ValueError: if the arguments do not fit together, or the mask is not one of padding.
         """
         self._check(x_BNC, context_BMC, cache)  # type: ignore[arg-type]
+        if cache is not None and x_BNC.shape[1] == 0:
+            return x_BNC
         start = 0 if cache is None else cache.length
         if cache is not None and cache.batch_size not in (None, x_BNC.shape[0]):
             raise ValueError(f"the cache is for {cache.batch_size} sequences, got {x_BNC.shape[0]}")
