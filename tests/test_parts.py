@@ -272,6 +272,21 @@ def test_decoding_equals_the_parallel_form(slug: str) -> None:
     assert cache.length == 21 and cache.nbytes > 0
 
 
+@pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if "decoding" in part.supports])
+def test_a_chunk_without_tokens_changes_nothing(slug: str) -> None:
+    module = build(slug, causal=True)
+    (x,) = call_arguments(slug, module, 12)
+    with torch.no_grad():
+        caches = module.new_cache(2), module.new_cache(2)
+        for first, last in ((0, 7), (7, 8), (8, 12)):
+            for _ in range(2):
+                nothing = module(x[:, :0], cache=caches[0])
+                assert nothing.shape == (2, 0, x.shape[2]) and caches[0].length == first
+            with_nothing, without = (module(x[:, first:last], cache=cache) for cache in caches)
+            assert torch.equal(with_nothing, without)
+    assert caches[0].length == 12
+
+
 @pytest.mark.parametrize("slug", supporting("padding"))
 def test_padding_at_the_end_changes_nothing(slug: str) -> None:
     module = build(slug)

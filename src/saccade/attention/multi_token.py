@@ -511,6 +511,8 @@ class MultiTokenAttention(QKVAttention):
             ValueError: if the arguments do not fit together.
         """
         self._check(x_BNC, context_BMC, cache)
+        if cache is not None and x_BNC.shape[1] == 0:
+            return x_BNC
         start = 0 if cache is None else cache.length
         q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, start)
         v_BKMD = self._heads(self.v_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)

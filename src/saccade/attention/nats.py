@@ -597,6 +597,8 @@ class NAtS(QKVAttention):
         self._check(x_BNC, context_BMC, cache)  # type: ignore[arg-type]
         if cache is not None and mask is not None:
             raise ValueError("NAtS decodes without a mask: its cache holds no padding")
+        if cache is not None and x_BNC.shape[1] == 0:
+            return x_BNC
         q_BHND, k_BKND = self._queries_and_keys(x_BNC, None, 0 if cache is None else cache.length)
         v_BKND = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
         if cache is None:

@@ -447,6 +447,8 @@ class AVL(QKVAttention):
         self._check(x_BNC, context_BMC, None)
         if mask is not None:
             raise ValueError("A-VL decodes without a mask: its cache holds no padding")
+        if x_BNC.shape[1] == 0:
+            return x_BNC
         if positions_BN is None:
             positions_BN = torch.arange(cache.length, cache.length + x_BNC.shape[1], device=x_BNC.device)[None]
         q, k, v = (
