@@ -243,6 +243,27 @@ def test_serialises(slug: str, tmp_path: Path) -> None:
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("slug", SLUGS)
+def test_builds_without_memory(slug: str) -> None:
+    """Under `torch.device("meta")`, then `to_empty` and `load_state_dict`, as large checkpoints are loaded."""
+    part, module = catalogue.part(slug), build(slug)
+    with torch.device("meta"):
+        other = catalogue.create(slug, **part.example).eval()
+    named = [*other.named_parameters(), *other.named_buffers()]
+    assert not [name for name, t in named if t.device.type != "meta"]
+    other = other.to_empty(device="cpu")
+    for parameter in other.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    for name in other.state_dict().keys() & dict(other.named_buffers()).keys():
+        other.get_buffer(name).fill_(7)
+    other.load_state_dict(module.state_dict())
+    arguments = call_arguments(slug, module, 12)
+    expected = floats(module(*arguments))
+    assert all(map(torch.equal, floats(other(*arguments)), expected))
+    with torch.device("meta"):  # constants follow the input
+        assert all(map(torch.equal, floats(module(*arguments)), expected))
+
+
 @pytest.mark.parametrize("slug", SEQUENCES)
 def test_rows_of_a_batch_do_not_meet(slug: str) -> None:
     module = build(slug)

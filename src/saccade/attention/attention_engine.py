@@ -39,9 +39,10 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
-from saccade.ops.linear import linear_attend
+from saccade.ops.linear import linear_attend, retention_decay
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
 from saccade.ops.normalizers import AbsSum, Normalizer, Retention
@@ -281,7 +282,7 @@ def schedule(
     return sorted(fit, key=lambda t: (-t.block_m * t.block_n, -t.stages, t.scores_shared + t.output_shared, t.threads))
 
 
-class EngineAttention(QKVAttention):
+class EngineAttention(Constants, QKVAttention):
     """The parallel pattern as a layer, with one of the published variants.
 
     Args:
@@ -312,9 +313,7 @@ class EngineAttention(QKVAttention):
             raise ValueError(f"variant must be softmax, sigmoid, relu or retention, got {variant!r}")
         self.variant, self.normalizer, self.exact_gradient = variant, normalizer, exact_gradient
         self.bias = nn.Parameter(torch.tensor(float(bias))) if variant == "sigmoid" else None
-        # RetNet's decays: 1 - 2^-5, 1 - 2^-6, ...
-        decay = 1 - torch.exp2(-5.0 - torch.arange(num_heads))
-        self.register_buffer("decay", decay if variant == "retention" else None, persistent=False)
+        self.constant("decay", partial(retention_decay, num_heads) if variant == "retention" else None)
 
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int

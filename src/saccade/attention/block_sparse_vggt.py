@@ -36,6 +36,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -45,6 +46,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.masks import PARTIAL, Mask
@@ -379,7 +381,7 @@ class GlobalAttention(nn.Module):
         return q, k, v
 
 
-class BlockSparseGlobalAttention(GlobalAttention):
+class BlockSparseGlobalAttention(Constants, GlobalAttention):
     """`GlobalAttention` with block-sparse attention among patches.
 
     Args:
@@ -424,7 +426,7 @@ class BlockSparseGlobalAttention(GlobalAttention):
         token = torch.zeros(1, 1, 1, dim // num_heads)
         block_sparse_vggt_attend(token, token, token, **self.options)
         self.order: Tensor | None
-        self.register_buffer("order", None if grid is None else hilbert_order(grid), persistent=False)
+        self.constant("order", None if grid is None else partial(hilbert_order, grid))
 
     @classmethod
     def from_dense(cls, module: nn.Module, **options: Any) -> BlockSparseGlobalAttention:

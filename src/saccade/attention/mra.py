@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -44,6 +45,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.cache import KVCache
+from saccade.ops.constants import Constants, at_home
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
@@ -172,7 +174,8 @@ def _attend(
     if scales[1:] == [1]:
         exact = masks.blocks(chosen, b)
         seen = exact if key_valid_BM is None else exact & masks.padding(key_valid_BM)
-        out, lse = blocksparse_attend(q, k, v, seen, block_size=b, scale=factor, return_lse=True)
+        with at_home(q):
+            out, lse = blocksparse_attend(q, k, v, seen, block_size=b, scale=factor, return_lse=True)
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         fine = _refine(
@@ -423,7 +426,7 @@ def patch_order(grid: tuple[int, int], patch: tuple[int, int] = (4, 8)) -> Tenso
     return index.transpose(1, 2).flatten()
 
 
-class MRA(QKVAttention):
+class MRA(Constants, QKVAttention):
     """MRA-2 as a layer; it has the parameters of `SoftmaxAttention` and takes its weights.
 
     Args:
@@ -463,12 +466,9 @@ class MRA(QKVAttention):
             "first_blocks": first_blocks,
             "diagonal_blocks": diagonal_blocks,
         }
-        order = None
-        if grid is not None:
-            rows = 2 ** (int(math.log2(scales[0])) // 2)
-            order = patch_order(grid, (rows, scales[0] // rows))
+        rows = 2 ** (int(math.log2(scales[0])) // 2)
         self.order_N: Tensor | None
-        self.register_buffer("order_N", order, persistent=False)
+        self.constant("order_N", None if grid is None else partial(patch_order, grid, (rows, scales[0] // rows)))
 
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int

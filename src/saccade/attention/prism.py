@@ -211,7 +211,11 @@ def prism_sparsity(keep_BHnm: Tensor) -> Tensor:
 
 
 def frequency_bands(
-    head_dim: int, low_freq_dim: int | None = None, high_freq_dim: int | None = None
+    head_dim: int,
+    low_freq_dim: int | None = None,
+    high_freq_dim: int | None = None,
+    *,
+    device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Channels of the high and of the low band, in half-split rotary layout.
 
@@ -229,7 +233,8 @@ def frequency_bands(
     for name, width in (("low_freq_dim", low), ("high_freq_dim", high)):
         if not 2 <= width <= head_dim or width % 2:
             raise ValueError(f"{name} must be even, from 2 to the head_dim ({head_dim}), got {width}")
-    pairs_high, pairs_low = torch.arange(high // 2), torch.arange(half - low // 2, half)
+    pairs_high = torch.arange(high // 2, device=device)
+    pairs_low = torch.arange(half - low // 2, half, device=device)
     return torch.cat([pairs_high, pairs_high + half]), torch.cat([pairs_low, pairs_low + half])
 
 
@@ -255,7 +260,7 @@ def _bands(
 ) -> list[tuple[Tensor, Tensor]]:
     """Temperature (B, H, 1, 1) and shares (B, H, n, m) of the high and of the low band."""
     (_, H, N, D), M = q_BHND.shape, k_BKMD.shape[2]
-    channels = [band.to(q_BHND.device) for band in frequency_bands(D, low_freq_dim, high_freq_dim)]
+    channels = frequency_bands(D, low_freq_dim, high_freq_dim, device=q_BHND.device)
     front = (M - N) % block_size
     valid_BM = None if padding is None else padding.valid_BM
     valid_BN = None if valid_BM is None else F.pad(valid_BM[:, M - N :], (front, 0))

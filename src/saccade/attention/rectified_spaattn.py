@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,6 +55,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
 from saccade.ops.hilbert import gilbert_order, neighbor_blocks
 from saccade.ops.layer import QKVAttention
@@ -389,7 +391,11 @@ class RectifiedBlocks(Mask):
         return f"rectified_blocks({float(self.critical_BHnm.float().mean()):.0%} of the visual blocks)"
 
 
-class RectifiedSpaAttention(QKVAttention):
+def _neighbors(grid: tuple[int, int, int], block_size: tuple[int, int]) -> Tensor:
+    return neighbor_blocks(grid, gilbert_order(grid), block_size)
+
+
+class RectifiedSpaAttention(Constants, QKVAttention):
     """Self-attention by `rectified_spaattn_attend`, with projections.
 
     Args:
@@ -445,10 +451,8 @@ class RectifiedSpaAttention(QKVAttention):
         # a call on text alone raises for whatever is out of range
         token = torch.zeros(1, num_heads, max(1, text_tokens), self.head_dim)
         rectified_spaattn_attend(token, token, token, **self.options)
-        order = None if grid is None else gilbert_order(grid)
-        near = None if grid is None else neighbor_blocks(grid, order, (block_q, block_k))
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("neighbors", near, persistent=False)
+        self.constant("order", None if grid is None else partial(gilbert_order, grid))
+        self.constant("neighbors", None if grid is None else partial(_neighbors, grid, (block_q, block_k)))
 
     def attend(
         self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int

@@ -82,7 +82,7 @@ def quadrature(num_nodes: int, epsilon: float, variant: Variant = "anchor") -> t
     C = 2.0 + epsilon
     roots, weights = np.polynomial.laguerre.laggauss(num_nodes)
     factor = C / 4 if variant == "laplace" else 1 / C
-    return torch.from_numpy(roots / C), torch.from_numpy(weights * factor)
+    return torch.tensor(roots / C), torch.tensor(weights * factor)
 
 
 class _Sum(Normalizer):

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -41,7 +42,8 @@ from saccade.catalogue import Claim, ClaimResult, Summary, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import StateCache
-from saccade.ops.linear import linear_attend
+from saccade.ops.constants import Constants
+from saccade.ops.linear import linear_attend, retention_decay
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -210,7 +212,7 @@ def delta_attend(
     return (out, S) if return_state else out
 
 
-class RecurrentAttention(nn.Module):
+class RecurrentAttention(Constants):
     """The survey's linear recurrences as one causal layer with a state of constant size.
 
     Args:
@@ -249,8 +251,7 @@ class RecurrentAttention(nn.Module):
         width = dim if update == "gated-channel" else num_heads
         self.gate = nn.Linear(dim, width) if update in ("gated", "gated-channel", "gated-delta") else None
         self.rate = nn.Linear(dim, num_heads) if update in ("delta", "gated-delta") else None
-        decay = 1 - torch.exp2(-5.0 - torch.arange(num_heads))
-        self.register_buffer("decay", decay if update == "decay" else None, persistent=False)
+        self.constant("decay", partial(retention_decay, num_heads) if update == "decay" else None)
 
     def forward(
         self,

@@ -22,6 +22,7 @@ from saccade.ops import masks
 from saccade.ops.autocast import one_type
 from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
 from saccade.ops.backends.sdpa import in_rows, is_causal_mask, positive_scale
+from saccade.ops.constants import at_home
 from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import check_normalizer
@@ -143,14 +144,23 @@ def attend(
             q_BHND, scale = positive_scale(q_BHND, scale)
         q, k, v = (in_rows(x) for x in (q_BHND, k_BKMD, v_BKME))
         return F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None, scale=scale)
-    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    with at_home(q_BHND):
+        problem = _problem(
+            q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb
+        )
+        return _run(problem, backend, q_BHND, k_BKMD, v_BKME)
+
+
+def _run(
+    problem: Problem, backend: str | None, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor
+) -> Tensor | tuple[Tensor, Tensor]:
     _refuse_nan(q_BHND, k_BKMD, v_BKME)
     no_width = problem.E == 0
     if no_width:  # values of no width still have an LSE
         v_BKME, problem.E = v_BKME.new_zeros(*v_BKME.shape[:3], 1), 1
     out, lse = BACKENDS[choose(problem, backend)].run(problem, q_BHND, k_BKMD, v_BKME)
     out = out[..., :0] if no_width else out
-    return (out, lse) if return_lse else out
+    return (out, lse) if problem.return_lse else out
 
 
 def plan(

@@ -1,12 +1,20 @@
-"""Buffers that follow from a module's arguments."""
+"""Constants: where they lie, and buffers that follow from a module's arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def at_home(x: Tensor) -> AbstractContextManager[Any]:
+    """What is made inside without a device lies where `x` does, also under `with torch.device(...)` for another one."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_function_stack():
+        return nullcontext()
+    return x.device
 
 
 class Constants(nn.Module):
@@ -18,7 +26,7 @@ class Constants(nn.Module):
     def constant(self, name: str, make: Callable[[], Tensor] | None) -> None:
         """Register what `make` returns, on the device on which modules are being built; None where there is none.
 
-        `make` is called again later, so it should be a function of a module or a `partial` of one, which can be pickled.
+        `make` is called again later: a function of a module or a `partial` of one, which can be pickled.
         """
         self.register_buffer(name, None if make is None else _made(make, torch.get_default_device()), persistent=False)
         if make is not None:

@@ -107,6 +107,15 @@ def linear_attend(
     return (out, _leave_state(after, normalize)) if return_state else out
 
 
+def retention_decay(num_heads: int) -> Tensor:
+    """RetNet's decays (H,): 1 - 2^-5, 1 - 2^-6, ...
+
+    >>> retention_decay(2).tolist()
+    [0.96875, 0.984375]
+    """
+    return 1 - torch.exp2(-5.0 - torch.arange(num_heads))
+
+
 def linear_step(
     q_BH1D: Tensor,
     k_BK1D: Tensor,
