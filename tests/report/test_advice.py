@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from saccade.cli import main
-from saccade.integrations.advise import Advice, Trial
+from saccade.integrations.advise import Advice, Trial, advise, positions
 from saccade.report.advice import plot
 
 
@@ -39,6 +40,54 @@ def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     printed = json.loads(capsys.readouterr().out)
     assert printed["context"] == 48 and printed["trials"] and printed["warning"] == ""
     assert (out / "advice.png").stat().st_size > 1000 and json.loads((out / "advice.json").read_text())["frontier"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as done:
+        main(["advise", *arguments])
+    said = capsys.readouterr().err
+    assert done.value.code == 2 and said.count("\n") == 1 and said.startswith("saccade: "), said
+    return said
+
+
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny_model(tmp_path / "model"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    capsys.readouterr()
+    (tmp_path / "model" / "model.safetensors").unlink()  # to load it would fail
+    short = tmp_path / "short.txt"
+    short.write_text("the aim is")
+    assert "positions (2048), got 5000" in refusal(capsys, model, "--context", "5000")
+    assert "no data file" in refusal(capsys, model, "--data", "nothing.txt")
+    assert "did you mean 'moba'" in refusal(capsys, model, "--mechanism", "moab")
+    assert "at least 64 tokens, got 3" in refusal(capsys, model, "--context", "64", "--data", str(short))
+    assert "tolerance" in refusal(capsys, model, "--tolerance", "-1")
+    assert "context must be positive" in refusal(capsys, model, "--context", "0")
+    assert "no folder at ./elsewhere" in refusal(capsys, "./elsewhere")
+    assert "no folder at elsewhere/model, and no model of that name" in refusal(capsys, "elsewhere/model")
+    assert "is a file" in refusal(capsys, str(short))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    assert "has no tokenizer" in refusal(capsys, model)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert "cannot be read as a transformers model" in refusal(capsys, model)
+    (tmp_path / "model" / "config.json").unlink()
+    assert "has no config.json" in refusal(capsys, model)
+
+
+def test_a_model_with_fewer_positions_than_asked_for() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=9, max_position_embeddings=34, pad_token_id=1, **sizes)
+    model = transformers.RobertaModel(config).eval()
+    assert positions(config) == 32
+    model(torch.full((1, 32), 5))  # as many as it says
+    for asked in ({"context": 33}, {"inputs": torch.full((1, 33), 5)}):
+        with pytest.raises(ValueError, match=r"positions \(32\), got 33"):
+            advise(model, **asked)
 
 
 @pytest.mark.parametrize("arguments", [(), ("model", "--shape", "1,2,8,4"), ("--shape", "1,2,8"), ("/no/such/model",)])

@@ -349,10 +349,15 @@ def advise(
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from saccade.integrations.advise import advise as measure
+    from saccade.integrations.advise import check
     from saccade.report.advice import sample_model, write_advice
+    from saccade.train.files import make_folder
 
+    check(tolerance=tolerance, context=context, mechanisms=mechanism)
+    if out is not None:
+        make_folder(out)  # before minutes of measuring
     if (model is None) == (shape is None):
-        raise ValueError("give a model, or --shape")
+        raise ValueError("give a model, or --shape, not both" if model else "give a model, or --shape")
     subject: Any
     if model is not None:
         subject, inputs = sample_model(model, data, context)

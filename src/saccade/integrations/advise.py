@@ -25,7 +25,10 @@ from saccade.ops.attend import attend
 from saccade.ops.measure import machine, seconds
 from saccade.tables import table
 
-__all__ = ["Advice", "Trial", "advise", "trials"]
+__all__ = ["Advice", "Trial", "advise", "check", "positions", "trials"]
+
+#: families of models whose first position comes after the padding token's number
+_POSITIONS_AFTER_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "roberta-prelayernorm", "esm")
 
 
 @dataclass(frozen=True)
@@ -190,14 +193,14 @@ def advise(
         on_trial: called with the name of each setting before it runs.
 
     Raises:
-        ValueError: if there are fewer sample tokens than `context`, or a name or argument is wrong.
+        ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, or a name or
+            argument is wrong.
 
     >>> advice = advise((1, 2, 128, 16), mechanisms=["window"], repeats=1)
     >>> {trial.slug for trial in advice.trials}, advice.dense_seconds > 0
     ({'window'}, True)
     """
-    if tolerance < 0 or repeats < 1:
-        raise ValueError(f"tolerance must not be negative and repeats at least 1, got {tolerance} and {repeats}")
+    check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanisms)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, nn.Module):
         bench: _Bench = _ModelBench(model, _model_inputs(model, inputs, context, generator), dense_layers, repeats)
@@ -221,6 +224,32 @@ def advise(
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
     advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
     return advice
+
+
+def check(
+    *, tolerance: float = 0.05, repeats: int = 1, context: int | None = None, mechanisms: Sequence[str] | None = None
+) -> None:
+    """Refuse what `advise` would refuse whatever the model is.
+
+    Raises:
+        ValueError: if a number is out of range or a mechanism unknown.
+    """
+    if not tolerance >= 0 or repeats < 1:
+        raise ValueError(f"tolerance must not be negative and repeats at least 1, got {tolerance} and {repeats}")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be positive, got {context}")
+    for slug in mechanisms or ():
+        mechanism(slug)
+
+
+def positions(config: Any) -> int | None:
+    """Tokens for which a transformers model has positions; None where its configuration sets no limit."""
+    of_text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "max_sequence_length")
+    found = next((getattr(of_text, name) for name in names if getattr(of_text, name, None)), None)
+    if found is None or getattr(of_text, "model_type", "") not in _POSITIONS_AFTER_PADDING:
+        return found
+    return found - (getattr(of_text, "pad_token_id", None) or 0) - 1
 
 
 class _Bench:
@@ -334,6 +363,11 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 
 def _model_inputs(model: nn.Module, inputs: Any, context: int | None, generator: torch.Generator) -> Mapping[str, Any]:
+    limit = positions(model.config) if hasattr(model, "config") else None
+    given = inputs if isinstance(inputs, Tensor) else inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    tokens = context or (given.shape[1] if isinstance(given, Tensor) and given.ndim > 1 else 0)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"context must be at most the model's positions ({limit}), got {tokens}")
     if inputs is None:
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         if context is None or vocabulary is None:

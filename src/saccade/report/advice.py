@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from saccade.extras import need
+from saccade.integrations.advise import positions
 from saccade.train.data import read_files, text_bytes
 from saccade.train.files import make_folder, write_bytes, write_text
 from saccade.train.plotting import COLORS, MARKERS, new_figure
@@ -21,26 +23,56 @@ def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any
     """A transformers model by folder or name, and a text cut to `context` tokens by its own tokenizer.
 
     A model with a language head is loaded with it, another without. English from Python's documentation is the text
-    where no file is given.
+    where no file is given. All that can be refused is refused before the weights are loaded.
 
     Raises:
-        ValueError: if transformers is missing, or the text is shorter than `context`.
+        ValueError: if the model has fewer positions than `context` or no tokenizer, or the text is too short.
         OSError: if the model or the file cannot be read.
+        ImportError: if transformers is not installed.
     """
-    try:
-        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise ValueError("advise on a model needs transformers: pip install 'saccade[transformers]'") from None
-    config = AutoConfig.from_pretrained(name)
-    decoder = any(architecture.endswith("ForCausalLM") for architecture in config.architectures or ())
-    loader = AutoModelForCausalLM if decoder else AutoModel
-    model = loader.from_pretrained(name, config=config).eval()
     raw = text_bytes() if data is None else read_files([data], least=1)
-    text = bytes(raw.tolist()).decode("utf-8", "replace")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    longest = context or min(2048, int(getattr(config, "max_position_embeddings", 2048)))
-    encoded = tokenizer(text[: longest * 32], return_tensors="pt", truncation=True, max_length=longest)
-    return model, dict(encoded)
+    transformers = need("transformers", "advise on a model")
+    config = _config(name)
+    limit = positions(config)
+    if context is not None and limit is not None and context > limit:
+        raise ValueError(f"the context must be at most the model's positions ({limit}), got {context}")
+    longest = context or min(2048, limit or 2048)
+    text = bytes(raw[: longest * 32].tolist()).decode("utf-8", "replace")
+    encoded = _tokenizer(name)(text, return_tensors="pt", truncation=True, max_length=longest)
+    if context is not None and encoded["input_ids"].shape[1] < context:
+        had = encoded["input_ids"].shape[1]
+        raise ValueError(f"the text must have at least {context} tokens, got {had}; give a longer --data")
+    decoder = any(architecture.endswith("ForCausalLM") for architecture in config.architectures or ())
+    loader = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
+    return loader.from_pretrained(name, config=config).eval(), dict(encoded)
+
+
+def _config(name: str) -> Any:
+    """The model's configuration; a folder that is not there, or holds no model, is said to be so."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no transformers model in {name}: it has no config.json")
+    if folder.is_file():
+        raise NotADirectoryError(f"{name} is a file; a transformers model is a folder")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"no folder at {name}")
+    try:
+        return need("transformers").AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"{name} cannot be read as a transformers model: {error}") from error
+        raise FileNotFoundError(f"no folder at {name}, and no model of that name could be fetched") from error
+
+
+def _tokenizer(name: str) -> Any:
+    """The model's tokenizer; transformers has many errors for there being none."""
+    try:
+        return need("transformers").AutoTokenizer.from_pretrained(name)
+    except Exception as error:
+        raise ValueError(
+            f"{name} has no tokenizer that can be read, and the sample text needs one; "
+            "saccade.advise(model, inputs=...) in Python takes any inputs"
+        ) from error
 
 
 def write_advice(advice: Advice, folder: Path) -> None:
@@ -56,7 +88,7 @@ def plot(advice: Advice) -> Figure:
     """Deviation against speed-up: a point a setting, the frontier as a line, the tolerance and the recommendation.
 
     Raises:
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     figure = new_figure(8, 5)
     axes = figure.subplots()
