@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import pickle
 from collections import namedtuple
 
@@ -364,13 +365,15 @@ def test_command_prints_saves_and_what_it_saved_loads(tmp_path, capsys, resnet, 
     assert rows["added_parameters"] == sum(place["parameters"] for place in rows["places"])
 
 
-def test_several_inserts_are_saved_and_loaded(tmp_path, resnet, images):
+def test_several_inserts_are_saved_and_loaded(tmp_path, caplog, monkeypatch, resnet, images):
     reports = [
         saccade.insert(resnet, "cbam", after="ResNetStage", reduction=4),
         saccade.insert(resnet, "triplet", after=["resnet.encoder.stages.0", "resnet.embedder"], kernel_size=3),
     ]
     inserting.save(resnet, tmp_path, reports)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     assert torch.equal(logits(inserting.load(tmp_path), images), logits(resnet, images))
+    assert not caplog.text, "transformers reports the gates' weights"
 
 
 @pytest.mark.parametrize("arguments", [("no/folder", "--gate", "cbam", "--after", "0"), ("{model}", "--gate", "cbam")])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
@@ -459,12 +462,75 @@ def test_what_a_layer_may_not_ask_for() -> None:
     llama = build("llama", attention_dropout=0.1).train()
     with switch(llama, "moba"), pytest.raises(ValueError, match="moba drops no attention weights"):
         llama(tokens())
-    gemma = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**TEXT, head_dim=8)).eval()
-    with switch(gemma, "moba"), pytest.raises(ValueError, match="'softcap', which is not supported"):
-        output(gemma, tokens())
+    clip = build("clip")
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    with (
+        switch(clip, "mra"),
+        pytest.raises(ValueError, match=r"causal attention.*layers=\[...\] switches others alone"),
+    ):
+        clip(input_ids=tokens(2, 7), pixel_values=images)
+    mistral = build("mistral")  # also where a sliding window would make it run densely
+    with switch(mistral, "mra"), pytest.raises(ValueError, match="mra is not defined for causal attention"):
+        output(mistral, tokens())
     bias = torch.randn(1, 1, 21, 21)
     with switch(llama.eval(), "softmax"), pytest.raises(ValueError, match="must hold 0 and -inf"):
         output(llama, tokens(), attention_mask=bias)
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
+def test_soft_caps_and_attention_sinks(name: str) -> None:
+    """GPT-OSS has a learned logit per head in its softmax, Gemma 2 caps its scores; both have sliding layers."""
+    own = {
+        "GptOss": dict(num_local_experts=2, num_experts_per_tok=1),
+        "Gemma2": dict(attn_logit_softcapping=2.0),
+    }[name]
+    config = getattr(transformers, f"{name}Config")(**TEXT, head_dim=8, sliding_window=6, pad_token_id=0, **own)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in (p for n, p in model.named_parameters() if n.endswith("sinks")):
+        nn.init.normal_(parameter)
+    model.set_attn_implementation("eager")
+    inputs = tokens(2, 21)
+    padded = torch.ones_like(inputs)
+    padded[0, :6] = 0
+    for mask in (None, padded):
+        expected = output(model, inputs, attention_mask=mask)
+        for slug, options in (("softmax", {}), ("window", {"left": 64})):
+            with switch(model, slug, report=True, **options) as report:
+                out = output(model, inputs, attention_mask=mask)
+            real = slice(None) if mask is None else mask.bool()
+            torch.testing.assert_close(out[real], expected[real], atol=1e-5, rtol=1e-5)
+            assert all(row.calls == 1 and row.relative_error < 1e-6 for row in report.layers)
+    expected = generated(model, inputs)
+    with switch(model, "softmax"):
+        assert torch.equal(generated(model, inputs), expected)
+    what = {"GptOss": "attention sinks", "Gemma2": "a soft cap"}[name]
+    with switch(model, "moba", block_size=4), pytest.raises(ValueError, match=f"{what}.*only softmax, window"):
+        output(model, inputs)
+
+
+def test_a_model_is_copied_and_pickled_while_it_is_switched() -> None:
+    model, inputs = build("llama"), tokens()
+    dense = output(model, inputs)
+    with switch(model, "moba", block_size=4, top_k=2, report=True):
+        sparse = output(model, inputs)
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    assert torch.equal(output(model, inputs), dense)
+    for twin in twins:  # stay switched
+        assert torch.equal(output(twin, inputs), sparse)
+
+
+def test_a_switch_without_effect_says_so() -> None:
+    model, inputs = build("mistral"), tokens()
+    message = r"'moba'\) had no effect.*a sliding window of the layer's own \(2 calls\)"
+    with pytest.warns(UserWarning, match=message), switch(model, "moba", block_size=4, top_k=2):
+        output(model, inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with switch(model, "window", left=3):
+            output(model, inputs)
+        with switch(build("llama"), "moba"):  # never called
+            pass
 
 
 def test_a_mask_of_the_users_own() -> None:

@@ -497,20 +497,24 @@ def load(folder: str | Path) -> nn.Module:
 
     folder = Path(folder)
     rows = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-    model = pretrained(folder)
+    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    gates = {name for name in state if f".{_NAME}" in f".{name}"}
+    model = pretrained(folder, {name: tensor for name, tensor in state.items() if name not in gates})
     for row in rows:
         channels = {place["path"]: place["channels"] for place in row["places"]}
         options = {"channels": channels, "gentle": row["gentle"], **row["arguments"]}
         insert(model, row["slug"], after=list(channels), **options)
-    state = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     lacking = [name for name in model.load_state_dict(state, strict=False).missing_keys if f".{_NAME}" in f".{name}"]
     if lacking:
         raise ValueError(f"{folder} lacks the gates' weights, such as {lacking[0]!r}")
     return model.eval()
 
 
-def pretrained(folder: str | Path) -> nn.Module:
+def pretrained(folder: str | Path, state: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A transformers model from its folder, of the class that its config names.
+
+    Args:
+        state: its weights, where they are not to be read from the folder.
 
     Raises:
         OSError: if there is no model.
@@ -525,4 +529,6 @@ def pretrained(folder: str | Path) -> nn.Module:
     loader = getattr(transformers, names[0], None)
     if loader is None:
         raise ValueError(f"transformers has no class {names[0]!r}, which {folder} was saved from")
-    return loader.from_pretrained(folder)
+    if state is None:
+        return loader.from_pretrained(folder)
+    return loader.from_pretrained(None, config=config, state_dict=dict(state))

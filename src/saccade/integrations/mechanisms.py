@@ -19,14 +19,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saccade.ops import masks
+from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
+from saccade.ops.merge import add_sink
 
 __all__ = ["MECHANISMS", "Mechanism", "mechanism", "pairs"]
 
 #: arguments of a mechanism's function that are not the user's to set
-_FILLED_IN = ("mask", "causal", "scale", "offset", "dropout", "return_map")
+_FILLED_IN = ("mask", "causal", "scale", "offset", "dropout", "return_map", "soft_cap", "sink_logits")
+
+#: what a layer's scores may have beside their scale, and what that is called
+_OF_SCORES = {"soft_cap": "a soft cap of scores", "sink_logits": "attention sinks (a learned logit per head)"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Mechanism:
     def implementation(self) -> str:
         """Its name as `attn_implementation`."""
         return "saccade_" + self.slug.replace("-", "_")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # by name, so that a model can be copied and pickled while it is switched
+        return mechanism, (self.slug,)
 
     @cached_property
     def function(self) -> Callable[..., Any]:
@@ -99,17 +107,25 @@ class Mechanism:
         offset: int = 0,
         scale: float | None = None,
         dropout: float = 0.0,
+        soft_cap: float | None = None,
+        sink_logits: Tensor | None = None,
         options: Mapping[str, Any],
     ) -> Tensor:
         """The mechanism's output (B, H, N, E). Query 0 stands at key `offset`.
 
         Raises:
-            ValueError: if the mechanism has no dropout of weights and some is asked for.
+            ValueError: if the mechanism has no dropout of weights, soft cap or sinks, and that is asked for.
         """
+        given: dict[str, Any] = {"soft_cap": soft_cap, "sink_logits": sink_logits}
+        of_scores = {name: value for name, value in given.items() if value is not None}
+        for name in of_scores:
+            if name not in self._arguments:
+                able = [entry.slug for entry in MECHANISMS.values() if name in entry._arguments]
+                raise ValueError(f"{self.slug}: this model has {_OF_SCORES[name]}, which only {', '.join(able)} can do")
         if dropout and "dropout" not in self._arguments:
             raise ValueError(f"{self.slug} drops no attention weights: set the model's attention dropout to 0")
-        filled = {"mask": mask, "causal": causal, "offset": offset, "scale": scale, "dropout": dropout}
-        filled = {name: value for name, value in filled.items() if name in self._arguments}
+        filled: dict[str, Any] = {"mask": mask, "causal": causal, "offset": offset, "scale": scale, "dropout": dropout}
+        filled = {name: value for name, value in filled.items() if name in self._arguments} | of_scores
         return self.function(q_BHND, k_BKMD, v_BKME, **filled, **options)
 
     def work(
@@ -160,10 +176,27 @@ def pairs(mask: Mask | None, B: int, H: int, N: int, M: int, device: torch.devic
 
 
 def softmax_attend(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Mask | None = None, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Dense attention by `saccade.attend`."""
-    return attend(q, k, v, mask=mask, scale=scale, dropout=dropout)
+    """Dense attention by `saccade.attend`, with what some models add to it.
+
+    Args:
+        soft_cap: scores become c tanh(s / c) (Gemma 2).
+        sink_logits: (H,), a learned logit of each head in the softmax's denominator (GPT-OSS).
+    """
+    score_mod = None if soft_cap is None else score_mods.soft_cap(soft_cap)
+    if sink_logits is None:
+        return attend(q, k, v, mask=mask, score_mod=score_mod, scale=scale, dropout=dropout)
+    out, lse = attend(q, k, v, mask=mask, score_mod=score_mod, scale=scale, dropout=dropout, return_lse=True)
+    return add_sink(out, lse, sink_logits)[0]
 
 
 def window_attend(
@@ -178,10 +211,13 @@ def window_attend(
     offset: int = 0,
     scale: float | None = None,
     dropout: float = 0.0,
+    soft_cap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Keys from q - left to q + right (`left` again where None; no later key in a causal layer)."""
     window = _window(0, 0, causal, offset, {"left": left, "right": right})
-    return attend(q, k, v, mask=window if mask is None else window & mask, scale=scale, dropout=dropout)
+    whole = window if mask is None else window & mask
+    return softmax_attend(q, k, v, mask=whole, scale=scale, dropout=dropout, soft_cap=soft_cap, sink_logits=sink_logits)
 
 
 def _everything(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> Mask:

@@ -5,6 +5,7 @@ Importing this module registers every mechanism of `saccade.integrations.mechani
 
 - A prefill or an encoder's pass, as many queries as keys: the mechanism. Padded and packed rows are taken apart, so
   that each sequence gives what it would give alone; grouped key heads are not repeated.
+- Scores with a soft cap (Gemma 2) and a learned sink in the softmax (GPT-OSS) are `softmax`'s and `window`'s alone.
 - Decoding, or a prompt that continues a cache (fewer queries than keys), cross-attention, and layers whose own mask is
   another pattern (a sliding window that is shorter than the sequence, chunks, image blocks): dense attention under
   the layer's mask, unless the mechanism takes masks (`window`).
@@ -18,7 +19,9 @@ L their length, T = B N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,9 +31,8 @@ from torch import Tensor, nn
 
 from saccade.extras import need
 from saccade.integrations.handed_masks import Pattern, hand_over, read
-from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism, softmax_attend
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
-from saccade.ops.attend import attend
 
 AttentionInterface = need("transformers").AttentionInterface
 AttentionMaskInterface = need("transformers").AttentionMaskInterface
@@ -38,7 +40,7 @@ AttentionMaskInterface = need("transformers").AttentionMaskInterface
 __all__ = ["LayerReport", "Report", "register", "switch"]
 
 #: what a layer may ask of its attention function that would change the result, and that no mechanism here knows
-_UNKNOWN = ("softcap", "s_aux", "sinks", "position_bias", "head_mask", "indices", "block_indices", "cache")
+_UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "cache")
 
 
 def register() -> None:
@@ -50,11 +52,18 @@ def register() -> None:
 
 @dataclass
 class _Setting:
-    """What one layer was switched to; `mechanism` None is dense attention."""
+    """What one layer was switched to; `mechanism` None is dense attention.
+
+    Attributes:
+        ran: times that the mechanism ran.
+        dense: times that dense attention ran in its place, by reason.
+    """
 
     mechanism: Mechanism | None
     options: Mapping[str, Any] = field(default_factory=dict)
     report: LayerReport | None = None
+    ran: int = 0
+    dense: Counter[str] = field(default_factory=Counter)
 
 
 def switch(
@@ -68,12 +77,15 @@ def switch(
 ) -> AbstractContextManager[Report]:
     """Run a loaded transformers model with another attention; on leaving, the model is as it was.
 
-    A `switch` inside a `switch` changes the layers that it names and leaves the others as they are, so that layers may
-    have options, or mechanisms, of their own.
+    Where dense attention ran in every layer after all (the module's docstring says when), a warning on leaving says
+    why. A copy of the model that is made inside, by `deepcopy` or `pickle`, stays switched. A `switch` inside a
+    `switch` changes the layers that it names and leaves the others as they are, so that layers may have options, or
+    mechanisms, of their own.
 
     Args:
         model: a model that uses transformers' attention interface.
-        slug: a training-free mechanism: "moba", "spargeattn", "window", "softmax".
+        slug: a training-free mechanism: "softmax", "window", "moba", "spargeattn", "prism" (causal), "mra",
+            "block-sparse-vggt", "rectified-spaattn" (bidirectional).
         layers: the layers to switch, by number (negative from the end) or by pattern of module path
             ("vision_model.*"); all where None.
         dense_layers: layers to leave as they are, in the same words.
@@ -123,6 +135,7 @@ def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Settin
         if all(config._attn_implementation != entry.implementation for config, _ in before):
             raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
         yield report
+        _warn_without_effect(entry, settings.values())
     finally:
         # a config passes what it is set to on to its sub-configs: outer ones come first in modules()
         for config, implementation in before:
@@ -132,6 +145,16 @@ def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Settin
                 module.__dict__.pop("_saccade", None)
             else:
                 module.__dict__["_saccade"] = setting
+
+
+def _warn_without_effect(entry: Mechanism, settings: Iterable[_Setting]) -> None:
+    own = list({id(setting): setting for setting in settings}.values())
+    reasons = sum((setting.dense for setting in own), Counter())
+    if reasons and not any(setting.ran for setting in own):
+        why = ", ".join(f"{reason} ({count} calls)" for reason, count in reasons.items())
+        warnings.warn(
+            f"switch(model, {entry.slug!r}) had no effect, dense attention ran in every layer: {why}", stacklevel=4
+        )
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -199,36 +222,54 @@ def _attention_function(entry: Mechanism) -> Any:
         if keys < key.shape[2]:
             key, value = key[:, :, :keys], value[:, :, :keys]
         setting = module.__dict__.get("_saccade") or _configured(entry, module)
-        if setting.mechanism is None or not _runs(setting.mechanism, pattern, bool(is_causal), query.shape[2], keys):
+        scores: dict[str, Any] = {"scale": scaling}
+        if extra.get("softcap") is not None:
+            scores["soft_cap"] = extra["softcap"]
+        sinks = extra.get("s_aux") if extra.get("sinks") is None else extra["sinks"]
+        if sinks is not None:
+            scores["sink_logits"] = sinks
+        reason = _why_dense(setting.mechanism, pattern, bool(is_causal), query.shape[2], keys)
+        if reason is not None:
+            setting.dense[reason] += 1
             if setting.report is not None:
                 setting.report.dense_calls += 1
-            out = attend(query, key, value, mask=pattern.mask, scale=scaling, dropout=dropout)
+            out = softmax_attend(query, key, value, mask=pattern.mask, dropout=dropout, **scores)
         else:
-            out = _run(setting, query, key, value, pattern, scaling, dropout)
+            setting.ran += 1
+            out = _run(setting, query, key, value, pattern, dropout, scores)
         return out.transpose(1, 2).contiguous(), None
 
     return saccade_attention
 
 
-def _runs(entry: Mechanism, pattern: Pattern, is_causal: bool, n: int, m: int) -> bool:
-    """Whether a mechanism takes this call; dense attention does otherwise (the module's docstring says when).
+def _why_dense(entry: Mechanism | None, pattern: Pattern, is_causal: bool, n: int, m: int) -> str | None:
+    """Why dense attention takes this call, or None where the mechanism does (the module's docstring says when).
 
     Raises:
         ValueError: if the mechanism is not defined in this direction.
     """
+    if entry is None:
+        return "not switched"
     if n != m and not is_causal:
-        return False  # cross-attention: positions of queries and keys have nothing to do with each other
+        return "cross-attention"  # positions of queries and keys have nothing to do with each other
     if entry.masks == "any":
-        return True
-    if n == 1 or not pattern.is_whole_sequences:
-        return False
-    aligned = pattern.offset == m - n if pattern.causal else n == m
-    if not aligned or (n < m and entry.masks == "none"):
-        return False
+        return None
+    if n == 1:
+        return "decoding"
+    if pattern.pairs is not None:
+        return "a mask of the layer's own"
     if not (entry.causal if pattern.causal else entry.bidirectional):
         kind = "causal" if pattern.causal else "bidirectional"
-        raise ValueError(f"{entry.slug} is not defined for {kind} attention, which this layer has")
-    return True
+        raise ValueError(
+            f"{entry.slug} is not defined for {kind} attention, which this layer has; layers=[...] switches others "
+            "alone, by number or by pattern of module path such as 'vision_model.*'"
+        )
+    if not pattern.is_whole_sequences:
+        return "a sliding window of the layer's own"
+    aligned = pattern.offset == m - n if pattern.causal else n == m
+    if not aligned or (n < m and entry.masks == "none"):
+        return "a prompt that continues a cache"
+    return None
 
 
 def _run(
@@ -237,29 +278,29 @@ def _run(
     k_BKMD: Tensor,
     v_BKME: Tensor,
     pattern: Pattern,
-    scale: float | None,
     dropout: float,
+    scores: dict[str, Any],
 ) -> Tensor:
     entry = setting.mechanism
     assert entry is not None
     call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
+    call |= {"dropout": dropout, **scores}
     if entry.masks == "any":
-        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale, dropout=dropout, **call)
+        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **call)
     elif pattern.valid_BM is None and pattern.ids_BN is None:
-        out = entry.run(q_BHND, k_BKMD, v_BKME, scale=scale, dropout=dropout, **call)
+        out = entry.run(q_BHND, k_BKMD, v_BKME, **call)
     elif entry.masks == "sequences":
-        mask = replace(pattern, causal=False, offset=0).mask
-        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale, dropout=dropout, **call)
+        out = entry.run(q_BHND, k_BKMD, v_BKME, mask=replace(pattern, causal=False, offset=0).mask, **call)
     else:
         B, H, N, _ = q_BHND.shape
         out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])
         for index_SL in sequences(B, N, pattern.valid_BM, pattern.ids_BN):
             q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
-            out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, scale=scale, dropout=dropout, **call)
+            out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, **call)
             out_THE[index_SL] = out_SHLE.transpose(1, 2)
         out = out_THE.unflatten(0, (B, N)).transpose(1, 2)
     if setting.report is not None:
-        _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, scale, out)
+        _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, out, scores)
     return out
 
 
@@ -270,13 +311,13 @@ def _measure(
     k_BKMD: Tensor,
     v_BKME: Tensor,
     pattern: Pattern,
-    scale: float | None,
     out_BHNE: Tensor,
+    scores: dict[str, Any],
 ) -> None:
     """Enter one call into the layer's report. Padding counts for nothing."""
     entry, row = setting.mechanism, setting.report
     assert entry is not None and row is not None
-    call: dict[str, Any] = {"causal": pattern.causal, "scale": scale, "options": setting.options}
+    call: dict[str, Any] = {"causal": pattern.causal, "scale": scores["scale"], "options": setting.options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
     apart = pattern.valid_BM is not None or pattern.ids_BN is not None
     if entry.masks != "any" and apart and n == m:
@@ -287,7 +328,7 @@ def _measure(
     else:
         mask = pattern.mask
         work = [entry.work(q_BHND, k_BKMD, v_BKME, mask=mask, offset=pattern.offset, **call)]
-    dense = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale)
+    dense = softmax_attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **scores)
     if pattern.valid_BM is not None and n == m:
         real = pattern.valid_BM[:, None, :, None]
         out_BHNE, dense = out_BHNE * real, dense * real
