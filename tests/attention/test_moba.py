@@ -267,3 +267,12 @@ def test_bad_arguments() -> None:
         MoBA(16, 2, block_size=0)
     with pytest.raises(ValueError, match="takes no context"):
         MoBA(16, 2)(torch.randn(1, 4, 16), torch.randn(1, 4, 16))
+
+
+@pytest.mark.parametrize("length", [3, 21])
+def test_one_block_decodes(length: int) -> None:
+    module = MoBA(16, 4, block_size=4, top_k=1).eval()
+    x, cache = torch.randn(2, length, 16), module.new_cache(2)
+    with torch.no_grad():
+        steps = [module(x[:, i : i + 1], cache=cache) for i in range(length)]
+        torch.testing.assert_close(torch.cat(steps, 1), module(x))

@@ -229,3 +229,22 @@ def test_bad_arguments() -> None:
         mra_attend(q, torch.cat([k, k[:, :1]], 1), torch.cat([v, v[:, :1]], 1))
     with pytest.raises(ValueError, match="MRA is bidirectional"):
         MRA(16, 2, causal=True)
+
+
+def test_the_released_ranking_differs_with_few_tiles_alone() -> None:
+    differs = {True: 0, False: 0}
+    for seed in range(60):
+        torch.manual_seed(seed)
+        X, diagonal = 2 + seed % 5, seed % 4
+        q, k, v = torch.randn(3, 1, 2, 4 * X, 8)
+        tiles = int(torch.randint(1, X * X + 1, ()))
+        options = {"resolutions": (4, 1), "num_blocks": tiles, "diagonal_blocks": diagonal}
+        ours, released = (mra_attend(q, k, v, **options, released_ranking=which) for which in (False, True))
+        forced = sum(abs(x - y) <= diagonal // 2 for x in range(X) for y in range(X)) if diagonal else 0
+        differs[tiles < forced + X] += not torch.allclose(ours, released, atol=1e-5)
+    assert differs[True] > 0 and differs[False] == 0
+
+
+def test_all_tiles_are_all_pairs() -> None:
+    options = {"resolutions": (4, 1), "num_blocks": None, "blocks_per_row": 8}
+    assert mra_pairs(32, 32, False, 0, options) == 32 * 32

@@ -166,7 +166,7 @@ def _top(scores: Tensor, keep: int) -> Tensor:
         values, best = scores.topk(keep, -1)
         return best.masked_fill_(values == float("-inf"), -1)
     # one maximum after another is several times quicker than topk for a few
-    picks = []
+    picks = [torch.empty_like(scores[..., :0], dtype=torch.long)]
     for _ in range(keep):
         value, index = scores.max(-1, keepdim=True)
         picks.append(index.masked_fill(value == float("-inf"), -1))

@@ -22,8 +22,10 @@ block y counts c_y times, and the two are merged by their log-sum-exp. MRA-2-s k
 Choices that the paper leaves open: tiles are ranked by S less its row's largest value, one ranking for the whole
 matrix, as in the released MRA-2 (the paper ranks by mu); deeper scales take off the same row value. With padding, a
 sequence gets the tiles that it would get alone. The code's 1e-6 in the denominators is left out (weights sum to 1).
-`released_ranking` has two peculiarities of the code: row maxima are taken over padding too, and tiles that tie with the
-last chosen one are in neither part (it happens with fewer tiles than rows, whose largest values are all 0).
+`released_ranking` has two peculiarities of the code. Tiles that tie with the last chosen one are in neither part, and
+their mass is lost: each row's largest value is exactly 0, in the priors' tiles as well, so that it happens where fewer
+tiles are chosen than there are rows and forced tiles together (a fifth of random small cases), never with more. And
+row maxima are taken over padding too, which changes the choice where there is some. The recordings have neither.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
 block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
@@ -149,14 +151,15 @@ def _attend(
     query_count, key_count = (
         _counts(valid, length, b, q.device) for valid, length in ((query_valid_BN, N), (key_valid_BM, M))
     )
+    padded = query_valid_BN is not None or key_valid_BM is not None
     counts = None
-    if budget[0] is None and (query_valid_BN is not None or key_valid_BM is not None):
+    if budget[0] is None and padded:
         real = (query_count > 0).sum(-1).expand(B), (key_count > 0).sum(-1).expand(B)
         counts = (real[0] * share[0]).ceil().long().minimum(real[0] * real[1])
     total = math.ceil(share[0] * X) if budget[0] is None else int(budget[0])
     best, kept, top, threshold = _choose(
         qbar, kbar, factor, min(total, X * Y), counts, query_count, key_count, first_blocks, diagonal_blocks,
-        released_ranking,
+        padded, released_ranking,
     )  # fmt: skip
     chosen = torch.zeros(B, H, X * Y + 1, dtype=torch.bool, device=q.device)
     chosen = chosen.scatter_(2, best if kept is None else best.masked_fill(~kept, X * Y), True)
@@ -166,7 +169,7 @@ def _attend(
     if mode == "full":
         coarse = ~chosen
         if released_ranking:
-            ranks = _ranks(qbar, kbar, factor, top, query_count, key_count, first_blocks, diagonal_blocks, 0, X)
+            ranks = _ranks(qbar, kbar, factor, top, query_count, key_count, first_blocks, diagonal_blocks, padded, 0, X)
             coarse = coarse & (ranks.view(B, H, X, Y) < threshold[..., None, None])
         vbar = repeat_heads(pool_blocks(v, b, valid_BN=key_valid_BM), H)
         weight = None if key_valid_BM is None and M % b == 0 else key_count
@@ -201,6 +204,7 @@ def _choose(
     key_count: Tensor,
     first: int,
     diagonal: int,
+    padded: bool,
     released: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The `total` best tiles of each head: flat indices (B, H, m), which of them count, row maxima (B, H, X), and the
@@ -211,13 +215,14 @@ def _choose(
     values = best = None
     tops = []
     absent = (key_count == 0)[:, None, None]
-    padded = bool(absent.any())
     for start in range(0, X, step):
         stop = min(start + step, X)
         scores = (qbar[:, :, start:stop] @ kbar.mT).mul_(factor)
         top = scores.masked_fill(absent, -math.inf) if padded and not released else scores
         tops.append(top.amax(-1).clamp(min=torch.finfo(scores.dtype).min))
-        here = _ranks(qbar, kbar, factor, tops[-1], query_count, key_count, first, diagonal, start, stop, scores)
+        here = _ranks(
+            qbar, kbar, factor, tops[-1], query_count, key_count, first, diagonal, padded, start, stop, scores
+        )
         here, index = here.topk(min(total, here.shape[-1]), -1, sorted=ordered and stop == X and not start)
         index += start * Y
         if values is not None and best is not None:
@@ -242,6 +247,7 @@ def _ranks(
     key_count: Tensor,
     first: int,
     diagonal: int,
+    padded: bool,
     start: int,
     stop: int,
     scores: Tensor | None = None,
@@ -249,8 +255,8 @@ def _ranks(
     """What tiles of the query blocks `start` to `stop` are ranked by, (B, H, (stop - start) Y)."""
     scores = (qbar[:, :, start:stop] @ kbar.mT) * factor if scores is None else scores
     ranks = scores.detach() - top_BHX[..., None]
-    absent = (query_count[:, start:stop, None] == 0) | (key_count[:, None] == 0)
-    if absent.any():
+    if padded:
+        absent = (query_count[:, start:stop, None] == 0) | (key_count[:, None] == 0)
         ranks = ranks - _PAD * absent[:, None].to(ranks.dtype)
     x = torch.arange(start, stop, device=ranks.device)[:, None]
     y = torch.arange(kbar.shape[2], device=ranks.device)
@@ -432,7 +438,7 @@ class MRA(Constants, QKVAttention):
     Args:
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         causal: must be False: no causal form is published, and the ranking compares all rows.
-        resolutions, num_blocks, blocks_per_row, mode, first_blocks, diagonal_blocks: `mra_attend`'s.
+        resolutions, num_blocks, blocks_per_row, mode, first_blocks, diagonal_blocks, released_ranking: `mra_attend`'s.
         grid: height and width where the tokens are an image; blocks of s_0 tokens are then patches (4 x 8 for 32).
 
     Raises:
@@ -452,6 +458,7 @@ class MRA(Constants, QKVAttention):
         first_blocks: int = 0,
         diagonal_blocks: int = 0,
         grid: tuple[int, int] | None = None,
+        released_ranking: bool = False,
         **projections: Any,
     ) -> None:
         if causal:
@@ -465,6 +472,7 @@ class MRA(Constants, QKVAttention):
             "mode": mode,
             "first_blocks": first_blocks,
             "diagonal_blocks": diagonal_blocks,
+            "released_ranking": released_ranking,
         }
         rows = 2 ** (int(math.log2(scales[0])) // 2)
         self.order_N: Tensor | None
@@ -501,7 +509,7 @@ class MRA(Constants, QKVAttention):
                 raise ValueError(f"the grid has {len(order)} tokens, got {q.shape[2]} queries and {k.shape[2]} keys")
             q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
             query_valid = key_valid = None if key_valid is None else key_valid[:, order]
-        out, _ = _attend(q, k, v, query_valid, key_valid, scale=None, released_ranking=False, **self.options)
+        out, _ = _attend(q, k, v, query_valid, key_valid, scale=None, **self.options)
         return out if order is None else out[:, :, order.argsort()]
 
     def extra_repr(self) -> str:
@@ -509,7 +517,8 @@ class MRA(Constants, QKVAttention):
 
 
 def mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
-    """Scores that `mra_attend` computes per head: exact pairs of the last scale and pairs of block means."""
+    """Scores that `mra_attend` computes per head: exact pairs of the last scale and pairs of block means; at most n m,
+    which is what it amounts to where all tiles are chosen."""
     scales = _scales(options["resolutions"])
     budget = _per_cut(options["num_blocks"], len(scales) - 1, "num_blocks")
     share = _per_cut(options["blocks_per_row"], len(scales) - 1, "blocks_per_row")
@@ -518,7 +527,7 @@ def mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, A
         number = math.ceil(share[cut] * -(-n // size)) if budget[cut] is None else budget[cut]
         available = min(available, number) * (size // finer) ** 2
         total += available
-    return min(total, float(n * m) + float(-(-n // scales[0]) * -(-m // scales[0])))
+    return min(total, float(n * m))
 
 
 def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
