@@ -21,7 +21,6 @@ c tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
 from typing import Any, Protocol
 
 import torch
@@ -30,22 +29,9 @@ from torch import Tensor
 from saccade.ops.autocast import exact
 from saccade.ops.grad import needs_grad
 from saccade.ops.memory import large_empty
+from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["Expansion", "Outer", "Polynomial", "expanded_attend", "expanded_attend_reference", "in_segments"]
-
-
-class _Buffers:
-    """Memory that is used again for chunk after chunk: fresh pages would cost more than the arithmetic."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.held: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        need = prod(shape)
-        if name not in self.held or self.held[name].numel() < need:
-            self.held[name] = self.like.new_empty(need)
-        return self.held[name][:need].view(shape)
 
 
 class Expansion(Protocol):
@@ -58,7 +44,7 @@ class Expansion(Protocol):
     def width(self, channels: int) -> int:
         """F."""
 
-    def features(self, x: Tensor, query: bool, buffers: _Buffers) -> Tensor:
+    def features(self, x: Tensor, query: bool, buffers: Scratch) -> Tensor:
         """a(x) or b(x)."""
 
     def features_back(self, x: Tensor, grad: Tensor, query: bool) -> Tensor:
@@ -89,7 +75,7 @@ class Polynomial:
     def width(self, channels: int) -> int:
         return (channels * (channels + 1) // 2 if self.a2 else 0) + channels + 1
 
-    def features(self, x: Tensor, query: bool, buffers: _Buffers) -> Tensor:
+    def features(self, x: Tensor, query: bool, buffers: Scratch) -> Tensor:
         R, c, D = x.shape
         F = self.width(D)
         pairs, offsets = (F - D - 1, D // 2 + 1) if self.a2 else (0, 0)
@@ -150,7 +136,7 @@ class Outer:
     def width(self, channels: int) -> int:
         return self.first * (channels - self.first)
 
-    def features(self, x: Tensor, query: bool, buffers: _Buffers) -> Tensor:
+    def features(self, x: Tensor, query: bool, buffers: Scratch) -> Tensor:
         left, right = self._parts(x)
         out = buffers("features", *left.shape, right.shape[-1])
         return torch.mul(left.unsqueeze(-1), right.unsqueeze(-2), out=out).flatten(-2)
@@ -321,37 +307,37 @@ def _forward(
     expansion, dtype = _expansion(code), state.dtype
     F = expansion.width(D)
     out, after = state.new_empty(R, N, E), state.clone()
-    if not causal:
-        pairwise = _pairwise(N, M, D, E, F)
-        starts = state.new_zeros(R, 0 if pairwise else F, E)
-        buffers = _Buffers(state)
+    with scratch("expansion", dtype, state.device) as buffers:
+        if not causal:
+            pairwise = _pairwise(N, M, D, E, F)
+            starts = state.new_zeros(R, 0 if pairwise else F, E)
+            for rows in _groups(R, F, chunk_size, q):
+                if pairwise:
+                    k_, v_ = k[rows].to(dtype), v[rows].to(dtype)
+                    for at in _chunks(N, _tile(M, F, chunk_size)):
+                        torch.bmm(expansion.scores(q[rows, at].to(dtype), k_), v_, out=out[rows, at])
+                else:
+                    total = starts[rows]
+                    for at in _chunks(M, chunk_size):
+                        _accumulate(total, expansion.features(k[rows, at].to(dtype), False, buffers), v[rows, at])
+                    for at in _chunks(N, chunk_size):
+                        torch.bmm(expansion.features(q[rows, at].to(dtype), True, buffers), total, out=out[rows, at])
+            return out, after, starts
+        chunks, stride = _chunks(N, chunk_size), _stride(F, chunk_size)
+        starts = state.new_empty(R, -(-len(chunks) // stride) if keep else 0, F, E)
         for rows in _groups(R, F, chunk_size, q):
-            if pairwise:
-                k_, v_ = k[rows].to(dtype), v[rows].to(dtype)
-                for at in _chunks(N, _tile(M, F, chunk_size)):
-                    torch.bmm(expansion.scores(q[rows, at].to(dtype), k_), v_, out=out[rows, at])
-            else:
-                total = starts[rows]
-                for at in _chunks(M, chunk_size):
-                    _accumulate(total, expansion.features(k[rows, at].to(dtype), False, buffers), v[rows, at])
-                for at in _chunks(N, chunk_size):
-                    torch.bmm(expansion.features(q[rows, at].to(dtype), True, buffers), total, out=out[rows, at])
+            total = after[rows]
+            for index, at in enumerate(chunks):
+                q_, k_, v_ = (x[rows, at].to(dtype) for x in (q, k, v))
+                if keep and index % stride == 0:
+                    starts[rows, index // stride] = total
+                inside = expansion.scores(q_, k_).tril_() @ v_
+                if index or not fresh:
+                    inside.baddbmm_(expansion.features(q_, True, buffers), total)
+                out[rows, at] = inside
+                if open_end or index + 1 < len(chunks):
+                    _accumulate(total, expansion.features(k_, False, buffers), v_)
         return out, after, starts
-    chunks, stride = _chunks(N, chunk_size), _stride(F, chunk_size)
-    starts = state.new_empty(R, -(-len(chunks) // stride) if keep else 0, F, E)
-    for rows in _groups(R, F, chunk_size, q):
-        buffers, total = _Buffers(state), after[rows]
-        for index, at in enumerate(chunks):
-            q_, k_, v_ = (x[rows, at].to(dtype) for x in (q, k, v))
-            if keep and index % stride == 0:
-                starts[rows, index // stride] = total
-            inside = expansion.scores(q_, k_).tril_() @ v_
-            if index or not fresh:
-                inside.baddbmm_(expansion.features(q_, True, buffers), total)
-            out[rows, at] = inside
-            if open_end or index + 1 < len(chunks):
-                _accumulate(total, expansion.features(k_, False, buffers), v_)
-    return out, after, starts
 
 
 def _accumulate(total: Tensor, features: Tensor, v: Tensor) -> None:
@@ -377,49 +363,49 @@ def _backward(
     F = expansion.width(D)
     grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
     grad_state = grad_after.clone()
-    for rows in _groups(R, F, chunk_size, q):
-        buffers = _Buffers(grad_after)
-        if causal:
-            total_grad = grad_state[rows]
-            for states, at in _reversed_states(expansion, k[rows], v[rows], starts[rows], chunk_size, buffers):
-                q_, k_, v_ = (x[rows, at].to(dtype) for x in (q, k, v))
-                grad = grad_out[rows, at]
-                dq, dk, dv = _pairs_back(expansion, q_, k_, v_, grad, causal=True)
-                if open_end or at.stop < N:
-                    back = torch.bmm(v_, total_grad.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
-                    dk += expansion.features_back(k_, back, False)
-                    dv.baddbmm_(expansion.features(k_, False, buffers), total_grad)
-                if at.start or not fresh:
-                    back = torch.bmm(grad, states.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
-                    dq += expansion.features_back(q_, back, True)
+    with scratch("expansion", dtype, q.device) as buffers:
+        for rows in _groups(R, F, chunk_size, q):
+            if causal:
+                total_grad = grad_state[rows]
+                for states, at in _reversed_states(expansion, k[rows], v[rows], starts[rows], chunk_size, buffers):
+                    q_, k_, v_ = (x[rows, at].to(dtype) for x in (q, k, v))
+                    grad = grad_out[rows, at]
+                    dq, dk, dv = _pairs_back(expansion, q_, k_, v_, grad, causal=True)
+                    if open_end or at.stop < N:
+                        back = torch.bmm(v_, total_grad.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
+                        dk += expansion.features_back(k_, back, False)
+                        dv.baddbmm_(expansion.features(k_, False, buffers), total_grad)
+                    if at.start or not fresh:
+                        back = torch.bmm(grad, states.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
+                        dq += expansion.features_back(q_, back, True)
+                        _accumulate(total_grad, expansion.features(q_, True, buffers), grad)
+                    grad_q[rows, at], grad_k[rows, at], grad_v[rows, at] = dq, dk, dv
+            elif starts.shape[1] == 0:
+                k_, v_ = k[rows].to(dtype), v[rows].to(dtype)
+                all_dk, all_dv = torch.zeros_like(k_), torch.zeros_like(v_)
+                for at in _chunks(N, _tile(M, F, chunk_size)):
+                    dq, dk, dv = _pairs_back(expansion, q[rows, at].to(dtype), k_, v_, grad_out[rows, at], causal=False)
+                    grad_q[rows, at] = dq
+                    all_dk += dk
+                    all_dv += dv
+                grad_k[rows], grad_v[rows] = all_dk, all_dv
+            else:
+                total, total_grad = starts[rows], torch.zeros_like(starts[rows])
+                for at in _chunks(N, chunk_size):
+                    q_, grad = q[rows, at].to(dtype), grad_out[rows, at]
+                    back = torch.bmm(grad, total.transpose(1, 2), out=buffers("back", *grad.shape[:2], F))
+                    grad_q[rows, at] = expansion.features_back(q_, back, True)
                     _accumulate(total_grad, expansion.features(q_, True, buffers), grad)
-                grad_q[rows, at], grad_k[rows, at], grad_v[rows, at] = dq, dk, dv
-        elif starts.shape[1] == 0:
-            k_, v_ = k[rows].to(dtype), v[rows].to(dtype)
-            all_dk, all_dv = torch.zeros_like(k_), torch.zeros_like(v_)
-            for at in _chunks(N, _tile(M, F, chunk_size)):
-                dq, dk, dv = _pairs_back(expansion, q[rows, at].to(dtype), k_, v_, grad_out[rows, at], causal=False)
-                grad_q[rows, at] = dq
-                all_dk += dk
-                all_dv += dv
-            grad_k[rows], grad_v[rows] = all_dk, all_dv
-        else:
-            total, total_grad = starts[rows], torch.zeros_like(starts[rows])
-            for at in _chunks(N, chunk_size):
-                q_, grad = q[rows, at].to(dtype), grad_out[rows, at]
-                back = torch.bmm(grad, total.transpose(1, 2), out=buffers("back", *grad.shape[:2], F))
-                grad_q[rows, at] = expansion.features_back(q_, back, True)
-                _accumulate(total_grad, expansion.features(q_, True, buffers), grad)
-            for at in _chunks(M, chunk_size):
-                k_, v_ = k[rows, at].to(dtype), v[rows, at].to(dtype)
-                back = torch.bmm(v_, total_grad.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
-                grad_k[rows, at] = expansion.features_back(k_, back, False)
-                grad_v[rows, at] = expansion.features(k_, False, buffers) @ total_grad
+                for at in _chunks(M, chunk_size):
+                    k_, v_ = k[rows, at].to(dtype), v[rows, at].to(dtype)
+                    back = torch.bmm(v_, total_grad.transpose(1, 2), out=buffers("back", *v_.shape[:2], F))
+                    grad_k[rows, at] = expansion.features_back(k_, back, False)
+                    grad_v[rows, at] = expansion.features(k_, False, buffers) @ total_grad
     return grad_q, grad_k, grad_v, grad_state
 
 
 def _reversed_states(
-    expansion: Expansion, k: Tensor, v: Tensor, starts: Tensor, chunk_size: int, buffers: _Buffers
+    expansion: Expansion, k: Tensor, v: Tensor, starts: Tensor, chunk_size: int, buffers: Scratch
 ) -> Iterator[tuple[Tensor, slice]]:
     """Chunks from the last to the first, each with the state before it, recomputed from the one kept."""
     R, kept, F, E = starts.shape

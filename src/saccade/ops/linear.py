@@ -20,9 +20,7 @@ Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M k
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +30,7 @@ from saccade.ops.autocast import exact, one_type
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.memory import large_empty
+from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
 
@@ -350,30 +349,14 @@ _CACHE_ELEMENTS = 1 << 19
 _DEVICE_ELEMENTS = 1 << 26
 
 
-#: per thread and dtype; and how many elements a buffer may have to be kept
-_kept = threading.local()
-_KEPT_ELEMENTS = 1 << 20
+class _Desk:
+    """What is done with the buffers of a lease for piece after piece, so that they stay in cache."""
 
-
-class _Scratch:
-    """Buffers that are used again for piece after piece, so that they stay in cache.
-
-    On the CPU the small ones outlive the call: fresh memory costs a page fault for every 4 kB, as much as the
-    arithmetic of a thousand tokens. An accelerator's allocator does the same by itself.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
-        self.buffers: dict[str, Tensor] = {}
-        self.kept = vars(_kept).setdefault(str(dtype), {}) if device.type == "cpu" else self.buffers
+    def __init__(self, room: Scratch) -> None:
+        self.room, self.device, self.dtype = room, room.device, room.dtype
 
     def __call__(self, name: str, *shape: int) -> Tensor:
-        need = prod(shape)
-        buffers = self.kept if need <= _KEPT_ELEMENTS else self.buffers
-        if name not in buffers or buffers[name].numel() < need:
-            with torch.inference_mode(False):  # what is kept must do in either mode
-                buffers[name] = torch.empty(need, dtype=self.dtype, device=self.device)
-        return buffers[name][:need].view(shape)
+        return self.room(name, *shape)
 
     def load(
         self, name: str, x: Tensor, piece: _Piece, H: int, *, size: int, ones: bool = False, pad: float = 0
@@ -436,29 +419,29 @@ class _Decays(NamedTuple):
     whole: Tensor | None
 
 
-def _constant_decays(factors: Tensor | None, c: int, scratch: _Scratch, cached: dict[int, _Decays]) -> _Decays:
+def _constant_decays(factors: Tensor | None, c: int, desk: _Desk, cached: dict[int, _Decays]) -> _Decays:
     """Of None, or of one factor per head (1, H, 1, 1): lambda^(i - j), the same in all chunks of a length."""
     if c in cached:
         return cached[c]
-    place = torch.arange(c, dtype=torch.float64, device=scratch.device)
+    place = torch.arange(c, dtype=torch.float64, device=desk.device)
     if factors is None:
-        lower = torch.ones(c, c, dtype=scratch.dtype, device=scratch.device).tril()
+        lower = torch.ones(c, c, dtype=desk.dtype, device=desk.device).tril()
         cached[c] = _Decays(lower, None, None, None)
     else:
         # log 0 x distance 0 would be NaN; the smallest normal number is as good as 0
-        log = factors.double().clamp_min(torch.finfo(scratch.dtype).tiny).log().unsqueeze(-1)
+        log = factors.double().clamp_min(torch.finfo(desk.dtype).tiny).log().unsqueeze(-1)
         distance = (place[:, None] - place).clamp(min=0)
         powers = (log * distance).exp().tril(), *((log * x).exp() for x in (place[:, None] + 1, c - 1 - place[:, None]))
-        between, before, after = (x.to(scratch.dtype) for x in powers)
+        between, before, after = (x.to(desk.dtype) for x in powers)
         cached[c] = _Decays(between, before, after, before[..., -1:, :])
     return cached[c]
 
 
-def _token_decays(factors: Tensor, scratch: _Scratch) -> _Decays:
+def _token_decays(factors: Tensor, desk: _Desk) -> _Decays:
     """Of one factor per head and token (b, H, T, c, 1); c is a power of two."""
-    between = scratch("between", *factors.shape[:-1], factors.shape[-2]).zero_()
+    between = desk("between", *factors.shape[:-1], factors.shape[-2]).zero_()
     between.diagonal(0, -2, -1).fill_(1.0)
-    before, after = scratch("before", *factors.shape), scratch("after", *factors.shape)
+    before, after = desk("before", *factors.shape), desk("after", *factors.shape)
     for s, later_before, earlier_after in _spans_of_products(factors, before, after):
         torch.mul(later_before, earlier_after.transpose(-1, -2), out=_corners(between, s))
     return _Decays(between, before, after, before[..., -1:, :])
@@ -492,17 +475,15 @@ class _HalvingGrads(NamedTuple):
     levels: list[tuple[Tensor, Tensor]]
 
 
-def _halving(
-    q: Tensor, k: Tensor, factors: Tensor, scratch: _Scratch, grads: _HalvingGrads | None
-) -> tuple[Tensor, _Decays]:
+def _halving(q: Tensor, k: Tensor, factors: Tensor, desk: _Desk, grads: _HalvingGrads | None) -> tuple[Tensor, _Decays]:
     """Scores (b, H, T, c, c) and decays of a chunk with one factor per channel (b, H, T, c, D); c is a power of two.
 
     Spans of 2s tokens are built of two of s: the queries of the later one reach the keys of the earlier one through
     the middle, with the products `before` of the later and `after` of the earlier, both local to their span.
     """
-    before, after = scratch("before", *factors.shape), scratch("after", *factors.shape)
-    scores = scratch("scores", *q.shape[:-1], q.shape[-2]).zero_()
-    scores.diagonal(0, -2, -1).copy_(torch.mul(q, k, out=scratch("product", *q.shape)).sum(-1))
+    before, after = desk("before", *factors.shape), desk("after", *factors.shape)
+    scores = desk("scores", *q.shape[:-1], q.shape[-2]).zero_()
+    scores.diagonal(0, -2, -1).copy_(torch.mul(q, k, out=desk("product", *q.shape)).sum(-1))
     if grads is not None:
         diagonal = grads.scores.diagonal(0, -2, -1).unsqueeze(-1)
         torch.mul(diagonal, k, out=grads.q)
@@ -551,10 +532,10 @@ def _pairs(later: Tensor, earlier: Tensor) -> Tensor:
 
 
 def _scan(
-    name: str, state: Tensor, new: Tensor, whole: Tensor | None, scratch: _Scratch, reverse: bool = False
+    name: str, state: Tensor, new: Tensor, whole: Tensor | None, desk: _Desk, reverse: bool = False
 ) -> tuple[Tensor, Tensor]:
     """State before each chunk (b, H, T, D, E), and after all: state <- whole * state + new, from either end."""
-    states = scratch(name, *new.shape)
+    states = desk(name, *new.shape)
     order = range(new.shape[2])
     for t in reversed(order) if reverse else order:
         states[:, :, t] = state
@@ -596,26 +577,27 @@ def _forward(
     final = state.clone()
     groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu")
     starts = state.new_empty(max(map(len, groups), default=0) if keep else 0, *state.shape)
-    scratch, cached = _Scratch(q.device, state.dtype), dict[int, _Decays]()
-    for group in groups:
-        for index, piece in enumerate(group):
-            rows = slice(piece.first_row, piece.last_row)
-            if keep:
-                starts[index, rows] = final[rows]
-            size = _power_of_two(piece.size) if _halves(factors) else piece.size
-            q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
-            v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
-            if scale != 1.0:
-                q_ *= scale
-            scores, decays = _scores(q_, k_, factors, piece, scratch, cached, None)
-            new = scratch.matmul("new", scratch.multiply("k after", k_, decays.after).transpose(-1, -2), v_)
-            states, final[rows] = _scan("states", final[rows], new, decays.whole, scratch)
-            out_ = scratch.matmul("out", scores, v_)
-            _add_matmul(out_, scratch.multiply("q before", q_, decays.before), states)
-            if normalize:
-                out_, inverse_ = _divide(out_)
-                _store(inverse, inverse_, piece)
-            _store(out, out_, piece)
+    with scratch("linear", state.dtype, q.device) as room:
+        desk, cached = _Desk(room), dict[int, _Decays]()
+        for group in groups:
+            for index, piece in enumerate(group):
+                rows = slice(piece.first_row, piece.last_row)
+                if keep:
+                    starts[index, rows] = final[rows]
+                size = _power_of_two(piece.size) if _halves(factors) else piece.size
+                q_, k_ = (desk.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
+                v_ = desk.load("v", v, piece, H, size=size, ones=normalize)
+                if scale != 1.0:
+                    q_ *= scale
+                scores, decays = _scores(q_, k_, factors, piece, desk, cached, None)
+                new = desk.matmul("new", desk.multiply("k after", k_, decays.after).transpose(-1, -2), v_)
+                states, final[rows] = _scan("states", final[rows], new, decays.whole, desk)
+                out_ = desk.matmul("out", scores, v_)
+                _add_matmul(out_, desk.multiply("q before", q_, decays.before), states)
+                if normalize:
+                    out_, inverse_ = _divide(out_)
+                    _store(inverse, inverse_, piece)
+                _store(out, out_, piece)
     return out, inverse, starts, final
 
 
@@ -624,28 +606,28 @@ def _scores(
     k: Tensor,
     factors: Tensor | None,
     piece: _Piece,
-    scratch: _Scratch,
+    desk: _Desk,
     cached: dict[int, _Decays],
     grads: _HalvingGrads | None,
 ) -> tuple[Tensor, _Decays]:
     """Decayed scores inside the chunks (b, H, T, c, c), 0 above the diagonal, and the decays of q and k beyond them."""
     if factors is not None and _halves(factors):
-        loaded = _load_factors(factors, piece, q.shape[-2], scratch)
+        loaded = _load_factors(factors, piece, q.shape[-2], desk)
         if factors.shape[3] > 1:
-            return _halving(q, k, loaded, scratch, grads)
-        decays = _token_decays(loaded, scratch)
+            return _halving(q, k, loaded, desk, grads)
+        decays = _token_decays(loaded, desk)
     else:
-        decays = _constant_decays(factors, piece.size, scratch, cached)
+        decays = _constant_decays(factors, piece.size, desk, cached)
     assert decays.between is not None
-    return scratch.matmul("scores", q, k.transpose(-1, -2)).mul_(decays.between), decays
+    return desk.matmul("scores", q, k.transpose(-1, -2)).mul_(decays.between), decays
 
 
-def _load_factors(factors: Tensor, piece: _Piece, size: int, scratch: _Scratch) -> Tensor:
+def _load_factors(factors: Tensor, piece: _Piece, size: int, desk: _Desk) -> Tensor:
     """(b, H, T, size, D'); the same for every token where the decay does not vary."""
     _, H, _, D = factors.shape
     if not _varies(factors):
         factors = factors.expand(piece.last_row, H, piece.stop, D)
-    return scratch.load("factors", factors, piece, H, size=size, pad=1.0)
+    return desk.load("factors", factors, piece, H, size=size, pad=1.0)
 
 
 def _backward(
@@ -667,70 +649,71 @@ def _backward(
     grad_q, grad_k, grad_v = (large_empty(x.shape, x.dtype, x.device) for x in (q, k, v))
     grad_state = grad_final.clone()
     grad_factors = _like_factors(factors if of_decay else None, grad_final).zero_()
-    scratch, cached = _Scratch(q.device, grad_final.dtype), dict[int, _Decays]()
     channel = factors is not None and factors.shape[3] > 1
-    for group in _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu"):
-        for index, piece in reversed(list(enumerate(group))):
-            rows = slice(piece.first_row, piece.last_row)
-            size = _power_of_two(piece.size) if _halves(factors) else piece.size
-            q_, k_ = (scratch.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
-            v_ = scratch.load("v", v, piece, H, size=size, ones=normalize)
-            grad = scratch.load("grad", grad_out, piece, H, size=size, ones=normalize)
-            if scale != 1.0:
-                q_ *= scale
-            if normalize:
-                # out = numerator / total: d numerator = grad / total, d total = -(grad . out) / total
-                out_ = scratch.load("out", out, piece, H, size=size)
-                torch.linalg.vecdot(grad[..., :-1], out_, out=grad[..., -1]).neg_()
-                grad *= scratch.load("inverse", inverse, piece, H, size=size)
+    with scratch("linear", grad_final.dtype, q.device) as room:
+        desk, cached = _Desk(room), dict[int, _Decays]()
+        for group in _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu"):
+            for index, piece in reversed(list(enumerate(group))):
+                rows = slice(piece.first_row, piece.last_row)
+                size = _power_of_two(piece.size) if _halves(factors) else piece.size
+                q_, k_ = (desk.load(name, x, piece, H, size=size) for name, x in (("q", q), ("k", k)))
+                v_ = desk.load("v", v, piece, H, size=size, ones=normalize)
+                grad = desk.load("grad", grad_out, piece, H, size=size, ones=normalize)
+                if scale != 1.0:
+                    q_ *= scale
+                if normalize:
+                    # out = numerator / total: d numerator = grad / total, d total = -(grad . out) / total
+                    out_ = desk.load("out", out, piece, H, size=size)
+                    torch.linalg.vecdot(grad[..., :-1], out_, out=grad[..., -1]).neg_()
+                    grad *= desk.load("inverse", inverse, piece, H, size=size)
 
-            grad_scores = scratch.matmul("grad scores", grad, v_.transpose(-1, -2))
-            grad_q_, grad_k_ = scratch("grad q", *q_.shape), scratch("grad k", *k_.shape)
-            halving = _HalvingGrads(grad_scores, grad_q_, grad_k_, [])
-            scores, decays = _scores(q_, k_, factors, piece, scratch, cached, halving)
-            grad_v_ = scratch.matmul("grad v", scores.transpose(-1, -2), grad)
-            inside = None
-            if not channel:
-                assert decays.between is not None
-                if of_decay:
-                    inside = _occurrences(scores.mul_(grad_scores))
-                grad_scores.mul_(decays.between)
-                scratch.matmul("grad q", grad_scores, k_)
-                scratch.matmul("grad k", grad_scores.transpose(-1, -2), q_)
+                grad_scores = desk.matmul("grad scores", grad, v_.transpose(-1, -2))
+                grad_q_, grad_k_ = desk("grad q", *q_.shape), desk("grad k", *k_.shape)
+                halving = _HalvingGrads(grad_scores, grad_q_, grad_k_, [])
+                scores, decays = _scores(q_, k_, factors, piece, desk, cached, halving)
+                grad_v_ = desk.matmul("grad v", scores.transpose(-1, -2), grad)
+                inside = None
+                if not channel:
+                    assert decays.between is not None
+                    if of_decay:
+                        inside = _occurrences(scores.mul_(grad_scores))
+                    grad_scores.mul_(decays.between)
+                    desk.matmul("grad q", grad_scores, k_)
+                    desk.matmul("grad k", grad_scores.transpose(-1, -2), q_)
 
-            q_before = scratch.multiply("q before", q_, decays.before)
-            k_after = scratch.multiply("k after", k_, decays.after)
-            new = scratch.matmul("new", k_after.transpose(-1, -2), v_)
-            states, _ = _scan("states", starts[index, rows], new, decays.whole, scratch)
-            new = scratch.matmul("new", q_before.transpose(-1, -2), grad)
-            grad_states, grad_state[rows] = _scan(
-                "grad states", grad_state[rows], new, decays.whole, scratch, reverse=True
-            )
-            _add_matmul(grad_v_, k_after, grad_states)
-            grad_q_before = scratch.matmul("grad q before", grad, states.transpose(-1, -2))
-            grad_k_after = scratch.matmul("grad k after", v_, grad_states.transpose(-1, -2))
-            if decays.before is None or decays.after is None or decays.whole is None:
-                grad_q_ += grad_q_before
-                grad_k_ += grad_k_after
-            else:
-                grad_q_.addcmul_(grad_q_before, decays.before)
-                grad_k_.addcmul_(grad_k_after, decays.after)
-                if of_decay:
-                    before, after = grad_q_before.mul_(q_before), grad_k_after.mul_(k_after)
-                    whole = states.mul_(grad_states).mul_(decays.whole).sum(-1)
-                    if channel:
-                        before[..., -1, :] += whole
-                        logs = _halving_back(before, after, halving.levels)
-                    else:
-                        assert inside is not None
-                        ones = torch.ones(size, size, dtype=before.dtype, device=q.device)
-                        logs = inside + before.sum(-1) @ ones.tril() + after.sum(-1) @ ones.triu(1)
-                        logs = (logs + whole.sum(-1, keepdim=True)).unsqueeze(-1)
-                    _store_decay(grad_factors, logs, factors, piece, scratch)
-            if scale != 1.0:
-                grad_q_ *= scale
-            for target, value in ((grad_q, grad_q_), (grad_k, grad_k_), (grad_v, grad_v_)):
-                _store(target, value, piece)
+                q_before = desk.multiply("q before", q_, decays.before)
+                k_after = desk.multiply("k after", k_, decays.after)
+                new = desk.matmul("new", k_after.transpose(-1, -2), v_)
+                states, _ = _scan("states", starts[index, rows], new, decays.whole, desk)
+                new = desk.matmul("new", q_before.transpose(-1, -2), grad)
+                grad_states, grad_state[rows] = _scan(
+                    "grad states", grad_state[rows], new, decays.whole, desk, reverse=True
+                )
+                _add_matmul(grad_v_, k_after, grad_states)
+                grad_q_before = desk.matmul("grad q before", grad, states.transpose(-1, -2))
+                grad_k_after = desk.matmul("grad k after", v_, grad_states.transpose(-1, -2))
+                if decays.before is None or decays.after is None or decays.whole is None:
+                    grad_q_ += grad_q_before
+                    grad_k_ += grad_k_after
+                else:
+                    grad_q_.addcmul_(grad_q_before, decays.before)
+                    grad_k_.addcmul_(grad_k_after, decays.after)
+                    if of_decay:
+                        before, after = grad_q_before.mul_(q_before), grad_k_after.mul_(k_after)
+                        whole = states.mul_(grad_states).mul_(decays.whole).sum(-1)
+                        if channel:
+                            before[..., -1, :] += whole
+                            logs = _halving_back(before, after, halving.levels)
+                        else:
+                            assert inside is not None
+                            ones = torch.ones(size, size, dtype=before.dtype, device=q.device)
+                            logs = inside + before.sum(-1) @ ones.tril() + after.sum(-1) @ ones.triu(1)
+                            logs = (logs + whole.sum(-1, keepdim=True)).unsqueeze(-1)
+                        _store_decay(grad_factors, logs, factors, piece, desk)
+                if scale != 1.0:
+                    grad_q_ *= scale
+                for target, value in ((grad_q, grad_q_), (grad_k, grad_k_), (grad_v, grad_v_)):
+                    _store(target, value, piece)
     return grad_q, grad_k, grad_v, grad_state, grad_factors
 
 
@@ -744,10 +727,10 @@ def _occurrences(terms: Tensor) -> Tensor:
     return (terms @ ones.triu(1)).mul_(ones.tril()).sum(-2)
 
 
-def _store_decay(grad: Tensor, logs: Tensor, factors: Tensor | None, piece: _Piece, scratch: _Scratch) -> None:
+def _store_decay(grad: Tensor, logs: Tensor, factors: Tensor | None, piece: _Piece, desk: _Desk) -> None:
     """From the gradient of the logarithm to that of the factor, which is taken as 0 where the factor is 0."""
     assert factors is not None
-    part = _load_factors(factors, piece, logs.shape[-2], scratch)
+    part = _load_factors(factors, piece, logs.shape[-2], desk)
     value = torch.where(part > 0, logs / part, 0.0)[..., : piece.size, :]
     if not _varies(factors):
         grad += value.sum((0, 2, 3))[None, :, None]

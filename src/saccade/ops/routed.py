@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import native
-from saccade.ops.backends.blocksparse import KEPT_BYTES, _scratch
 from saccade.ops.backends.sdpa import in_rows, positive_scale
 from saccade.ops.heads import repeat_heads
 from saccade.ops.native.routes import attend_routes, by_block, route_gradients
+from saccade.ops.scratch import KEPT_BYTES, Scratch, scratch
 
 __all__ = ["BlockLayout", "block_layout", "routed_attend"]
 
@@ -112,32 +112,33 @@ def _routed(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: f
             rows.new_full((B * H, N), float("-inf"), dtype=wide),
         )
 
-    for first, last in _ranges(chosen, D, q.dtype.itemsize):
-        routes = _route(chosen[:, :, first:last], k.shape[1], k.shape[2] // size, first, N)
-        part_out = rows.new_empty(routes.slots + 1, D)
-        part_lse = lse.new_empty(routes.slots + 1)
-        # the slot past the end is what "no block" reads
-        part_out[-1], part_lse[-1] = 0.0, float("-inf")
-        for tiles, slots in routes.pieces(size, D, q.dtype.itemsize):
-            blocks, picked = routes.blocks[tiles], routes.rows[slots]
-            q_tiles, k_tiles, v_tiles = _gather((rows, picked), (k_blocks, blocks), (v_blocks, blocks))
-            q_tiles = q_tiles.view(-1, routes.tile, D)
-            tile_out, tile_lse = _tiles_forward(q_tiles, k_tiles, v_tiles, scale, causal=False)
-            part_out[slots] = tile_out.view(-1, D)
-            part_lse[slots] = tile_lse.view(-1)
+    with scratch("routed", q.dtype, q.device) as room:
+        for first, last in _ranges(chosen, D, q.dtype.itemsize):
+            routes = _route(chosen[:, :, first:last], k.shape[1], k.shape[2] // size, first, N)
+            part_out = rows.new_empty(routes.slots + 1, D)
+            part_lse = lse.new_empty(routes.slots + 1)
+            # the slot past the end is what "no block" reads
+            part_out[-1], part_lse[-1] = 0.0, float("-inf")
+            for tiles, slots in routes.pieces(size, D, q.dtype.itemsize):
+                blocks, picked = routes.blocks[tiles], routes.rows[slots]
+                q_tiles, k_tiles, v_tiles = _gather(room, (rows, picked), (k_blocks, blocks), (v_blocks, blocks))
+                q_tiles = q_tiles.view(-1, routes.tile, D)
+                tile_out, tile_lse = _tiles_forward(q_tiles, k_tiles, v_tiles, scale, causal=False)
+                part_out[slots] = tile_out.view(-1, D)
+                part_lse[slots] = tile_lse.view(-1)
 
-        lse_here = lse[:, first:last]
-        merged, weights = _merge_weights(lse_here, part_lse[routes.slot_of])
-        lse_here.copy_(merged)
-        step = max(1, _MERGED // (B * H * D * q.dtype.itemsize))
-        for low in range(0, last - first, step):
-            here = slice(low, min(low + step, last - first))
-            out_here = out[:, first + here.start : first + here.stop]
-            out_here *= weights[:, here, :1]
-            for choice in range(chosen.shape[3]):
-                slots_here = routes.slot_of[:, here, choice].flatten()
-                (part,) = _gather((part_out, slots_here))
-                out_here.addcmul_(part.view(out_here.shape).to(wide), weights[:, here, choice + 1, None])
+            lse_here = lse[:, first:last]
+            merged, weights = _merge_weights(lse_here, part_lse[routes.slot_of])
+            lse_here.copy_(merged)
+            step = max(1, _MERGED // (B * H * D * q.dtype.itemsize))
+            for low in range(0, last - first, step):
+                here = slice(low, min(low + step, last - first))
+                out_here = out[:, first + here.start : first + here.stop]
+                out_here *= weights[:, here, :1]
+                for choice in range(chosen.shape[3]):
+                    slots_here = routes.slot_of[:, here, choice].flatten()
+                    (part,) = _gather(room, (part_out, slots_here))
+                    out_here.addcmul_(part.view(out_here.shape).to(wide), weights[:, here, choice + 1, None])
     return out.view(B, H, N, D).to(q.dtype), lse.view(B, H, N)
 
 
@@ -357,9 +358,9 @@ def _merge_weights(lse: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
     return merged, weights
 
 
-def _gather(*sources: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Chosen rows of some tensors, side by side in working memory that is warm already; until the next call."""
-    flat, _ = _scratch(sources[0][0], sum(index.shape[0] * x[0].numel() for x, index in sources))
+def _gather(room: Scratch, *sources: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Chosen rows of some tensors, side by side in working memory; until the next call."""
+    flat = room("gathered", sum(index.shape[0] * x[0].numel() for x, index in sources))
     gathered, start = [], 0
     for x, index in sources:
         area = flat[start : start + index.shape[0] * x[0].numel()].view(-1, *x.shape[1:])

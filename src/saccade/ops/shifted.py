@@ -21,7 +21,6 @@ c windows of a piece, T tokens of a window, R = G T rows of a window.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,13 +32,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from saccade.ops.scratch import Scratch, scratch
+
 __all__ = ["packed_window_attend", "relative_bias", "window_attend"]
 
 #: bytes of scores per thread and piece: larger ones leave the cache, smaller ones pay for more calls
 _PIECE_BYTES = 2**20
-
-#: bytes of a buffer that is kept from call to call
-_KEPT_BYTES = 16 * 2**20
 
 _LOG2_E = 1.4426950408889634
 
@@ -272,37 +270,16 @@ def _working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class _Scratch:
-    """Buffers that are used again from piece to piece, and from call to call where they are small."""
+def _loaded(room: Scratch, name: str, x: Tensor, *shape: int) -> Tensor:
+    """`x` in one block of memory, itself where it is."""
+    if x.dtype == room.dtype and x.is_contiguous():
+        return x.view(shape)
+    return room(name, *x.shape).copy_(x).view(shape)
 
-    _kept = threading.local()
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
-        if device.type == "cpu":
-            self.buffers = self._kept.__dict__.setdefault("buffers", {})
-
-    def take(self, name: str, dtype: torch.dtype, *shape: int) -> Tensor:
-        need = prod(shape)
-        buffer = self.buffers.get((name, dtype))
-        if buffer is None or buffer.numel() < need:
-            with torch.inference_mode(False):  # it may be used again outside
-                buffer = torch.empty(need, dtype=dtype, device=self.device)
-            if buffer.nbytes <= _KEPT_BYTES:
-                self.buffers[name, dtype] = buffer
-        return buffer[:need].view(shape)
-
-    def load(self, name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-        """`x` in one block of memory, itself where it is."""
-        if x.dtype == dtype and x.is_contiguous():
-            return x.view(shape)
-        buffer = self.take(name, dtype, *x.shape)
-        return buffer.copy_(x).view(shape)
-
-    def target(self, name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-        """Where to write what belongs to `x`: `x` itself where it is one block."""
-        return x.view(shape) if x.dtype == dtype and x.is_contiguous() else self.take(name, dtype, *shape)
+def _target(room: Scratch, name: str, x: Tensor, *shape: int) -> Tensor:
+    """Where to write what belongs to `x`: `x` itself where it is one block."""
+    return x.view(shape) if x.dtype == room.dtype and x.is_contiguous() else room(name, *shape)
 
 
 def _store(x: Tensor, written: Tensor) -> None:
@@ -311,7 +288,7 @@ def _store(x: Tensor, written: Tensor) -> None:
 
 
 class _Call:
-    """What all pieces of a call share: the addends of the scores, in powers of two, and the buffers."""
+    """What all pieces of a call share: the addends of the scores, in powers of two, and how large a piece may be."""
 
     def __init__(
         self, q: Tensor, bias: Tensor | None, mask: Tensor | None, spec: list[int], scale: float, memory: float
@@ -321,7 +298,6 @@ class _Call:
         self.bias, self.mask = (None if x is None else x.to(dtype) * _LOG2_E for x in (bias, mask))
         cache = _PIECE_BYTES * torch.get_num_threads() if q.device.type == "cpu" else memory
         self.limit = int(min(cache, memory))
-        self.scratch = _Scratch(q.device)
 
     def cuts(self, boxes: _Boxes, B: int, K: int, G: int) -> Iterator[tuple[slice, ...]]:
         """Slices of batch, windows per axis, and key heads, whose scores fit into the limit."""
@@ -393,37 +369,38 @@ def _forward(
     out = _empty_out(v, H)
     lse = torch.empty(B, H, N, dtype=dtype, device=q.device)
     call = _Call(q, bias, mask, spec, scale, memory_mb * 2**20 / 3)
-    scratch, safe = call.scratch, q.device.type == "cpu"  # elsewhere a look at the sums would wait for the device
-    for boxes in call.kinds:
-        T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
-        q_boxes, k_boxes, v_boxes, out_boxes, lse_boxes = (boxes.view(x) for x in (q, k, v, out, lse[..., None]))
-        for cut in call.cuts(boxes, B, K, G):
-            n = prod(s.stop - s.start for s in cut)  # windows and key heads of the piece
-            k_piece = scratch.load("k", _part(k_boxes, cut), dtype, n, T, D)
-            q_piece = scratch.load("q", _part(q_boxes, cut, G), dtype, n, G * T, D)
-            v_piece = scratch.load("v", _part(v_boxes, cut), dtype, n, T, E)
-            scores = scratch.take("scores", dtype, n, G * T, T)
-            call.score(scores, q_piece, k_piece, bias_KGTT, cut)
-            top = None
-            if safe:
-                weights = scores.exp2_()
-                sums = weights.sum(-1, keepdim=True)
-                smallest, largest = sums.aminmax()
-                safe = _SAFE_SUMS[0] < smallest.item() and largest.item() < _SAFE_SUMS[1]
+    safe = q.device.type == "cpu"  # elsewhere a look at the sums would wait for the device
+    with scratch("shifted", dtype, q.device) as room:
+        for boxes in call.kinds:
+            T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
+            q_boxes, k_boxes, v_boxes, out_boxes, lse_boxes = (boxes.view(x) for x in (q, k, v, out, lse[..., None]))
+            for cut in call.cuts(boxes, B, K, G):
+                n = prod(s.stop - s.start for s in cut)  # windows and key heads of the piece
+                k_piece = _loaded(room, "k", _part(k_boxes, cut), n, T, D)
+                q_piece = _loaded(room, "q", _part(q_boxes, cut, G), n, G * T, D)
+                v_piece = _loaded(room, "v", _part(v_boxes, cut), n, T, E)
+                scores = room("scores", n, G * T, T)
+                call.score(scores, q_piece, k_piece, bias_KGTT, cut)
+                top = None
+                if safe:
+                    weights = scores.exp2_()
+                    sums = weights.sum(-1, keepdim=True)
+                    smallest, largest = sums.aminmax()
+                    safe = _SAFE_SUMS[0] < smallest.item() and largest.item() < _SAFE_SUMS[1]
+                    if not safe:
+                        call.score(scores, q_piece, k_piece, bias_KGTT, cut)
                 if not safe:
-                    call.score(scores, q_piece, k_piece, bias_KGTT, cut)
-            if not safe:
-                top = scores.amax(-1, keepdim=True)
-                top.masked_fill_(top == float("-inf"), 0.0)
-                weights = scores.sub_(top).exp2_()
-                sums = weights.sum(-1, keepdim=True)
-            lse_view, out_view = _part(lse_boxes, cut, G), _part(out_boxes, cut, G)
-            logs = sums.log2() if top is None else sums.log2().add_(top)
-            torch.mul(logs.view(lse_view.shape), 1 / _LOG2_E, out=lse_view)
-            if top is not None:
-                sums.masked_fill_(sums == 0, 1.0)
-            weighted = torch.bmm(weights, v_piece, out=scratch.take("out", dtype, n, G * T, E))
-            torch.mul(weighted.view(out_view.shape), sums.reciprocal_().view(lse_view.shape), out=out_view)
+                    top = scores.amax(-1, keepdim=True)
+                    top.masked_fill_(top == float("-inf"), 0.0)
+                    weights = scores.sub_(top).exp2_()
+                    sums = weights.sum(-1, keepdim=True)
+                lse_view, out_view = _part(lse_boxes, cut, G), _part(out_boxes, cut, G)
+                logs = sums.log2() if top is None else sums.log2().add_(top)
+                torch.mul(logs.view(lse_view.shape), 1 / _LOG2_E, out=lse_view)
+                if top is not None:
+                    sums.masked_fill_(sums == 0, 1.0)
+                weighted = torch.bmm(weights, v_piece, out=room("out", n, G * T, E))
+                torch.mul(weighted.view(out_view.shape), sums.reciprocal_().view(lse_view.shape), out=out_view)
     return out, lse
 
 
@@ -462,46 +439,48 @@ def _backward(
     grad_bias = torch.zeros((0,) if bias is None else bias.shape, dtype=dtype, device=q.device)
     shift = lse.masked_fill(lse == float("-inf"), 0.0).mul_(_LOG2_E)[..., None]
     call = _Call(q, bias, mask, spec, scale, memory_mb * 2**20 / 6)
-    scratch = call.scratch
-    for boxes in call.kinds:
-        T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
-        q_boxes, go_boxes, out_boxes, shift_boxes, gq_boxes = (boxes.view(x) for x in (q, grad_out, out, shift, grad_q))
-        k_boxes, v_boxes, gk_boxes, gv_boxes = (boxes.view(x) for x in (k, v, grad_k, grad_v))
-        grad_lse_boxes = None if grad_lse is None else boxes.view(grad_lse[..., None])
-        for cut in call.cuts(boxes, B, K, G):
-            heads, n = cut[-1].stop - cut[-1].start, prod(s.stop - s.start for s in cut)
-            k_view, q_view, go_view = _part(k_boxes, cut), _part(q_boxes, cut, G), _part(go_boxes, cut, G)
-            k_piece = scratch.load("k", k_view, dtype, n, T, D)
-            q_piece = scratch.load("q", q_view, dtype, n, G * T, D)
-            v_piece = scratch.load("v", _part(v_boxes, cut), dtype, n, T, E)
-            go = scratch.load("grad_out", go_view, dtype, n, G * T, E)
+    with scratch("shifted", dtype, q.device) as room:
+        for boxes in call.kinds:
+            T, bias_KGTT = boxes.tokens, call.bias_of(boxes, G)
+            q_boxes, go_boxes, out_boxes, shift_boxes, gq_boxes = (
+                boxes.view(x) for x in (q, grad_out, out, shift, grad_q)
+            )
+            k_boxes, v_boxes, gk_boxes, gv_boxes = (boxes.view(x) for x in (k, v, grad_k, grad_v))
+            grad_lse_boxes = None if grad_lse is None else boxes.view(grad_lse[..., None])
+            for cut in call.cuts(boxes, B, K, G):
+                heads, n = cut[-1].stop - cut[-1].start, prod(s.stop - s.start for s in cut)
+                k_view, q_view, go_view = _part(k_boxes, cut), _part(q_boxes, cut, G), _part(go_boxes, cut, G)
+                k_piece = _loaded(room, "k", k_view, n, T, D)
+                q_piece = _loaded(room, "q", q_view, n, G * T, D)
+                v_piece = _loaded(room, "v", _part(v_boxes, cut), n, T, E)
+                go = _loaded(room, "grad_out", go_view, n, G * T, E)
 
-            scores = scratch.take("scores", dtype, n, G * T, T)
-            minus = _part(shift_boxes, cut, G).reshape(-1, heads, G, T, 1)
-            call.score(scores, q_piece, k_piece, bias_KGTT, cut, minus)
-            weights = scores.exp2_()
+                scores = room("scores", n, G * T, T)
+                minus = _part(shift_boxes, cut, G).reshape(-1, heads, G, T, 1)
+                call.score(scores, q_piece, k_piece, bias_KGTT, cut, minus)
+                weights = scores.exp2_()
 
-            gv_view = _part(gv_boxes, cut)
-            gv = scratch.target("grad_k", gv_view, dtype, n, T, E)
-            _store(gv_view, torch.bmm(weights.mT, go, out=gv))
+                gv_view = _part(gv_boxes, cut)
+                gv = _target(room, "grad_k", gv_view, n, T, E)
+                _store(gv_view, torch.bmm(weights.mT, go, out=gv))
 
-            both = scratch.take("product", dtype, *go_view.shape)
-            delta = torch.mul(go.view(go_view.shape), _part(out_boxes, cut, G), out=both).sum(-1).neg_()
-            if grad_lse_boxes is not None:
-                delta += _part(grad_lse_boxes, cut, G)[..., 0]
-            grad_scores = scratch.take("grad_scores", dtype, n, G * T, T)
-            grad_scores.copy_(delta.view(n, G * T, 1))
-            grad_scores.baddbmm_(go, v_piece.mT).mul_(weights)
+                both = room("product", *go_view.shape)
+                delta = torch.mul(go.view(go_view.shape), _part(out_boxes, cut, G), out=both).sum(-1).neg_()
+                if grad_lse_boxes is not None:
+                    delta += _part(grad_lse_boxes, cut, G)[..., 0]
+                grad_scores = room("grad_scores", n, G * T, T)
+                grad_scores.copy_(delta.view(n, G * T, 1))
+                grad_scores.baddbmm_(go, v_piece.mT).mul_(weights)
 
-            gq_view, gk_view = _part(gq_boxes, cut, G), _part(gk_boxes, cut)
-            gq = scratch.target("grad_q", gq_view, dtype, n, G * T, D)
-            _store(gq_view, torch.baddbmm(gq, grad_scores, k_piece, beta=0, alpha=scale, out=gq))
-            gk = scratch.target("grad_k", gk_view, dtype, n, T, D)
-            _store(gk_view, torch.baddbmm(gk, grad_scores.mT, q_piece, beta=0, alpha=scale, out=gk))
-            if bias is not None:
-                total = grad_scores.view(-1, heads * G * T * T).sum(0)
-                part = boxes.pairs(grad_bias)[cut[-1].start * G : cut[-1].stop * G]
-                part += total.view(part.shape)
+                gq_view, gk_view = _part(gq_boxes, cut, G), _part(gk_boxes, cut)
+                gq = _target(room, "grad_q", gq_view, n, G * T, D)
+                _store(gq_view, torch.baddbmm(gq, grad_scores, k_piece, beta=0, alpha=scale, out=gq))
+                gk = _target(room, "grad_k", gk_view, n, T, D)
+                _store(gk_view, torch.baddbmm(gk, grad_scores.mT, q_piece, beta=0, alpha=scale, out=gk))
+                if bias is not None:
+                    total = grad_scores.view(-1, heads * G * T * T).sum(0)
+                    part = boxes.pairs(grad_bias)[cut[-1].start * G : cut[-1].stop * G]
+                    part += total.view(part.shape)
     return [*grads, grad_bias if bias is None else grad_bias.to(bias.dtype)]
 
 

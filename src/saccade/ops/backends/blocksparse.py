@@ -25,7 +25,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, log, prod
-from threading import local
 from types import SimpleNamespace
 from typing import Any, Literal, overload
 
@@ -41,6 +40,7 @@ from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
 from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
+from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["blocksparse_attend"]
 
@@ -56,10 +56,6 @@ GROUP_BYTES = 2**24
 
 #: largest |score| / log 2 at which exp2(score) needs no maximum taken off, in float32 as in float64
 SAFE_EXPONENT = 60.0
-
-#: bytes of working memory that a thread keeps from call to call, and shapes of pieces that it remembers
-KEPT_BYTES = 2**24
-KEPT_SHAPES = 4096
 
 
 def refusal(problem: Problem) -> str | None:
@@ -303,32 +299,10 @@ def _from_blocks(x: Tensor, like_BHND: Sequence[int]) -> Tensor:
     return x.view(B, H, -1, D)[:, :, :N] if x.numel() else x.new_zeros(like_BHND)
 
 
-class _Kept(local):
-    """What a thread keeps from call to call: its working memory, warm and mapped, and how it has been cut."""
-
-    memory: Tensor | None = None
-    cuts: dict[Any, SimpleNamespace] = {}
-
-
-_kept = _Kept()
-
-
-def _scratch(like: Tensor, elements: int) -> tuple[Tensor, dict[Any, SimpleNamespace]]:
-    """Flat working memory, and the cuts that were made of it."""
-    if like.device.type != "cpu" or elements * like.dtype.itemsize > KEPT_BYTES:
-        return like.new_empty(elements), {}
-    if _kept.memory is None or _kept.memory.dtype != like.dtype or _kept.memory.numel() < elements:
-        with torch.inference_mode(False):
-            _kept.memory, _kept.cuts = torch.empty(elements, dtype=like.dtype), {}
-    elif len(_kept.cuts) > KEPT_SHAPES:
-        _kept.cuts = {}
-    return _kept.memory, _kept.cuts
-
-
 class _Desk:
-    """Working memory of one thread for one work list, cut to the shape of the piece on it."""
+    """Working memory for one work list, cut to the shape of the piece on it."""
 
-    def __init__(self, like: Tensor, s: BlockStructure, D: int, E: int, pieces: list[Piece], backward: bool) -> None:
+    def __init__(self, room: Scratch, s: BlockStructure, D: int, E: int, pieces: list[Piece], backward: bool) -> None:
         self.s, self.D, self.E, self.backward = s, D, E, backward
         self._kind = (s.block_q, s.block_k, D, E, backward)
         rows = max((piece.rows for piece in pieces), default=0) * s.block_q
@@ -336,7 +310,7 @@ class _Desk:
         tiles, gathered = (2, D + E) if backward else (1, max(D, E))
         # eight areas at most, each begun on a multiple of 16 elements
         size = rows * 2 * (D + E) + pairs * (tiles * s.block_q + gathered) + 8 * 16
-        self._flat, self._cuts = _scratch(like, size)
+        self._flat, self._cuts = room("all", size), room.bound
 
     def __call__(self, piece: Piece) -> SimpleNamespace:
         key = (piece.rows, piece.width, self._kind)
@@ -401,9 +375,9 @@ class _BlockSparse(torch.autograd.Function):
         grad_q_R, grad_k_R, grad_v_R = torch.zeros_like(q_R), torch.zeros_like(k_R), torch.zeros_like(v_R)
         grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
 
-        with torch.autocast(q.device.type, enabled=False):
+        with torch.autocast(q.device.type, enabled=False), scratch("blocksparse", q.dtype, q.device) as room:
             for work in job.work_lists():
-                desk = _Desk(q, s, D, E, work.pieces, backward=True)
+                desk = _Desk(room, s, D, E, work.pieces, backward=True)
                 for piece, rows, pairs in work.pieces_with_blocks():
                     d = desk(piece)
                     _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)
@@ -447,9 +421,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job, wa
     lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
     bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
     tiny = torch.finfo(q.dtype).tiny
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), scratch("blocksparse", q.dtype, q.device) as room:
         for work in job.work_lists():
-            desk = _Desk(q, s, D, E, work.pieces, backward=False)
+            desk = _Desk(room, s, D, E, work.pieces, backward=False)
             for piece, rows, pairs in work.pieces_with_blocks():
                 d = desk(piece)
                 _scores(q_R, k_R, bias, job, work, piece, rows, pairs, d)

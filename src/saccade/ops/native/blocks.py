@@ -16,7 +16,7 @@ from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure
 from saccade.ops.masks import EMPTY, PARTIAL, Mask
 from saccade.ops.memory import large_empty
-from saccade.ops.native.tasks import TASK_ROWS, WIDTH, Gradients, Keys, Tasks, attend_tasks
+from saccade.ops.native.tasks import TASK_ROWS, WIDTH, Gradients, Tasks, attend_tasks, prepared
 
 __all__ = ["attend_blocks", "attend_ranges", "band_ranges", "block_gradients", "range_gradients"]
 
@@ -34,11 +34,11 @@ def attend_blocks(
     rows = None if bias_BHnm is not None else _by_row(s)
     if rows is not None:
         return attend_ranges(q_BHND, k_BKMD, v_BKME, *rows, scale)
-    keys = Keys(k_BKMD, v_BKME, s.block_k)
-    out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
-    lse = q_BHND.new_empty(s.B, s.H, s.N)
-    for first, last in _ranges(s):
-        attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse)
+    with prepared(k_BKMD, v_BKME, s.block_k) as keys:
+        out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
+        lse = q_BHND.new_empty(s.B, s.H, s.N)
+        for first, last in _ranges(s):
+            attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse)
     return out[..., : v_BKME.shape[3]], lse
 
 
@@ -197,10 +197,11 @@ def attend_ranges(
     Both grow, or stay, from query to query; last < first is none. Of these keys those are attended that `seen` says: a
     bool tensor that broadcasts to (B, H, N, M), or None for all.
     """
-    keys = Keys(k_BKMD, v_BKME, k_BKMD.shape[2])
-    out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
-    lse = q_BHND.new_empty(q_BHND.shape[:3])
-    attend_tasks(q_BHND, keys, _range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM), scale, out, lse)
+    tasks = _range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM)
+    with prepared(k_BKMD, v_BKME, k_BKMD.shape[2]) as keys:
+        out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
+        lse = q_BHND.new_empty(q_BHND.shape[:3])
+        attend_tasks(q_BHND, keys, tasks, scale, out, lse)
     return out[..., : v_BKME.shape[3]], lse
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.memory import large_empty
-from saccade.ops.native.tasks import TASK_ROWS, Gradients, Keys, Tasks, attend_tasks, merge_shares
+from saccade.ops.native.tasks import TASK_ROWS, Gradients, Tasks, attend_tasks, merge_shares, prepared
 
 __all__ = ["attend_routes", "by_block", "route_gradients"]
 
@@ -29,30 +29,30 @@ def attend_routes(
     """Output (B, H, N, E) and LSE (B, H, N), float32: `routed_attend` without its checks."""
     B, H, N, _ = q_BHND.shape
     K, M, E = k_BKMD.shape[1], k_BKMD.shape[2], v_BKME.shape[3]
-    keys = Keys(k_BKMD, v_BKME, size)
-    width = keys.values.shape[3]
-    out = large_empty((B * H, N, width), q_BHND.dtype, q_BHND.device)
-    lse = q_BHND.new_empty(B * H, N)
-    if own:
-        attend_tasks(q_BHND, keys, _own_tasks(B, H, K, N, M, size), scale, out, lse)
-    else:
-        out.zero_()
-        lse.fill_(float("-inf"))
-    shares = chosen_BHNj.shape[3]
-    step = max(1, WAITING // (B * H * max(1, shares) * width * 4))
-    for first in range(0, N if shares else 0, step):
-        chosen = chosen_BHNj[:, :, first : first + step]
-        queries = chosen.shape[2]
-        parts = large_empty((B * H * queries, shares, width), q_BHND.dtype, q_BHND.device)
-        parts_lse = q_BHND.new_full((B * H * queries, shares), float("-inf"))
-        tasks = _tasks(chosen, K, M, size, first, N)
-        attend_tasks(q_BHND, keys, tasks, scale, parts, parts_lse)
-        if queries == N:
-            merge_shares(out.view(-1, width), lse.view(-1), parts, parts_lse)
+    with prepared(k_BKMD, v_BKME, size) as keys:
+        width = keys.values.shape[3]
+        out = large_empty((B * H, N, width), q_BHND.dtype, q_BHND.device)
+        lse = q_BHND.new_empty(B * H, N)
+        if own:
+            attend_tasks(q_BHND, keys, _own_tasks(B, H, K, N, M, size), scale, out, lse)
         else:
-            out_here, lse_here = (x[:, first : first + step].contiguous() for x in (out, lse))
-            merge_shares(out_here.view(-1, width), lse_here.view(-1), parts, parts_lse)
-            out[:, first : first + step], lse[:, first : first + step] = out_here, lse_here
+            out.zero_()
+            lse.fill_(float("-inf"))
+        shares = chosen_BHNj.shape[3]
+        step = max(1, WAITING // (B * H * max(1, shares) * width * 4))
+        for first in range(0, N if shares else 0, step):
+            chosen = chosen_BHNj[:, :, first : first + step]
+            queries = chosen.shape[2]
+            parts = large_empty((B * H * queries, shares, width), q_BHND.dtype, q_BHND.device)
+            parts_lse = q_BHND.new_full((B * H * queries, shares), float("-inf"))
+            tasks = _tasks(chosen, K, M, size, first, N)
+            attend_tasks(q_BHND, keys, tasks, scale, parts, parts_lse)
+            if queries == N:
+                merge_shares(out.view(-1, width), lse.view(-1), parts, parts_lse)
+            else:
+                out_here, lse_here = (x[:, first : first + step].contiguous() for x in (out, lse))
+                merge_shares(out_here.view(-1, width), lse_here.view(-1), parts, parts_lse)
+                out[:, first : first + step], lse[:, first : first + step] = out_here, lse_here
     return out.view(B, H, N, width)[..., :E], lse.view(B, H, N)
 
 

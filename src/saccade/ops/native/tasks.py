@@ -6,9 +6,11 @@ T tasks, R rows of all tasks, L runs of keys of all tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from math import ceil, log
-from threading import local
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,12 @@ from torch import Tensor
 
 from saccade.ops.memory import large_empty
 from saccade.ops.native.build import address, library
+from saccade.ops.scratch import scratch
 
-__all__ = ["TASK_ROWS", "WIDTH", "Gradients", "Keys", "Tasks", "attend_tasks", "merge_shares"]
+__all__ = ["TASK_ROWS", "WIDTH", "Gradients", "Keys", "Tasks", "attend_tasks", "merge_shares", "prepared"]
 
 #: rows of a task, at most: their queries and outputs stay in the second cache
 TASK_ROWS = 128
-
-#: bytes of working memory that a thread keeps
-KEPT_BYTES = 2**25
 
 #: values are made a multiple of this wide: the lanes of the widest vectors
 WIDTH = 16
@@ -77,39 +77,27 @@ class Tasks:
         self.masks, self.mask_step = masks, mask_step
 
 
-class _Kept(local):
-    """Memory that a thread keeps from call to call: fresh pages cost more than what is written to them."""
+class Keys(NamedTuple):
+    """Keys and values as the C code wants them: keys in panels of a block each, values as wide as vectors are."""
 
-    panels: Tensor | None = None
+    panels: Tensor
+    values: Tensor
+    M: int
+    D: int
+    block: int
 
 
-_kept = _Kept()
+@contextmanager
+def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
+    """Keys and values for `attend_tasks`, as long as the `with` lasts: the panels are working memory."""
+    with scratch("panels", torch.float32, k_BKMD.device) as room:
+        panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys"))
+        values = F.pad(v_BKME.detach(), (0, -v_BKME.shape[3] % WIDTH)).contiguous()
+        yield Keys(panels, values, *k_BKMD.shape[2:], block)
 
 
 def _fresh(floats: int) -> Tensor:
     return large_empty((floats,), torch.float32, torch.device("cpu"))
-
-
-def _scratch(floats: int) -> Tensor:
-    """Memory for `floats` floats, until this thread's next call."""
-    if floats * 4 > KEPT_BYTES:
-        return _fresh(floats)
-    if _kept.panels is None or _kept.panels.numel() < floats:
-        with torch.inference_mode(False):
-            _kept.panels = _fresh(floats)
-    return _kept.panels
-
-
-class Keys:
-    """Keys and values (B, K, M, ·) as the C code wants them: keys in panels, values as wide as vectors are.
-
-    The panels are the thread's working memory: they hold until the next `Keys`.
-    """
-
-    def __init__(self, k: Tensor, v: Tensor, block: int) -> None:
-        self.M, self.D, self.block = k.shape[2], k.shape[3], block
-        self.panels = _panels(k.detach().contiguous(), block, _scratch)
-        self.values = F.pad(v.detach(), (0, -v.shape[3] % WIDTH)).contiguous()
 
 
 def _panels(x_BKMD: Tensor, block: int, room: Callable[[int], Tensor]) -> Tensor:
