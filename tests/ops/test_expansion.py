@@ -8,11 +8,11 @@ from saccade.ops.expansion import (
     Expansion,
     Outer,
     Polynomial,
-    _Buffers,
     expanded_attend,
     expanded_attend_reference,
     in_segments,
 )
+from saccade.ops.scratch import Scratch
 
 EXPANSIONS = [Polynomial(), Polynomial(0.3, -1.5, 0.7), Polynomial(1.0, 0.5, 0.0), Outer(2)]
 
@@ -27,7 +27,7 @@ def inputs(B: int, H: int, N: int, M: int, D: int, E: int, dtype: torch.dtype = 
 @pytest.mark.parametrize("channels", [3, 4, 5, 8])
 def test_scores_are_products_of_features(expansion: Expansion, channels: int) -> None:
     q, k = torch.randn(2, 2, 7, channels, dtype=torch.float64)
-    a, b = (expansion.features(x, query, _Buffers(x)) for x, query in ((q, True), (k, False)))
+    a, b = (expansion.features(x, query, Scratch(x.dtype, x.device)) for x, query in ((q, True), (k, False)))
     assert a.shape == b.shape == (2, 7, expansion.width(channels))
     torch.testing.assert_close(a @ b.mT, expansion.scores(q, k), atol=1e-12, rtol=0)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saccade.ops import shifted
+from saccade.ops import scratch, shifted
 
 
 def inputs(
@@ -194,8 +194,8 @@ def test_nothing_of_pairs_is_kept_for_the_backward_pass() -> None:
     assert sum(x.nbytes for x in kept) <= 4 * q.nbytes + q.nbytes // 4 + 2 * 64 * 64 * 4 < 2 * 512 * 64 * 4
 
 
-def test_buffers_of_inference_mode_serve_training() -> None:
-    shifted._Scratch._kept.__dict__.clear()
+def test_buffers_of_inference_mode_serve_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_free", scratch._Free())
     q, k, v = (x.detach().float() for x in inputs(12))
     with torch.inference_mode():
         want = shifted.window_attend(q, k, v, 12, 4)

@@ -274,7 +274,6 @@ def test_what_is_kept_between_calls_serves_other_modes_threads_and_inputs() -> N
         q, k, v = second if i % 2 else first
         torch.testing.assert_close(result, attend(q, k, v, mask=mask, backend="reference").detach())
     torch.autograd.grad(out.sum(), first)
-    assert len(windows._kept.scratches) <= windows._KEPT
 
 
 def test_lse_is_none_unless_asked_for() -> None:

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from math import ceil, prod
-from threading import local
 from typing import Any
 
 import torch
@@ -43,6 +42,7 @@ from saccade.ops.masks import Band, Mask, Neighborhood
 from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
 from saccade.ops.native.grid import attend_grid
 from saccade.ops.planning import Problem
+from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["density", "extra_bytes", "regular", "run", "share"]
 
@@ -54,9 +54,6 @@ _STRIP_BYTES = 4 * 2**20
 
 #: bytes of biases that a layout keeps from call to call
 _BIAS_BYTES = 8 * 2**20
-
-#: scratch memories that a thread keeps from call to call, and their bytes at most
-_KEPT, _KEPT_BYTES = 4, 2**24
 
 #: tiles, in positions per axis, among which the fastest is chosen
 _FLAT_TILES = (16, 32, 64, 128, 256)
@@ -436,46 +433,6 @@ def _piece_bytes(memory_mb: float) -> int:
     return int(min(_PIECE_BYTES * torch.get_num_threads(), memory_mb * 2**20 / 3))
 
 
-class _Scratch:
-    """Buffers that are used again from piece to piece, and the calls that are bound to them, from call to call."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.like = like
-        self.buffers: dict[str, Tensor] = {}
-        self.bound: dict[Any, Any] = {}
-
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        need = prod(shape)
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < need:
-            self.buffers[name] = buffer = self.like.new_empty(need)
-        return buffer[:need].view(shape)
-
-
-class _Kept(local):
-    """What a thread keeps of its last calls on a CPU: fresh memory costs more than what is done with it."""
-
-    def __init__(self) -> None:
-        self.scratches: dict[Any, _Scratch] = {}
-
-    def scratch(self, key: Any, like: Tensor) -> _Scratch:
-        if like.device.type != "cpu":
-            return _Scratch(like)
-        found = self.scratches.pop(key, None) or _Scratch(like.new_empty(0))
-        self.scratches[key] = found
-        if len(self.scratches) > _KEPT:
-            del self.scratches[next(iter(self.scratches))]
-        return found
-
-    def trim(self, key: Any) -> None:
-        found = self.scratches.get(key)
-        if found is not None and sum(buffer.nbytes for buffer in found.buffers.values()) > _KEPT_BYTES:
-            del self.scratches[key]
-
-
-_kept = _Kept()
-
-
 class _Field:
     """A tensor (C, G, N, X) as residue classes of a grid: strides from class to class, and along a class's axes."""
 
@@ -539,24 +496,24 @@ class _Portion:
             offset + one.key * s1 + (two.key + a) * s2 + (three.key + b) * s3,
         )
 
-    def _as_it_is(self, x: _Field, scratch: _Scratch) -> bool:
+    def _as_it_is(self, x: _Field, room: Scratch) -> bool:
         """Whether tiles have the order of the tokens, so that they need no copy."""
-        return self.part.straight and x.x.dtype == scratch.like.dtype and x.last == 1
+        return self.part.straight and x.x.dtype == room.dtype and x.last == 1
 
-    def rows(self, x: _Field, name: str, scratch: _Scratch, load: list[Any], store: list[Any]) -> Tensor:
+    def rows(self, x: _Field, name: str, room: Scratch, load: list[Any], store: list[Any]) -> Tensor:
         """The tiles of queries, (batches, tiles, T, X): a buffer, noted as to be filled or emptied, or x itself."""
-        if self._as_it_is(x, scratch):
+        if self._as_it_is(x, room):
             return self._batched(self.tiles(x)[0, 0, 0, 0, 0, :, :, :, 0, 0, 0])
-        buffer = scratch.take(name, self.tiles(x).shape)
+        buffer = room(name, *self.tiles(x).shape)
         load.append((name, buffer))
         store.append((name, buffer))
         return self._batched(buffer.view(-1, self.part.segments[0].count, self.part.rows, x.width))
 
-    def keys(self, x: _Field, name: str, scratch: _Scratch, load: list[Any]) -> Tensor:
+    def keys(self, x: _Field, name: str, room: Scratch, load: list[Any]) -> Tensor:
         """The strips of keys, (S, R, X): a buffer, noted as to be filled, or x itself."""
         strips = self.strips(x)
         if not self.part.whole:
-            strips = scratch.take(name, strips.shape)
+            strips = room(name, *strips.shape)
             load.append((name, strips))
         return strips.flatten(6, 8).flatten(0, 5)
 
@@ -621,8 +578,8 @@ class _Piece:
         """What each call takes of tensors (batches, tiles, ...)."""
         return list(zip(*(self.of(x).unbind() for x in factors)))
 
-    def scores(self, rows: int, box: int, name: str, scratch: _Scratch) -> Tensor:
-        return scratch.take(name, (self.b - self.a, self.j - self.i, rows, box))
+    def scores(self, rows: int, box: int, name: str, room: Scratch) -> Tensor:
+        return room(name, self.b - self.a, self.j - self.i, rows, box)
 
 
 def _pieces(batches: int, tiles: int, tile_bytes: int, limit: int) -> Iterator[_Piece]:
@@ -639,8 +596,8 @@ def _pieces(batches: int, tiles: int, tile_bytes: int, limit: int) -> Iterator[_
 class _Softmax:
     """P = softmax(scale q k^T + bias) of a piece."""
 
-    def __init__(self, piece: _Piece, q: Tensor, k: Tensor, bias: Tensor, scale: float, scratch: _Scratch) -> None:
-        self.scores = piece.scores(q.shape[2], k.shape[2], "scores", scratch)
+    def __init__(self, piece: _Piece, q: Tensor, k: Tensor, bias: Tensor, scale: float, room: Scratch) -> None:
+        self.scores = piece.scores(q.shape[2], k.shape[2], "scores", room)
         self.bias, self.scale = bias.expand(self.scores.shape[1], -1, -1), scale
         self.calls = list(zip(*(x.unbind() for x in (piece.of(q), piece.of(k.mT), self.scores))))
 
@@ -659,17 +616,17 @@ class _Softmax:
 class _Forward:
     """The calls of portions of one size, on their buffers."""
 
-    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, scratch: _Scratch, limit: int) -> None:
+    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, room: Scratch, limit: int) -> None:
         part, self.load, self.store = portion.part, list[Any](), list[Any]()
-        q = portion.rows(x["queries"], "queries", scratch, self.load, [])
-        k = portion.boxes(portion.keys(x["keys"], "keys", scratch, self.load))
-        v = portion.boxes(portion.keys(x["values"], "values", scratch, self.load))
-        out = portion.rows(x["out"], "out", scratch, [], self.store)
-        lse = portion.rows(x["lse"], "lse", scratch, [], self.store)[..., 0] if "lse" in x else None
+        q = portion.rows(x["queries"], "queries", room, self.load, [])
+        k = portion.boxes(portion.keys(x["keys"], "keys", room, self.load))
+        v = portion.boxes(portion.keys(x["values"], "values", room, self.load))
+        out = portion.rows(x["out"], "out", room, [], self.store)
+        lse = portion.rows(x["lse"], "lse", room, [], self.store)[..., 0] if "lse" in x else None
         bias = part.bias(q)
         self.pieces = []
         for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
-            softmax = _Softmax(piece, q, k, bias, scale, scratch)
+            softmax = _Softmax(piece, q, k, bias, scale, room)
             calls = list(zip(*(y.unbind() for y in (softmax.scores, piece.of(v), piece.of(out)))))
             self.pieces.append((softmax, calls, None if lse is None else piece.of(lse)))
 
@@ -686,21 +643,21 @@ class _Forward:
 class _Backward:
     """Writes dQ and adds dK and dV to their strips; "delta" is rowsum(dO * O) - dlse, negated."""
 
-    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, scratch: _Scratch, limit: int) -> None:
+    def __init__(self, portion: _Portion, x: dict[str, _Field], scale: float, room: Scratch, limit: int) -> None:
         part, self.scale, self.load, self.store, self.add = portion.part, scale, list[Any](), list[Any](), list[Any]()
-        q = portion.rows(x["queries"], "queries", scratch, self.load, [])
-        k = portion.boxes(portion.keys(x["keys"], "keys", scratch, self.load))
-        v = portion.boxes(portion.keys(x["values"], "values", scratch, self.load))
-        go = portion.rows(x["grad_out"], "grad_out", scratch, self.load, [])
-        delta = portion.rows(x["delta"], "delta", scratch, self.load, []).expand(-1, -1, -1, part.box)
-        gq = portion.rows(x["grad_queries"], "grad_queries", scratch, [], self.store)
-        gk = portion.keys(x["grad_keys"], "grad_keys", scratch, self.add)
-        gv = portion.keys(x["grad_values"], "grad_values", scratch, self.add)
+        q = portion.rows(x["queries"], "queries", room, self.load, [])
+        k = portion.boxes(portion.keys(x["keys"], "keys", room, self.load))
+        v = portion.boxes(portion.keys(x["values"], "values", room, self.load))
+        go = portion.rows(x["grad_out"], "grad_out", room, self.load, [])
+        delta = portion.rows(x["delta"], "delta", room, self.load, []).expand(-1, -1, -1, part.box)
+        gq = portion.rows(x["grad_queries"], "grad_queries", room, [], self.store)
+        gk = portion.keys(x["grad_keys"], "grad_keys", room, self.add)
+        gv = portion.keys(x["grad_values"], "grad_values", room, self.add)
         bias = part.bias(q)
         self.pieces = []
         for piece in _pieces(q.shape[0], q.shape[1], part.rows * part.box * q.element_size(), limit):
-            softmax = _Softmax(piece, q, k, bias, scale, scratch)
-            weights, ds = softmax.scores, piece.scores(part.rows, part.box, "grad_scores", scratch)
+            softmax = _Softmax(piece, q, k, bias, scale, room)
+            weights, ds = softmax.scores, piece.scores(part.rows, part.box, "grad_scores", room)
             here = [piece.of(y).unbind() for y in (q, k, v.mT, go, delta, gq)]
             scores_calls = list(zip(here[4], here[3], here[2], ds.unbind()))
             query_calls = list(zip(ds.unbind(), here[1], here[5]))
@@ -751,23 +708,22 @@ def _run(
     # tensors made in inference mode cannot be written to outside of it
     mode = torch.is_inference_mode_enabled()
     key = (kind, *key, C, width, keys.shape[3], scale, limit, keys.dtype, keys.device, tuple(tensors), mode)
-    scratch = _kept.scratch(key, keys)
     width = width if kind is _Forward else 2 * width
-    for number, grid in enumerate(_layout(*key[1:5], kind is _Backward)):
-        fields = {
-            name: _Field(x, grid, sizes["keys" if name in _OF_KEYS else "queries"]) for name, x in tensors.items()
-        }
-        for place, part in enumerate(grid.parts):
-            for portion in _portions(part, grid, C, width, keys.element_size()):
-                name = (number, place, portion.size)
-                bound = scratch.bound.get(name)
-                if bound is None:
-                    bound = kind(portion, fields, scale, scratch, limit)
-                    # what works on the tensors themselves is for this call only
-                    if not part.whole and not part.straight:
-                        scratch.bound[name] = bound
-                bound.run(portion, fields)
-    _kept.trim(key)
+    with scratch(key, keys.dtype, keys.device) as room:
+        for number, grid in enumerate(_layout(*key[1:5], kind is _Backward)):
+            fields = {
+                name: _Field(x, grid, sizes["keys" if name in _OF_KEYS else "queries"]) for name, x in tensors.items()
+            }
+            for place, part in enumerate(grid.parts):
+                for portion in _portions(part, grid, C, width, keys.element_size()):
+                    name = (number, place, portion.size)
+                    bound = room.bound.get(name)
+                    if bound is None:
+                        bound = kind(portion, fields, scale, room, limit)
+                        # what works on the tensors themselves is for this call only
+                        if not part.whole and not part.straight:
+                            room.bound[name] = bound
+                    bound.run(portion, fields)
 
 
 _OF_KEYS = ("keys", "values", "grad_keys", "grad_values")

@@ -93,7 +93,7 @@ def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
     with scratch("panels", torch.float32, k_BKMD.device) as room:
         panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys"))
         values = F.pad(v_BKME.detach(), (0, -v_BKME.shape[3] % WIDTH)).contiguous()
-        yield Keys(panels, values, *k_BKMD.shape[2:], block)
+        yield Keys(panels, values, k_BKMD.shape[2], k_BKMD.shape[3], block)
 
 
 def _fresh(floats: int) -> Tensor:
