@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
+import saccade
 from saccade import attention_map, catalogue, masks
 from saccade.attention.relational import (
     RETRIEVERS,
@@ -200,6 +204,28 @@ def test_relational_symbols_know_tokens_by_comparison_only() -> None:
     torch.testing.assert_close(same, same[:, :1].expand_as(same), atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"causal": True}, [-1, -2]),
+        ({"causal": True, "include_self": True}, [0, -1, -2]),
+        ({"causal": False}, [-2, -1, 1, 2]),
+        ({"causal": False, "include_self": True, "normalize": False}, [-2, -1, 0, 1, 2]),
+    ],
+)
+def test_neighbours_stand_in_the_authors_order(options: dict, steps: list[int]) -> None:
+    torch.manual_seed(0)
+    symbols, x = RelationalSymbolicAttention(24, 2, 3, 5, distance=2, **options).double(), tokens(6)
+    query, key = symbols.q_proj(x).unflatten(-1, (2, 12)), symbols.k_proj(x).unflatten(-1, (2, 12))
+    compared = []
+    for i in range(6):
+        near = [key[:, min(max(i + step, 0), 5)] for step in steps]
+        scores = torch.stack([(query[:, i] * k).sum(-1) for k in near], 1)  # B W H
+        compared.append(scores if options.get("normalize") is False else (scores / 12**0.5).softmax(1))
+    expected = symbols.symbolic_attention(symbols.in_proj(torch.stack(compared, 1).flatten(2)))
+    torch.testing.assert_close(symbols(x), expected, atol=1e-12, rtol=0)
+
+
 def test_shared_attention_gives_both_branches_one_map() -> None:
     module = DualAttention(24, 4, share_attention=True, key_dim=4).double()
     maps = attention_map(module, tokens(7))
@@ -249,6 +275,71 @@ def test_port_takes_other_arguments_of_the_authors() -> None:
         assert model(torch.randint(7, (1, 9))).isfinite().all()
     with pytest.raises(ValueError, match=r"this port knows the arguments .*, got strange"):
         port.build({**arguments, "strange": 1})
+
+
+def authors_state(retriever: dict[str, tuple[int, ...]], rope: bool, norm: str) -> dict[str, Tensor]:
+    """Their names and shapes (V 7, D 24, 2 layers, 1 sensory and 3 relational heads, F 20), as the card lists them."""
+    shapes = {"token_embedder.weight": (7, 24), "final_out.weight": (7, 24), "norm.weight": (24,), "norm.bias": (24,)}
+    if not rope:
+        shapes["positional_embedder.weight"] = (16, 24)
+    for i in range(2):
+        shapes |= {f"symbol_retrievers.{i}.{name}": shape for name, shape in retriever.items()}
+        leaves = {"layernorm": ("weight", "bias"), "rmsnorm": ("weight",), "none": ()}[norm]
+        shapes |= {f"blocks.{i}.norm{n}.{leaf}": (24,) for n in (1, 2) for leaf in leaves}
+        shapes |= {f"blocks.{i}.dual_attn.self_attention.{w}.weight": (6, 24) for w in ("wq", "wk", "wv")}
+        shapes |= {
+            f"blocks.{i}.dual_attn.self_attention.wo.{k}": (6, 6)[: 2 - (k == "bias")] for k in ("weight", "bias")
+        }
+        relational = f"blocks.{i}.dual_attn.relational_attention."
+        shapes |= {f"{relational}wq_attn.weight": (18, 24), f"{relational}wr": (3, 6, 2)}
+        shapes |= {f"{relational}{w}.weight": (6, 24) for w in ("wk_attn", "wv")}
+        shapes |= {f"{relational}{w}.bias": (6,) for w in ("wk_attn", "wv")}
+        shapes |= {f"{relational}{w}.weight": (18, 24) for w in ("wq_rel", "wk_rel")} | {
+            f"{relational}wo.weight": (18, 18)
+        }
+        shapes |= {f"blocks.{i}.ff_block.linear1.weight": (20, 24), f"blocks.{i}.ff_block.linear1.bias": (20,)}
+        shapes |= {f"blocks.{i}.ff_block.linear2.weight": (24, 20), f"blocks.{i}.ff_block.linear2.bias": (24,)}
+    state = {f"layers.{name}": torch.randn(shape) for name, shape in shapes.items()}
+    state["layers.final_out.weight"] = state["layers.token_embedder.weight"].clone()
+    return state | {k.replace("rs.0", "rs.1"): t.clone() for k, t in state.items() if "symbol_retrievers.0" in k}
+
+
+@pytest.mark.parametrize(
+    ("retrieval", "kwargs", "retriever", "rope", "norm"),
+    [
+        ("symbolic_attention", {"d_model": 24, "n_heads": 2, "n_symbols": 5},
+         {"q_proj.weight": (24, 24), "q_proj.bias": (24,), "template_features": (5, 24), "symbol_library": (5, 24)},
+         False, "layernorm"),
+        ("positional_symbols", {"symbol_dim": 24, "max_length": 16}, {"symbol_library.weight": (16, 24)},
+         True, "rmsnorm"),
+        ("position_relative", {"symbol_dim": 24, "max_rel_pos": 4}, {"rel_pos_enc.rel_pos_embeddings": (9, 24)},
+         False, "none"),
+    ],
+)  # fmt: skip
+def test_language_models_of_the_authors_load(
+    retrieval: str, kwargs: dict, retriever: dict, rope: bool, norm: str, tmp_path: Path
+) -> None:
+    arguments = {
+        **{"vocab_size": 7, "d_model": 24, "n_layers": 2, "n_heads_sa": 1, "n_heads_ra": 3, "dff": 20},
+        **{"activation": "gelu", "norm_first": norm != "layernorm", "norm_type": norm, "max_block_size": 16},
+        **{"symbol_retrieval": retrieval, "symbol_retrieval_kwargs": kwargs, "bias": False},
+        **{"pos_enc_type": "RoPE" if rope else "pos_emb", "sa_kwargs": {"add_bias_out": True}},
+        **{"ra_kwargs": {"n_relations": 2, "n_kv_heads": 1, "add_bias_kv": True}},
+    }
+    state = authors_state(retriever, rope, norm)
+    save_file(state, tmp_path / "lm.safetensors")
+    model = saccade.load_authors("relational", tmp_path / "lm.safetensors", module="dat_lm", **arguments)
+    assert model(torch.randint(7, (2, 9))).isfinite().all() and model.head.weight is model.token_embedding.weight
+    if not rope:
+        assert torch.equal(model.position_embedding.weight, state["layers.positional_embedder.weight"])
+    # a file that keeps tied tensors once
+    del state["layers.final_out.weight"]
+    save_file(state, tmp_path / "lm.safetensors")
+    saccade.load_authors("relational", tmp_path / "lm.safetensors", module="dat_lm", **arguments)
+    state["layers.final_out.weight"] = torch.randn(7, 24)
+    save_file(state, tmp_path / "lm.safetensors")
+    with pytest.raises(ValueError, match="weight are one tensor here and differ"):
+        saccade.load_authors("relational", tmp_path / "lm.safetensors", module="dat_lm", **arguments)
 
 
 def test_bad_arguments() -> None:

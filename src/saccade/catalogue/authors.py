@@ -77,17 +77,28 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: naming what is missing, what has no place, and what has another shape or kind of numbers.
     """
+    import torch
+
     own = module.state_dict()
+    known = {name: tensor for name, tensor in state.items() if name in own}
     complaints = [
         f"{name} is {_described(tensor)}, expected {_described(own[name])}"
-        for name, tensor in state.items()
-        if name in own and _described(tensor) != _described(own[name])
+        for name, tensor in known.items()
+        if _described(tensor) != _described(own[name])
     ]
+    # tied parameters: one name is enough, and two must agree
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, tensor in known.items():
+        other = first.setdefault((own[name].data_ptr(), own[name].shape), name)
+        if own[name].data_ptr() and not torch.equal(tensor, known[other]):
+            complaints.append(f"{other} and {name} are one tensor here and differ")
     if complaints:
         raise ValueError(listed(complaints))
     missing, strange = module.load_state_dict(dict(state), strict=False)
     if strange:
         raise ValueError(f"no place for {listed(strange)}")
+    tied = {name for name, tensor in own.items() if tensor.data_ptr() and (tensor.data_ptr(), tensor.shape) in first}
+    missing = [name for name in missing if name not in tied]
     if missing:
         raise ValueError(f"missing {listed(missing)}")
 

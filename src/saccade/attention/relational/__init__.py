@@ -24,9 +24,8 @@ k_j,rel^l> / sqrt(p) would do with a fused kernel, but costs n R p a pair, measu
 | `relation_activation` | sigma           | identity, relu, sigmoid, tanh, gelu (tanh), silu | identity            |
 | `symmetric`           | symmetric_rels  | W_k,rel = W_q,rel                                | False               |
 
-The attention's scale is 1/sqrt(d) also where `key_dim` differs (authors' code). In relational symbolic attention the
-neighbours stand in the order i-1, i-2, .. (as recorded); this library puts the token itself, where asked for, before
-them, and right neighbours i+1, i+2, .. after. With cross-attention (not in the paper) symbols are those of the context.
+The attention's scale is 1/sqrt(d) also where `key_dim` differs (authors' code). With cross-attention (not in the paper)
+symbols are those of the context.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
 values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
@@ -35,11 +34,14 @@ values (the paper's d), R relations, P relation dim (its p), W neighbours, V voc
 from __future__ import annotations
 
 from saccade.attention.relational.authors import (
+    _DUAL,
+    _LM,
+    _RELATIONS,
+    _SYMBOLS,
     _build_dual,
     _build_lm,
     _build_relational,
     _build_retriever,
-    _convert,
     _run_dual,
     _run_lm,
     _run_relational,
@@ -102,27 +104,27 @@ register(
     build=DualAttention,
     example={"dim": 16, "num_heads": 4, "relational_heads": 2, "symbol_options": {"num_heads": 2, "num_symbols": 8}},
     ports=(
-        AuthorsPort("relational_attention", build=_build_relational, convert=_convert, run=_run_relational),
-        AuthorsPort("dual_attention", build=_build_dual, convert=_convert, run=_run_dual),
+        AuthorsPort("relational_attention", build=_build_relational, convert=_RELATIONS, run=_run_relational),
+        AuthorsPort("dual_attention", build=_build_dual, convert=_DUAL, run=_run_dual),
         AuthorsPort(
             "symbolic_attention",
             build=_build_retriever,
-            convert=_convert,
+            convert=_SYMBOLS,
             run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
         ),
         AuthorsPort(
             "position_relative_symbols",
             build=_build_retriever,
-            convert=_convert,
+            convert=_SYMBOLS,
             run=lambda module, inputs, args: {"symbols": module.pairs(inputs["x"].shape[1])},
         ),
         AuthorsPort(
             "relational_symbolic_attention",
             build=_build_retriever,
-            convert=_convert,
+            convert=_SYMBOLS,
             run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
         ),
-        AuthorsPort("dat_lm", build=_build_lm, convert=_convert, run=_run_lm),
+        AuthorsPort("dat_lm", build=_build_lm, convert=_LM, run=_run_lm),
     ),
     claim=Claim(
         paper="on relational games a DAT reaches a given accuracy with a fraction of the samples of a Transformer of "

@@ -27,6 +27,7 @@ class SensoryAttention(QKVAttention):
 
     Args:
         key_dim: width of queries and keys, `head_dim` where None; the scale is `head_dim` ** -0.5 all the same.
+        kv_bias: biases of keys and values.
         dropout: of the output.
         **arguments: `QKVAttention`'s.
     """
@@ -38,6 +39,7 @@ class SensoryAttention(QKVAttention):
         causal: bool = False,
         *,
         key_dim: int | None = None,
+        kv_bias: bool = False,
         dropout: float = 0.0,
         **arguments: Any,
     ) -> None:
@@ -49,6 +51,8 @@ class SensoryAttention(QKVAttention):
                 raise ValueError(f"key_dim must be positive, and even with rotary positions, got {key_dim}")
             self.q_proj = nn.Linear(dim, num_heads * key_dim, bias=self.q_proj.bias is not None)
             self.k_proj = nn.Linear(dim, self.num_kv_heads * key_dim, bias=self.k_proj.bias is not None)
+        if kv_bias:
+            self.k_proj, self.v_proj = (nn.Linear(dim, p.out_features) for p in (self.k_proj, self.v_proj))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BNC: Tensor, context_BMC: Tensor | None = None, **arguments: Any) -> Tensor:
@@ -79,7 +83,7 @@ class RelationalAttention(SensoryAttention):
     """Relational heads: `module(x, symbols)`.
 
     Args:
-        dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, proj_bias, key_dim, dropout: as in
+        dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, proj_bias, key_dim, kv_bias, dropout: as in
             `SensoryAttention`; grouped heads share keys and symbol values, not relations.
         num_relations: R, `num_heads` where None.
         relation_dim: p, num_heads * head_dim / R where None.
@@ -215,7 +219,8 @@ class DualAttention(nn.Module):
         symbols: "symbolic", "positional", "relative" or "relational" (see `RETRIEVERS`), or None: `forward` gets them.
         symbol_options: the retriever's further arguments.
         num_kv_heads: key heads of all heads; or a pair, of the sensory and of the relational heads. Grouped alike.
-        rope, rope_base, proj_bias, dropout: of both branches.
+        rope, rope_base, dropout: of both branches.
+        proj_bias, kv_bias: biases of the output, of keys and values; or a pair, of the two branches.
         share_attention: both branches have the same W_q and W_k (as many heads each).
         num_relations, relation_dim, relation_activation, symmetric, key_dim: `RelationalAttention`'s.
 
@@ -235,7 +240,8 @@ class DualAttention(nn.Module):
         num_kv_heads: int | tuple[int | None, int | None] | None = None,
         rope: bool = True,
         rope_base: float = 10000.0,
-        proj_bias: bool = False,
+        proj_bias: bool | tuple[bool, bool] = False,
+        kv_bias: bool | tuple[bool, bool] = False,
         dropout: float = 0.0,
         share_attention: bool = False,
         num_relations: int | None = None,
@@ -269,14 +275,15 @@ class DualAttention(nn.Module):
             "head_dim": dim // num_heads,
             "rope": rope,
             "rope_base": rope_base,
-            "proj_bias": proj_bias,
             "dropout": dropout,
         }
+        proj_biases, kv_biases = ((b, b) if isinstance(b, bool) else b for b in (proj_bias, kv_bias))
+        biases = [{"proj_bias": p, "kv_bias": kv} for p, kv in zip(proj_biases, kv_biases, strict=True)]
         self.sensory = self.relational = self.retriever = None
         if sensory_heads:
             shared = key_dim if share_attention else None
             self.sensory = SensoryAttention(
-                dim, sensory_heads, causal, num_kv_heads=sensory_kv, key_dim=shared, **common
+                dim, sensory_heads, causal, num_kv_heads=sensory_kv, key_dim=shared, **biases[0], **common
             )
         if relational_heads:
             self.relational = RelationalAttention(
@@ -289,6 +296,7 @@ class DualAttention(nn.Module):
                 relation_activation=relation_activation,
                 symmetric=symmetric,
                 key_dim=key_dim,
+                **biases[1],
                 **common,
             )
             if symbols is not None:

@@ -7,7 +7,7 @@ values (the paper's d), R relations, P relation dim (its p), W neighbours, V voc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,11 +43,20 @@ class _FeedForward(nn.Module):
         return self.dropout(self.out(h))
 
 
+#: the norms that the authors' blocks know
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "rms": lambda dim: nn.RMSNorm(dim, eps=1e-5),
+    "none": lambda dim: nn.Identity(),
+}
+
+
 class DualAttentionBlock(nn.Module):
     """x + attention(norm1(x), s), x + mlp(norm2(x)); with `norm_first=False` norm1(x + ..), norm2(x + ..).
 
     Args:
         hidden, activation: of the feed-forward layer; "swiglu" or a name of `ACTIVATIONS`.
+        norm: a name of `NORMS`.
         **attention: `DualAttention`'s; its symbols come from outside.
     """
 
@@ -60,12 +69,15 @@ class DualAttentionBlock(nn.Module):
         hidden: int | None = None,
         activation: str = "gelu",
         norm_first: bool = True,
+        norm: str = "layer",
         dropout: float = 0.0,
         **attention: Any,
     ) -> None:
         super().__init__()
+        if norm not in NORMS:
+            raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
         self.norm_first = norm_first
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.norm1, self.norm2, self.dropout = NORMS[norm](dim), NORMS[norm](dim), nn.Dropout(dropout)
         self.attention = DualAttention(dim, num_heads, causal, symbols=None, dropout=dropout, **attention)
         self.mlp = _FeedForward(dim, hidden, activation, dropout)
 
@@ -75,12 +87,14 @@ class DualAttentionBlock(nn.Module):
         if self.norm_first:
             x_BNC = x_BNC + self.attention(self.norm1(x_BNC), symbols=symbols, mask=mask, cache=cache)
             return x_BNC + self.mlp(self.norm2(x_BNC))
-        x_BNC = self.norm1(x_BNC + self.attention(x_BNC, symbols=symbols, mask=mask, cache=cache))
+        x_BNC = self.dropout(self.norm1(x_BNC + self.attention(x_BNC, symbols=symbols, mask=mask, cache=cache)))
         return self.norm2(x_BNC + self.mlp(x_BNC))
 
 
 class DualAttentionLM(nn.Module):
     """The paper's causal language model: in each layer symbols = retriever(x), x = block(x, symbols).
+
+    The head's matrix is that of the token embedding.
 
     Args:
         vocab, dim, num_layers, num_heads, relational_heads: sizes; `num_heads` counts both kinds.
@@ -115,7 +129,6 @@ class DualAttentionLM(nn.Module):
             raise ValueError(f"symbols must be one of {', '.join(RETRIEVERS)}, got {symbols!r}")
         self.token_embedding = nn.Embedding(vocab, dim)
         self.position_embedding = None if rope else nn.Embedding(max_length, dim)
-        self.dropout = nn.Dropout(dropout)
         options = {**({"causal": True} if symbols == "relational" else {}), **(symbol_options or {})}
         if symbols == "relational" and not options["causal"]:
             raise ValueError("a causal model needs symbols that look to the left, got causal=False")
@@ -136,6 +149,7 @@ class DualAttentionLM(nn.Module):
             for _ in range(num_layers)
         )
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab, bias=False)
+        self.head.weight = self.token_embedding.weight
         self._initialise(num_layers)
 
     def forward(self, ids_BN: Tensor, caches: Sequence[DualCache] | None = None) -> Tensor:
@@ -144,7 +158,6 @@ class DualAttentionLM(nn.Module):
         x_BNC = self.token_embedding(ids_BN)
         if self.position_embedding is not None:
             x_BNC = x_BNC + self.position_embedding.weight[start : start + ids_BN.shape[1]]
-        x_BNC = self.dropout(x_BNC)
         for layer, block in enumerate(self.blocks):
             cache = caches[layer] if caches else None
             symbols = retrieve(self.retrievers[layer], x_BNC, start, cache) if self.retrievers else None

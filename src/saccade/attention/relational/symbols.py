@@ -99,15 +99,17 @@ class RelationalSymbolicAttention(nn.Module):
     """Symbolic attention on what a token's comparisons with its neighbours are, instead of on the token.
 
         c_i = softmax over the neighbours j of <W_q x_i, W_k x_j> / sqrt(C / relation_heads), per head
-        s_i = SymbolicAttention(W flatten(c_i) + b)
+        s_i = SymbolicAttention(W flatten(c_i) + b),   flattened neighbour by neighbour
+
+    Where `causal`, neighbours go away from the token: (i,) i-1, .., i-Delta; else they ascend: i-Delta, .., i+Delta.
 
     Args:
         relation_heads: heads of the comparison.
         num_heads, num_symbols: of the symbolic attention.
-        distance: Delta, neighbours i-1 .. i-Delta, and i+1 .. i+Delta where not `causal`; beyond the ends of the
-            sequence stands its first or last token.
+        distance: Delta; beyond the ends of the sequence stands its first or last token.
         causal: left neighbours only.
         include_self: the token is its own neighbour, too.
+        normalize: False leaves out softmax and scale.
 
     Raises:
         ValueError: if heads do not divide `dim`, or `distance` is below 1.
@@ -123,6 +125,7 @@ class RelationalSymbolicAttention(nn.Module):
         distance: int = 2,
         causal: bool = True,
         include_self: bool = False,
+        normalize: bool = True,
     ) -> None:
         super().__init__()
         if relation_heads < 1 or dim % relation_heads or distance < 1:
@@ -130,10 +133,9 @@ class RelationalSymbolicAttention(nn.Module):
                 f"relation_heads must divide dim ({dim}), distance be >= 1, got {relation_heads}, {distance}"
             )
         self.relation_heads, self.distance, self.causal = relation_heads, distance, causal
-        near = range(1, distance + 1)
-        self.steps = (
-            ([0] if include_self else []) + [-step for step in near] + ([] if causal else [step for step in near])
-        )
+        self.normalize = normalize
+        steps = range(0, -distance - 1, -1) if causal else range(-distance, distance + 1)
+        self.steps = [step for step in steps if step or include_self]
         self.past_tokens = distance
         self.q_proj, self.k_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.in_proj = nn.Linear(len(self.steps) * relation_heads, dim)
@@ -155,8 +157,10 @@ class RelationalSymbolicAttention(nn.Module):
         place_NW = place_NW.clamp(0, max(0, before + N - 1))
         query_BNHD = self.q_proj(x_BNC).unflatten(-1, (self.relation_heads, -1))
         key_BNWHD = self.k_proj(known_BMC).unflatten(-1, (self.relation_heads, -1))[:, place_NW]
-        scores_BNWH = (query_BNHD[:, :, None] * key_BNWHD).sum(-1) * query_BNHD.shape[-1] ** -0.5
-        return self.symbolic_attention(self.in_proj(scores_BNWH.softmax(2).flatten(2)))
+        scores_BNWH = (query_BNHD[:, :, None] * key_BNWHD).sum(-1)
+        if self.normalize:
+            scores_BNWH = (scores_BNWH * query_BNHD.shape[-1] ** -0.5).softmax(2)
+        return self.symbolic_attention(self.in_proj(scores_BNWH.flatten(2)))
 
 
 RETRIEVERS: dict[str, type[nn.Module]] = {
