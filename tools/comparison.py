@@ -43,7 +43,7 @@ def main() -> int:
         "# Every causal mechanism on text and recall",
         "",
         "Written by `make comparison` (tools/comparison.py); nothing here is typed by hand. The same small model is",
-        "trained with each mechanism for the same time, at its default options for the length: a first look on two",
+        "trained with each mechanism for the same steps, at its default options for the length: a first look on two",
         "cores, not a ranking. Rates are not tuned per mechanism, and one seed has no spread.",
         "",
         f"{date.today().isoformat()}, {describe()}, budget {arguments.budget}, seed {arguments.seed}.",

@@ -22,7 +22,7 @@ from saccade.train import files, runs
 from saccade.train.data import generator_at
 from saccade.train.mechanisms import Mechanism, parse
 from saccade.train.model import SequenceModel
-from saccade.train.result import CompareResult
+from saccade.train.result import CompareResult, SeedRecord
 from saccade.train.tasks import TASKS, Text
 
 TINY = {
@@ -101,8 +101,10 @@ def test_a_finished_folder_is_returned_and_another_comparison_refused(text: Comp
         saccade.compare(mechanisms, task="text", seed=[0, 1], out=text.folder, **{**TEXT, "dim": 32})
     with pytest.raises(ValueError, match=r"seeds is \[0, 1\] there and \[0\] here"):
         saccade.compare(mechanisms, task="text", out=text.folder, **TEXT)
-    with pytest.raises(ValueError, match="mechanisms is softmax, grouped, mine there and softmax here"):
-        saccade.compare(["softmax"], task="text", seed=[0, 1], out=text.folder, **TEXT)
+    with pytest.raises(ValueError, match=r"mechanism grouped\.options\.num_kv_heads is 2 there and None here"):
+        saccade.compare({"grouped": "softmax"}, task="text", seed=[0, 1], out=text.folder, **TEXT)
+    part = saccade.compare(["softmax"], task="text", seed=[0, 1], out=text.folder, **TEXT)
+    assert part.to_json() == text.to_json(), "what is asked for is there, with the rest"
 
 
 def test_what_is_around_the_mechanism_starts_the_same() -> None:
@@ -234,11 +236,80 @@ def test_a_shuffling_loader_gives_the_same_batches_when_resumed() -> None:
     assert batches(range(5, 8)) == whole[5:]
 
 
-def test_seconds_as_budget_set_the_steps_once(tmp_path) -> None:
-    sizes = {name: value for name, value in TEXT.items() if name != "steps"} | {"lengths": (), "map_length": 0}
-    result = saccade.compare({"mine": RunningMean}, budget=0.3, out=tmp_path, **sizes)
-    steps = json.loads((tmp_path / "mine" / "steps.json").read_text())["steps"]
-    assert result["mine"].runs[0].metrics["steps"] == steps >= 1 and result.config["budget"] == "0.3 s"
+SMALL = {**TEXT, "lengths": (), "map_length": 0, "decode_tokens": 0}
+
+
+class Slow(RunningMean):
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return super().forward(x_BNC)
+
+
+def test_seconds_as_budget_are_shared_out_by_steps(tmp_path) -> None:
+    sizes = {name: value for name, value in SMALL.items() if name != "steps"}
+    result = saccade.compare({"mine": RunningMean, "slow": Slow}, budget=0.3, out=tmp_path, **sizes)
+    steps = json.loads((tmp_path / "steps.json").read_text())["steps"]
+    assert result["mine"].steps == result["slow"].steps == steps >= 1 and result.config["budget"] == "0.3 s"
+    assert all(row["steps"] == steps for row in result.rows())
+    more = saccade.compare({"late": "softmax"}, budget=0.3, out=tmp_path, **sizes)
+    assert [record.steps for record in more.mechanisms] == [steps] * 3
+    (tmp_path / "steps.json").write_text('{"steps": -1}')
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"steps\.json is damaged \(steps is -1\)"):
+        saccade.compare({"late": "softmax"}, budget=0.3, out=tmp_path, **sizes)
+
+
+def test_runs_take_turns_and_compute_what_they_compute_alone(tmp_path) -> None:
+    class Noisy(RunningMean):
+        def forward(self, x_BNC: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(super().forward(x_BNC), 0.5, self.training)
+
+    task = Text(Text.budgets["quick"].changed({**SMALL, "steps": 10}), torch.device("cpu"))
+    mechanisms = parse({"noisy": Noisy, "softmax": "softmax"})
+    alone = [runs.train_run(task, entry, 0, 10, tmp_path / "alone" / entry.name) for entry in mechanisms]
+    seen: list[tuple[str, int]] = []
+    both = [runs.Run(task, entry, 0, 10, tmp_path / "both" / entry.name) for entry in mechanisms]
+    assert runs.take_turns(both, lambda run: seen.append((run.mechanism.name, run.step))) == {}
+    assert [run.record.quality for run in both] == [record.quality for record in alone]
+    assert [name for name, _ in seen[:12]] == ["noisy"] * 4 + ["softmax"] * 4 + ["noisy"] * 4
+    assert [row["loss"] for row in both[0].record.curve] == [row["loss"] for row in alone[0].curve]
+
+
+def test_a_mechanism_is_added_to_a_finished_folder(tmp_path) -> None:
+    first = saccade.compare({"mine": RunningMean, "softmax": "softmax"}, out=tmp_path, **SMALL)
+    kept = (tmp_path / "mine" / "seed-0" / "final.json").stat().st_mtime_ns
+    both = saccade.compare(["lightning"], out=tmp_path, **SMALL)
+    assert [record.name for record in both.mechanisms] == ["mine", "softmax", "lightning"]
+    assert both["mine"] == first["mine"] and kept == (tmp_path / "mine" / "seed-0" / "final.json").stat().st_mtime_ns
+    assert json.loads((tmp_path / "config.json").read_text()) == both.config == CompareResult.load(tmp_path).config
+    # stopped while the third was added: the result of two is not the answer
+    (tmp_path / "lightning" / "measures.json").unlink()
+    first.save(tmp_path)
+    assert [r.name for r in saccade.compare(["softmax"], out=tmp_path, **SMALL).mechanisms] == [
+        "mine", "softmax", "lightning",
+    ]  # fmt: skip
+    (tmp_path / "mine" / "seed-0" / "final.json").unlink()
+    first.save(tmp_path)
+    with pytest.raises(ValueError, match="unfinished runs of 'mine', a constructor of yours: give it here too"):
+        saccade.compare(["softmax"], out=tmp_path, **SMALL)
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path) -> None:
+    with files.locked(tmp_path), pytest.raises(OSError, match=rf"in use by another run \(process {os.getpid()}\)"):
+        saccade.compare({"mine": RunningMean}, out=tmp_path, **SMALL)
+    assert saccade.compare({"mine": RunningMean}, out=tmp_path, **SMALL).folder == tmp_path
+    with files.locked(tmp_path):  # what is finished may be read all the same
+        assert saccade.compare({"mine": RunningMean}, out=tmp_path, **SMALL)["mine"].steps == 3
+    code = "import sys, time; from pathlib import Path; from saccade.train.files import locked\n"
+    code += "with locked(Path(sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None and holder.stdout.readline() == b"locked\n"
+    with pytest.raises(OSError, match=f"process {holder.pid}"), files.locked(tmp_path):
+        pass
+    holder.kill()
+    holder.wait()
+    with files.locked(tmp_path):
+        pass
 
 
 def test_random_state_of_the_caller_is_left_alone() -> None:
@@ -252,40 +323,49 @@ def test_random_state_of_the_caller_is_left_alone() -> None:
 INTERRUPTED = """
 import json, sys, torch, saccade
 torch.set_num_threads(1)
-saccade.compare(["softmax"], task="text", out=sys.argv[1], **json.loads(sys.argv[2]))
+saccade.compare(json.loads(sys.argv[3]), task="text", out=sys.argv[1], **json.loads(sys.argv[2]))
 """
 
 
-def test_a_killed_run_ends_with_the_metrics_of_one_that_was_not(tmp_path) -> None:
-    sizes = {**TEXT, "steps": 240, "evaluations": 20, "lengths": (), "decode_tokens": 0, "map_length": 0}
+def test_killed_runs_end_with_the_metrics_of_those_that_were_not(tmp_path) -> None:
+    """Two mechanisms in turns, one with random numbers of its own; killed twice, once with lines after a checkpoint."""
+    sizes = {**SMALL, "steps": 160, "evaluations": 20}
+    mechanisms = ["softmax", "fast:dropout=0.3"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        whole = saccade.compare(["softmax"], task="text", out=tmp_path / "whole", **sizes)
-        process = subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path / "killed"), json.dumps(sizes)])
-        run = tmp_path / "killed" / "softmax" / "seed-0"
-        metrics = run / "metrics.jsonl"
-        until = time.monotonic() + 120
-        while not (metrics.is_file() and len(metrics.read_bytes().splitlines()) >= 12) and time.monotonic() < until:
-            assert process.poll() is None, "the run ended before it could be killed"
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert (run / "checkpoint.safetensors").is_file() and not (run / "final.json").is_file()
+        whole = saccade.compare(mechanisms, out=tmp_path / "whole", **sizes)
+        killed = tmp_path / "killed"
+        metrics = [killed / files.folder_name(name) / "seed-0" / "metrics.jsonl" for name in mechanisms]
+        for lines in (6, 14):
+            command = [sys.executable, "-c", INTERRUPTED, str(killed), json.dumps(sizes), json.dumps(mechanisms)]
+            process = subprocess.Popen(command)
+            until = time.monotonic() + 120
+            while time.monotonic() < until:
+                if metrics[0].is_file() and len(metrics[0].read_bytes().splitlines()) >= lines:
+                    break
+                assert process.poll() is None, "the run ended before it could be killed"
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not (metrics[1].parent / "final.json").is_file(), "both are on their way"
+        assert all((path.parent / "checkpoint.safetensors").is_file() for path in metrics)
         # what was logged after the checkpoint, and a line that was cut off, must not be there twice
-        with metrics.open("a") as file:
-            file.write('{"step": 399, "loss": 0.1}\n{"step": 4')
-        resumed = saccade.compare(["softmax"], task="text", out=tmp_path / "killed", **sizes)
+        with metrics[0].open("a") as file:
+            file.write('{"step": 399, "tokens": 1, "seconds": 1, "loss": 0.1, "lr": 0.1}\n{"step": 4')
+        resumed = saccade.compare(mechanisms, out=killed, **sizes)
     finally:
         torch.set_num_threads(threads)
-    assert resumed["softmax"].quality == whole["softmax"].quality
 
-    def timeless(result: CompareResult) -> list[dict[str, float]]:
-        return [{k: v for k, v in row.items() if k != "seconds"} for row in result["softmax"].runs[0].curve]
+    def timeless(run: SeedRecord) -> list[dict[str, float]]:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in run.curve]
 
-    assert timeless(resumed) == timeless(whole)
-    ends = [files.read_tensors(r.folder / "softmax/seed-0/checkpoint.safetensors")[0] for r in (whole, resumed)]
-    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0] if name != "history.seconds")
+    for name in mechanisms:
+        first, second = (found[name].runs[0] for found in (whole, resumed))
+        assert first.quality == second.quality and timeless(first) == timeless(second)
+        path = Path(files.folder_name(name)) / "seed-0" / "checkpoint.safetensors"
+        ends = [files.read_tensors(found.folder / path)[0] for found in (whole, resumed)]
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0] if key != "history.seconds")
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path) -> None:
@@ -336,13 +416,79 @@ def test_a_mechanism_that_fails_says_so_before_anything_is_written(tmp_path) -> 
     assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "mine").exists()
 
 
-def test_a_loss_that_is_not_finite_names_the_mechanism() -> None:
-    class Endless(RunningMean):
-        def forward(self, x_BNC: Tensor) -> Tensor:
-            return super().forward(x_BNC) * float("inf")
+class Endless(RunningMean):
+    def forward(self, x_BNC: Tensor) -> Tensor:
+        return super().forward(x_BNC) * float("inf")
 
+
+def test_a_loss_that_is_not_finite_names_the_mechanism_and_spares_the_others(tmp_path) -> None:
     with pytest.raises(ValueError, match="endless, seed 0: the loss became nan at step 1 of 3"):
-        saccade.compare({"endless": Endless}, **TEXT)
+        saccade.compare({"endless": Endless}, **SMALL)
+    both = {"endless": Endless, "mine": RunningMean}
+    result = saccade.compare(both, out=tmp_path, seed=[0, 1], **SMALL)
+    assert [record.name for record in result.mechanisms] == ["mine"] and list(result.failed) == ["endless"]
+    assert "the loss became nan" in result.failed["endless"] and "endless: " in result.table()
+    assert any("Not trained: endless, seed 0: the loss became nan" in sentence for sentence in result.answer())
+    assert saccade.compare(both, out=tmp_path, seed=[0, 1], **SMALL).failed == result.failed
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", '{"step": "x"}', "line 1: tokens is missing"),
+        ("metrics.jsonl", '{"step": "x", "tokens": 1, "seconds": 1, "loss": 1, "lr": 1}', "step is 'x'"),
+        ("metrics.jsonl", '{"step": -1, "tokens": 1, "seconds": 1, "loss": 1, "lr": 1}', "step is -1 after 0"),
+        ("metrics.jsonl", '{"step": 1, "tokens": 1, "seconds": [], "loss": 1, "lr": 1}', r"seconds is \[\]"),
+        ("metrics.jsonl", "[1]", r"\[1\] is no object"),
+        ("final.json", "[]", r"\[\] is no object"),
+        ("final.json", '{"seed": "0", "quality": 1.0}', "seed is '0'"),
+        ("final.json", '{"seed": 0, "quality": true}', "quality is True"),
+        ("final.json", '{"seed": 0, "quality": 1.0, "metrics": {"steps": "3"}}', "metrics is"),
+        ("final.json", '{"seed": 0, "quality": 1.0, "curve": [{"step": null}]}', "curve is"),
+        ("final.json", '{"seed": 0}', "quality is missing"),
+        ("final.json", '{"seed": 0, "quality": 1.0, "colour": 1}', "'colour' is unknown"),
+        ("final.json", '{"seed": 0, "quality": 1.0, "metrics": {"steps": 1e9}}', "seed 0 and 1e"),
+        ("final.json", "[" * 100_000, "damaged"),
+    ],
+)
+def test_files_of_a_run_with_wrong_contents_are_refused_in_one_line(
+    tmp_path, file: str, content: str, message: str
+) -> None:
+    (tmp_path / file).write_text(content + "\n")
+    task = Text(Text.budgets["quick"].changed(SMALL), torch.device("cpu"))
+    with pytest.raises(ValueError, match=message) as error:
+        runs.Run(task, parse({"mine": RunningMean})[0], 0, 3, tmp_path)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("step", [10**9, -1, 2, 4])
+def test_a_checkpoint_of_an_absurd_step_is_refused(tmp_path, step: int) -> None:
+    task = Text(Text.budgets["quick"].changed(SMALL), torch.device("cpu"))
+    run = runs.Run(task, parse({"mine": RunningMean})[0], 0, 3, tmp_path)
+    run.advance(1)
+    runs.save_checkpoint(run.training, run.losses, run.times, tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    files.write_tensors(path, files.read_tensors(path)[0] | {"step": torch.tensor(step)})
+    with pytest.raises(
+        ValueError, match=r"cannot go on from .*checkpoint\.safetensors: (step must be|it has 1 losses)"
+    ):
+        runs.Run(task, parse({"mine": RunningMean})[0], 0, 3, tmp_path)
+
+
+def test_what_was_measured_is_returned_where_it_cannot_be_kept(tmp_path, monkeypatch) -> None:
+    real = os.replace
+
+    def full(source: str, target: Path) -> None:
+        if Path(target).name in ("measures.json", "result.json"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    result = saccade.compare({"mine": RunningMean}, out=tmp_path, **SMALL)
+    assert result["mine"].parameters > 0 and len(result.unkept) == 2
+    assert "not kept: cannot write" in result.table() and "No space left on device" in result.table()
+    monkeypatch.undo()
+    assert saccade.compare({"mine": RunningMean}, out=tmp_path, **SMALL)["mine"].runs == result["mine"].runs
 
 
 @pytest.mark.parametrize(
@@ -416,7 +562,7 @@ def test_names_that_look_alike_have_folders_of_their_own(tmp_path) -> None:
 
 
 def test_a_folder_of_another_definition_is_not_taken_over(tmp_path) -> None:
-    sizes = {**TEXT, "lengths": (), "map_length": 0, "decode_tokens": 0}
+    sizes = SMALL
     saccade.compare({"mine": "softmax"}, out=tmp_path / "a", **sizes)
     saccade.compare({"mine": "softmax:num_kv_heads=2"}, out=tmp_path / "b", **sizes)
     (tmp_path / "b" / "result.json").unlink()

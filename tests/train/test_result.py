@@ -74,6 +74,46 @@ def test_the_answer_does_not_tell_apart_what_the_seeds_do_not() -> None:
     assert "differs" not in beyond
 
 
+def with_steps(name: str, quality: float, steps: int, waited: float | None = None) -> MechanismRecord:
+    found = record(name, quality)
+    found.runs[0].metrics |= {"steps": float(steps)} | ({} if waited is None else {"waited": waited})
+    return found
+
+
+def test_what_was_hardly_trained_or_guesses_ranks_nothing() -> None:
+    accuracy = Metric("accuracy", "accuracy", higher_is_better=True, chance=0.12)
+    records = [with_steps("few", 0.9, 19), with_steps("guesses", 0.12, 200), with_steps("b", 0.5, 200)]
+    found = result(*records, with_steps("a", 0.7, 200), metric=accuracy)
+    found.config["least_steps"] = 100
+    assert [r.name for r in found.ranked] == ["a", "b", "few", "guesses"]
+    assert [row["doubt"] for row in found.rows()] == ["", "", "hardly trained", "at chance"]
+    assert [row["steps"] for row in found.rows()] == [200, 200, 19, 200]
+    said = " ".join(found.answer())
+    assert "Best quality: a, 70.0% accuracy." in said
+    assert "Hardly trained, so not ranked: few (19 steps, where at least 100 are needed)" in said
+    assert "At chance, so not ranked: guesses (guessing reaches 12.0% accuracy)." in said
+    table = found.table(width=200)
+    assert "steps" in table and "90.0% (hardly trained)" in table and "12.0% (at chance)" in table
+    nothing = result(with_steps("few", 0.9, 1), with_steps("fewer", 0.8, 2), metric=accuracy)
+    nothing.config["least_steps"] = 100
+    assert nothing.answer()[0].startswith("Hardly trained, so not ranked: few and fewer (1 to 2 steps")
+    assert not any("Best" in sentence for sentence in nothing.answer())
+
+
+def test_a_busy_machine_is_named() -> None:
+    assert result(with_steps("a", 2.0, 200, waited=0.04)).waited == 0.04
+    assert not any("busy" in sentence for sentence in result(with_steps("a", 2.0, 200, waited=0.04)).answer())
+    assert any(
+        "busy: up to 45% of the time" in sentence for sentence in result(with_steps("a", 2.0, 9, waited=0.45)).answer()
+    )
+
+
+def test_reprs_are_one_short_line() -> None:
+    found = result(record("a", 2.0), record("b", 2.1, 2.2))
+    assert repr(found) == "CompareResult(text, budget quick, 1 seed: a 2.000, b 2.150 bits per byte)"
+    assert repr(found["b"]) == "MechanismRecord('b', quality 2.15, 2 seeds)"
+
+
 def test_json_there_and_back_with_maps(tmp_path) -> None:
     maps = {"layer 0": np.eye(3, dtype=np.float32)[None]}
     original = result(record("moba:top_k=2", 2.0, 2.1, maps=maps, supports=("causal",)), record("b", 3.0))
@@ -92,7 +132,19 @@ def test_figures_that_are_not_finite_are_null_in_json() -> None:
     assert data["mechanisms"][0]["runs"][0]["quality"] is None
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}', '{"format": 99}', "\xff"])
+def broken(**changes: object) -> str:
+    data = json.loads(result(record("a", 2.0)).to_json())
+    data["mechanisms"][0] |= changes.pop("mechanism", {})
+    return json.dumps(data | changes)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", '{"format": 2}', '{"format": 99}', "\xff", "[" * 100_000, broken(metric=3), broken(mechanisms=[]),
+     broken(config=1), broken(mechanism={"runs": 3}), broken(mechanism={"runs": [{"seed": "x"}]}),
+     broken(mechanism={"name": 3}), broken(mechanism={"parameters": "x"}), broken(mechanism={"notes": [3]}),
+     broken(failed=3)],
+)  # fmt: skip
 def test_a_file_that_is_no_result_is_a_value_error(tmp_path, content: str) -> None:
     (tmp_path / "result.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"result\.json"):

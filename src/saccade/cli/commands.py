@@ -281,7 +281,9 @@ def compare(
     task: Annotated[
         str, typer.Option(help="text, digits, recall, listops, digits-cnn (gates) or paired (fusion).")
     ] = "text",
-    budget: Annotated[str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism.")] = "quick",
+    budget: Annotated[
+        str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism, on the mean.")
+    ] = "quick",
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Run folder; an interrupted run in it is resumed.")] = None,
@@ -307,7 +309,6 @@ def compare(
         seed=list(range(seed, seed + seeds)),
         out=folder,
         data=data or None,
-        progress=False if as_json else None,
     )
     if as_json:
         print(result.to_json(), flush=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,19 +14,12 @@ from torch import Tensor, nn
 
 
 def seconds(function: Callable[[], object], *, repeats: int = 5, budget: float = 5.0) -> float:
-    """Median time of a call after one to warm up; fewer repeats where they would take longer than `budget` seconds."""
-    synchronize()
-    start = time.perf_counter()
+    """Time of the fastest call after one to warm up; fewer repeats where they would take longer than `budget` seconds.
+
+    Whatever else runs on the machine only adds to a time, so the least one is nearest to the truth.
+    """
     function()
-    synchronize()
-    first = time.perf_counter() - start
-    times = []
-    for _ in range(max(1, min(repeats, int(budget / max(first, 1e-9))))):
-        start = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return fastest(function, repeats=repeats, budget=budget)[0]
 
 
 def fastest(*functions: Callable[[], object], repeats: int = 5, budget: float = 1.0) -> list[float]:
@@ -45,6 +38,78 @@ def fastest(*functions: Callable[[], object], repeats: int = 5, budget: float = 
         if time.perf_counter() - start > budget:
             break
     return best
+
+
+#: a machine is busy where this share of the time that our threads wanted to run went to others
+BUSY = 0.1
+
+
+class Watch:
+    """How much of the processor others took while this process wanted it, over all times between `start` and `stop`.
+
+        with Watch() as watch: ...
+        watch.waited      # 0.0 to 1.0; None where the system does not tell (Linux does)
+
+    Counted are the threads of this process that could have run and stood in the queue. What they take from each other
+    is not: `waited` is 0 where no other process ran.
+    """
+
+    def __init__(self) -> None:
+        self._ran = self._queued = self._others = self._wall = 0.0
+        self._known = True
+
+    def start(self) -> None:
+        self._begun = _queue(), _all_seconds(), time.process_time(), time.perf_counter()
+
+    def stop(self) -> None:
+        queue, everything, own, wall = self._begun
+        now = _queue(), _all_seconds()
+        if queue is None or everything is None or now[0] is None or now[1] is None:
+            self._known = False
+            return
+        self._ran += max(0.0, now[0][0] - queue[0])
+        self._queued += max(0.0, now[0][1] - queue[1])
+        self._others += max(0.0, now[1] - everything - (time.process_time() - own))
+        self._wall += time.perf_counter() - wall
+
+    def __enter__(self) -> Watch:
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    @property
+    def waited(self) -> float | None:
+        """The share; None where it is not known."""
+        if not self._known:
+            return None
+        alone = self._others < BUSY * self._wall or self._ran + self._queued <= 0
+        return 0.0 if alone else self._queued / (self._ran + self._queued)
+
+
+def _queue() -> tuple[float, float] | None:
+    """Seconds that the threads of this process have run, and those that they stood in the queue for a processor."""
+    ran = queued = 0
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # one that has just ended
+                with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as file:
+                    first, second, *_ = file.read().split()
+                ran, queued = ran + int(first), queued + int(second)
+    except (OSError, ValueError):
+        return None
+    return (ran / 1e9, queued / 1e9) if ran else None
+
+
+def _all_seconds() -> float | None:
+    """Seconds of processor time that all processes have had."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            user, nice, system, _idle, _wait, irq, softirq, steal, *_ = map(int, file.readline().split()[1:])
+        return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
 
 
 def synchronize() -> None:
@@ -85,8 +150,8 @@ def cost(
 ) -> tuple[float, float, int]:
     """Seconds forward without gradients, seconds forward and backward, peak bytes of the latter.
 
-    Gradients are left behind neither on the module nor on tensors among `arguments`. The forward pass alone gets a
-    third of the `budget` in seconds.
+    Times are those of the fastest calls, both kinds in turns. Gradients are left behind neither on the module nor on
+    tensors among `arguments`.
     """
 
     def forward() -> None:
@@ -99,11 +164,10 @@ def cost(
         total.backward()
         _clear_gradients(module, arguments)
 
-    return (
-        seconds(forward, repeats=repeats, budget=budget / 3),
-        seconds(both, repeats=repeats, budget=budget),
-        peak_bytes(both),
-    )
+    memory = peak_bytes(both)  # warms up, too
+    forward()
+    forward_seconds, both_seconds = fastest(forward, both, repeats=repeats, budget=budget)
+    return forward_seconds, both_seconds, memory
 
 
 def _clear_gradients(part: nn.Module, arguments: Sequence[object]) -> None:

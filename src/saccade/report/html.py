@@ -125,7 +125,7 @@ def _table(result: CompareResult) -> str:
 
 
 def _notes(result: CompareResult) -> str:
-    notes = [f"{record.name}: {note}" for record in result.mechanisms for note in record.notes]
+    notes = [f"{name}: {note}" for name, note in result.notes()]
     return "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>" if notes else ""
 
 

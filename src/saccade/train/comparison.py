@@ -3,24 +3,26 @@
 A comparison lives in a folder:
 
     config.json                          what was asked, and every setting that followed
+    steps.json                           the steps that follow from a budget in seconds
     <mechanism>/mechanism.json           its definition: a folder is used for no other
     <mechanism>/seed-<seed>/             metrics.jsonl, checkpoint.safetensors, final.json
     <mechanism>/measures.json            decoding, memory, growth with length
     maps/<mechanism>.safetensors         attention on a sample
     result.json                          the whole, once it is finished
 
-Every file is written whole. A comparison that was interrupted goes on where it stopped when it is asked for again with
-the same settings; one that is finished is returned.
+Mechanisms are trained in turns of a few steps, and measured one after the other. Every file is written whole. A
+comparison that was interrupted goes on where it stopped when it is asked for again with the same settings; one that is
+finished is returned, and takes further mechanisms.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +32,19 @@ from torch import Tensor, nn
 import saccade
 from saccade.ops.measure import machine
 from saccade.train.data import read_files
-from saccade.train.files import folder_name, make_folder, read_arrays, read_json, write_text
-from saccade.train.measures import measure
+from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
+from saccade.train.measures import Measures, keep_measures, measure
 from saccade.train.mechanisms import NONE, Mechanism, check_fit, parse
+from saccade.train.progress import Update, bar, showing
 from saccade.train.result import CompareResult, MechanismRecord, Metric
-from saccade.train.runs import steps_in, train_run, trained_model
+from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
 from saccade.train.scaling import ScalingPoint, fits
 from saccade.train.tasks import TASKS, Own, Task, Text, fingerprint, is_paths
 
 BUDGETS = ("quick", "standard", "long")
+
+#: bytes of parameters, gradients and moments up to which models are trained in turns; larger ones one after the other
+TOGETHER = 2 * 2**30
 
 
 def compare(
@@ -69,12 +75,12 @@ def compare(
             nothing where the data are the caller's own and there is no `model`).
         task: "text", "recall", "listops", "digits"; "digits-cnn" for gates; "paired" for fusion. Gates and fusion
             parts are compared with the model without any ("none") too.
-        budget: "quick", "standard" or "long", the same steps for all; or seconds of training for each mechanism and
-            seed (the sizes of "quick"; steps are set once, from the time that the first ones take). `steps=` given by
-            name wins over it.
+        budget: "quick", "standard" or "long"; or seconds of training a mechanism and seed (the sizes of "quick"). All
+            mechanisms take the same steps, in turns: with seconds, as many as take so long on the mean, decided once
+            by the first ones. `steps=` given by name wins over it.
         seed: one or several; with several, the result has the spread.
-        out: run folder. A folder that holds the same comparison is continued, or returned when it is finished. Where
-            None, nothing is kept.
+        out: run folder. A folder that holds the same comparison is continued, or returned when it is finished; other
+            mechanisms are added to those that it has. Where None, nothing is kept.
         data: file names (task "text"), or the caller's own: an iterable of batches (inputs..., targets) that can be
             gone through again and again, or a function of the step that returns one. `task` then says nothing.
         held_out: batches for the quality on own data (the data themselves where None).
@@ -83,13 +89,14 @@ def compare(
         quality: for own data, model -> figure, higher is better unless `metric` says otherwise; the loss where None.
         metric: name, unit and direction of that figure.
         device: "cpu", "cuda"; the accelerator where there is one, when None.
-        progress: progress bars on stderr; where None, if that is a terminal.
+        progress: False for none; bars on stderr otherwise, or a line every ten seconds where that is no terminal.
         **settings: any field of `saccade.train.tasks.Settings` (`dim`, `length`, `steps`, `lengths`, ...).
 
     Raises:
         ValueError: for unknown names, a mechanism that does not fit the task (fitting ones are named), settings out of
-            range, a loss that is not finite, or a folder that holds another comparison.
-        OSError: if data cannot be read or the folder not written.
+            range, a folder that holds another comparison, or if no mechanism can be trained (where some can, the
+            result says of the others why not).
+        OSError: if data cannot be read, the folder not written, or another run is in it.
     """
     own = data is not None and not is_paths(data) and not isinstance(data, Tensor)
     entries = parse(mechanisms)
@@ -119,25 +126,64 @@ def compare(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saccade-")))
         else:
             folder = Path(out)
-        finished = _open_folder(folder, config)
+            finished = _finished(folder, config)
+            if finished is not None:
+                return finished
+            make_folder(folder)
+            stack.enter_context(locked(folder))
+        finished = _finished(folder, config)  # another run may have had the lock until now
         if finished is not None:
             return finished
-        _try_out(job, entries, seeds[0])
+        taken = _try_out(job, entries, seeds[0])
+        entries, config = _joined(folder, entries, config, seeds)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        show = stack.enter_context(_Display(sys.stderr.isatty() if progress is None else progress))
-        records = [_compared(job, entry, seeds, seconds, folder, show) for entry in entries]
-        result = CompareResult(config, machine(place), job.metric, records, folder)
-        result.save(folder)
+        stack.enter_context(showing(progress))
+        groups = [entries] if sum(taken.values()) <= TOGETHER else [[entry] for entry in entries]
+        folders = {kept["name"]: _mechanism_folder(folder, kept) for kept in config["mechanisms"]}
+        steps = job.settings.steps if seconds is None else _planned_steps(job, groups, seeds[0], seconds, folder)
+        failed = _train(job, groups, seeds, steps, folders)
+        metric = job.metric if job.metric.chance is not None else replace(job.metric, chance=job.chance())
+        unkept: list[str] = []
+        trained = [entry for entry in entries if entry.name not in failed]
+        records = [_measured(job, entry, seeds, steps, folder, folders[entry.name], unkept) for entry in trained]
+        result = CompareResult(config, machine(place), metric, records, folder, failed, unkept)
+        with _keeping(unkept):
+            result.save(folder)
     result.folder = None if out is None else folder
     return result
 
 
-def _compared(
-    job: Task, entry: Mechanism, seeds: list[int], seconds: float | None, folder: Path, show: _Display
+def _train(
+    job: Task, groups: list[list[Mechanism]], seeds: list[int], steps: int, folders: dict[str, Path]
+) -> dict[str, str]:
+    """Train everything, the mechanisms of a group in turns; returns what could not be trained, and why.
+
+    Raises:
+        ValueError: if nothing could.
+    """
+    failed: dict[str, str] = {}
+    for seed, group in itertools.product(seeds, groups):
+        left = [entry for entry in group if entry.name not in failed]
+        runs = [Run(job, entry, seed, steps, folders[entry.name] / f"seed-{seed}") for entry in left]
+        begun = {id(run): run.step for run in runs}
+        names = group[0].name if len(group) == 1 else f"{len(group)} mechanisms"
+        description = f"training {names}" + (f", seed {seed}" if len(seeds) > 1 else "")
+        with bar(description, len(runs) * steps) as update:
+            update(sum(begun.values()))
+
+            def on_step(run: Run, update: Update = update) -> None:
+                update(words=f"{run.mechanism.name} at {run.step} of {run.steps}, loss {run.losses[-1]:.3f}")
+
+            failed |= take_turns(runs, on_step)
+    if len(failed) == sum(map(len, groups)):
+        raise ValueError(next(iter(failed.values())))
+    return failed
+
+
+def _measured(
+    job: Task, entry: Mechanism, seeds: list[int], steps: int, folder: Path, own_folder: Path, unkept: list[str]
 ) -> MechanismRecord:
-    """Everything about one mechanism: its runs, then its measures, each taken from the folder where it is there."""
-    own_folder = _mechanism_folder(folder, entry)
-    steps = job.settings.steps if seconds is None else _planned_steps(job, entry, seeds[0], seconds, own_folder)
+    """The record of a mechanism: its finished runs, and its measures, taken from the folder where they are there."""
     record = MechanismRecord(
         entry.name,
         entry.slug,
@@ -145,44 +191,53 @@ def _compared(
         supports=entry.supports,
     )
     for seed in seeds:
-        which = f"{entry.name}, seed {seed}" if len(seeds) > 1 else entry.name
-        with show.bar(f"training {which}", steps) as on_step:
-            record.runs.append(
-                train_run(job, entry, seed, steps, own_folder / f"seed-{seed}", lambda step, loss: on_step(step, loss))
-            )
+        done = read_record(own_folder / f"seed-{seed}", seed, steps)
+        assert done is not None
+        record.runs.append(done)
     if not _read_measures(record, own_folder / "measures.json", folder):
         trained = trained_model(job, entry, seeds[0], own_folder / f"seed-{seeds[0]}")
-        with show.bar(f"measuring {entry.name}", len(job.settings.lengths)) as on_step:
-            measure(job, entry, trained, record, folder, lambda _: on_step(None, None))
+        with bar(f"measuring {entry.name}", len(job.settings.lengths)) as update:
+            measure(job, entry, trained, record, lambda point: update(words=f"length {point.length}"))
+        with _keeping(unkept):
+            keep_measures(record, folder)
     return record
 
 
-def _mechanism_folder(folder: Path, entry: Mechanism) -> Path:
+@contextmanager
+def _keeping(unkept: list[str]) -> Iterator[None]:
+    """What cannot be written here is added to the list: it was measured, and the caller gets it."""
+    try:
+        yield
+    except OSError as error:
+        unkept.append(str(error))
+
+
+def _mechanism_folder(folder: Path, definition: dict[str, Any]) -> Path:
     """The mechanism's own folder, with its definition in it.
 
     Raises:
         ValueError: if another definition is there.
     """
-    path = folder / folder_name(entry.name) / "mechanism.json"
-    asked = _plain(entry.as_config())
+    path = folder / folder_name(definition["name"]) / "mechanism.json"
     if path.is_file():
-        difference = _difference(read_json(path), asked, "mechanism")
+        difference = _difference(read_json(path), definition, "mechanism")
         if difference:
             raise ValueError(f"{path.parent} holds the runs of another mechanism: {difference}; choose another folder")
     else:
-        write_text(path, json.dumps(asked, indent=2) + "\n")
+        write_text(path, json.dumps(definition, indent=2) + "\n")
     return path.parent
 
 
-def _planned_steps(job: Task, entry: Mechanism, seed: int, seconds: float, folder: Path) -> int:
-    """Steps that take `seconds`; decided once, so that a resumed run has the same schedule."""
+def _planned_steps(job: Task, groups: list[list[Mechanism]], seed: int, seconds: float, folder: Path) -> int:
+    """Steps for every mechanism, decided once: a resumed run, and one that is added later, have the same schedule."""
     path = folder / "steps.json"
     if not path.is_file():
-        write_text(path, json.dumps({"steps": steps_in(job, entry, seed, seconds)}) + "\n")
-    try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
+        write_text(path, json.dumps({"steps": plan_steps(job, groups, seed, seconds)}) + "\n")
+    found = read_json(path)
+    steps = found.get("steps") if isinstance(found, dict) else None
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{path} is damaged (steps is {steps!r:.60}); delete {folder} to do it again")
+    return steps
 
 
 def _read_measures(record: MechanismRecord, path: Path, folder: Path) -> bool:
@@ -190,24 +245,27 @@ def _read_measures(record: MechanismRecord, path: Path, folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("parameters", "train_bytes", "notes", "marks", "decode"):
-            setattr(record, name, kept[name])
-        record.scaling = [ScalingPoint(**point) for point in kept["scaling"]]
-        record.fits = fits(record.scaling)
-        maps = kept["maps"]
-    except (KeyError, TypeError, ValueError) as error:
+        kept = build(Measures, read_json(path))
+        record.scaling = [build(ScalingPoint, point) for point in kept.scaling]
+    except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
-    record.maps = read_arrays(folder / "maps" / f"{folder_name(record.name)}.safetensors") if maps else {}
+    for name in ("parameters", "train_bytes", "notes", "marks", "decode", "waited"):
+        setattr(record, name, getattr(kept, name))
+    record.fits = fits(record.scaling)
+    record.maps = read_arrays(folder / "maps" / f"{folder_name(record.name)}.safetensors") if kept.maps else {}
     return True
 
 
-def _try_out(job: Task, entries: list[Mechanism], seed: int) -> None:
+def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, int]:
     """Build every model and take one batch through it, so that what cannot work fails before anything is trained.
+
+    Returns:
+        the bytes that training each will take (parameters, gradients and the optimiser's two moments).
 
     Raises:
         ValueError: naming the mechanism.
     """
+    sizes = {}
     for entry in entries:
         try:
             network = job.model(entry, seed).to(job.device).train()
@@ -215,6 +273,8 @@ def _try_out(job: Task, entries: list[Mechanism], seed: int) -> None:
                 job.loss(network, job.batch(seed, 0))
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{entry.name}: {' '.join(str(error).split())}") from error
+        sizes[entry.name] = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+    return sizes
 
 
 def _task(name: str, preset: str, settings: dict[str, Any], device: torch.device, data: Any) -> Task:
@@ -270,6 +330,7 @@ def _config(
         "task": job.name,
         "budget": budget,
         "seeds": seeds,
+        "least_steps": job.least_steps,
         "mechanisms": [entry.as_config() for entry in entries],
         "settings": asdict(job.settings),
         "data": fingerprint(data),
@@ -283,89 +344,75 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(config, default=str))
 
 
-def _open_folder(folder: Path, config: dict[str, Any]) -> CompareResult | None:
-    """Make the folder ready; the result, if it already holds this very comparison, finished.
+def _finished(folder: Path, config: dict[str, Any]) -> CompareResult | None:
+    """The result of a folder, if it holds all that is asked for.
 
     Raises:
-        ValueError: if it holds another one, or other files.
-        OSError: if it cannot be written.
+        ValueError: if it holds another comparison, or other files.
+    """
+    there = _config_in(folder, config)
+    if there is None or not (folder / "result.json").is_file():
+        return None
+    names = {entry["name"] for entry in there["mechanisms"]}
+    result = CompareResult.load(folder)
+    # a mechanism that was added later, in a run that was then stopped, is in the configuration and not in the result
+    complete = result.config == there and {entry["name"] for entry in config["mechanisms"]} <= names
+    return result if complete else None
+
+
+def _joined(
+    folder: Path, entries: list[Mechanism], config: dict[str, Any], seeds: list[int]
+) -> tuple[list[Mechanism], dict[str, Any]]:
+    """The mechanisms that a folder has and those asked for, and the configuration with all of them.
+
+    Raises:
+        ValueError: if one of the caller's own that is not asked for has yet to be finished.
+    """
+    there = _config_in(folder, config)
+    if there is None:
+        return entries, config
+    asked = {entry.name: entry for entry in entries}
+    joined = []
+    for kept in there["mechanisms"]:
+        name, own_folder = kept["name"], folder / folder_name(kept["name"])
+        needed = ["measures.json", *(f"seed-{seed}/final.json" for seed in seeds)]
+        if name not in asked and kept["slug"] is None and not all((own_folder / file).is_file() for file in needed):
+            raise ValueError(f"{folder} has unfinished runs of {name!r}, a constructor of yours: give it here too")
+        joined.append(asked.pop(name) if name in asked else Mechanism(name, kept["slug"], kept["options"]))
+    new = [entry for entry in config["mechanisms"] if entry["name"] in asked]
+    return [*joined, *asked.values()], {**config, "mechanisms": [*there["mechanisms"], *new]}
+
+
+def _config_in(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The configuration in a folder; None if it is empty or not there.
+
+    Raises:
+        ValueError: if it is another one in more than the mechanisms' number, or the folder holds other files.
     """
     path = folder / "config.json"
-    if path.is_file():
-        difference = _difference(read_json(path), config)
-        if difference:
-            raise ValueError(f"{folder} holds another comparison: {difference}; choose another folder")
-        if (folder / "result.json").is_file():
-            return CompareResult.load(folder)
-    elif folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} holds other files and no comparison; choose an empty or a new folder")
-    make_folder(folder)
-    return None
+    if not path.is_file():
+        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
+            raise ValueError(f"{folder} holds other files and no comparison; choose an empty or a new folder")
+        return None
+    there = read_json(path)
+    if not isinstance(there, dict) or not isinstance(there.get("mechanisms"), list):
+        raise ValueError(f"{path} is damaged (no configuration of a comparison); choose another folder")
+    kept = {entry.get("name"): entry for entry in there["mechanisms"] if isinstance(entry, dict)}
+    common = {entry["name"]: (kept[entry["name"]], entry) for entry in config["mechanisms"] if entry["name"] in kept}
+    difference = _difference({**there, "mechanisms": []}, {**config, "mechanisms": []}) or next(
+        filter(None, (_difference(*pair, f"mechanism {name}") for name, pair in common.items())), ""
+    )
+    if difference:
+        raise ValueError(f"{folder} holds another comparison: {difference}; choose another folder")
+    return there
 
 
 def _difference(there: Any, asked: Any, name: str = "") -> str:
-    """The first setting in which two configurations differ, in words; empty if they are the same."""
+    """The first setting in which two configurations differ, in words; empty if they do not."""
     if isinstance(there, dict) and isinstance(asked, dict):
         for key in dict.fromkeys([*there, *asked]):
             found = _difference(there.get(key), asked.get(key), f"{name}.{key}" if name else str(key))
             if found:
                 return found
         return ""
-    if name == "mechanisms" and isinstance(there, list) and isinstance(asked, list):
-        names = [[entry["name"] for entry in entries] for entries in (there, asked)]
-        if names[0] != names[1]:
-            return f"mechanisms is {', '.join(names[0])} there and {', '.join(names[1])} here"
-        return next(filter(None, (_difference(a, b, f"mechanism {a['name']}") for a, b in zip(there, asked))), "")
     return "" if there == asked else f"{name} is {there!r} there and {asked!r} here"
-
-
-class _Display:
-    """Progress bars on stderr, or nothing."""
-
-    def __init__(self, shown: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[loss]}"),
-            console=Console(stderr=True),
-            disable=not shown,
-        )
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def bar(self, description: str, total: int) -> _Bar:
-        return _Bar(self, description, total)
-
-
-class _Bar:
-    """One bar: a context whose value is called with (steps done or None for one more, loss or None)."""
-
-    def __init__(self, display: _Display, description: str, total: int) -> None:
-        self.display, self.description, self.total = display, description, total
-
-    def __enter__(self) -> Callable[[int | None, float | None], None]:
-        progress = self.display.progress
-        task = progress.add_task(self.description, total=self.total, loss="")
-        self.task = task
-
-        def update(done: int | None, loss: float | None) -> None:
-            if done is None:
-                progress.advance(task)
-            else:
-                progress.update(task, completed=done, loss="" if loss is None else f"loss {loss:.3f}")
-
-        return update
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self.display.progress.update(self.task, completed=self.total)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+
+T = TypeVar("T")
 
 #: names that are file names as they stand, on every system; no other file of a run folder is called so
 _PLAIN = re.compile(r"[a-z0-9][a-z0-9_-]{0,59}")
@@ -43,7 +50,7 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise OSError(f"cannot make the folder {path}: {error.strerror or error}") from error
     write_bytes(path / ".writable", b"")
-    (path / ".writable").unlink()
+    (path / ".writable").unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -62,10 +69,21 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except OSError as error:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _sync_folder(path: Path) -> None:
+    """Put a folder's entries on the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -86,6 +104,45 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
 
 
+def build(kind: type[T], data: Any) -> T:
+    """A dataclass from JSON, every field of the type that it is declared with.
+
+    Raises:
+        ValueError: naming what is missing, unknown or of another type.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"{data!r:.60} is no object")
+    hints = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in data.items():
+        if name not in known:
+            raise ValueError(f"{name!r:.60} is unknown")
+        if not _is(value, hints[name]):
+            raise ValueError(f"{name} is {value!r:.60}")
+    lacking = [f.name for f in known.values() if f.default is f.default_factory is MISSING and f.name not in data]
+    if lacking:
+        raise ValueError(f"{lacking[0]} is missing")
+    return kind(**data)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a type, inside of lists and dicts too."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is(value, each) for each in inner)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(item, inner[1]) for item in value.values())
+    if kind is Any:
+        return True
+    if kind is NoneType:
+        return value is None
+    if kind is float:
+        kind = (int, float)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line; if that fails, the file is as it was.
 
@@ -96,6 +153,8 @@ def append_line(path: Path, line: str) -> None:
     try:
         with path.open("ab") as file:
             file.write(line.encode("utf-8") + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that counts on it
     except OSError as error:
         if path.exists():
             os.truncate(path, size)
@@ -130,3 +189,51 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def read_arrays(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """The tensors of a safetensors file as float32 arrays."""
     return {name: tensor.float().numpy() for name, tensor in read_tensors(path)[0].items()}
+
+
+#: the lock of a folder; it stays there, and holds the number of the process that had it last
+LOCK = ".saccade.lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for this run alone. The system takes the lock away when the process ends, however it ends.
+
+    Raises:
+        OSError: if another run has it.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise OSError(f"cannot write {folder / LOCK}: {error.strerror or error}") from error
+    with os.fdopen(handle, "r+b", buffering=0) as file:
+        if not _lock(file.fileno()):
+            owner = file.read(32).decode("ascii", "replace").strip()
+            raise OSError(f"{folder} is in use by another run (process {owner}): wait for its end, or choose another")
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n".encode())
+        yield
+
+
+def _lock(handle: int) -> bool:
+    """Take the lock of an open file; False if it is taken. Where a file system knows no locks, there is none."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        try:
+            os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond what is written, which others may then read
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        os.lseek(handle, 0, os.SEEK_SET)
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True

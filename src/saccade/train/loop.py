@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from saccade.train.progress import bar
+
 T = TypeVar("T")
+
+
+class NotFinite(ValueError):
+    """A loss or a quality that is no finite number."""
 
 
 class Training:
@@ -58,7 +65,7 @@ class Training:
         """One step; returns its loss, without what the parts add to it (see `auxiliary_loss`).
 
         Raises:
-            ValueError: if the loss is not a finite number.
+            NotFinite: if the loss is not a finite number.
         """
         self.model.train()
         for group in self.optimizer.param_groups:
@@ -66,7 +73,7 @@ class Training:
         value = loss(self.model, batch)
         figure = float(value.detach())
         if not math.isfinite(figure):
-            raise ValueError(
+            raise NotFinite(
                 f"the loss became {figure} at step {self.step + 1} of {self.steps}: try a lower learning rate"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -92,7 +99,7 @@ class Training:
         """Go back to a state.
 
         Raises:
-            ValueError: if it is of another model.
+            ValueError: if it is of another model, or of a step that this training does not have.
         """
         model = {name[len("model.") :]: t for name, t in tensors.items() if name.startswith("model.")}
         try:
@@ -106,9 +113,12 @@ class Training:
             torch.set_rng_state(tensors["random"].cpu())
             if "random.cuda" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["random.cuda"].cpu())
-            self.step = int(tensors["step"])
-        except (RuntimeError, KeyError, ValueError) as error:
+            step = int(tensors["step"])
+        except (RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"the checkpoint is of another model: {' '.join(str(error).split())[:200]}") from error
+        if not 0 <= step <= self.steps:
+            raise ValueError(f"step must be between 0 and {self.steps}, got {step}")
+        self.step = step
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor | None:
@@ -137,19 +147,20 @@ def fit(
     Args:
         batches: an iterator, an iterable (begun again where it ends), or a function of the step.
         loss: (model, batch) -> a scalar tensor.
-        progress: the description of a progress bar; none where None.
+        progress: the description of a bar in the display that is open (see `saccade.train.progress`); none where None.
 
     Raises:
         ValueError: if the batches run out or the loss is not finite.
     """
     training = Training(model, steps, lr=lr, weight_decay=weight_decay)
     batch_at = batches if callable(batches) else _Cycle(batches)
-    numbers: Iterable[int] = range(steps)
-    if progress is not None:
-        from rich.progress import track
-
-        numbers = track(numbers, description=progress, transient=True)
-    return [training(batch_at(step), loss) for step in numbers]
+    losses: list[float] = []
+    with bar(progress, steps) if progress is not None else nullcontext() as update:
+        for step in range(steps):
+            losses.append(training(batch_at(step), loss))
+            if update is not None:
+                update(words=f"loss {losses[-1]:.3f}")
+    return losses
 
 
 class _Cycle:

@@ -6,14 +6,14 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.ops.measure import peak_bytes, synchronize
+from saccade.ops.measure import Watch, peak_bytes, synchronize
 from saccade.train.files import folder_name, write_tensors, write_text
 from saccade.train.loop import Training
 from saccade.train.mechanisms import NONE, Mechanism
@@ -29,15 +29,25 @@ def measure(
     mechanism: Mechanism,
     model: nn.Module,
     record: MechanismRecord,
-    folder: Path,
     on_point: Callable[[ScalingPoint], None] = lambda point: None,
 ) -> None:
-    """Fill in everything but the runs of a record, and keep it in the comparison's folder.
+    """Fill in everything but the runs of a record.
 
     Args:
         model: trained; the maps are its.
-        folder: of the comparison; gets `<mechanism>/measures.json` and `maps/<mechanism>.safetensors`.
     """
+    with Watch() as watch:
+        _measure(task, mechanism, model, record, on_point)
+    record.waited = watch.waited
+
+
+def _measure(
+    task: Task,
+    mechanism: Mechanism,
+    model: nn.Module,
+    record: MechanismRecord,
+    on_point: Callable[[ScalingPoint], None],
+) -> None:
     settings = task.settings
     record.parameters = sum(p.numel() for p in model.parameters())
     record.train_bytes = training_bytes(task, mechanism)
@@ -71,18 +81,42 @@ def measure(
         if why:
             record.notes.append(why)
     record.maps = {name: tensor.float().numpy() for name, tensor in maps.items()}
-    if maps:
-        write_tensors(folder / "maps" / f"{folder_name(mechanism.name)}.safetensors", maps)
-    kept = {
-        "parameters": record.parameters,
-        "train_bytes": record.train_bytes,
-        "notes": record.notes,
-        "marks": record.marks,
-        "decode": record.decode,
-        "scaling": [asdict(point) for point in record.scaling],
-        "maps": sorted(maps),
-    }
-    write_text(folder / folder_name(mechanism.name) / "measures.json", json.dumps(kept, indent=2) + "\n")
+
+
+@dataclass
+class Measures:
+    """`measures.json`: a record less its runs; `maps` are the names of those that are kept."""
+
+    parameters: int
+    train_bytes: int | None
+    notes: list[str]
+    marks: list[str]
+    decode: dict[str, float] | None
+    scaling: list[Any]
+    maps: list[str]
+    waited: float | None
+
+
+def keep_measures(record: MechanismRecord, folder: Path) -> None:
+    """Write `<mechanism>/measures.json` and `maps/<mechanism>.safetensors` into the folder of a comparison.
+
+    Raises:
+        OSError: if one cannot be written.
+    """
+    name = folder_name(record.name)
+    if record.maps:
+        write_tensors(folder / "maps" / f"{name}.safetensors", {n: torch.tensor(a) for n, a in record.maps.items()})
+    kept = Measures(
+        record.parameters,
+        record.train_bytes,
+        record.notes,
+        record.marks,
+        record.decode,
+        [asdict(point) for point in record.scaling],
+        sorted(record.maps),
+        record.waited,
+    )
+    write_text(folder / name / "measures.json", json.dumps(asdict(kept), indent=2) + "\n")
 
 
 def notes(task: Task, mechanism: Mechanism, model: nn.Module) -> tuple[list[str], list[str]]:

@@ -14,30 +14,37 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from saccade.ops.measure import BUSY
 from saccade.tables import fold, table
-from saccade.train.files import folder_name, read_arrays, write_text
+from saccade.train.files import build, folder_name, read_arrays, write_bytes, write_text
 from saccade.train.labels import labels
 from saccade.train.scaling import Fit, ScalingPoint
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
 #: version of result.json
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class Metric:
-    """How quality is measured: `name` as in the metrics, `unit` for axes, and which way is better."""
+    """How quality is measured: `name` as in the metrics, `unit` for axes, and which way is better.
+
+    `chance` is what guessing reaches (the commonest answer, or how often each comes); None where that is not known.
+    """
 
     name: str
     unit: str
     higher_is_better: bool
+    chance: float | None = None
 
     def text(self, value: float) -> str:
         """`value` as it is printed: accuracies in percent."""
@@ -53,8 +60,9 @@ class SeedRecord:
         quality: the metric of the task on held-out data, after training. For a mechanism whose outputs depend on
             later tokens (see `notes`) in a task that predicts the next token, it is measured from prefixes alone.
         metrics: further figures by name: `train_loss` (mean of the last tenth), `steps`, `tokens`, `seconds` (of
-            training steps), `tokens_per_second` (batch tokens over the median step), `teacher_forced` (the quality
-            as seen with all tokens at once, where that differs).
+            training steps), `tokens_per_second` (batch tokens over the median step), `waited` (the share of its time
+            that training stood in the queue for a processor, see `saccade.ops.measure.Watch`), `teacher_forced` (the
+            quality as seen with all tokens at once, where that differs).
         curve: one dict per logged step: `step`, `tokens`, `seconds`, `loss`, `lr`, and `quality` where it was
             evaluated (for a text model that sees the future: teacher-forced).
         folder: of this run, relative to the result's; holds metrics.jsonl and checkpoint.safetensors.
@@ -67,7 +75,7 @@ class SeedRecord:
     folder: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class MechanismRecord:
     """Everything measured on one mechanism.
 
@@ -88,6 +96,7 @@ class MechanismRecord:
         marks: short marks for tables that belong to notes: "future" (sees later tokens), "causal" (causal in a task
             that is not).
         supports: the capabilities on its card.
+        waited: of the time of these measurements, the share in the queue for a processor; None where not known.
     """
 
     name: str
@@ -103,6 +112,16 @@ class MechanismRecord:
     notes: list[str] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
     supports: tuple[str, ...] = ()
+    waited: float | None = None
+
+    def __repr__(self) -> str:
+        return f"MechanismRecord({self.name!r}, quality {self.quality:.4g}, {_plural(len(self.runs), 'seed')})"
+
+    @property
+    def steps(self) -> int | None:
+        """Of training, the same for every mechanism; None where that was not written down."""
+        steps = self.mean("steps")
+        return None if steps is None else round(steps)
 
     @property
     def quality(self) -> float:
@@ -128,7 +147,7 @@ class MechanismRecord:
         return None if self.decode is None else self.decode["tokens_per_second"]
 
 
-@dataclass
+@dataclass(repr=False)
 class CompareResult:
     """The answer of `saccade.compare`.
 
@@ -138,6 +157,8 @@ class CompareResult:
         metric: how quality is measured.
         mechanisms: in the order asked for.
         folder: the run folder, or None if nothing was kept.
+        failed: mechanisms that could not be trained, and why; they have no record.
+        unkept: what could not be written at the end, each in a line; it is in this result all the same.
     """
 
     config: dict[str, Any]
@@ -145,6 +166,12 @@ class CompareResult:
     metric: Metric
     mechanisms: list[MechanismRecord]
     folder: Path | None = None
+    failed: dict[str, str] = field(default_factory=dict)
+    unkept: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        found = ", ".join(f"{record.name} {self.metric.text(record.quality)}" for record in self.ranked)
+        return f"CompareResult({self.title}: {found} {self.metric.unit})"
 
     def __getitem__(self, name: str) -> MechanismRecord:
         """The record of one mechanism.
@@ -159,8 +186,26 @@ class CompareResult:
 
     @property
     def ranked(self) -> list[MechanismRecord]:
-        """The mechanisms, best quality first."""
-        return sorted(self.mechanisms, key=lambda record: record.quality, reverse=self.metric.higher_is_better)
+        """The mechanisms, best quality first; then, in the order asked for, those whose quality ranks nothing."""
+        trained = [record for record in self.mechanisms if not self.doubt(record)]
+        best_first = sorted(trained, key=lambda record: record.quality, reverse=self.metric.higher_is_better)
+        return best_first + [record for record in self.mechanisms if self.doubt(record)]
+
+    def doubt(self, record: MechanismRecord) -> str:
+        """Why a mechanism's quality ranks nothing: "hardly trained", "at chance", or "" where it does."""
+        if record.steps is not None and record.steps < self.config.get("least_steps", 0):
+            return "hardly trained"
+        chance, higher = self.metric.chance, self.metric.higher_is_better
+        if chance is not None and (record.quality <= chance if higher else record.quality >= chance):
+            return "at chance"
+        return ""
+
+    @property
+    def waited(self) -> float | None:
+        """The largest share of its time that a training or a measurement stood in the queue for a processor."""
+        shares = [record.waited for record in self.mechanisms]
+        shares += [run.metrics.get("waited") for record in self.mechanisms for run in record.runs]
+        return max((share for share in shares if share is not None), default=None)
 
     def rows(self) -> list[dict[str, Any]]:
         """The table as dicts, one per mechanism, best first; None where a figure was not measured."""
@@ -169,6 +214,8 @@ class CompareResult:
                 "mechanism": record.name,
                 self.metric.name: record.quality,
                 "spread": record.spread,
+                "steps": record.steps,
+                "doubt": self.doubt(record),
                 "marks": list(record.marks),
                 "parameters": record.parameters,
                 "train_tokens_per_second": record.train_tokens_per_second,
@@ -190,22 +237,34 @@ class CompareResult:
         short = labels(record.name for record in self.mechanisms)
         rows = [(short.of[record.name], *self.cells(record)) for record in self.ranked]
         lines = [table(("mechanism", *self.headings()), rows, title=self.title, width=width)]
-        notes = [f"{short.of[record.name]}: {note}" for record in self.mechanisms for note in record.notes]
-        for note in (*short.caption, *notes):
+        notes = [f"{short.of.get(name, name)}: {note}" for name, note in self.notes()]
+        for note in (*short.caption, *notes, *(f"not kept: {line}" for line in self.unkept)):
             lines += fold(note, width)
         return "\n".join(lines)
+
+    def notes(self) -> list[tuple[str, str]]:
+        """What a reader must know of the mechanisms: name and sentence."""
+        found = []
+        for record in self.mechanisms:
+            doubt = self.doubt(record)
+            if doubt == "hardly trained":
+                found.append((record.name, f"hardly trained ({_plural(record.steps or 0, 'step')}), so not ranked"))
+            elif doubt:
+                found.append((record.name, f"at chance (guessing: {self.metric.text(self.metric.chance or 0.0)})"))
+            found += [(record.name, note) for note in record.notes]
+        return found + list(self.failed.items())
 
     @property
     def title(self) -> str:
         """One line: task, budget, seeds."""
         seeds = self.config.get("seeds", [])
-        count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
-        return f"{self.config.get('task')}, budget {self.config.get('budget')}, {count}"
+        return f"{self.config.get('task')}, budget {self.config.get('budget')}, {_plural(len(seeds), 'seed')}"
 
     def headings(self) -> list[str]:
         """Column headings of the table, after the mechanism's name."""
         return [
             f"{self.metric.unit} {'↑' if self.metric.higher_is_better else '↓'}",
+            "steps",
             "parameters",
             "train tokens/s",
             "decode tokens/s",
@@ -221,8 +280,11 @@ class CompareResult:
             quality += f" ± {self.metric.text(record.spread)}"
         if "future" in record.marks:
             quality += " *"
+        if self.doubt(record):
+            quality += f" ({self.doubt(record)})"
         return [
             quality,
+            _count(record.steps),
             f"{record.parameters:,}",
             _count(record.train_tokens_per_second),
             _count(record.decode_tokens_per_second),
@@ -233,17 +295,7 @@ class CompareResult:
 
     def answer(self) -> list[str]:
         """ "Which attention should I use here?", in a few sentences, each from figures of this result."""
-        best, *others = self.ranked
-        text = self.metric.text
-        sentences = [f"Best quality: {best.name}, {text(best.quality)} {self.metric.unit}."]
-        close = [record for record in others if abs(record.quality - best.quality) <= self._doubt(best, record)]
-        if close:
-            why = (
-                "within the spread of the seeds"
-                if best.spread is not None
-                else "by less than 1 %, which one seed cannot tell apart; run several"
-            )
-            sentences.append(f"{_names(close)} differ{'s' if len(close) == 1 else ''} from it {why}.")
+        sentences = self._quality()
         for label, value in (
             ("Trains fastest here", lambda record: record.train_tokens_per_second),
             ("Decodes fastest", lambda record: record.decode_tokens_per_second),
@@ -265,7 +317,44 @@ class CompareResult:
             )
         return sentences
 
-    def _doubt(self, a: MechanismRecord, b: MechanismRecord) -> float:
+    def _quality(self) -> list[str]:
+        """What the qualities say, and which of them say nothing."""
+        sentences = []
+        ranked = [record for record in self.ranked if not self.doubt(record)]
+        if ranked:
+            best, *others = ranked
+            sentences.append(f"Best quality: {best.name}, {self.metric.text(best.quality)} {self.metric.unit}.")
+            close = [record for record in others if abs(record.quality - best.quality) <= self._close(best, record)]
+            if close:
+                why = (
+                    "within the spread of the seeds"
+                    if best.spread is not None
+                    else "by less than 1 %, which one seed cannot tell apart; run several"
+                )
+                sentences.append(f"{_names(close)} differ{'s' if len(close) == 1 else ''} from it {why}.")
+        hardly = [record for record in self.mechanisms if self.doubt(record) == "hardly trained"]
+        if hardly:
+            counts = sorted({record.steps or 0 for record in hardly})
+            steps = _plural(counts[0], "step") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
+            sentences.append(
+                f"Hardly trained, so not ranked: {_names(hardly)} ({steps}, where at least "
+                f"{self.config['least_steps']} are needed); give a larger budget."
+            )
+        guessing = [record for record in self.mechanisms if self.doubt(record) == "at chance"]
+        if guessing:
+            reached = self.metric.text(self.metric.chance or 0.0)
+            sentences.append(
+                f"At chance, so not ranked: {_names(guessing)} (guessing reaches {reached} {self.metric.unit})."
+            )
+        sentences += [f"Not trained: {why}." for why in self.failed.values()]
+        if self.waited is not None and self.waited > BUSY:
+            sentences.append(
+                f"The machine was busy: up to {self.waited:.0%} of the time went to other processes, so times and "
+                "rates are those of a shared machine."
+            )
+        return sentences
+
+    def _close(self, a: MechanismRecord, b: MechanismRecord) -> float:
         """Differences up to this are not told apart: the seeds' joint spread, or 1 % with a single seed."""
         if a.spread is None or b.spread is None:
             return 0.01 * abs(a.quality)
@@ -284,7 +373,9 @@ class CompareResult:
 
         figure = summary(self)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            drawn = BytesIO()
+            figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150)
+            write_bytes(Path(path), drawn.getvalue())
         return figure
 
     def to_dict(self) -> dict[str, Any]:
@@ -308,6 +399,7 @@ class CompareResult:
             "machine": self.machine,
             "metric": asdict(self.metric),
             "mechanisms": mechanisms,
+            "failed": self.failed,
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -335,20 +427,32 @@ class CompareResult:
             if data["format"] != FORMAT:
                 raise ValueError(f"{path} has format {data['format']}, expected {FORMAT}")
             mechanisms = [_record(fields, folder) for fields in data["mechanisms"]]
-            return cls(data["config"], data["machine"], Metric(**data["metric"]), mechanisms, folder)
-        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            if not isinstance(data["config"], dict) or not isinstance(data["machine"], dict) or not mechanisms:
+                raise TypeError("config, machine or mechanisms")
+            metric, failed = build(Metric, data["metric"]), {str(n): str(why) for n, why in data["failed"].items()}
+            return cls(data["config"], data["machine"], metric, mechanisms, folder, failed)
+        except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            if str(path) in str(error):
+                raise
             raise ValueError(f"{path} is not a comparison's result: {type(error).__name__} {error}") from error
 
 
 def _record(fields: dict[str, Any], folder: Path) -> MechanismRecord:
     fields = dict(fields)
-    fields["runs"] = [SeedRecord(**run) for run in fields["runs"]]
-    fields["scaling"] = [ScalingPoint(**point) for point in fields["scaling"]]
-    fields["fits"] = {name: Fit(**fit) for name, fit in fields["fits"].items()}
-    fields["supports"] = tuple(fields["supports"])
+    fields["runs"] = [build(SeedRecord, run) for run in fields["runs"]]
+    fields["scaling"] = [build(ScalingPoint, point) for point in fields["scaling"]]
+    fields["fits"] = {name: build(Fit, fit) for name, fit in fields["fits"].items()}
+    if not isinstance(fields["name"], str) or not fields["runs"]:
+        raise TypeError("a mechanism without a name or runs")
     path = folder / "maps" / f"{folder_name(fields['name'])}.safetensors"
-    fields["maps"] = read_arrays(path) if fields["maps"] and path.is_file() else {}
-    return MechanismRecord(**fields)
+    maps = read_arrays(path) if fields["maps"] and path.is_file() else {}
+    record = build(MechanismRecord, fields | {"runs": [], "scaling": [], "fits": {}, "maps": {}})
+    return replace(
+        record,
+        **{name: fields[name] for name in ("runs", "scaling", "fits")},
+        supports=tuple(record.supports),
+        maps=maps,
+    )
 
 
 def _finite(value: Any) -> Any:
@@ -367,6 +471,10 @@ def _count(value: float | None) -> str:
 
 def _exponent(fit: Fit | None) -> str:
     return "-" if fit is None else f"{fit.exponent:.2f}"
+
+
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _names(records: Sequence[MechanismRecord]) -> str:

@@ -33,6 +33,9 @@ from saccade.train.result import Metric
 
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)
 
+#: steps that a run takes before the next one has its turn
+TURN = 4
+
 #: streams of random numbers that never meet: training, evaluation, the sample of the attention maps
 TRAIN, HELD_OUT, SAMPLE = 0, 1, 2
 
@@ -120,6 +123,8 @@ class Task:
     baseline: str | None = None
     #: whether seeing later tokens means seeing the answer
     predicts_next = False
+    #: a run with fewer steps is hardly trained
+    least_steps = 100
     budgets: dict[str, Settings]
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
@@ -167,6 +172,13 @@ class Task:
             right += int(((self.outputs(model, batch).argmax(-1) == batch[-1]) & counts).sum())
             scored += int(counts.sum())
         return right / scored
+
+    def chance(self) -> float | None:
+        """The quality that guessing reaches: always the commonest answer, and two standard errors. None: not known."""
+        answers = torch.cat([batch[-1].flatten() for batch in self.held_out()])
+        answers = answers[answers != IGNORE]
+        right = float(answers.bincount().max()) / len(answers)
+        return min(1.0, right + 2 * math.sqrt(right * (1 - right) / len(answers)))
 
     @property
     def tokens_per_step(self) -> int:
@@ -303,6 +315,12 @@ class Text(SequenceTask):
             total += float(self.loss(model, batch)) * batch[-1].numel()
             count += batch[-1].numel()
         return total / count / math.log(2)
+
+    def chance(self) -> float | None:
+        """Bits of a byte for whoever knows how often each comes, and nothing of what stands before it."""
+        share_V = torch.cat([batch[-1].flatten() for batch in self.held_out()]).bincount().double()
+        share_V = share_V[share_V > 0] / share_V.sum()
+        return float(-(share_V * share_V.log2()).sum())
 
 
 class Recall(SequenceTask):
@@ -525,6 +543,8 @@ class Own(Task):
 
     name = "own"
     kind = "sequence"
+    #: a step of the caller's own may be an epoch
+    least_steps = 10
     metric = Metric("loss", "loss", higher_is_better=False)
     budgets = {
         "quick": Settings(steps=300, lengths=(), decode_tokens=0, map_length=0),
@@ -555,6 +575,8 @@ class Own(Task):
         if isinstance(loader, Iterator):
             raise ValueError("the loader must give its batches anew each time (a list, a DataLoader), got an iterator")
         self._at = (0, -1)
+        #: the last batches: the runs that take turns ask for the same ones
+        self._recent: dict[tuple[int, int], Any] = {}
         self._iterator: Iterator[Any] = iter(())
         self._tokens = 0
 
@@ -585,11 +607,15 @@ class Own(Task):
         if callable(self.loader):
             batch = self.loader(step)
         else:
-            if self._at != (seed, step):
-                self._at, self._iterator = (seed, 0), iter(self.loader)
-                for _ in range(step):  # a resumed run goes through what it has seen
-                    self._next()
-            batch = self._next()
+            if (seed, step) not in self._recent:
+                if self._at != (seed, step):
+                    self._at, self._iterator = (seed, 0), iter(self.loader)
+                    for _ in range(step):  # a resumed run goes through what it has seen
+                        self._next()
+                self._recent[seed, step] = self._next()
+                if len(self._recent) > TURN:
+                    self._recent.pop(next(iter(self._recent)))
+            batch = self._recent[seed, step]
         batch = self._moved(batch)
         self._tokens = _tokens(batch[0] if isinstance(batch, tuple) else batch)
         return batch
@@ -636,6 +662,9 @@ class Own(Task):
         if not losses:
             raise ValueError("held_out gave no batch")
         return sum(losses) / len(losses)
+
+    def chance(self) -> float | None:
+        return None
 
     @property
     def tokens_per_step(self) -> int:
