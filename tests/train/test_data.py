@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import sys
 
 import pytest
@@ -159,15 +158,7 @@ def test_the_same_seed_gives_the_same_data_and_steps_differ() -> None:
 
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object) -> object:
-        if name.startswith("sklearn"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    for name in [name for name in sys.modules if name.startswith("sklearn")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match=r"saccade\[data\]"):
+    for name in ["sklearn", *(name for name in sys.modules if name.startswith("sklearn."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"saccade\[data\]"):
         data.digits.__wrapped__()
