@@ -7,6 +7,7 @@ from random import Random
 import torch
 from cases import DTYPES, LAYOUTS, Skip, Wrong, draw_length, hold, lay_out, native_code, tolerance
 from drawn_masks import draw_mask
+from drawn_mods import draw_mod
 from plain import attention
 from torch import Tensor
 
@@ -68,8 +69,12 @@ def run(rng: Random) -> str:
         options["scale"] = rng.choice((0.0, -0.3, 1.0, 0.05))
     if rng.random() < 0.12:
         options["score"] = rng.choice((_product, _distance))
-    if rng.random() < 0.15:
-        options["score_mod"] = rng.choice((_alibi, _soft_cap, _table))
+    mod, plain_mod = None, None
+    if rng.random() < 0.1:
+        options["score_mod"] = plain_mod = rng.choice((_alibi, _soft_cap, _table))
+    elif rng.random() < 0.2:
+        mod = draw_mod(rng, generator, B, H, N, M, dtype)
+        options["score_mod"], plain_mod = mod.mod, mod.plain
     if rng.random() < 0.2:
         options["normalize"] = rng.choice(("sigmoid", "relu", "abs-sum"))
     wants_lse = "normalize" not in options and rng.random() < 0.4
@@ -81,6 +86,8 @@ def run(rng: Random) -> str:
     learned = [rng.random() < 0.7 for _ in "qkv"] if rng.random() < 0.7 else [False] * 3
     c_code = rng.random() < 0.7
     shown = {key: getattr(value, "__name__", value) for key, value in options.items() if key != "mask"}
+    if mod is not None:
+        shown["score_mod"] = mod.text
     text += f" {shown} lse={wants_lse} layouts={layouts} gradients={learned} native={c_code}"
 
     inputs = [lay_out(x, kind) for x, kind in zip((q, k, v), layouts)]
@@ -88,7 +95,8 @@ def run(rng: Random) -> str:
         x.requires_grad_(learn)
     truth = [x.detach().double().requires_grad_(learn) for x, learn in zip((q, k, v), learned)]
     scale = options.get("scale", 1.0 if "score" in options else D**-0.5)
-    rest = {key: options[key] for key in ("normalize", "score", "score_mod") if key in options}
+    rest = {key: options[key] for key in ("normalize", "score") if key in options}
+    rest["score_mod"] = plain_mod
     expected, expected_lse = attention(*truth, None if drawn is None else drawn.allowed, scale, **rest)
 
     with native_code(c_code):
@@ -105,7 +113,10 @@ def run(rng: Random) -> str:
         hold(text, "output", out, expected, bound)
         if lse is not None:
             hold(text, "lse", lse, expected_lse, bound)
-        if any(learned):
+        tables = [(x, t) for x, t in zip(mod.tensors, mod.truth) if x.requires_grad] if mod else []
+        wanted = [(name, x, t) for name, x, t, learn in zip("qkv", inputs, truth, learned) if learn]
+        wanted += [(f"table {i}", x, t) for i, (x, t) in enumerate(tables)]
+        if wanted and out.numel():
             weight = torch.randn(expected.shape, generator=generator, dtype=torch.float64).to(dtype)
             loss, true_loss = (out * weight).sum(), (expected * weight.double()).sum()
             if lse is not None and rng.random() < 0.5:
@@ -113,12 +124,10 @@ def run(rng: Random) -> str:
                 seen = expected_lse.detach() != -torch.inf
                 loss = loss + (lse.masked_fill(~seen, 0.0) * weight_lse.to(lse.dtype)).sum()
                 true_loss = true_loss + (expected_lse.masked_fill(~seen, 0.0) * weight_lse).sum()
-            wanted = [x for x, learn in zip(inputs, learned) if learn]
-            true_wanted = [x for x, learn in zip(truth, learned) if learn]
             kinks = options.get("normalize") in ("relu", "abs-sum") and dtype in (torch.float16, torch.bfloat16)
-            ours = torch.autograd.grad(loss, wanted, allow_unused=True)
-            true = torch.autograd.grad(true_loss, true_wanted, allow_unused=True)
-            for name, a, b in zip([n for n, learn in zip("qkv", learned) if learn], ours, true):
+            ours = torch.autograd.grad(loss, [x for _, x, _ in wanted], allow_unused=True)
+            true = torch.autograd.grad(true_loss, [t for _, _, t in wanted], allow_unused=True)
+            for (name, _, _), a, b in zip(wanted, ours, true):
                 if a is None and b is not None and b.numel() and float(b.abs().max()) > 0:
                     raise Wrong(f"{text}\nno gradient of {name}")
                 if a is not None and b is not None and not kinks:
