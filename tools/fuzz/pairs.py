@@ -41,7 +41,7 @@ def run(rng: Random) -> str:
         raise Wrong(f"{text}\na block that allows pairs is called empty")
     if bool((~allowed & (wide == FULL)).any()):
         raise Wrong(f"{text}\na block that forbids pairs is called full")
-    if not repr(mask) or mask.picture(max(N, 1), max(M, 1)) is None:
+    if not repr(mask) or (N and M and not mask.picture(N, M)):
         raise Wrong(f"{text}\nno text")
     limits = mask.key_limits()
     if limits is not None and N and M:

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import warnings
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -120,6 +121,12 @@ def _prospect() -> str | None:
     """Why there will be no code, where that is clear from the start; nothing is wrong then."""
     if os.environ.get("SACCADE_NATIVE") == "0":
         return "turned off by SACCADE_NATIVE=0"
+    return _no_compiler(os.environ.get("CC"), os.environ.get("PATH"))
+
+
+@lru_cache(maxsize=4)
+def _no_compiler(named: str | None, path: str | None) -> str | None:
+    """Why there is no compiler; looked for once, as every plan asks."""
     try:
         _compiler()
     except OSError as error:
