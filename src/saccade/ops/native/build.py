@@ -29,7 +29,7 @@ from saccade.ops.folder import cache_folder, exposure, private_folder, settle
 __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", "refusal"]
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("attend.c", "gradients.c", "grid.c", "grid8.c"), ("lists.h", "vectors.h")
+SOURCES, HEADERS = ("attend.c", "gradients.c", "grid.c", "grid8.c"), ("grid.h", "lists.h", "vectors.h")
 
 #: flags of the compiler: the machine's own vectors, and the OpenMP whose threads torch has already started
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -44,8 +44,8 @@ _SIGNATURES = {
     "saccade_tasks": "pppppppppplpppppppppplllllfi",
     "saccade_gradients": "pppppppppppplpppppppppppppplllllfi",
     "saccade_merge": "ppppllli",
-    "saccade_grid": "ppppplllllplppllfi",
-    "saccade_grid8": "ppppplllllplppllfi",
+    "saccade_grid": "ppppplllllplppllppfi",
+    "saccade_grid8": "ppppplllllplppllppfi",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 

@@ -39,30 +39,46 @@ class _Grid(NamedTuple):
 
 
 def attend_grid(
-    q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, mask: Neighborhood, scale: float
+    q_BHND: Tensor,
+    k_BKND: Tensor,
+    v_BKNE: Tensor,
+    mask: Neighborhood,
+    scale: float,
+    bias_HR: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N) of float32 tensors.
+
+    Args:
+        bias_HR: (H, 2 w_1 - 1, ...), added to the scores at index key' - query' + w - 1 per axis.
 
     Raises:
         MemoryError: if there is no room for the working memory of a thread.
     """
     B, H, N, D = q_BHND.shape
     K, E = k_BKND.shape[1], v_BKNE.shape[3]
-    if scale < 0:  # the largest product is taken to be the largest score
-        q_BHND, scale = -q_BHND, -scale
     q, k = q_BHND.detach().contiguous(), k_BKND.detach().contiguous()
     v = F.pad(v_BKNE.detach(), (0, -E % WIDTH)).contiguous()
+    table, entries = _table(bias_HR, B)
     out, lse = large_empty((B, H, N, v.shape[3]), q.dtype, q.device), q.new_empty(B, H, N)
     for grid in _grids(mask.size, mask.kernel, mask.dilation, mask.stride, mask.causal):
         run = library().saccade_grid8 if grid.narrow else library().saccade_grid
         failed = run(
             address(q), address(k), address(v), address(out), address(lse), B * K, H // K, N, D, v.shape[3],
             address(grid.lengths), grid.offset, address(grid.steps), address(grid.windows), grid.tile, grid.vectors,
-            scale / log(2), torch.get_num_threads(),
+            address(table), address(entries), scale / log(2), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no room for the working memory of attention")
     return out[..., :E], lse
+
+
+def _table(bias_HR: Tensor | None, B: int) -> tuple[Tensor | None, Tensor]:
+    """The biases of all heads of all batch rows in powers of 2, and how many there are along z, y and x."""
+    if bias_HR is None:
+        return None, torch.ones(3, dtype=torch.long)
+    sizes = bias_HR.shape[1:]
+    entries = torch.tensor([1] * (3 - len(sizes)) + list(sizes))
+    return (bias_HR.detach() / log(2)).repeat(B, *(1 for _ in sizes)).contiguous(), entries
 
 
 @lru_cache(maxsize=32)

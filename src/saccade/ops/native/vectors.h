@@ -20,14 +20,14 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* most vectors side by side in a product, and most sums, which have to stay in registers */
+/* most vectors side by side in a product, and most rows; its sums and factors have to stay in registers */
 #define WIDE 4
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define SUMS 24
-#else
-#define SUMS 12
-#endif
 #define ROWS 6
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define REGISTERS 32
+#else
+#define REGISTERS 16
+#endif
 #define LN2 0.6931471805599453f
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -41,9 +41,20 @@ typedef ivec int_anywhere __attribute__((aligned(4), may_alias));
 INLINE vec load(const float *p) { return *(const anywhere *)p; }
 INLINE ivec load_int(const int32_t *p) { return *(const int_anywhere *)p; }
 INLINE void store(float *p, vec x) { *(anywhere *)p = x; }
-INLINE vec splat(float x) { return (vec){} + x; }
+INLINE vec splat(float x) { return x - (vec){}; } /* not x + 0, which would change -0 and so be computed */
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
 INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+/* Load it once, and not again for every use. */
+#if defined(__AVX512F__)
+#define HOLD(X) __asm__("" : "+v"(X))
+#elif (defined(__AVX__) && LANES <= 8) || (defined(__SSE2__) && LANES == 4)
+#define HOLD(X) __asm__("" : "+x"(X))
+#elif defined(__aarch64__) && LANES == 4
+#define HOLD(X) __asm__("" : "+w"(X))
+#else
+#define HOLD(X)
+#endif
 
 INLINE float sum_of(vec x) {
     float s = 0;
@@ -96,7 +107,10 @@ INLINE void product_of(const int rows, const int width, const int add, const flo
     for (long j = 0; j < at->outer; j++, a += at->jump_a, b += at->jump_b)
         for (long k = 0; k < at->depth; k++) {
             vec x[WIDE];
-            UNROLL for (int v = 0; v < width; v++) x[v] = load(b + k * step_k + v * step_v);
+            UNROLL for (int v = 0; v < width; v++) {
+                x[v] = load(b + k * step_k + v * step_v);
+                HOLD(x[v]);
+            }
             UNROLL for (int r = 0; r < rows; r++) {
                 vec y = splat(a[r * step_a + k]);
                 UNROLL for (int v = 0; v < width; v++) sums[r][v] += y * x[v];
@@ -132,7 +146,7 @@ INLINE long next_part(long left, long most) {
 /* c = a b (PUT) or c += a b (ADD), as many vectors at a time as registers hold, in equal parts */
 static void multiply(product *const (*kind)[ROWS], int rows, long vectors, const float *a, const float *b, Layout at,
                      float *c, long step_c) {
-    long most = SUMS / rows < WIDE ? SUMS / rows : WIDE;
+    long most = (REGISTERS - 1) / (rows + 1) < WIDE ? (REGISTERS - 1) / (rows + 1) : WIDE;
     for (long v = 0, width; v < vectors; v += width) {
         width = next_part(vectors - v, most);
         kind[width - 1][rows - 1](a, b + v * at.step_v, &at, c + v * LANES, step_c);
