@@ -1,4 +1,4 @@
-"""Every python block of README.md and of every page in docs/ runs, each page in a namespace of its own."""
+"""Every python block of README.md runs when it is pasted alone, and those of a page in docs/ one after the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,20 @@ def blocks(page: str) -> list[tuple[int, str]]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES)
+ALONE = [pytest.param(line, code, id=f"line {line}") for line, code in blocks("README.md")]
+
+
+@pytest.mark.parametrize(("line", "code"), ALONE)
+def test_a_block_of_the_readme_runs_alone(
+    line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        exec(compile("\n" * line + code, str(ROOT / "README.md"), "exec"), {"__name__": "README.md"})
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md"])
 def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -50,7 +51,10 @@ def test_the_wheel_alone_works_in_an_empty_environment(tmp_path: Path) -> None:
         check=True,
     )
     (wheel,), (sdist,) = list(tmp_path.glob("*.whl")), list(tmp_path.glob("*.tar.gz"))
-    assert sdist.stat().st_size > 0
+    with tarfile.open(sdist) as packed:
+        packed_files = {name.partition("/")[2] for name in packed.getnames()}
+    needed = {"Makefile", *(path.relative_to(ROOT).as_posix() for path in (ROOT / "tools").glob("*.*"))}
+    assert needed <= packed_files  # the Makefile's commands run from it
     names = zipfile.ZipFile(wheel).namelist()
     assert {"saccade/py.typed", "saccade/catalogue/papers.json"} <= set(names)
     assert all(name.startswith(("saccade/", "saccade-")) for name in names)

@@ -14,9 +14,8 @@ from pathlib import Path
 import saccade
 from saccade import catalogue
 from saccade.bench.machine import describe
-from saccade.report.html import page, write_report
+from saccade.report.html import page, panels, write_report
 from saccade.train.files import write_text
-from saccade.train.plotting import PANELS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -54,7 +53,8 @@ def main() -> int:
         report = write_report(result, folder)
         target = DOCS / f"comparison-{task}.html"
         # without the attention maps: those of all mechanisms are 10 MB
-        write_text(target, page(result, {name: (folder / f"{name}.png").read_bytes() for name in PANELS}, {}))
+        pictures, dark = panels(result)
+        write_text(target, page(result, pictures, {}, dark))
         print(f"with attention maps: {report}")
         lines += ["", f"## {task}", "", f"[The report]({target.name}): learning curves and growth with length.", ""]
         lines += ["```", result.table(width=150), "```", "", *result.answer()]

@@ -101,4 +101,7 @@ def test_the_picture_of_nothing_and_of_something() -> None:
     advice = Advice("a model", 64, 0.0, 1.0)
     assert plot(advice).axes
     advice.tolerance, advice.trials = 0.5, [Trial("window", {"left": 2}, 0.5, 2.0, 0.1, 0.5, 0.1)]
-    assert any("window:left=2" in text.get_text() for text in plot(advice).axes[0].texts)
+    labels = [
+        artist.texts for artist in plot(advice).findobj() if hasattr(artist, "texts") and hasattr(artist, "boxes")
+    ]
+    assert labels == [["window:left=2"]]

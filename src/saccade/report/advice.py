@@ -11,7 +11,7 @@ from saccade.extras import need
 from saccade.integrations.advise import positions
 from saccade.train.data import read_files, text_bytes
 from saccade.train.files import make_folder, write_bytes, write_text
-from saccade.train.plotting import COLORS, MARKERS, new_figure
+from saccade.train.plotting import new_figure, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,13 +91,14 @@ def plot(advice: Advice) -> Figure:
         ImportError: if matplotlib is not installed.
     """
     figure = new_figure(8, 5)
+    from saccade.train.point_labels import PointLabels  # after the figure, which says what is missing
+
     axes = figure.subplots()
     floor = 1e-7
-    for index, slug in enumerate(dict.fromkeys(trial.slug for trial in advice.trials)):
+    slugs = list(dict.fromkeys(trial.slug for trial in advice.trials))
+    for index, slug in enumerate(slugs):
         points = [(t.speedup, max(t.deviation, floor)) for t in advice.trials if t.slug == slug]
-        axes.scatter(
-            *zip(*points), label=slug, color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], zorder=3
-        )
+        axes.scatter(*zip(*points), label=slug, zorder=3, **style(index, len(slugs)))
     axes.plot(*zip(*((t.speedup, max(t.deviation, floor)) for t in advice.frontier)) if advice.trials else ((), ()),
               color="0.6", linewidth=1, label="frontier")  # fmt: skip
     if advice.tolerance > 0:
@@ -105,10 +106,11 @@ def plot(advice: Advice) -> Figure:
     axes.axvline(1.0, color="0.4", linestyle=":", linewidth=1, label="dense attention")
     best = advice.best
     if best is not None:
-        axes.annotate(best.name, (best.speedup, max(best.deviation, floor)), xytext=(6, 6), textcoords="offset points")
+        dots = [(t.speedup, max(t.deviation, floor)) for t in advice.trials]
+        PointLabels(axes, [(best.speedup, max(best.deviation, floor))], [best.name], ["#000000"], others=dots)
     axes.set(
         yscale="log", xlabel="speed-up over dense attention", ylabel="deviation of the output (relative L1)",
         title=f"{advice.subject}, {advice.context} tokens",
     )  # fmt: skip
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right upper", frameon=False)
     return figure

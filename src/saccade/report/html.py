@@ -1,17 +1,22 @@
-"""One self-contained page of a comparison: opens offline, needs no script, carries its pictures in itself."""
+"""One self-contained page of a comparison: opens offline, in light or dark, and carries its pictures in itself.
+
+The only script sorts the table by the column whose heading is pressed; without it all else is there.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade import __version__, catalogue
 from saccade.train.files import folder_name, write_bytes
+from saccade.train.labels import IN_PLOTS, labels
 from saccade.train.mechanisms import NONE
-from saccade.train.plotting import PANELS, attention_maps, new_figure
+from saccade.train.plotting import PANELS, attention_maps, darken, is_wide, panel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,8 +24,13 @@ if TYPE_CHECKING:
     from saccade.train.result import CompareResult, MechanismRecord
 
 _STYLE = """
-:root { color-scheme: light; --line: #d8dce2; --soft: #f5f7f9; --ink: #1c2430; --muted: #5b6675; }
-body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; color: var(--ink); margin: 0; }
+:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; }
+:root { --line: #d8dce2; --soft: #f5f7f9; --muted: #5b6675; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14181f; --line: #343c48; --soft: #1e242d; --ink: #dfe5ee; --muted: #9aa6b6; }
+}
+body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; margin: 0; }
+body { color: var(--ink); background: var(--paper); }
 main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
@@ -31,10 +41,33 @@ h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
 table { font-size: .92rem; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .45rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
-tbody tr:first-child { background: var(--soft); }
+tbody tr.best { background: var(--soft); }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid #0072B2; }
+th[aria-sort=ascending] button::after { content: " ▴"; } th[aria-sort=descending] button::after { content: " ▾"; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.2rem; }
-figure { margin: 0; } figcaption { color: var(--muted); font-size: .88rem; } img { max-width: 100%; height: auto; }
+figure { margin: 0; } figure.whole { grid-column: 1 / -1; }
+figcaption { color: var(--muted); font-size: .88rem; } img { max-width: 100%; height: auto; }
 pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
+"""
+
+#: sorts by what begins a cell as a number; what begins with none goes last
+_SORT = """
+document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => {
+  const head = button.parentNode, column = [...head.parentNode.children].indexOf(head);
+  const body = head.closest("table").tBodies[0];
+  const up = head.getAttribute("aria-sort") === "descending" || (!head.hasAttribute("aria-sort") && column === 0);
+  for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", up ? "ascending" : "descending");
+  const key = (row) => { const text = row.cells[column].textContent;
+    return column === 0 ? text : parseFloat(text.replaceAll(",", "")); };
+  const rows = [...body.rows].sort((a, b) => {
+    const [x, y] = [key(a), key(b)];
+    if (column === 0) return up ? x.localeCompare(y) : y.localeCompare(x);
+    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y);
+    return up ? x - y : y - x;
+  });
+  body.append(...rows);
+}));
 """
 
 
@@ -45,10 +78,10 @@ def write_report(result: CompareResult, folder: str | Path) -> Path:
 
     Raises:
         OSError: if the folder cannot be written.
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     folder = Path(folder)
-    pictures = {name: _png(_panel(result, name)) for name in PANELS}
+    pictures, dark = panels(result)
     maps = {}
     for record in result.mechanisms:
         figure = attention_maps(record)
@@ -59,12 +92,29 @@ def write_report(result: CompareResult, folder: str | Path) -> Path:
     for name, png in maps.items():
         write_bytes(folder / f"maps-{folder_name(name)}.png", png)
     path = folder / "report.html"
-    write_bytes(path, page(result, pictures, maps).encode("utf-8", "backslashreplace"))
+    write_bytes(path, page(result, pictures, maps, dark).encode("utf-8", "backslashreplace"))
     return path
 
 
-def page(result: CompareResult, pictures: dict[str, bytes], maps: dict[str, bytes]) -> str:
-    """The page as HTML."""
+def panels(result: CompareResult) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The panels as PNG by name, on light and on dark paper.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    light, dark = {}, {}
+    for name in PANELS:
+        figure = panel(result, name)
+        light[name] = _png(figure)
+        dark[name] = _png(darken(figure))
+    return light, dark
+
+
+def page(
+    result: CompareResult, pictures: dict[str, bytes], maps: dict[str, bytes], dark: Mapping[str, bytes] | None = None
+) -> str:
+    """The page as HTML. `dark`: the pictures for readers who like dark pages."""
+    dark = dark or {}
     machine = result.machine
     sections = [
         f"<h1>Which attention? {escape(result.title)}</h1>",
@@ -72,10 +122,14 @@ def page(result: CompareResult, pictures: dict[str, bytes], maps: dict[str, byte
         '<div class="answer">' + "".join(f"<p>{escape(line)}</p>" for line in result.answer()) + "</div>",
         "<h2>All figures</h2>",
         _table(result),
+        *(f'<p class="muted">{escape(line)}</p>' for line in _caption(result)),
         _notes(result),
         "<h2>Pictures</h2>",
         '<div class="pictures">'
-        + "".join(_picture(png, (PANELS[name].__doc__ or name).splitlines()[0]) for name, png in pictures.items())
+        + "".join(
+            _picture(png, (PANELS[name].__doc__ or name).splitlines()[0], dark.get(name), whole=is_wide(result))
+            for name, png in pictures.items()
+        )
         + "</div>",
     ]
     if maps:
@@ -91,35 +145,44 @@ def page(result: CompareResult, pictures: dict[str, bytes], maps: dict[str, byte
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
         f"<title>saccade compare: {escape(result.title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
+        f"<body><main>{''.join(sections)}</main><script>{_SORT}</script></body></html>\n"
     )
-
-
-def _panel(result: CompareResult, name: str) -> Figure:
-    figure = new_figure(5.6, 4.0)
-    PANELS[name](result, figure.subplots())
-    return figure
 
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
 
 
-def _picture(png: bytes, caption: str) -> str:
-    data = base64.b64encode(png).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption, quote=True)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+def _picture(png: bytes, caption: str, dark: bytes | None = None, whole: bool = False) -> str:
+    image = f'<img src="{_data(png)}" alt="{escape(caption, quote=True)}">'
+    if dark is not None:
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
+        image = f"<picture>{source}{image}</picture>"
+    start = '<figure class="whole">' if whole else "<figure>"
+    return f"{start}{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _data(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _caption(result: CompareResult) -> list[str]:
+    """What the labels of the table and of the plots leave out, a line each."""
+    names = [record.name for record in result.mechanisms]
+    return list(dict.fromkeys([*labels(names).caption, *labels(names, IN_PLOTS).caption]))
 
 
 def _table(result: CompareResult) -> str:
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in ("mechanism", *result.headings()))
+    headings = ("mechanism", *result.headings())
+    head = "".join(f'<th scope="col"><button>{escape(heading)}</button></th>' for heading in headings)
+    short = labels(record.name for record in result.mechanisms).of
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (record.name, *result.cells(record))) + "</tr>"
-        for record in result.ranked
+        f"<tr{' class=best' if number == 0 else ''}>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in (short[record.name], *result.cells(record)))
+        + "</tr>"
+        for number, record in enumerate(result.ranked)
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 

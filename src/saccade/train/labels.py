@@ -1,6 +1,7 @@
 """Short labels of what is compared, for tables and plots, and the lines below them that tell the rest.
 
-Options that all entries of one part have in common go to the caption; a label that is still long becomes a number:
+Options that all entries of one part have in common go to the caption; where the others are still long, a number
+stands for them:
 
     >>> labels(["softmax", "moba:block_size=16,top_k=2", "moba:block_size=16,top_k=4"]).of
     {'softmax': 'softmax', 'moba:block_size=16,top_k=2': 'moba:top_k=2', 'moba:block_size=16,top_k=4': 'moba:top_k=4'}
@@ -48,7 +49,7 @@ def labels(names: Iterable[str], limit: int = IN_TABLES) -> Labels:
             own = [piece for piece in given if piece not in common]
             of[name] = f"{part}:{','.join(own)}" if own else part
     for name in names:
-        if len(of[name]) > limit:
+        if ":" in of[name] and len(of[name]) > limit:
             legend.append(f"[{len(legend) + 1}] {of[name]}")
             part = name.partition(":")[0]
             number = f"[{len(legend)}]"
