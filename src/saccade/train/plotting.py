@@ -12,6 +12,8 @@ from math import ceil
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from saccade.extras import need
 from saccade.train.labels import IN_PLOTS, labels
 
@@ -52,6 +54,11 @@ def _hex(hue: float, lightness: float, saturation: float = 0.75, least: float = 
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
+def as_text(name: str) -> str:
+    """A name of the caller's in a figure: what stands between two dollars would be read as mathematics."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, without touching matplotlib's global state.
 
@@ -68,6 +75,8 @@ def darken(figure: Figure) -> Figure:
     from matplotlib.lines import Line2D
     from matplotlib.text import Text
 
+    from saccade.train.point_labels import PointLabels
+
     paper, ink = DARK
 
     def lighter(color: Any) -> str:
@@ -82,8 +91,8 @@ def darken(figure: Figure) -> Figure:
         axes.tick_params(which="both", color=ink, labelcolor=ink)
         for spine in axes.spines.values():
             spine.set_edgecolor(ink)
-        for labelled in axes.findobj(lambda artist: hasattr(artist, "texts") and hasattr(artist, "colors")):
-            labelled.colors = [lighter(color) for color in labelled.colors]
+        for labelled in axes.findobj(PointLabels):
+            labelled.colors = [lighter(color) for color in labelled.colors]  # type: ignore[attr-defined]
     for artist in (*figure.findobj(Text), *figure.findobj(Line2D)):
         artist.set_color(lighter(artist.get_color()))  # type: ignore[attr-defined]
     return figure
@@ -120,7 +129,7 @@ def summary(result: CompareResult) -> Figure:
     for draw, place in zip(PANELS.values(), places.flat):
         draw(result, place)
     caption = labels((record.name for record in result.mechanisms), IN_PLOTS).caption
-    figure.suptitle("\n".join([result.title, *caption]), fontsize="medium" if caption else "large")
+    figure.suptitle("\n".join([result.title, *map(as_text, caption)]), fontsize="medium" if caption else "large")
     return figure
 
 
@@ -154,7 +163,7 @@ def quality_against_speed(result: CompareResult, figure: FigureBase) -> None:
         look = style(index, len(result.mechanisms))
         axes.errorbar(rate, record.quality, yerr=record.spread, capsize=3, markersize=7, linestyle="none", **look)
         points.append((rate, record.quality))
-        texts.append(short.of[record.name])
+        texts.append(as_text(short.of[record.name]))
         colors.append(look["color"])
     axes.margins(0.15)
     PointLabels(axes, points, texts, colors)
@@ -257,13 +266,13 @@ def _panel(
     names = [record.name for record in result.mechanisms]
     looks = {name: style(index, len(names)) for index, name in enumerate(names)}
     short = labels(names, IN_PLOTS).of
-    told = {name: " ".join(filter(None, (short[name], remarks.get(name, "")))) for name in ends}
+    told = {name: " ".join(filter(None, (as_text(short[name]), remarks.get(name, "")))) for name in ends}
     if not is_wide(result) or not ends:
         axes = figure.subplots()
         for name in ends:
             draw(axes, name, looks[name])
         finish(axes)
-        dots = [point for line in axes.lines for point in zip(*line.get_data())]
+        dots: list[Any] = [point for line in axes.lines for point in np.asarray(line.get_xydata()).tolist()]
         PointLabels(axes, list(ends.values()), list(told.values()), [looks[n]["color"] for n in ends], others=dots)
         # room for the names on the right
         left, right = axes.get_xlim()
