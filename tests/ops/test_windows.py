@@ -100,6 +100,8 @@ def test_neighborhood_equals_the_brute_force_mask_forward_and_backward(mask: mas
     n = int(torch.Size(mask.size).numel())
     assert_equals_reference(mask, n)
     assert_equals_reference(mask, n, H=6, K=2, E=5, B=2)
+    # the native code, where there is any
+    assert_equals_reference(mask, n, H=6, K=2, E=5, B=2, dtype=torch.float32, tolerance=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from torch import Tensor
 from saccade.ops import native
 from saccade.ops.masks import Band, Mask, Neighborhood
 from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
-from saccade.ops.native.grid import attend_grid
+from saccade.ops.native.grid import attend_grid, grid_gradients
 from saccade.ops.planning import Problem
 from saccade.ops.scratch import Scratch, scratch
 
@@ -823,12 +823,15 @@ def _window_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, N = q.shape[1:3]
     K, M = k.shape[1:3]
-    seen = _ranges(spec, N, M)
-    if lse.numel() and seen is not None and native.refusal(q.device, q.dtype) is None:
-        grads = range_gradients(
-            q.float(), k.float(), v.float(), *seen, None, scale, out.float(), lse, grad_out.float(), grad_lse
-        )
-        return tuple(x.to(q.dtype).contiguous() for x in grads)  # type: ignore[return-value]
+    if lse.numel() and native.refusal(q.device, q.dtype) is None:
+        seen = _ranges(spec, N, M)
+        a, b, c, o, g = (x.float() for x in (q, k, v, out, grad_out))
+        grads: Sequence[Tensor | None]
+        if seen is None:
+            grads = grid_gradients(a, b, c, _grid(spec), scale, None, o, lse, g, grad_lse)
+        else:
+            grads = range_gradients(a, b, c, *seen, None, scale, o, lse, g, grad_lse)
+        return tuple(x.to(q.dtype).contiguous() for x in grads if x is not None)  # type: ignore[return-value]
     dtype = _working_dtype(q.dtype)
     layout = (tuple(spec), N, M, H // K)
     empty = _layout(*layout, True)[0].empty

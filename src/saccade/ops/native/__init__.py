@@ -2,7 +2,7 @@
 
     attend.c      softmax attention over lists of keys          blocks.py, routes.py make the lists
     gradients.c   its backward pass
-    grid.c        neighbourhoods on 2-D and 3-D grids           grid.py
+    grid.c        neighbourhoods on 2-D and 3-D grids           grid.py calls it and grid_gradients.c
     vectors.h     the product that all of them are made of
 
 Float32, and half precision by way of it. The compiler is the one that `torch.compile` uses too (`$CC`, else cc, gcc or

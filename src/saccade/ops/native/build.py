@@ -29,7 +29,10 @@ from saccade.ops.folder import cache_folder, exposure, private_folder, settle
 __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", "refusal"]
 
 FOLDER = Path(__file__).parent
-SOURCES, HEADERS = ("attend.c", "gradients.c", "grid.c", "grid8.c"), ("grid.h", "lists.h", "vectors.h")
+SOURCES, HEADERS = (
+    ("attend.c", "gradients.c", "grid.c", "grid_gradients.c", "grid8.c"),
+    ("grid.h", "lists.h", "vectors.h"),
+)
 
 #: flags of the compiler: the machine's own vectors, and the OpenMP whose threads torch has already started
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -46,6 +49,10 @@ _SIGNATURES = {
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllppfi",
     "saccade_grid8": "ppppplllllplppllppfi",
+    "saccade_grid_gradients": "ppppppppppplllllplppllppfi",
+    "saccade_grid8_gradients": "ppppppppppplllllplppllppfi",
+    "saccade_grid_tasks": "pppllll",
+    "saccade_grid8_tasks": "pppllll",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 

@@ -20,7 +20,7 @@ from saccade.ops.memory import large_empty
 from saccade.ops.native.build import address, library
 from saccade.ops.native.tasks import WIDTH
 
-__all__ = ["attend_grid"]
+__all__ = ["attend_grid", "grid_gradients"]
 
 #: most queries of a tile
 ROWS = 6
@@ -70,6 +70,54 @@ def attend_grid(
         if failed:
             raise MemoryError("no room for the working memory of attention")
     return out[..., :E], lse
+
+
+def grid_gradients(
+    q_BHND: Tensor,
+    k_BKND: Tensor,
+    v_BKNE: Tensor,
+    mask: Neighborhood,
+    scale: float,
+    bias_HR: Tensor | None,
+    out_BHNE: Tensor,
+    lse_BHN: Tensor,
+    grad_BHNE: Tensor,
+    grad_lse_BHN: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of q, k, v and the bias, all float32.
+
+    Raises:
+        MemoryError: if there is no room for the working memory of a thread.
+    """
+    B, H, N, width = q_BHND.shape
+    K, wide = k_BKND.shape[1], v_BKNE.shape[3]
+    q, k, v, out, grad = (
+        F.pad(x.detach(), (0, -x.shape[3] % WIDTH)).contiguous() for x in (q_BHND, k_BKND, v_BKNE, out_BHNE, grad_BHNE)
+    )
+    D, E = q.shape[3], v.shape[3]
+    lse, grad_lse = lse_BHN.contiguous(), None if grad_lse_BHN is None else grad_lse_BHN.contiguous()
+    table, entries = _table(bias_HR, B)
+    grad_q, grad_k, grad_v = large_empty(tuple(q.shape), q.dtype, q.device), torch.zeros_like(k), torch.zeros_like(v)
+    grad_bias = None if bias_HR is None else torch.zeros_like(bias_HR)
+    code, at = library(), address
+    for grid in _grids(mask.size, mask.kernel, mask.dilation, mask.stride, mask.causal):
+        run, tasks = (
+            (code.saccade_grid8_gradients, code.saccade_grid8_tasks)
+            if grid.narrow
+            else (code.saccade_grid_gradients, code.saccade_grid_tasks)
+        )
+        shape = at(grid.lengths), at(grid.steps), at(grid.windows), grid.tile, grid.vectors
+        grad_table = None if bias_HR is None else q.new_zeros(B, H, tasks(*shape, D, E), *bias_HR.shape[1:])
+        failed = run(
+            at(q), at(k), at(v), at(out), at(lse), at(grad), at(grad_lse), at(grad_q), at(grad_k), at(grad_v),
+            at(grad_table), B * K, H // K, N, D, E, at(grid.lengths), grid.offset, at(grid.steps), at(grid.windows),
+            grid.tile, grid.vectors, at(table), at(entries), scale, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no room for the working memory of attention")
+        if grad_bias is not None and grad_table is not None:
+            grad_bias += grad_table.sum((0, 2))
+    return grad_q[..., :width], grad_k[..., :width], grad_v[..., :wide], grad_bias
 
 
 def _table(bias_HR: Tensor | None, B: int) -> tuple[Tensor | None, Tensor]:
