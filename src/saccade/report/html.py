@@ -105,8 +105,8 @@ def panels(result: CompareResult) -> tuple[dict[str, bytes], dict[str, bytes]]:
     light, dark = {}, {}
     for name in PANELS:
         figure = panel(result, name)
-        light[name] = _png(figure)
-        dark[name] = _png(darken(figure))
+        light[name] = _png(figure, colors=256)
+        dark[name] = _png(darken(figure), colors=256)
     return light, dark
 
 
@@ -149,9 +149,16 @@ def page(
     )
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, colors: int | None = None) -> bytes:
+    """The figure as PNG, of so many colours: lines and letters are as clear with 256, in a third of the bytes."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
+    if colors is not None:
+        from PIL import Image  # comes with matplotlib
+
+        drawn = Image.open(buffer).convert("RGB").quantize(colors, method=Image.Quantize.MAXCOVERAGE)
+        buffer = io.BytesIO()
+        drawn.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
