@@ -135,8 +135,7 @@ def page(
     if maps:
         sections += [
             "<h2>Where they attend</h2>",
-            '<p class="muted">Effective weights on one held-out sample: rows are queries, columns keys, '
-            "brightness the square root of the weight.</p>",
+            f'<p class="muted">{_maps_caption(result)}</p>',
             *(f"<h3>{escape(name)}</h3>{_picture(png, f'{name} by layer and head')}" for name, png in maps.items()),
         ]
     sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
@@ -160,6 +159,17 @@ def _png(figure: Figure, colors: int | None = None) -> bytes:
         buffer = io.BytesIO()
         drawn.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def _maps_caption(result: CompareResult) -> str:
+    """What the maps show: weights between tokens have heads before rows and columns, a gate's map has none."""
+    axes = {array.ndim for record in result.mechanisms for array in record.maps.values()}
+    said = {
+        3: "Effective weights: rows are queries, columns keys.",
+        2: "What a gate multiplies the map with at each position of the image: the mean over channels.",
+    }
+    told = " ".join(text for number, text in said.items() if number in axes)
+    return f"On one held-out sample. {told} Brightness is the square root of the size."
 
 
 def _picture(png: bytes, caption: str, dark: bytes | None = None, whole: bool = False) -> str:

@@ -199,6 +199,8 @@ def attention_maps(task: Task, model: nn.Module) -> tuple[dict[str, Tensor], str
             hook.remove()
     maps: dict[str, Tensor] = {}
     for name, part in parts:
+        if not hasattr(part, "mix") and not hasattr(part, "gate"):
+            return {}, "has no attention map: no single matrix of weights stands between its input and its output"
         try:
             weights = attention_map(part, *inputs[name])
             maps[name] = weights[0].float().cpu() if isinstance(part, Mixes) else as_picture(weights, inputs[name][0])

@@ -134,7 +134,7 @@ def summary(result: CompareResult) -> Figure:
 
 
 def learning_curves(result: CompareResult, figure: FigureBase) -> None:
-    """Held-out quality against training steps, a line per run."""
+    """Quality against training steps, a line a run, on a quarter of the held-out data (the table's is on all of it)."""
     curves = {}
     for record in result.mechanisms:
         runs = [[(r["step"], r["quality"]) for r in run.curve if r.get("quality") is not None] for run in record.runs]
@@ -146,7 +146,8 @@ def learning_curves(result: CompareResult, figure: FigureBase) -> None:
             axes.plot(*zip(*points), linewidth=1.6, markersize=4, **look)
 
     ends = {name: runs[0][-1] for name, runs in curves.items()}
-    _panel(result, figure, "Learning curves", "training step", f"held-out {result.metric.unit}", draw, ends)
+    title = "Learning curves, on a quarter of what is held out"
+    _panel(result, figure, title, "training step", f"held-out {result.metric.unit}", draw, ends)
 
 
 def quality_against_speed(result: CompareResult, figure: FigureBase) -> None:
