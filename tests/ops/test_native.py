@@ -15,7 +15,7 @@ from torch import Tensor
 
 import saccade
 from saccade.attention.nats import Lifetimes
-from saccade.ops import masks
+from saccade.ops import masks, score_mods
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
 from saccade.ops.native import build
@@ -120,6 +120,66 @@ def test_blocks(
 
     agree(biased(q, k, v, bias), truth(q.double(), k.double(), v.double(), bias.double()))
     gradients_agree(biased, truth, q, k, v, bias)
+
+
+def modifications(B: int, H: int, N: int, M: int) -> dict[str, tuple[tuple[int, ...], Callable[[Tensor], Any]]]:
+    """By name: the shape of a parameter, and what is made of it."""
+    return {
+        "alibi": ((H,), score_mods.alibi),
+        "cap": ((1,), lambda p: score_mods.soft_cap(0.7)),
+        "distances": ((1, 31), score_mods.relative_bias),
+        "buckets": ((H, 8), lambda p: score_mods.bucketed_bias(p, max_distance=40)),
+        "bias": ((B, H, N, M), score_mods.bias),
+        "bias of heads": ((1, H, N, M), score_mods.bias),
+        "bias of batch rows": ((B, 1, N, M + 3), score_mods.bias),
+        "bias of keys": ((B, 1, 1, M), score_mods.bias),
+        "all": (
+            (H, 5),
+            lambda p: score_mods.compose(
+                score_mods.relative_bias(p),
+                score_mods.soft_cap(2.0),
+                score_mods.alibi(p[:, 0], symmetric=True),
+                score_mods.soft_cap(5.0),
+                score_mods.bias(p.expand(N, H, 5).permute(1, 0, 2).repeat(1, 1, -(-M // 5))),
+            ),
+        ),
+    }
+
+
+@few
+@given(
+    st.sampled_from(sorted(modifications(1, 1, 1, 1))), st.integers(1, 2), st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.integers(1, 150), st.integers(1, 150), st.sampled_from([(5, 3), (40, 64)]), st.integers(0, 99),
+)  # fmt: skip
+def test_modified_scores(
+    name: str, B: int, heads: tuple[int, int], N: int, M: int, widths: tuple[int, int], seed: int
+) -> None:
+    """With masks of every kind that C has, and gradients of what they are made of."""
+    H, K = heads
+    shape, make = modifications(B, H, N, M)[name]
+    generator = torch.Generator().manual_seed(seed)
+    given = [*inputs(B, H, K, N, M, *widths, seed), torch.randn(shape, generator=generator)]
+    pairs = torch.rand(B, 1, N, M, generator=generator) < 0.5
+    keep = torch.rand(B, H, -(-N // 32), -(-M // 16), generator=generator) < 0.6
+    for mask in (None, masks.causal(3), masks.dense(pairs), masks.blocks(keep, (32, 16)) & masks.window(60, 20)):
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, p: Tensor, mask: Mask | None = mask) -> tuple[Tensor, Tensor]:
+            backend = "reference" if q.dtype == torch.float64 else "blocksparse"
+            mod = make(p + 0 * q.sum())
+            return saccade.attend(q, k, v, mask=mask, score_mod=mod, return_lse=True, backend=backend)
+
+        agree(attend(*given), attend(*(x.double() for x in given)))
+        gradients_agree(attend, attend, *given)
+
+
+def test_a_soft_cap_is_exact_about_zero_and_far_from_it() -> None:
+    """To four units in the last place."""
+    s = torch.cat([torch.logspace(-12, 4, 500), -torch.logspace(-12, 4, 500), torch.zeros(1)])
+    q, k = torch.ones(1, 1, 1, 1), s[None, None, :, None]
+    for key in range(0, len(s), 50):
+        one = k[:, :, key : key + 1]
+        _, lse = saccade.attend(q, one, one, score_mod=score_mods.soft_cap(1.0), scale=1.0, return_lse=True)
+        torch.testing.assert_close(lse.flatten(), s[key : key + 1].double().tanh().float(), rtol=5e-7, atol=0)
 
 
 @few

@@ -39,7 +39,9 @@ from saccade.ops.grad import needs_grad
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
+from saccade.ops.native.changes import Changes, added_values
 from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
+from saccade.ops.score_mods import Added, SoftCap, steps
 from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["blocksparse_attend"]
@@ -59,12 +61,27 @@ SAFE_EXPONENT = 60.0
 
 
 def refusal(problem: Problem) -> str | None:
-    if problem.score is not None or problem.score_mod is not None:
+    if problem.score is not None:
         return "scores are dot products here"
+    if problem.score_mod is not None and (why_not := _cannot_modify(problem)):
+        return why_not
     if problem.normalize != "softmax":
         return f"softmax only, not {problem.normalize!r}"
     if problem.dropout:
         return "no dropout here"
+    return None
+
+
+def _cannot_modify(problem: Problem) -> str | None:
+    """Why scores are not modified here, or None."""
+    if steps(problem.score_mod) is None:
+        return "of modifications of scores only those of saccade.score_mods"
+    if why_not := native.refusal(problem.device, problem.dtype):
+        return f"scores are modified in C only ({why_not})"
+    if torch.compiler.is_compiling():
+        return "no modified scores in a compiled graph"
+    if 0 in (problem.B, problem.H, problem.N, problem.M):
+        return "nothing to modify"
     return None
 
 
@@ -99,7 +116,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
         return fast.run(problem, q, k, v)
     return _attend(
         q, k, v, problem.mask, problem.block_map, problem.block_size, None,
-        problem.scale, problem.return_lse, problem.memory_mb,
+        problem.scale, problem.return_lse, problem.memory_mb, steps(problem.score_mod) or (),
     )  # fmt: skip
 
 
@@ -234,6 +251,7 @@ def _attend(
     scale: float,
     return_lse: bool,
     memory_mb: float,
+    steps: tuple[Added | SoftCap, ...] = (),
 ) -> tuple[Tensor, Tensor | None]:
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -262,8 +280,8 @@ def _attend(
         pairs_per_piece=max(1, int(aim / bytes_per_pair)),
         heads_per_group=max(1, int(GROUP_BYTES / (compute.itemsize * max(1, M) * (D + E)))),
     )
-    job = _Job(structure, scale, return_lse)
-    out, lse = _BlockSparse.apply(q, k, v, block_bias, job)
+    job = _Job(structure, scale, return_lse, steps)
+    out, lse = _BlockSparse.apply(q, k, v, block_bias, job, *added_values(steps, N, M))
     return out.to(dtype), lse if return_lse else None
 
 
@@ -274,7 +292,13 @@ class _Job:
     structure: BlockStructure
     scale: float
     return_lse: bool
+    steps: tuple[Added | SoftCap, ...] = ()
     _remembered: list[WorkList] | None = None
+
+    def changes(self, values: Sequence[Tensor]) -> Changes:
+        """What becomes of scores, in C; values: what is added to them."""
+        s = self.structure
+        return Changes(self.steps, values, (s.B, s.H, s.N, s.M))
 
     def work_lists(self) -> Iterable[WorkList]:
         if self._remembered is not None:
@@ -347,12 +371,12 @@ class _Desk:
 
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job) -> Any:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job, *values: Tensor) -> Any:
         if native.refusal(q.device, q.dtype) is None:
-            out, lse = native_blocks.attend_blocks(q, k, v, job.structure, bias, job.scale)
+            out, lse = native_blocks.attend_blocks(q, k, v, job.structure, bias, job.scale, job.changes(values))
         else:
             out, lse = _forward(q, k, v, bias, job, job.return_lse or any(ctx.needs_input_grad))
-        ctx.save_for_backward(q, k, v, bias, out, lse)
+        ctx.save_for_backward(q, k, v, bias, out, lse, *values)
         ctx.job = job
         ctx.set_materialize_grads(False)
         return out, lse
@@ -360,14 +384,15 @@ class _BlockSparse(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, bias, out, lse = ctx.saved_tensors
+        q, k, v, bias, out, lse, *values = ctx.saved_tensors
         job: _Job = ctx.job
         s, D, E = job.structure, q.shape[3], v.shape[3]
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         if native.refusal(q.device, q.dtype) is None:
-            grads = native_blocks.block_gradients(q, k, v, s, bias, job.scale, out, lse, grad_out, grad_lse)
-            return *grads, None
+            changes = job.changes(values)
+            grads = native_blocks.block_gradients(q, k, v, s, bias, job.scale, out, lse, grad_out, grad_lse, changes)
+            return *grads, None, *changes.gradients()
         q_R, k_R, v_R = _to_blocks(q, s.block_q), _to_blocks(k, s.block_k), _to_blocks(v, s.block_k)
         out_R, grad_out_R = _to_blocks(out, s.block_q), _to_blocks(grad_out, s.block_q)
         lse_R = _to_blocks(lse[..., None], s.block_q)

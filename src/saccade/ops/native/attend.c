@@ -1,6 +1,6 @@
 /* Softmax attention over lists of keys: the inner loops that torch has no fused operator for. Float32, forward.
  *
- *     s = scale * q k^T + bias (-inf where a mask says no),  out = exp(s) v / sum exp(s),  lse = log sum exp(s)
+ *     s = change(scale * q k^T) + bias (-inf where a mask says no),  out = exp(s) v / sum exp(s),  lse = log sum exp(s)
  *
  * All entries are made of one product, six rows by a few vectors, whose sums stay in registers:
  *
@@ -27,15 +27,16 @@ typedef struct {
     float *out;     /* (rows, E) */
 } State;
 
-/* `rows` (at most ROWS) rows meet `keys` (at most CHUNK) keys. */
+/* `rows` (at most ROWS) rows meet `keys` (at most CHUNK) keys. lines, step: where the values of changes lie. */
 static void meet(State s, int rows, int keys, long D, long E, const float *panels, const float *values, Sight sight,
-                 float bias, float *scores) {
+                 float bias, const Changes *changes, const int64_t *lines, long step, float *scores) {
     int vectors = (keys + LANES - 1) / LANES, tail = keys - (vectors - 1) * LANES;
     multiply(PUT, rows, vectors, s.queries, panels, (Layout){D, LANES, LANES * D, D, 1, 0, 0}, scores, CHUNK);
     ivec lane, over = {};
     for (int i = 0; i < LANES; i++) lane[i] = i;
     for (int r = 0; r < rows; r++) {
         float *x = scores + r * CHUNK;
+        if (changes->count) change(changes, lines + r, step, sight.key, keys, x, 0);
         if (sight.mask)
             for (int j = 0; j < keys; j++) x[j] = sight.mask[r * sight.step + j] ? x[j] : -INFINITY;
         if (sight.first || sight.born)
@@ -106,6 +107,7 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
  * row_place  (rows) and key_born, key_until (keys of all heads, and a vector more): a row sees the keys whose born and
  *            until enclose its place; or null
  * masks      bytes, 0 = may not attend
+ * changes    what becomes of scores
  */
 int saccade_tasks(const float *queries, const float *panels, const float *values, float *out, float *lse,
                   const int64_t *rows, const int64_t *slots, const int64_t *task_row, const int64_t *task_run,
@@ -113,7 +115,7 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                   const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
                   const int64_t *row_last, const int32_t *row_place, const int32_t *key_born,
                   const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block,
-                  float scale, int threads) {
+                  float scale, int threads, const Changes *changes) {
     long most = 0;
     const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
@@ -121,8 +123,9 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
         if (task_row[t + 1] - task_row[t] > most) most = task_row[t + 1] - task_row[t];
 #pragma omp parallel num_threads(threads)
     {
-        float *memory = room(ROWS * CHUNK + most * (LANES + E + D + 1));
-        float *scores = memory, *total = scores + ROWS * CHUNK, *sums = total + most * LANES;
+        float *memory = room(2 * most * changes->count + ROWS * CHUNK + most * (LANES + E + D + 1));
+        int64_t *lines = (int64_t *)memory; /* (changes, rows) */
+        float *scores = memory + 2 * most * changes->count, *total = scores + ROWS * CHUNK, *sums = total + most * LANES;
         float *scaled = sums + most * E, *top = scaled + most * D;
         if (!memory) {
 #pragma omp atomic write
@@ -136,6 +139,7 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
             for (long r = 0; r < count; r++) {
                 for (long d = 0; d < D; d++) scaled[r * D + d] = queries[row[r] * D + d] * scale;
                 top[r] = LOWEST;
+                lines_of(changes, row[r], 0, lines + r, 0, most);
             }
             memset(total, 0, count * LANES * sizeof(float));
             memset(sums, 0, count * E * sizeof(float));
@@ -151,7 +155,8 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
                         if (from >= to) continue;
                         State state = {scaled + r * D, top + r, total + r * LANES, sums + r * E};
                         meet(state, (int)some, to - from, D, E, panels + (place + j + from) * D,
-                             values + (run_key[i] + j + from) * E, sight, run_bias ? run_bias[i] : 0.0f, scores);
+                             values + (run_key[i] + j + from) * E, sight, run_bias ? run_bias[i] : 0.0f,
+                             changes, lines + r, most, scores);
                     }
                 }
             }

@@ -16,6 +16,7 @@ from saccade.ops import masks
 from saccade.ops.blocks import BlockStructure
 from saccade.ops.masks import EMPTY, PARTIAL, Mask
 from saccade.ops.memory import large_empty
+from saccade.ops.native.changes import Changes
 from saccade.ops.native.tasks import TASK_ROWS, WIDTH, Gradients, Tasks, attend_tasks, prepared
 
 __all__ = ["attend_blocks", "attend_ranges", "band_ranges", "block_gradients", "range_gradients"]
@@ -28,17 +29,23 @@ TILE_BYTES = 2**25
 
 
 def attend_blocks(
-    q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, s: BlockStructure, bias_BHnm: Tensor | None, scale: float
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    s: BlockStructure,
+    bias_BHnm: Tensor | None,
+    scale: float,
+    changes: Changes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`, float32; the bias is added to a block's scores."""
     rows = None if bias_BHnm is not None else _by_row(s)
     if rows is not None:
-        return attend_ranges(q_BHND, k_BKMD, v_BKME, *rows, scale)
+        return attend_ranges(q_BHND, k_BKMD, v_BKME, *rows, scale, changes)
     with prepared(k_BKMD, v_BKME, s.block_k) as keys:
         out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
         lse = q_BHND.new_empty(s.B, s.H, s.N)
         for first, last in _ranges(s):
-            attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse)
+            attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse, changes)
     return out[..., : v_BKME.shape[3]], lse
 
 
@@ -53,15 +60,18 @@ def block_gradients(
     lse_BHN: Tensor,
     grad_BHNE: Tensor,
     grad_lse_BHN: Tensor | None,
+    changes: Changes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v and the bias."""
+    """Gradients of q, k, v and the bias; `changes` keeps its own."""
     rows = None if bias_BHnm is not None else _by_row(s)
     if rows is not None:
         given = q_BHND, k_BKMD, v_BKME, *rows, scale, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN
-        return *range_gradients(*given), None
-    sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, s.block_k, scale, apart=True)
+        return *range_gradients(*given, changes), None
+    turns = changes is not None and changes.takes_turns(q_BHND.shape[3], v_BKME.shape[3])
+    given_out = out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN
+    sums = Gradients(q_BHND, k_BKMD, v_BKME, *given_out, s.block_k, scale, apart=True, changes=changes, turns=turns)
     grad_bias = None if bias_BHnm is None else torch.zeros_like(bias_BHnm, memory_format=torch.contiguous_format)
-    for first, last in _ranges(s):
+    for first, last in _ranges(s, turns):
         tasks, map_P = _tasks(s, first, last, bias_BHnm)
         of_runs = None if grad_bias is None else grad_bias.new_zeros(len(map_P))
         sums.add(tasks, of_runs)
@@ -115,14 +125,16 @@ def _limits(mask: Mask) -> _Limits | None:
     return bounds, left[1] if left[1] is not None else right[1]
 
 
-def _ranges(s: BlockStructure) -> Iterator[tuple[int, int]]:
-    """Ranges of query blocks that are listed at once."""
+def _ranges(s: BlockStructure, turns: bool = False) -> Iterator[tuple[int, int]]:
+    """Ranges of query blocks that are listed at once; of one head where heads take turns."""
     step = s.rows_per_list
     if not s.kinds_are_few and _key_limits(s) is None:
         step = max(1, min(step, TILE_BYTES // (s.m * s.block_q * s.block_k)))
     total = s.B * s.H * s.n
-    for first in range(0, total, step):
-        yield first, min(first + step, total)
+    for start in range(0, total, s.n if turns else max(1, total)):
+        end = start + s.n if turns else total
+        for first in range(start, end, step):
+            yield first, min(first + step, end)
 
 
 def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -> tuple[Tasks, Tensor]:
@@ -191,6 +203,7 @@ def attend_ranges(
     last_N: Tensor,
     seen_BHNM: Tensor | None,
     scale: float,
+    changes: Changes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output (B, H, N, E) and LSE (B, H, N), float32, where each query attends to its keys first to last, inclusive.
 
@@ -201,7 +214,7 @@ def attend_ranges(
     with prepared(k_BKMD, v_BKME, k_BKMD.shape[2]) as keys:
         out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
         lse = q_BHND.new_empty(q_BHND.shape[:3])
-        attend_tasks(q_BHND, keys, tasks, scale, out, lse)
+        attend_tasks(q_BHND, keys, tasks, scale, out, lse, changes)
     return out[..., : v_BKME.shape[3]], lse
 
 
@@ -217,25 +230,39 @@ def range_gradients(
     lse_BHN: Tensor,
     grad_BHNE: Tensor,
     grad_lse_BHN: Tensor | None,
+    changes: Changes | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v; `changes` keeps its own."""
     block = k_BKMD.shape[2]
-    sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, block, scale, apart=True)
-    sums.add(_range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM))
+    turns = changes is not None and changes.takes_turns(q_BHND.shape[3], v_BKME.shape[3])
+    given_out = out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN
+    sums = Gradients(q_BHND, k_BKMD, v_BKME, *given_out, block, scale, apart=True, changes=changes, turns=turns)
+    every = torch.arange(q_BHND.shape[0] * q_BHND.shape[1])
+    for heads in every[:, None] if turns else [every]:
+        sums.add(_range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM, heads))
     return sums.finish()
 
 
-def _range_tasks(q_BHND: Tensor, k_BKMD: Tensor, first_N: Tensor, last_N: Tensor, seen_BHNM: Tensor | None) -> Tasks:
+def _range_tasks(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    first_N: Tensor,
+    last_N: Tensor,
+    seen_BHNM: Tensor | None,
+    heads: Tensor | None = None,
+) -> Tasks:
+    """Of these query heads of all batch rows, one after the other, or of all."""
     B, H, N, _ = q_BHND.shape
     K, M = k_BKMD.shape[1:3]
     start = torch.arange(0, N, RANGE_ROWS)
     end = (start + RANGE_ROWS).clamp(max=N)
     # runs begin where a panel of any vector's width begins; one of no keys may begin past the last
     begin = (first_N[start] // WIDTH * WIDTH).clamp(max=M - 1)
-    heads = torch.arange(B * H)
+    heads = torch.arange(B * H) if heads is None else heads
+    place = torch.arange(len(heads)) * N
     key = (heads // H * K + heads % H // (H // K)) * M
-    rows = torch.arange(B * H * N)
-    run = torch.arange(B * H * len(start))
+    rows = (heads[:, None] * N + torch.arange(N)).flatten()
+    run = torch.arange(len(heads) * len(start))
     lines = run_mask = task_mask = None
     step = 0
     if seen_BHNM is not None:
@@ -245,16 +272,16 @@ def _range_tasks(q_BHND: Tensor, k_BKMD: Tensor, first_N: Tensor, last_N: Tensor
         step = M if n > 1 else 0
         of_head = (heads // H * (b > 1) * h + heads % H * (h > 1)) * (n * M)
         run_mask = (of_head[:, None] + begin).flatten()
-        task_mask = start.repeat(B * H)
+        task_mask = start.repeat(len(heads))
     return Tasks(
         rows=rows,
         slots=rows,
-        task_row=torch.cat([(heads[:, None] * N + start).flatten(), torch.tensor([B * H * N])]),
+        task_row=torch.cat([(place[:, None] + start).flatten(), torch.tensor([len(rows)])]),
         task_run=torch.stack([run, run + 1], -1),
         run_key=(key[:, None] + begin).flatten(),
-        run_count=(last_N[end - 1] + 1 - begin).clamp(min=0).repeat(B * H),
-        row_first=first_N.repeat(B * H),
-        row_last=last_N.repeat(B * H),
+        run_count=(last_N[end - 1] + 1 - begin).clamp(min=0).repeat(len(heads)),
+        row_first=first_N.repeat(len(heads)),
+        row_last=last_N.repeat(len(heads)),
         run_mask=run_mask,
         task_mask=task_mask,
         masks=lines,

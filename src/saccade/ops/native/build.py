@@ -44,8 +44,8 @@ PATIENCE = 120
 _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
-    "saccade_tasks": "pppppppppplpppppppppplllllfi",
-    "saccade_gradients": "pppppppppppplpppppppppppppplllllfi",
+    "saccade_tasks": "pppppppppplpppppppppplllllfip",
+    "saccade_gradients": "pppppppppppplpppppppppppppplllllfip",
     "saccade_merge": "ppppllli",
     "saccade_grid": "ppppplllllplppllppfi",
     "saccade_grid8": "ppppplllllplppllppfi",

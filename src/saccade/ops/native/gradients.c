@@ -3,6 +3,8 @@
  *     p = exp(s - lse),  dp = d out v^T,  ds = p * (dp - delta),  delta = rowsum(d out * out) - d lse
  *     dq = scale * ds k,  dk = scale * ds^T q,  dv = p^T d out,  d bias = the sum of ds over a run
  *
+ * where the ds of dq and dk is that before the changes of scores, with the gradients of what they add on its way.
+ *
  * Scores are made again. Tasks of one owner run one after the other and add to gradients of keys and values that are
  * the owner's alone: no two threads write to one place, and sums are made in one order.
  *
@@ -44,13 +46,16 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                       const int64_t *run_key, const int64_t *run_count, const int64_t *run_mask, const float *run_bias,
                       const int64_t *row_first, const int64_t *row_last, const int32_t *row_place,
                       const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M,
-                      long D, long E, long block, float scale, int threads) {
+                      long D, long E, long block, float scale, int threads,
+                      const Changes *changes) {
     const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *memory = room(HIGH * (2 * D + E + 2) + 2 * HIGH * CHUNK + 2 * CHUNK * HIGH + ROWS * CHUNK);
-        float *q = memory, *dq = q + HIGH * D, *go = dq + HIGH * D, *off = go + HIGH * E, *shift = off + HIGH;
+        long count_of_changes = changes->count, wide = count_of_changes * (4 * HIGH + CHUNK);
+        float *memory = room(wide + HIGH * (2 * D + E + 2) + 2 * HIGH * CHUNK + 2 * CHUNK * HIGH + ROWS * CHUNK);
+        int64_t *lines = (int64_t *)memory, *grad_lines = lines + count_of_changes * HIGH; /* (changes, HIGH) */
+        float *kept = memory + count_of_changes * 4 * HIGH, *q = memory + wide, *dq = q + HIGH * D, *go = dq + HIGH * D, *off = go + HIGH * E, *shift = off + HIGH;
         float *p = shift + HIGH, *ds = p + HIGH * CHUNK, *turned = ds + HIGH * CHUNK, *dp = turned + CHUNK * HIGH;
         if (!memory) {
 #pragma omp atomic write
@@ -72,6 +77,7 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                         shift[r] = delta[row[r]];
                         /* rows that attend to nothing weigh nothing */
                         off[r] = lse[row[r]] == -INFINITY ? INFINITY : lse[row[r]] / LN2;
+                        lines_of(changes, row[r], owner, lines + r, grad_lines + r, HIGH);
                     }
                     memset(dq, 0, count * D * sizeof(float));
                     for (long i = task_run[2 * t]; i < task_run[2 * t + 1]; i++) {
@@ -98,10 +104,20 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                                          (Layout){D, LANES, LANES * D, D, 1, 0, 0}, weights, CHUNK);
                                 multiply(PUT, some, vectors, go + r * E, value_panels + at * E,
                                          (Layout){E, LANES, LANES * E, E, 1, 0, 0}, dp, CHUNK);
-                                for (int u = 0; u < some; u++)
+                                for (int u = 0; u < some; u++) {
+                                    float factor = scale / LN2;
+                                    if (count_of_changes) {
+                                        for (int x = 0; x < vectors; x++) {
+                                            float *here = weights + u * CHUNK + x * LANES;
+                                            store(here, load(here) * factor);
+                                        }
+                                        change(changes, lines + r + u, HIGH, sight.key, to - from, weights + u * CHUNK,
+                                               kept);
+                                        factor = 1;
+                                    }
                                     for (int x = 0; x < vectors; x++) {
                                         ivec sees = seen_by(&sight, u, x) & (lane + x * LANES < to - from);
-                                        vec score = load(weights + u * CHUNK + x * LANES) * (scale / LN2) + bias;
+                                        vec score = load(weights + u * CHUNK + x * LANES) * factor + bias;
                                         vec weight = (vec)(sees & (ivec)exp2_of(score - off[r + u]));
                                         if (sight.mask)
                                             for (int l = 0; l < LANES && x * LANES + l < to - from; l++)
@@ -113,6 +129,10 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                                         store(slopes + u * CHUNK + x * LANES, slope);
                                         if (run_grad) whole += sum_of(slope);
                                     }
+                                    if (count_of_changes)
+                                        change_back(changes, grad_lines + r + u, HIGH, sight.key, to - from,
+                                                    slopes + u * CHUNK, kept);
+                                }
                                 multiply(ADD, some, D / LANES, slopes, keys + (run_key[i] + j + from) * D,
                                          (Layout){CHUNK, D, LANES, to - from, 1, 0, 0}, dq + r * D, D);
                             }

@@ -1,4 +1,4 @@
-/* Which keys some rows see: what attend.c and gradients.c share. */
+/* Which keys some rows see, and what becomes of their scores: what attend.c and gradients.c share. */
 
 #include "vectors.h"
 
@@ -106,4 +106,75 @@ INLINE ivec seen_by(const Sight *s, int r, int v) {
     }
     if (s->born) sees &= (load_int(s->born + v * LANES) <= s->place[r]) & (load_int(s->until + v * LANES) >= s->place[r]);
     return sees;
+}
+
+/* What becomes of scores before a mask says no. Either `values` are added, of which one line belongs to each row and has
+ * a value for each key; or there are none, and the score is capped: cap * tanh(score / cap), in units of log 2.
+ * grads: the gradient of the values, added to, or null. The steps say where the lines of batch row, head and row lie,
+ * those of grads also where those of each part. */
+typedef struct {
+    const float *values;
+    float *grads;
+    int64_t step_batch, step_head, step_row, grad_part, grad_batch, grad_head, grad_row;
+    double cap;
+} Change;
+
+/* One after the other; rows are counted through `heads` heads of `queries` queries; owners through `parts` of a head. */
+typedef struct {
+    const Change *each;
+    int64_t count, heads, queries, parts;
+} Changes;
+
+/* Where the values of row `row` lie for each change, and (if not null) those of their gradients; `step` from change to
+ * change. */
+static void lines_of(const Changes *all, long row, long owner, int64_t *values, int64_t *grads, long step) {
+    if (!all->count) return;
+    long query = row % all->queries, head = row / all->queries % all->heads, batch = row / all->queries / all->heads;
+    for (int c = 0; c < all->count; c++) {
+        const Change *one = all->each + c;
+        values[c * step] = batch * one->step_batch + head * one->step_head + query * one->step_row;
+        if (grads)
+            grads[c * step] = owner % all->parts * one->grad_part + batch * one->grad_batch + head * one->grad_head +
+                              query * one->grad_row;
+    }
+}
+
+/* What becomes of a row's scores for the keys from `key` on. kept (changes, CHUNK), or null: the tanh of each cap. */
+static void change(const Changes *all, const int64_t *lines, long step, long key, int keys, float *scores, float *kept) {
+    for (int c = 0; c < all->count; c++) {
+        const Change *one = all->each + c;
+        int j = 0;
+        if (one->values) {
+            const float *values = one->values + lines[c * step] + key;
+            for (; j + LANES <= keys; j += LANES) store(scores + j, load(scores + j) + load(values + j) * (1 / LN2));
+            /* what lies after the last key is another's */
+            for (; j < keys; j++) scores[j] += values[j] * (1 / LN2);
+        } else {
+            float cap = (float)one->cap, factor = 1 / cap;
+            for (; j < keys; j += LANES) {
+                vec y = tanh_of(load(scores + j) * factor);
+                if (kept) store(kept + c * CHUNK + j, y);
+                store(scores + j, y * cap);
+            }
+        }
+    }
+}
+
+/* The way back: from d of what `change` made to d of what it was given, adding to the gradients of the values. */
+static void change_back(const Changes *all, const int64_t *lines, long step, long key, int keys, float *slopes,
+                        const float *kept) {
+    for (int c = (int)all->count - 1; c >= 0; c--) {
+        const Change *one = all->each + c;
+        int j = 0;
+        if (one->grads) {
+            float *grads = one->grads + lines[c * step] + key;
+            for (; j + LANES <= keys; j += LANES) store(grads + j, load(grads + j) + load(slopes + j));
+            for (; j < keys; j++) grads[j] += slopes[j];
+        } else if (!one->values) {
+            for (; j < keys; j += LANES) {
+                vec y = load(kept + c * CHUNK + j);
+                store(slopes + j, load(slopes + j) * (1 - y * y));
+            }
+        }
+    }
 }

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from saccade.ops.memory import large_empty
 from saccade.ops.native.build import address, library
+from saccade.ops.native.changes import Changes
 from saccade.ops.scratch import scratch
 
 __all__ = ["TASK_ROWS", "WIDTH", "Gradients", "Keys", "Tasks", "attend_tasks", "merge_shares", "prepared"]
@@ -110,8 +111,16 @@ def _panels(x_BKMD: Tensor, block: int, room: Callable[[int], Tensor]) -> Tensor
     return panels
 
 
-def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Write out_slot = softmax(scale * q_row K^T + bias) V and its natural-log LSE for each row of each task.
+def attend_tasks(
+    q_BHND: Tensor,
+    keys: Keys,
+    tasks: Tasks,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    changes: Changes | None = None,
+) -> None:
+    """Write out_slot = softmax(change(scale * q_row K^T) + bias) V and its natural-log LSE for each row of each task.
 
     Args:
         q_BHND: float32 queries; rows count through all batch rows and heads.
@@ -119,18 +128,21 @@ def attend_tasks(q_BHND: Tensor, keys: Keys, tasks: Tasks, scale: float, out: Te
         tasks: which rows meet which keys.
         out: float32 (slots, E), E a multiple of `WIDTH`; slots that no task names are left alone.
         lse: float32 (slots,).
+        changes: what becomes of scores; None leaves them as they are.
 
     Raises:
         MemoryError: if there is no room for the working memory of a thread.
     """
     q = q_BHND.detach().contiguous()
     t, at = tasks, address
+    changes = changes or Changes()
     failed = library().saccade_tasks(
         at(q), at(keys.panels), at(keys.values), at(out), at(lse),
         at(t.rows), at(t.slots), at(t.task_row), at(t.task_run), at(t.task_mask), len(t.task_row) - 1,
         at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last),
         at(t.row_place), at(t.key_born), at(t.key_until), at(t.masks), t.mask_step,
         keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
+        changes.address,
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the working memory of attention")
@@ -145,6 +157,8 @@ class Gradients:
         block: tokens of a block of keys.
         scale: of the scores.
         apart: no row is in two tasks, so that tasks of one key head may run at the same time.
+        changes: what became of scores; they get their gradients.
+        turns: each `add` brings the tasks of one query head.
     """
 
     def __init__(
@@ -160,6 +174,8 @@ class Gradients:
         scale: float,
         *,
         apart: bool,
+        changes: Changes | None = None,
+        turns: bool = False,
     ) -> None:
         self.widths, self.block, self.scale = (q_BHND.shape[3], v_BKME.shape[3]), block, scale
         delta = (grad_BHNE * out_BHNE).sum(-1)
@@ -174,8 +190,13 @@ class Gradients:
         self.heads, threads = self.k.shape[0] * self.k.shape[1], torch.get_num_threads()
         even = self.heads % threads == 0 or self.heads >= 4 * threads
         self.parts = 1 if even or not apart else ceil(2 * threads / self.heads)
+        self.turns, self.changes = turns, changes or Changes()
+        if turns:
+            self.parts = 2 * threads
+        self.changes.make_room(self.parts, turns)
         self.grad_q = torch.zeros_like(self.q)
-        self.grad_k, self.grad_v = (self.k.new_zeros(self.heads, self.parts, M, x.shape[3]) for x in (self.k, v))
+        parts = 1 if turns else self.parts
+        self.grad_k, self.grad_v = (self.k.new_zeros(self.heads, parts, M, x.shape[3]) for x in (self.k, v))
 
     def add(self, tasks: Tasks, run_grad: Tensor | None = None) -> None:
         """Add what these tasks give; `run_grad` (runs,) is added the gradient of the bias of each run.
@@ -186,7 +207,13 @@ class Gradients:
         # tasks stand in the order of heads: each head's in equal parts
         queries, B_H = self.q.shape[2], self.q.shape[0] * self.q.shape[1]
         task_head = tasks.rows[tasks.task_row[:-1].clamp(max=len(tasks.rows) - 1)] // queries * self.heads // B_H
-        first = torch.searchsorted(task_head, torch.arange(self.heads + 1))
+        grad_k, grad_v = self.grad_k, self.grad_v
+        if self.turns:
+            heads = task_head[:1]
+            grad_k, grad_v = (x.new_zeros(1, self.parts, *x.shape[2:]) for x in (grad_k, grad_v))
+        else:
+            heads = torch.arange(self.heads)
+        first = torch.searchsorted(task_head, torch.cat([heads, heads[-1:] + 1]))
         share = torch.arange(self.parts)
         owner_task = (first[:-1, None] + first.diff()[:, None] * share // self.parts).flatten()
         owner_task = torch.cat([owner_task, first[-1:]])
@@ -194,20 +221,23 @@ class Gradients:
         M, D = self.k.shape[2:]
         failed = library().saccade_gradients(
             at(self.q), at(self.grad), at(self.delta), at(self.lse), at(self.k), at(self.panels),
-            at(self.value_panels), at(self.grad_q), at(self.grad_k), at(self.grad_v), at(run_grad), at(owner_task),
+            at(self.value_panels), at(self.grad_q), at(grad_k), at(grad_v), at(run_grad), at(owner_task),
             len(owner_task) - 1, at(t.rows), at(t.task_row), at(t.task_run), at(t.task_mask), at(t.run_key),
             at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last), at(t.row_place),
             at(t.key_born), at(t.key_until), at(t.masks), t.mask_step, M, D, self.grad.shape[3], self.block,
-            self.scale, torch.get_num_threads(),
+            self.scale, torch.get_num_threads(), self.changes.address,
         )  # fmt: skip
         if failed:
             raise MemoryError("no room for the working memory of attention")
+        if self.turns:
+            self.grad_k[heads, 0] += grad_k.sum(1)
+            self.grad_v[heads, 0] += grad_v.sum(1)
 
     def finish(self) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v."""
         D, E = self.widths
         shape = self.k.shape[:3]
-        grad_k, grad_v = (x.sum(1) if self.parts > 1 else x for x in (self.grad_k, self.grad_v))
+        grad_k, grad_v = (x.sum(1) if x.shape[1] > 1 else x for x in (self.grad_k, self.grad_v))
         return (
             self.grad_q[..., :D],
             grad_k.view(*shape, -1)[..., :D].mul_(self.scale),
