@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 import saccade
-from saccade import masks
+from saccade import attend, masks
 from saccade.ops.backends import BACKENDS
 from saccade.ops.measure import peak_bytes
 from saccade.ops.native import build
@@ -295,3 +296,22 @@ def test_autocast_makes_one_type_of_several() -> None:
         saccade.attend(q, k, v)
     with torch.autocast("cpu", torch.bfloat16):
         assert saccade.attend(q, k, v).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backend", ["stream", "blocksparse"])
+@pytest.mark.parametrize("shape", [(1, 2, 70, 8), (1, 1, 1, 4)])
+def test_second_derivatives_are_refused_in_words(backend: str, shape: tuple[int, ...]) -> None:
+    """And first ones that are asked for with a graph, as penalties do, are the same."""
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+
+    def gradient(backend: str) -> Tensor:
+        out = attend(q, k, v, mask=masks.prefix(50), backend=backend)
+        return torch.autograd.grad(out.square().sum(), q, create_graph=True)[0]
+
+    gradient("reference").sum().backward()
+    found = gradient(backend)
+    torch.testing.assert_close(found, gradient("reference"))
+    with pytest.raises(RuntimeError, match="has first derivatives only: backend='reference' has all"):
+        found.sum().backward()
+    with pytest.raises(RuntimeError, match="has first derivatives only"):
+        torch.autograd.grad(found.sum(), v)

@@ -31,11 +31,11 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from saccade.ops import masks, native, windows
+from saccade.ops.backends import stream
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
-from saccade.ops.grad import needs_grad
+from saccade.ops.grad import first_derivatives_only, needs_grad
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
@@ -76,7 +76,7 @@ def _cannot_modify(problem: Problem) -> str | None:
     """Why scores are not modified here, or None."""
     if steps(problem.score_mod) is None:
         return "of modifications of scores only those of saccade.score_mods"
-    if why_not := native.refusal(problem.device, problem.dtype):
+    if why_not := native.forecast(problem.device, problem.dtype):
         return f"scores are modified in C only ({why_not})"
     if torch.compiler.is_compiling():
         return "no modified scores in a compiled graph"
@@ -114,6 +114,8 @@ def extra_bytes(problem: Problem) -> int:
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     if (fast := _regular(problem)) is not None:
         return fast.run(problem, q, k, v)
+    if problem.score_mod is not None and native.refusal(q.device, q.dtype) is not None:
+        return stream.run(problem, q, k, v)  # the compiler that was there has failed
     return _attend(
         q, k, v, problem.mask, problem.block_map, problem.block_size, None,
         problem.scale, problem.return_lse, problem.memory_mb, steps(problem.score_mod) or (),
@@ -382,7 +384,7 @@ class _BlockSparse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("attend on the path 'blocksparse'", "backend='reference' has all")
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, bias, out, lse, *values = ctx.saved_tensors
         job: _Job = ctx.job

@@ -23,7 +23,7 @@ Memory. The same small tile tells what the score keeps per pair (a network keeps
 tile's size follows: at most `memory_mb`, and by default no more than fits the processor's caches (`TILE_BYTES`,
 tuned by `saccade.autotune`). On top come row states and gradient accumulators, linear in N + M.
 
-Second derivatives are not available. Random numbers (dropout, also inside the score) are drawn from a seed per tile,
+Second derivatives are refused. Random numbers (dropout, also inside the score) are drawn from a seed per tile,
 so that the backward pass sees the same ones and leaves the global generator alone.
 
 Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
@@ -40,13 +40,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from saccade.ops.autotune import tuned
 from saccade.ops.backends import reference
+from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import EMPTY, FULL
 from saccade.ops.normalizers import Normalizer, Softmax, named
@@ -464,7 +464,7 @@ class _Stream(torch.autograd.Function):
         return out, finals["lse"][..., 0] if finals else out.new_full(out.shape[:3], -torch.inf, dtype=call.dtype)
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("attend on the path 'stream'", "backend='reference' has all")
     def backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> Any:
         call: _Call = ctx.call
         # captured tensors come out of ctx only for its check that nobody has changed them
