@@ -311,7 +311,7 @@ def test_plan_and_attend_agree(N, density, expected, monkeypatch):
     ("options", "message"),
     [
         ({"score": lambda q, k: q @ k.mT}, "scores are dot products"),
-        ({"score_mod": lambda s, b, h, i, j: s}, "scores are dot products"),
+        ({"score_mod": lambda s, b, h, i, j: s}, "only those of saccade.score_mods"),
         ({"normalize": "sigmoid"}, "softmax only"),
         ({"dropout": 0.1}, "no dropout"),
     ],

@@ -15,7 +15,7 @@ from math import log
 
 from torch import Tensor
 
-from saccade.ops.score_mods import Added, ByDistance, SoftCap
+from saccade.ops.score_mods import Added, Bias, ByDistance, SoftCap
 
 __all__ = ["Changes", "added_values"]
 
@@ -42,9 +42,10 @@ def added_values(steps: Sequence[Added | SoftCap], N: int, M: int) -> list[Tenso
     or N + M - 1 where it depends on the distance alone. Differentiable in the step's parameters."""
     values = []
     for step in steps:
-        if isinstance(step, Added):
-            x = step.diagonals(N, M)[None, :, None] if isinstance(step, ByDistance) else step.part(N, M)
-            x = x.float()
+        if isinstance(step, ByDistance):
+            values.append(step.diagonals(N, M)[None, :, None].float().contiguous())
+        elif isinstance(step, Bias):
+            x = step.part(N, M).float()
             values.append(x if x.stride(3) == 1 else x.contiguous())
     return values
 

@@ -46,8 +46,7 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
                       const int64_t *run_key, const int64_t *run_count, const int64_t *run_mask, const float *run_bias,
                       const int64_t *row_first, const int64_t *row_last, const int32_t *row_place,
                       const int32_t *key_born, const int32_t *key_until, const uint8_t *masks, long mask_step, long M,
-                      long D, long E, long block, float scale, int threads,
-                      const Changes *changes) {
+                      long D, long E, long block, float scale, int threads, const Changes *changes) {
     const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
 #pragma omp parallel num_threads(threads)
@@ -55,7 +54,8 @@ int saccade_gradients(const float *queries, const float *grads, const float *del
         long count_of_changes = changes->count, wide = count_of_changes * (4 * HIGH + CHUNK);
         float *memory = room(wide + HIGH * (2 * D + E + 2) + 2 * HIGH * CHUNK + 2 * CHUNK * HIGH + ROWS * CHUNK);
         int64_t *lines = (int64_t *)memory, *grad_lines = lines + count_of_changes * HIGH; /* (changes, HIGH) */
-        float *kept = memory + count_of_changes * 4 * HIGH, *q = memory + wide, *dq = q + HIGH * D, *go = dq + HIGH * D, *off = go + HIGH * E, *shift = off + HIGH;
+        float *kept = memory + count_of_changes * 4 * HIGH, *q = memory + wide, *dq = q + HIGH * D;
+        float *go = dq + HIGH * D, *off = go + HIGH * E, *shift = off + HIGH;
         float *p = shift + HIGH, *ds = p + HIGH * CHUNK, *turned = ds + HIGH * CHUNK, *dp = turned + CHUNK * HIGH;
         if (!memory) {
 #pragma omp atomic write
