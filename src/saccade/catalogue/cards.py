@@ -133,7 +133,7 @@ class Published:
     note: str = ""
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Part(Summary):
     """A full registration.
 
@@ -154,6 +154,3 @@ class Part(Summary):
     ports: tuple[AuthorsPort, ...] = ()
     claim: Claim | None = None
     published: tuple[Published, ...] = ()
-
-    def __repr__(self) -> str:
-        return f"Part({self.slug!r}, {self.kind}: {self.summary})"

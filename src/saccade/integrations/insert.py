@@ -31,7 +31,6 @@ from torch.utils.hooks import RemovableHandle
 
 from saccade import catalogue
 from saccade.extras import need
-from saccade.ops.folder import write_text
 from saccade.tables import table
 
 __all__ = ["Gentle", "Inserted", "Place", "insert", "load", "save"]
@@ -484,7 +483,7 @@ def save(model: nn.Module, folder: str | Path, reports: Sequence[Inserted]) -> N
     folder = Path(folder)
     model.save_pretrained(folder)  # type: ignore[operator]
     rows = [report.as_dict() for report in reports]
-    write_text(folder / _RECORD, json.dumps(rows, indent=2))
+    (folder / _RECORD).write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
 
 def load(folder: str | Path) -> nn.Module:
