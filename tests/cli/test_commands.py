@@ -196,3 +196,31 @@ def test_what_was_measured_is_shown_before_anything_is_drawn(
         assert json.loads(out)["mechanisms"][0]["name"] == "softmax"
     else:
         assert "softmax" in out and "bits per byte" in out
+
+
+def test_claims_are_written_one_by_one_and_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    from saccade.train import lab
+
+    ran: list[str] = []
+
+    def run_claim(slug: str, bench: lab.Lab) -> lab.Outcome:
+        if len(ran) == 1 and slug == "moba" and not bench.smoke:
+            raise KeyboardInterrupt
+        ran.append(slug)
+        return lab.Outcome(slug, "A title", "fast", "2 x", {"speedup": 2.5}, True, "", 3.0, bench.smoke, 0)
+
+    monkeypatch.setattr(lab, "run_claim", run_claim)
+    code, out, err = run(capsys, "claim", "softmax", "moba", "--out", str(tmp_path))
+    assert code == 130 and "stopped" in err and "softmax: shows" in out
+    assert [found["slug"] for found in json.loads((tmp_path / "claims.json").read_text())] == ["softmax"]
+    ran += ["counted"]
+    code, out, _ = run(capsys, "claim", "softmax", "moba", "--missing", "--out", str(tmp_path), "--json")
+    assert code == 0 and [found["slug"] for found in json.loads(out)] == ["moba"]
+    before = (tmp_path / "claims.json").read_text()
+    code, out, _ = run(capsys, "claim", "softmax", "mra", "--missing", "--smoke", "--out", str(tmp_path))
+    assert code == 0 and "mra: smoke run, no verdict" in out and "softmax" not in out
+    assert (tmp_path / "claims.json").read_text() == before
+    assert run(capsys, "claim", "softmax", "--missing", "--out", str(tmp_path))[1].endswith("has all of them already\n")
+    assert json.loads(run(capsys, "claim", "softmax", "--missing", "--out", str(tmp_path), "--json")[1]) == []

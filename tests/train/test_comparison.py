@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from saccade.train import files, runs
+from saccade.train import files, measures, runs
 from saccade.train.data import generator_at
 from saccade.train.mechanisms import Mechanism, parse
 from saccade.train.model import SequenceModel
@@ -60,7 +60,7 @@ def test_a_comparison_measures_everything(text: CompareResult) -> None:
         assert [run.seed for run in record.runs] == [0, 1] and record.spread > 0
         assert 5 < record.quality < 9, "after three steps a byte still costs about eight bits"
         assert record.train_tokens_per_second > 0 and record.train_bytes > 4 * 4 * record.parameters
-        assert [point.length for point in record.scaling] == [8, 16] and set(record.fits) >= {"seconds", "bytes"}
+        assert [point.length for point in record.scaling] == [8, 16] and "bytes" in record.fits
         for run in record.runs:
             assert run.metrics["steps"] == 3 and run.metrics["tokens"] == 3 * 4 * 32
             assert [row["step"] for row in run.curve if "quality" in row] == [2, 3]
@@ -183,6 +183,17 @@ def test_generating_with_caches_is_generating_without(name: str) -> None:
         task.model(Mechanism("mine", None, {}, RunningMean), 0).generate(tokens, 1)
 
 
+def test_decoding_that_no_two_passes_agree_on_was_not_measured(monkeypatch) -> None:
+    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+    model = task.model(parse(["softmax"])[0], 0)
+    passes = iter([[9.0] * 4 + [1.0, 9.0, 2.0], [9.0] * 4 + [2.0, 1.0, 9.0], [9.0] * 4 + [9.0, 2.0, 1.0]])
+    monkeypatch.setattr(measures, "_decoded", lambda *given: (next(passes), 64))
+    assert measures.decoding(model, task.prompt(5), 3)["tokens_per_second"] == 1.0
+    doubling = iter([[float(2**n)] * 7 for n in range(9)])
+    monkeypatch.setattr(measures, "_decoded", lambda *given: (next(doubling), 64))
+    assert measures.decoding(model, task.prompt(5), 3) is None and next(doubling)[0] == 2**5
+
+
 def own_parts() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     x = torch.randn(6, 8, 5, 16, generator=generator_at(0, 0))
     batches = [(part, part.mean((1, 2)).gt(0).long()) for part in x]
@@ -218,6 +229,66 @@ def test_the_callers_own_model_and_loader() -> None:
         saccade.compare(["softmax"], data=lambda step: train[0], model=model)
     with pytest.raises(ValueError, match="loss needs data="):
         saccade.compare(["softmax"], loss=lambda m, b: 0)
+
+
+def network(width: int, scale: float) -> type[nn.Module]:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.head = nn.Linear(16, width), nn.Linear(width, 2)
+
+        def forward(self, x_BNC: Tensor) -> Tensor:
+            return self.head(scale * self.hidden(x_BNC).mean(1).relu())
+
+    return Net
+
+
+def test_a_folder_knows_the_callers_code_and_data(tmp_path) -> None:
+    """Names say nothing: another class, another constant, other values are another comparison."""
+    train, held_out = own_parts()
+    given = {"data": train, "held_out": held_out, "steps": 4, "out": tmp_path}
+    first = saccade.compare({"net": network(8, 1.0)}, **given)
+    again = saccade.compare({"net": network(8, 1.0)}, **given)
+    assert again.to_json() == first.to_json(), "the same code, compiled anew, is the same"
+    for other, message in (
+        ({"net": network(9, 1.0)}, "mechanism net.code.constructor"),
+        ({"net": network(8, 2.0)}, "mechanism net.code.constructor"),
+        ({"net": OwnModel}, "mechanism net.own"),
+    ):
+        with pytest.raises(ValueError, match=f"holds another comparison: {message}|^net: "):
+            saccade.compare(other, **given)
+    moved = [(x + 1, y) for x, y in train]
+    for changed in ({"data": moved}, {"data": train[:3]}, {"held_out": moved[:2]}, {"data": lambda step: train[0]}):
+        with pytest.raises(ValueError, match=r"holds another comparison: data\."):
+            saccade.compare({"net": network(8, 1.0)}, **{**given, **changed})
+
+    def loaders(shift: int) -> torch.utils.data.DataLoader:
+        x, y = torch.cat([x for x, _ in train]) + shift, torch.cat([y for _, y in train])
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 8, shuffle=True)
+
+    given |= {"out": tmp_path / "loaders", "data": loaders(0)}
+    first = saccade.compare({"net": network(8, 1.0)}, **given)
+    assert saccade.compare({"net": network(8, 1.0)}, **{**given, "data": loaders(0)}).to_json() == first.to_json()
+    with pytest.raises(ValueError, match=r"data\.contents is .* there and .* here"):
+        saccade.compare({"net": network(8, 1.0)}, **{**given, "data": loaders(1)})
+    given |= {"out": tmp_path / "model"}
+    saccade.compare(["softmax"], model=lambda part: OwnModel(part(dim=16, num_heads=2)), **given)
+    with pytest.raises(ValueError, match=r"data\.model code is"):
+        saccade.compare(["softmax"], model=lambda part: OwnModel(part(dim=16, num_heads=4)), **given)
+
+
+def test_two_mechanisms_get_the_same_batches_of_a_loader() -> None:
+    seen: list[float] = []
+    items = torch.arange(12)[:, None].float()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(items, items[:, 0].long()), 4, shuffle=True)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if model.training and torch.is_grad_enabled():
+            seen.append(float(batch[0].sum() + 1000 * (batch[0] * torch.arange(4)[:, None]).sum()))
+        return model(batch[0]).square().mean()
+
+    saccade.compare({"a": lambda: nn.Linear(1, 1), "b": lambda: nn.Linear(1, 1)}, data=loader, loss=loss, steps=7)
+    assert seen[:4] == seen[4:8] and seen[8:11] == seen[11:14] and len(set(seen[:4])) > 1
 
 
 def test_a_shuffling_loader_gives_the_same_batches_when_resumed() -> None:
@@ -522,6 +593,14 @@ def test_what_was_measured_is_returned_where_it_cannot_be_kept(tmp_path, monkeyp
         (["cbam"], {}, "'cbam' is a feature-map gate, but task 'text' needs a sequence mechanism; fitting: .*softmax"),
         (["softmax"], {"task": "digits-cnn"}, "needs a feature-map gate; fitting: .*cbam"),
         (["none"], {}, "no baseline without a mechanism"),
+        (["softmax"], {"device": "gpu"}, "device 'gpu' cannot be used here"),
+        (["softmax"], {"device": "meta"}, "device 'meta' cannot be used here"),
+        pytest.param(
+            ["softmax"],
+            {"device": "cuda"},
+            "device 'cuda' cannot be used here .*leave it out",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         ({"mine": 3}, {}, "must be a slug or a constructor, got int"),
     ],
 )
@@ -541,8 +620,24 @@ def test_user_files_are_the_text(tmp_path) -> None:
     path.write_bytes(b"abba" * 2000)
     with pytest.raises(ValueError, match=r"data is .* there and"):
         saccade.compare({"mine": RunningMean}, data=[path], out=tmp_path / "run", **sizes)
-    with pytest.raises(OSError, match="no data file"):
-        saccade.compare(["softmax"], data=[Path("missing.txt")])
+
+
+def test_data_that_are_no_text_are_refused_before_anything_else(tmp_path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "binary").write_bytes(b"\x7fELF\0" * 3000)
+    for name, message in (
+        ("missing", "no data file"),
+        ("pipe", "no regular file"),
+        ("", "is a folder"),
+        ("empty", "is empty"),
+        ("binary", "is no text"),
+    ):
+        with pytest.raises((OSError, ValueError), match=message) as error:
+            saccade.compare(["softmax"], data=[tmp_path / name], out=tmp_path / "run")
+        assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+    with pytest.raises(OSError, match="no regular file"):
+        saccade.compare(["softmax"], data="/dev/zero")
 
 
 def test_names_that_look_alike_have_folders_of_their_own(tmp_path) -> None:

@@ -26,11 +26,17 @@ def test_text_has_english_and_a_split_that_shares_no_paragraph() -> None:
 
 
 def test_files_are_read_and_bad_ones_named(tmp_path) -> None:
-    for name, content in {"a": b"abc" * 2000, "b": bytes(range(256)) * 20, "empty": b"", "short": b"hello"}.items():
+    for name, content in {
+        "a": b"abc" * 2000,
+        "b": bytes(range(1, 256)) * 20,
+        "empty": b"",
+        "short": b"hello",
+        "c": b"a\0" * 4096,
+    }.items():
         (tmp_path / name).write_bytes(content)
     both = data.read_files([tmp_path / "a", tmp_path / "b"])
-    assert bytes(both.tolist()) == b"abc" * 2000 + bytes(range(256)) * 20
-    for name, message in {"empty": "is empty", "short": "at least 4096 bytes, got 5"}.items():
+    assert bytes(both.tolist()) == b"abc" * 2000 + bytes(range(1, 256)) * 20
+    for name, message in {"empty": "is empty", "short": "at least 4096 bytes, got 5", "c": "is no text"}.items():
         with pytest.raises(ValueError, match=message):
             data.read_files([tmp_path / name])
     for path, message in {tmp_path / "missing": "no data file", tmp_path: "is a folder"}.items():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from saccade import catalogue
 from saccade.train.files import folder_name, write_tensors
 from saccade.train.result import CompareResult, MechanismRecord, Metric, SeedRecord
 from saccade.train.scaling import Fit, ScalingPoint
@@ -104,7 +105,8 @@ def test_a_busy_machine_is_named() -> None:
     assert result(with_steps("a", 2.0, 200, waited=0.04)).waited == 0.04
     assert not any("busy" in sentence for sentence in result(with_steps("a", 2.0, 200, waited=0.04)).answer())
     assert any(
-        "busy: up to 45% of the time" in sentence for sentence in result(with_steps("a", 2.0, 9, waited=0.45)).answer()
+        "busy: others had the processor up to 45% of the time" in sentence
+        for sentence in result(with_steps("a", 2.0, 9, waited=0.45)).answer()
     )
 
 
@@ -112,6 +114,8 @@ def test_reprs_are_one_short_line() -> None:
     found = result(record("a", 2.0), record("b", 2.1, 2.2))
     assert repr(found) == "CompareResult(text, budget quick, 1 seed: a 2.000, b 2.150 bits per byte)"
     assert repr(found["b"]) == "MechanismRecord('b', quality 2.15, 2 seeds)"
+    part = repr(catalogue.part("moba"))
+    assert part.startswith("Part('moba', sequence: ") and len(part) < 200
 
 
 def test_json_there_and_back_with_maps(tmp_path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saccade.ops.measure import Cost
 from saccade.train.scaling import ScalingPoint, fit_power, fits, sweep
 
 
@@ -43,7 +44,8 @@ def test_a_sweep_sees_quadratic_and_linear_memory() -> None:
     seen: list[ScalingPoint] = []
     quadratic = sweep(Scores(), inputs, lengths, seconds_per_point=0.01, on_point=seen.append)
     linear = sweep(nn.Linear(4, 4), inputs, lengths, seconds_per_point=0.01)
-    assert seen == quadratic and [point.length for point in quadratic] == list(lengths)
+    assert [point.length for point in seen] == [point.length for point in quadratic] == list(lengths)
+    assert all(last.seconds <= first.seconds for first, last in zip(seen, quadratic)), "the fastest of several passes"
     assert fits(quadratic)["bytes"].exponent == pytest.approx(2.0, abs=0.15)
     assert fits(linear)["bytes"].exponent == pytest.approx(1.0, abs=0.15)
     assert all(point.seconds > 0 and point.forward_seconds > 0 for point in quadratic + linear)
@@ -71,3 +73,21 @@ def test_a_length_that_the_part_refuses_ends_the_sweep() -> None:
     assert [point.length for point in points] == [8, 16] and said == ["16 tokens at most, got 32"]
     with pytest.raises(ValueError, match="16 tokens"):
         sweep(Short(4, 4), inputs, (8, 32), seconds_per_point=0.001)
+
+
+def test_a_disturbance_of_one_length_is_measured_away_and_a_time_that_falls_has_no_law(monkeypatch) -> None:
+    calls: list[int] = []
+
+    def disturbed(part: nn.Module, arguments: tuple[Tensor], **options: object) -> Cost:
+        length = arguments[0].shape[1]
+        calls.append(length)
+        # something else ran while the shorter two were measured for the first two times
+        late = 1.0 if length < 32 and calls.count(length) <= 2 else 0.0
+        return Cost(late + 1e-3 * length, late + 3e-3 * length, 8 * length)
+
+    monkeypatch.setattr("saccade.train.scaling.cost", disturbed)
+    points = sweep(nn.Linear(4, 4), lambda n: (torch.randn(1, n, 4),), (8, 16, 32, 64), limit_seconds=9.0)
+    assert [round(point.seconds, 6) for point in points] == [0.024, 0.048, 0.096, 0.192]
+    assert fits(points)["seconds"].exponent == pytest.approx(1.0)
+    falling = [ScalingPoint(8, 2.0, 4.0, 8), ScalingPoint(16, 1.0, 2.0, 8)]
+    assert set(fits(falling)) == {"bytes"}

@@ -51,6 +51,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.folder import write_text
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
@@ -367,8 +368,8 @@ class SpargeThresholds:
         return options | ({"pv_threshold": self.pv} if stage_2 else {})
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=2), encoding="utf-8")
+        """Write as JSON, whole or not at all."""
+        write_text(Path(path), json.dumps(asdict(self), indent=2))
 
     @classmethod
     def load(cls, path: str | Path) -> SpargeThresholds:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import nn
 
 from saccade import catalogue
 from saccade.bench.machine import matmul_rate
-from saccade.ops.measure import cost
+from saccade.ops.measure import Cost, Watch, costs
 
 #: seconds that one measurement may take before longer lengths are left out
 PATIENCE = 20.0
@@ -17,16 +19,21 @@ PATIENCE = 20.0
 
 @dataclass(frozen=True)
 class Row:
-    """One part at one length: times in seconds, memory in bytes, `speedup` against the baseline's same column."""
+    """One part at one length: times in seconds, memory in bytes, `speedup` against the baseline's same column.
+
+    `backward` is None where it was not measurable: where forward and backward took no longer than forward alone.
+    `waited` is the share of the time in which others had the processor (see `saccade.ops.measure.Watch`).
+    """
 
     slug: str
     length: int
     forward: float
-    backward: float
+    backward: float | None
     memory: int
     tokens_per_second: float
     matmul_share: float
     speedup: float
+    waited: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -45,8 +52,9 @@ def measure(
     """Each sequence mechanism at each length, after `softmax` (torch's fused SDPA) at the same length.
 
     `matmul_share` is the rate at which the *dense* layer's FLOPs would have been done, over the machine's matmul rate:
-    above 1 means faster than any dense attention can be. A mechanism whose last length took longer than 20 seconds is
-    not measured at longer ones.
+    above 1 means faster than any dense attention can be. The mechanisms of a length are measured in turns, so that a
+    disturbance of the machine meets all of them, and the fastest calls count. A mechanism whose last length took longer
+    than 20 seconds, or that takes no longer sequences, is not measured at longer ones.
 
     Raises:
         ValueError: if a name is unknown, no sequence mechanism, or an argument is wrong.
@@ -62,28 +70,38 @@ def measure(
     rate = matmul_rate()
     tired: set[str] = set()
     for length in sorted(lengths):
-        baseline = 0.0
-        for slug in order:
-            if slug in tired:
+        awake = [slug for slug in order if slug not in tired]
+        x = torch.randn(batch, length, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        with Watch() as watch:
+            taken = costs([(_module(slug, length, dim, num_heads, dtype, seed), (x,)) for slug in awake])
+        found = dict(zip(awake, taken))
+        for slug, cost in found.items():
+            if not isinstance(cost, Cost):
+                if slug == "softmax" or length == min(lengths):
+                    raise ValueError(f"{slug} at length {length}: {cost}")
+                tired.add(slug)
                 continue
-            torch.manual_seed(seed)
-            causal = bool({"causal", "teacher-forced"} & set(catalogue.part(slug).supports))
-            module = catalogue.create(slug, dim=dim, num_heads=num_heads, **({"causal": True} if causal else {}))
-            module = module.to(dtype)
-            x = torch.randn(batch, length, dim, dtype=dtype)
-            forward, both, memory = cost(module, (x,))
-            if slug == "softmax":
-                baseline = both
+            if cost.both > PATIENCE:
+                tired.add(slug)
             dense_flops = 3 * batch * (8 * length * dim**2 + 2 * length**2 * dim)
+            baseline = found.get("softmax")
             yield Row(
                 slug=slug,
                 length=length,
-                forward=forward,
-                backward=both - forward,
-                memory=memory,
-                tokens_per_second=batch * length / both,
-                matmul_share=dense_flops / both / rate,
-                speedup=baseline / both,
+                forward=cost.forward,
+                backward=cost.backward,
+                memory=cost.memory,
+                tokens_per_second=batch * length / cost.both,
+                matmul_share=dense_flops / cost.both / rate,
+                speedup=baseline.both / cost.both if isinstance(baseline, Cost) else math.nan,
+                waited=watch.waited,
             )
-            if both > PATIENCE:
-                tired.add(slug)
+
+
+def _module(slug: str, length: int, dim: int, num_heads: int, dtype: torch.dtype, seed: int) -> nn.Module:
+    part = catalogue.part(slug)
+    arguments = {} if part.at_length is None else part.at_length(length)
+    if {"causal", "teacher-forced"} & set(part.supports):
+        arguments["causal"] = True
+    torch.manual_seed(seed)
+    return catalogue.create(slug, dim=dim, num_heads=num_heads, **arguments).to(dtype)

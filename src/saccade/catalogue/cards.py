@@ -133,7 +133,7 @@ class Published:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Part(Summary):
     """A full registration.
 
@@ -154,3 +154,6 @@ class Part(Summary):
     ports: tuple[AuthorsPort, ...] = ()
     claim: Claim | None = None
     published: tuple[Published, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Part({self.slug!r}, {self.kind}: {self.summary})"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from saccade import __version__, catalogue
 from saccade.tables import table
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="saccade",
@@ -184,19 +186,17 @@ def bench(
 ) -> None:
     """Measure speed and memory of layers against SDPA, with the share of the machine's matmul rate."""
     import torch
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from saccade.bench.machine import describe, matmul_rate
     from saccade.bench.parts import measure
-    from saccade.ops.measure import machine
+    from saccade.ops.measure import busy, machine
+    from saccade.train.progress import bar, showing
 
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
     rows = []
-    spinner = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*spinner, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
-        progress.add_task("measuring")
+    count = len({"softmax", *slugs}) * len(_integers(lengths, "lengths"))
+    with showing(False if as_json else None), bar("measuring", count) as update:
         for row in measure(
             slugs,
             lengths=_integers(lengths, "lengths"),
@@ -207,7 +207,7 @@ def bench(
             seed=seed,
         ):
             rows.append(row)
-            progress.update(progress.task_ids[0], description=f"{row.slug} at {row.length} done")
+            update(words=f"{row.slug} at {row.length} done")
     if as_json:
         _print_json({"machine": machine(), "matmul_flops": matmul_rate(), "rows": [row.as_dict() for row in rows]})
         return
@@ -217,7 +217,7 @@ def bench(
             row.slug,
             f"{row.length:,}",
             f"{row.forward * 1e3:.1f} ms",
-            f"{row.backward * 1e3:.1f} ms",
+            "not measurable" if row.backward is None else f"{row.backward * 1e3:.1f} ms",
             f"{row.memory / 2**20:.1f} MiB",
             f"{row.tokens_per_second:,.0f}",
             f"{row.matmul_share:.2f}",
@@ -226,6 +226,9 @@ def bench(
         for row in rows
     ]
     print(table(columns, lines, title=describe()))
+    note = busy(max((row.waited for row in rows if row.waited is not None), default=None))
+    if note:
+        print(note)
 
 
 @app.command()
@@ -244,33 +247,52 @@ def claim(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured."""
+    """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured.
+
+    `saccade claim --all --out FOLDER` may be stopped: `saccade claim --missing --out FOLDER` goes on with the rest.
+    """
+    from contextlib import ExitStack
     from datetime import date
 
     from saccade.ops.measure import machine
     from saccade.report import claims
+    from saccade.train.files import locked, make_folder
     from saccade.train.lab import Lab, run_claim
 
-    if bool(slugs) + everything + missing != 1:
+    if (bool(slugs) and everything) or not (slugs or everything or missing):
         raise ValueError("say which claims: names, --all, or --missing with --out")
-    if (missing and out is None) or (smoke and out is not None):
-        raise ValueError("--missing needs --out" if missing else "a smoke run measures nothing: leave --out away")
-    records = claims.read(out) if out else {}
+    if missing and out is None:
+        raise ValueError("--missing needs --out, the folder whose claims are not run again")
+    if smoke and out is not None and not missing:
+        raise ValueError("a smoke run measures nothing and is not written: leave --out away")
     names = list(slugs) if slugs else [part.slug for part in catalogue.parts()]
-    lab = Lab(seed=seed, smoke=smoke, show_progress=not as_json and Console().is_terminal)
-    outcomes = []
-    for name in names:
-        if missing and name in records:
-            continue
-        outcome = run_claim(name, lab)
-        outcomes.append(outcome)
-        if not as_json:
-            print(outcome.text(), flush=True)
-        if out:
-            records[name] = claims.record(outcome, date.today().isoformat(), machine())
-            claims.write(out, records)
+    for name in slugs or ():
+        catalogue.part(name)
+    writes = out is not None and not smoke
+    with ExitStack() as stack:
+        if writes:
+            assert out is not None
+            make_folder(out)
+            stack.enter_context(locked(out))
+        records = claims.read(out) if out else {}
+        lab, count = Lab(seed=seed, smoke=smoke, show_progress=None), 0
+        for name in names:
+            if missing and name in records:
+                continue
+            outcome = run_claim(name, lab)
+            if as_json:
+                print("," if count else "[", json.dumps(outcome.as_dict(), indent=2), sep="\n", flush=True)
+            else:
+                print(outcome.text(), flush=True)
+            count += 1
+            if writes:
+                assert out is not None
+                records[name] = claims.record(outcome, date.today().isoformat(), machine())
+                claims.write(out, records)
     if as_json:
-        _print_json([outcome.as_dict() for outcome in outcomes])
+        print("]" if count else "[]")
+    elif not count:
+        print(f"{out} has all of them already")
 
 
 @app.command()
@@ -296,7 +318,6 @@ def compare(
     Writes a run folder with config, metrics, checkpoints, and report.html, which opens offline.
     """
     import saccade
-    from saccade.cli import one_line
     from saccade.report.html import write_report
 
     folder = out or Path("runs") / f"{task}-{'-'.join(name.split(':')[0] for name in mechanisms)}"
@@ -315,15 +336,26 @@ def compare(
     else:
         print(result.table())
         print(*result.answer(), sep="\n", flush=True)
-    try:
-        report = write_report(result, folder)
-    except Exception as error:  # whatever it is, the measurements stand above and in the folder
-        print(f"saccade: no report: {one_line(error)}", file=sys.stderr)
-        return
-    if not as_json:
+    for line in result.unkept if as_json else ():  # the table says it itself
+        print(f"saccade: not kept: {line}", file=sys.stderr)
+    report = _afterwards("report", lambda: write_report(result, folder))
+    if report is not None and not as_json:
         print(f"report: {report}")
-    if open_report:
+    if report is not None and open_report:
         typer.launch(str(report))
+
+
+def _afterwards(what: str, make: Callable[[], T]) -> T | None:
+    """What comes after the measurements, pictures above all. Where it fails, for whatever reason, one line says so:
+    the measurements have been shown."""
+    from saccade.cli import one_line
+
+    sys.stdout.flush()
+    try:
+        return make()
+    except Exception as error:
+        print(f"saccade: no {what}: {one_line(error)}", file=sys.stderr)
+        return None
 
 
 @app.command()
@@ -347,12 +379,11 @@ def advise(
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
     shapes alone.
     """
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
     from saccade.report.advice import sample_model, write_advice
     from saccade.train.files import make_folder
+    from saccade.train.progress import bar, showing
 
     check(tolerance=tolerance, context=context, mechanisms=mechanism)
     if out is not None:
@@ -366,10 +397,8 @@ def advise(
         raise ValueError("--data is read by a model's tokenizer: --shape has none")
     else:
         subject, inputs = _integers(str(shape), "shape"), None
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, transient=True, disable=as_json or not console.is_terminal, console=console) as progress:
-        task = progress.add_task("dense attention")
+    with showing(False if as_json else None), bar("settings tried:", None) as update:
+        update(0, "dense attention")
         advice = measure(
             subject,
             context=context,
@@ -378,14 +407,14 @@ def advise(
             causal=not bidirectional,
             mechanisms=mechanism or None,
             seed=seed,
-            on_trial=lambda name: progress.update(task, description=name),
+            on_trial=lambda name: update(words=name),
         )
-    if out is not None:
-        write_advice(advice, out)
     if as_json:
         _print_json(advice.as_dict())
     else:
         print(advice.table(everything))
+    if out is not None:
+        _afterwards("advice in the folder", lambda: write_advice(advice, out))
 
 
 @app.command()
@@ -404,15 +433,15 @@ def gallery(
     from saccade.train.files import make_folder
 
     make_folder(page_path(out).parent)  # before minutes of training
-    show_progress = not as_json and Console().is_terminal
-    made = make(gates, Settings(steps=steps, seed=seed), show_progress=show_progress)
-    page = write_gallery(made, out)
+    made = make(gates, Settings(steps=steps, seed=seed), show_progress=False if as_json else None)
     if as_json:
         _print_json(made.as_dict())
     else:
         print(made.table())
+    page = _afterwards("page", lambda: write_gallery(made, out))
+    if page is not None and not as_json:
         print(f"gallery: {page}")
-    if open_page:
+    if page is not None and open_page:
         typer.launch(str(page))
 
 

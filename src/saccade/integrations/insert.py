@@ -31,6 +31,7 @@ from torch.utils.hooks import RemovableHandle
 
 from saccade import catalogue
 from saccade.extras import need
+from saccade.ops.folder import write_text
 from saccade.tables import table
 
 __all__ = ["Gentle", "Inserted", "Place", "insert", "load", "save"]
@@ -483,7 +484,7 @@ def save(model: nn.Module, folder: str | Path, reports: Sequence[Inserted]) -> N
     folder = Path(folder)
     model.save_pretrained(folder)  # type: ignore[operator]
     rows = [report.as_dict() for report in reports]
-    (folder / _RECORD).write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    write_text(folder / _RECORD, json.dumps(rows, indent=2))
 
 
 def load(folder: str | Path) -> nn.Module:

@@ -1,12 +1,14 @@
-"""Where saccade keeps what it found out or made for this machine, and whether others could have written it."""
+"""Files written whole; where saccade keeps what it found out or made for this machine, and who could write there."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import tempfile
 from pathlib import Path
 
-__all__ = ["cache_folder", "exposure", "private_folder", "settle"]
+__all__ = ["cache_folder", "exposure", "private_folder", "settle", "write_bytes", "write_text"]
 
 
 def cache_folder() -> Path:
@@ -95,6 +97,32 @@ def settle(draft: Path, target: Path) -> None:
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.fsync(folder)
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file whole: into a temporary file beside it, to the disk, then into its place.
+
+    Raises:
+        OSError: in one line, if the disk is full or the folder not writable; the old file is then still there.
+    """
+    draft = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(draft, 0o644)
+        settle(Path(draft), path)
+    except OSError as error:
+        if draft is not None:
+            Path(draft).unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))

@@ -8,6 +8,8 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +90,13 @@ class Watch:
         return 0.0 if alone else self._queued / (self._ran + self._queued)
 
 
+def busy(waited: float | None) -> str:
+    """A sentence where others had more of the processor than `BUSY`; empty where they did not, or nobody knows."""
+    if waited is None or waited <= BUSY:
+        return ""
+    return f"The machine was busy: others had the processor up to {waited:.0%} of the time, so times are too long."
+
+
 def _queue() -> tuple[float, float] | None:
     """Seconds that the threads of this process have run, and those that they stood in the queue for a processor."""
     ran = queued = 0
@@ -145,29 +154,67 @@ def peak_bytes(function: Callable[[], object]) -> int:
     return peak
 
 
-def cost(
-    module: nn.Module, arguments: Sequence[object], *, repeats: int = 3, budget: float = 5.0
-) -> tuple[float, float, int]:
-    """Seconds forward without gradients, seconds forward and backward, peak bytes of the latter.
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a forward pass without gradients, of forward and backward, and peak bytes of the latter."""
 
-    Times are those of the fastest calls, both kinds in turns. Gradients are left behind neither on the module nor on
-    tensors among `arguments`.
+    forward: float
+    both: float
+    memory: int
+
+    @property
+    def backward(self) -> float | None:
+        """Seconds of backward; None where it was not measurable: forward alone cannot take longer than both."""
+        return self.both - self.forward if self.both > self.forward else None
+
+
+def costs(
+    calls: Sequence[tuple[nn.Module, Sequence[object]]], *, repeats: int = 5, budget: float = 5.0
+) -> list[Cost | ValueError]:
+    """What calls of modules cost, each by its fastest run, all in turns; the error of one that refuses its input.
+
+    Gradients are left behind neither on the modules nor on tensors among the arguments.
+
+    Args:
+        calls: modules with their positional arguments.
+        repeats: rounds; fewer where they would take longer than `budget` seconds for each call, one at least.
     """
+    found: list[Cost | ValueError] = []
+    functions: list[Callable[[], object]] = []
+    for module, arguments in calls:
+        both = partial(_both, module, arguments)
+        try:
+            found.append(Cost(math.inf, math.inf, peak_bytes(both)))  # which warms up, too
+        except ValueError as error:
+            found.append(error)
+            continue
+        functions += [partial(_forward, module, arguments), both]
+    times = iter(fastest(*functions, repeats=repeats, budget=budget * len(calls)) if functions else [])
+    return [replace(cost, forward=next(times), both=next(times)) if isinstance(cost, Cost) else cost for cost in found]
 
-    def forward() -> None:
-        with torch.no_grad():
-            module(*arguments)
 
-    def both() -> None:
-        total = sum(t.float().sum() for t in _with_gradients(module(*arguments)))
-        assert isinstance(total, Tensor)
-        total.backward()
-        _clear_gradients(module, arguments)
+def cost(module: nn.Module, arguments: Sequence[object], *, repeats: int = 5, budget: float = 5.0) -> Cost:
+    """`costs` of one call.
 
-    memory = peak_bytes(both)  # warms up, too
-    forward()
-    forward_seconds, both_seconds = fastest(forward, both, repeats=repeats, budget=budget)
-    return forward_seconds, both_seconds, memory
+    Raises:
+        ValueError: if the module refuses the arguments.
+    """
+    (found,) = costs([(module, arguments)], repeats=repeats, budget=budget)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _forward(module: nn.Module, arguments: Sequence[object]) -> None:
+    with torch.no_grad():
+        module(*arguments)
+
+
+def _both(module: nn.Module, arguments: Sequence[object]) -> None:
+    total = sum(t.float().sum() for t in _with_gradients(module(*arguments)))
+    assert isinstance(total, Tensor)
+    total.backward()
+    _clear_gradients(module, arguments)
 
 
 def _clear_gradients(part: nn.Module, arguments: Sequence[object]) -> None:

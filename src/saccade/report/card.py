@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,10 @@ from saccade import catalogue
 from saccade.catalogue.options import REQUIRED, Option
 from saccade.integrations.mechanisms import MECHANISMS
 from saccade.tables import facts
+
+if TYPE_CHECKING:
+    from saccade.bench.parts import Row
+    from saccade.ops.measure import Cost
 
 #: values for a first try of the options that must be given
 _USUAL = {"dim": 256, "num_heads": 8, "channels": 64}
@@ -91,8 +95,8 @@ def _cost(part: catalogue.Part) -> list[str]:
 
     if part.kind == "sequence":
         return [
-            f"{row.length} tokens of 256 channels: {row.forward * 1e3:.1f} ms forward, {row.backward * 1e3:.1f} ms "
-            f"backward, {row.memory / 2**20:.1f} MiB, {row.speedup:.2f} x softmax's speed"
+            f"{row.length} tokens of 256 channels: {row.forward * 1e3:.1f} ms forward, {_backward(row)}, "
+            f"{row.memory / 2**20:.1f} MiB, {row.speedup:.2f} x softmax's speed"
             for row in parts.measure([part.slug], lengths=(256, 1024), dim=256)
             if row.slug == part.slug
         ]
@@ -103,10 +107,13 @@ def _cost(part: catalogue.Part) -> list[str]:
         inputs, size = part.inputs(module, 64), f"its example ({dict(part.example)}) at size 64"
     else:
         return []
-    forward, both, memory = cost(module, inputs)
-    return [
-        f"{size}: {forward * 1e3:.1f} ms forward, {(both - forward) * 1e3:.1f} ms backward, {memory / 2**20:.1f} MiB"
-    ]
+    found = cost(module, inputs)
+    return [f"{size}: {found.forward * 1e3:.1f} ms forward, {_backward(found)}, {found.memory / 2**20:.1f} MiB"]
+
+
+def _backward(found: Row | Cost) -> str:
+    """The time of the backward pass in words."""
+    return "backward not measurable" if found.backward is None else f"{found.backward * 1e3:.1f} ms backward"
 
 
 def card_text(found: dict[str, Any], width: int | None = None) -> str:

@@ -242,14 +242,14 @@ def network(classes: int) -> nn.Sequential:
 
 
 def make(
-    gates: Sequence[str] | None = None, settings: Settings | None = None, *, show_progress: bool = False
+    gates: Sequence[str] | None = None, settings: Settings | None = None, *, show_progress: bool | None = False
 ) -> Gallery:
     """Train the network with each gate and look at it.
 
     Args:
         gates: parts of kind "gate", options as in `cbam:reduction=8`; all of the catalogue where None.
         settings: the defaults where None.
-        show_progress: draw a bar for each training.
+        show_progress: False for none; bars on a terminal and lines elsewhere where None or True.
 
     Raises:
         ValueError: if a part is no gate.

@@ -22,7 +22,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import saccade
 from saccade.ops.measure import machine
+from saccade.train import fingerprints
 from saccade.train.data import read_files
 from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import Measures, keep_measures, measure
@@ -87,7 +88,7 @@ def compare(
         model: for own data, the network: called with a function `part(**arguments)` that builds the mechanism.
         loss: for own data, (model, batch) -> scalar; cross entropy of the logits where None.
         quality: for own data, model -> figure, higher is better unless `metric` says otherwise; the loss where None.
-        metric: name, unit and direction of that figure.
+        metric: name, unit, direction and, where you know it, the chance level of that figure.
         device: "cpu", "cuda"; the accelerator where there is one, when None.
         progress: False for none; bars on stderr otherwise, or a line every ten seconds where that is no terminal.
         **settings: any field of `saccade.train.tasks.Settings` (`dim`, `length`, `steps`, `lengths`, ...).
@@ -101,7 +102,7 @@ def compare(
     own = data is not None and not is_paths(data) and not isinstance(data, Tensor)
     entries = parse(mechanisms)
     seeds = _seeds(seed)
-    place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    place = _place(device)
     preset, seconds = _budget(budget)
     config_budget = budget if seconds is None else f"{seconds:g} s"
     if "steps" in settings:
@@ -118,10 +119,10 @@ def compare(
         entries = _with_baseline(job, entries)
         for entry in entries:
             check_fit(entry, job.name, job.kind, job.needs)
-    config = _config(job, entries, config_budget, seeds, data, place)
-
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        tried = _try_out(job, entries, seeds[0]) if own or any(entry.factory for entry in entries) else {}
+        config = _config(job, entries, config_budget, seeds, data, place, tried)
         if out is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saccade-")))
         else:
@@ -134,11 +135,11 @@ def compare(
         finished = _finished(folder, config)  # another run may have had the lock until now
         if finished is not None:
             return finished
-        taken = _try_out(job, entries, seeds[0])
+        tried = tried or _try_out(job, entries, seeds[0])
         entries, config = _joined(folder, entries, config, seeds)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         stack.enter_context(showing(progress))
-        groups = [entries] if sum(taken.values()) <= TOGETHER else [[entry] for entry in entries]
+        groups = [entries] if sum(one.bytes for one in tried.values()) <= TOGETHER else [[entry] for entry in entries]
         folders = {kept["name"]: _mechanism_folder(folder, kept) for kept in config["mechanisms"]}
         steps = job.settings.steps if seconds is None else _planned_steps(job, groups, seeds[0], seconds, folder)
         failed = _train(job, groups, seeds, steps, folders)
@@ -165,11 +166,10 @@ def _train(
     for seed, group in itertools.product(seeds, groups):
         left = [entry for entry in group if entry.name not in failed]
         runs = [Run(job, entry, seed, steps, folders[entry.name] / f"seed-{seed}") for entry in left]
-        begun = {id(run): run.step for run in runs}
         names = group[0].name if len(group) == 1 else f"{len(group)} mechanisms"
         description = f"training {names}" + (f", seed {seed}" if len(seeds) > 1 else "")
         with bar(description, len(runs) * steps) as update:
-            update(sum(begun.values()))
+            update(sum(run.step for run in runs))
 
             def on_step(run: Run, update: Update = update) -> None:
                 update(words=f"{run.mechanism.name} at {run.step} of {run.steps}, loss {run.losses[-1]:.3f}")
@@ -256,16 +256,22 @@ def _read_measures(record: MechanismRecord, path: Path, folder: Path) -> bool:
     return True
 
 
-def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, int]:
-    """Build every model and take one batch through it, so that what cannot work fails before anything is trained.
+@dataclass(frozen=True)
+class _Tried:
+    """A mechanism that works: the bytes that training its model takes (parameters, gradients and two moments), and what
+    identifies the caller's code in it."""
 
-    Returns:
-        the bytes that training each will take (parameters, gradients and the optimiser's two moments).
+    bytes: int
+    code: dict[str, str]
+
+
+def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, _Tried]:
+    """Build every model and take one batch through it, so that what cannot work fails before anything is trained.
 
     Raises:
         ValueError: naming the mechanism.
     """
-    sizes = {}
+    tried = {}
     for entry in entries:
         try:
             network = job.model(entry, seed).to(job.device).train()
@@ -273,8 +279,11 @@ def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, int]:
                 job.loss(network, job.batch(seed, 0))
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise ValueError(f"{entry.name}: {' '.join(str(error).split())}") from error
-        sizes[entry.name] = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
-    return sizes
+        size = 4 * sum(p.numel() * p.element_size() for p in network.parameters())
+        own = {} if entry.factory is None else {"constructor": fingerprints.code(entry.factory)}
+        own |= fingerprints.network(network) if own or isinstance(job, Own) else {}
+        tried[entry.name] = _Tried(size, own)
+    return tried
 
 
 def _task(name: str, preset: str, settings: dict[str, Any], device: torch.device, data: Any) -> Task:
@@ -293,6 +302,27 @@ def _with_baseline(job: Task, entries: list[Mechanism]) -> list[Mechanism]:
     if job.baseline is None or any(entry.slug == job.baseline for entry in entries):
         return entries
     return [Mechanism(job.baseline, job.baseline), *entries]
+
+
+def _place(device: str | torch.device | None) -> torch.device:
+    """Where to train.
+
+    Raises:
+        ValueError: if torch knows no such device, or there is none here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+        if place.type != "meta":
+            torch.zeros((), device=place).item()
+            return place
+        why = "it holds no figures"
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError, AttributeError) as error:
+        why = " ".join(str(error).split()).partition(". ")[0][:200]
+    raise ValueError(
+        f"device {str(device)!r} cannot be used here ({why}); leave it out for the best there is"
+    ) from None
 
 
 def _seeds(seed: int | Sequence[int]) -> list[int]:
@@ -324,16 +354,19 @@ def _config(
     seeds: list[int],
     data: Any,
     device: torch.device,
+    tried: dict[str, _Tried],
 ) -> dict[str, Any]:
+    """What identifies a comparison, the caller's code and data included."""
+    codes = {entry.name: tried[entry.name].code if entry.name in tried else {} for entry in entries}
     config = {
         "saccade": saccade.__version__,
         "task": job.name,
         "budget": budget,
         "seeds": seeds,
         "least_steps": job.least_steps,
-        "mechanisms": [entry.as_config() for entry in entries],
+        "mechanisms": [{**entry.as_config(), "code": codes[entry.name]} for entry in entries],
         "settings": asdict(job.settings),
-        "data": fingerprint(data),
+        "data": job.fingerprint(seeds[0]) if isinstance(job, Own) else fingerprint(data),
         "device": str(device),
     }
     return _plain(config)

@@ -66,8 +66,8 @@ def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
     """The bytes of files, one after the other, uint8 (bytes,).
 
     Raises:
-        ValueError: if a file is empty, or all together have fewer than `least` bytes.
-        OSError: if a file cannot be read.
+        ValueError: if a file is empty or no text, or all together have fewer than `least` bytes.
+        OSError: if one cannot be read, or is no file (a folder, a pipe, a device).
     """
     if isinstance(paths, (str, Path)):
         paths = [paths]
@@ -75,6 +75,8 @@ def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
     for path in map(Path, paths):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder, not a data file")
+        if path.exists() and not path.is_file():  # a pipe would be waited for, a device may never end
+            raise OSError(f"{path} is no regular file: give the name of a file with text")
         try:
             piece = path.read_bytes()
         except FileNotFoundError:
@@ -83,6 +85,8 @@ def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
             raise OSError(f"cannot read {path}: {error.strerror or error}") from error
         if not piece:
             raise ValueError(f"data file {path} is empty")
+        if 0 in piece:
+            raise ValueError(f"data file {path} is no text (it has zero bytes); save it as UTF-8, or give its tensor")
         pieces.append(piece)
     data = b"".join(pieces)
     if len(data) < least:

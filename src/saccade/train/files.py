@@ -9,12 +9,14 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from saccade.ops.folder import write_bytes as write_bytes
+from saccade.ops.folder import write_text as write_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,44 +53,6 @@ def make_folder(path: Path) -> None:
         raise OSError(f"cannot make the folder {path}: {error.strerror or error}") from error
     write_bytes(path / ".writable", b"")
     (path / ".writable").unlink(missing_ok=True)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: into a temporary file beside it, to the disk, then into its place.
-
-    Raises:
-        OSError: in one line, if the disk is full or the folder not writable; the old file is then still there.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def _sync_folder(path: Path) -> None:
-    """Put a folder's entries on the disk, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
 
 
 def read_json(path: Path) -> Any:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from saccade import catalogue
 from saccade.catalogue import ClaimResult
 from saccade.ops import measure
+from saccade.ops.measure import Watch, busy
+from saccade.train.progress import bar, showing, track
 
 T = TypeVar("T")
 
@@ -27,12 +29,12 @@ class Lab:
     Attributes:
         seed: of everything random.
         smoke: True runs each claim at its smallest for a step or two; what comes out then means nothing.
-        show_progress: draw progress bars.
+        show_progress: False for none; where None or True, bars on a terminal and a line every ten seconds elsewhere.
     """
 
     seed: int = 0
     smoke: bool = False
-    show_progress: bool = False
+    show_progress: bool | None = False
 
     def steps(self, number: int) -> int:
         """`number`, or 2 in a smoke run."""
@@ -61,20 +63,17 @@ class Lab:
         return data
 
     def seconds(self, function: Callable[[], object], repeats: int = 5) -> float:
-        """Median time of a call after one to warm up; one call alone in a smoke run."""
+        """Time of the fastest call after one to warm up; one call alone in a smoke run."""
         if not self.smoke:
             return measure.seconds(function, repeats=repeats)
         start = time.perf_counter()
         function()
         return time.perf_counter() - start
 
-    def progress(self, items: Iterable[T], description: str) -> Iterable[T]:
-        """`items`, with a bar where bars are shown."""
-        if not self.show_progress:
-            return items
-        from rich.progress import track
-
-        return track(list(items), description=description, transient=True)
+    def progress(self, items: Iterable[T], description: str) -> Iterator[T]:
+        """`items`, with progress where it is shown."""
+        with showing(self.show_progress):
+            yield from track(items, description)
 
     def train(
         self,
@@ -89,7 +88,8 @@ class Lab:
         """Train in place with AdamW (warm-up, cosine); returns the loss of each step."""
         from saccade.train.loop import fit
 
-        return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description if self.show_progress else None)
+        with showing(self.show_progress):
+            return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description)
 
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.
@@ -158,6 +158,7 @@ class Outcome:
     seconds: float
     smoke: bool
     seed: int
+    waited: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -168,7 +169,8 @@ class Outcome:
         lines = [f"{self.slug}: {verdict} ({self.seconds:.0f} s)", f"  {self.title}"]
         lines += [f"  the paper says   {self.paper}", f"  expected here    {self.expected}"]
         lines += [f"  measured         {name} = {value:.4g}" for name, value in self.measured.items()]
-        return "\n".join(lines + ([f"  note             {self.note}"] if self.note else []))
+        lines += [f"  note             {note}" for note in (self.note, busy(self.waited)) if note]
+        return "\n".join(lines)
 
 
 def run_claim(slug: str, lab: Lab) -> Outcome:
@@ -181,7 +183,7 @@ def run_claim(slug: str, lab: Lab) -> Outcome:
     if part.claim is None:
         raise ValueError(f"{slug!r} has no claim")
     start = time.perf_counter()
-    with lab.seeded():
+    with lab.seeded(), showing(lab.show_progress), bar(f"claim {slug}", 1), Watch() as watch:
         result: ClaimResult = part.claim.run(lab)
     return Outcome(
         slug=slug,
@@ -194,4 +196,5 @@ def run_claim(slug: str, lab: Lab) -> Outcome:
         seconds=time.perf_counter() - start,
         smoke=lab.smoke,
         seed=lab.seed,
+        waited=watch.waited,
     )

@@ -21,7 +21,7 @@ Update = Callable[..., None]
 class Display(Protocol):
     """Where progress is shown."""
 
-    def add(self, description: str, total: int) -> Any: ...
+    def add(self, description: str, total: int | None) -> Any: ...
 
     def update(self, bar: Any, done: int, words: str) -> None: ...
 
@@ -48,7 +48,7 @@ class _Bars:
         )
         self.progress.start()
 
-    def add(self, description: str, total: int) -> Any:
+    def add(self, description: str, total: int | None) -> Any:
         return self.progress.add_task(description, total=total, words="")
 
     def update(self, bar: Any, done: int, words: str) -> None:
@@ -75,17 +75,18 @@ class _Lines:
             what = "; ".join(list(self.bars.values())) or "working"
             print(f"saccade, {time.monotonic() - self.begun:.0f} s: {what}", file=sys.stderr, flush=True)
 
-    def add(self, description: str, total: int) -> tuple[int, str, int]:
+    def add(self, description: str, total: int | None) -> tuple[int, str, int | None]:
         self.counted += 1
         bar = (self.counted, description, total)
         self.update(bar, 0, "")
         return bar
 
-    def update(self, bar: tuple[int, str, int], done: int, words: str) -> None:
+    def update(self, bar: tuple[int, str, int | None], done: int, words: str) -> None:
         number, description, total = bar
-        self.bars[number] = f"{description} {done} of {total}" + (f", {words}" if words else "")
+        count = str(done) if total is None else f"{done} of {total}"
+        self.bars[number] = f"{description} {count}" + (f", {words}" if words else "")
 
-    def remove(self, bar: tuple[int, str, int]) -> None:
+    def remove(self, bar: tuple[int, str, int | None]) -> None:
         self.bars.pop(bar[0], None)
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ class _Lines:
 class _Nothing:
     """Where nothing is to be shown."""
 
-    def add(self, description: str, total: int) -> None: ...
+    def add(self, description: str, total: int | None) -> None: ...
 
     def update(self, bar: Any, done: int, words: str) -> None: ...
 
@@ -130,8 +131,12 @@ def showing(shown: bool | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def bar(description: str, total: int) -> Iterator[Update]:
-    """A bar in the open display, if there is one: a function of how many are done (one more, where None) and words."""
+def bar(description: str, total: int | None) -> Iterator[Update]:
+    """A bar in the open display, if there is one: a function of how many are done (one more, where None) and words.
+
+    Args:
+        total: how many there will be; None where nobody knows.
+    """
     if not _open:
         yield lambda done=None, words="": None
         return

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saccade.ops.measure import BUSY
+from saccade.ops.measure import busy
 from saccade.tables import fold, table
 from saccade.train.files import build, folder_name, read_arrays, write_bytes, write_text
 from saccade.train.labels import labels
@@ -347,11 +347,7 @@ class CompareResult:
                 f"At chance, so not ranked: {_names(guessing)} (guessing reaches {reached} {self.metric.unit})."
             )
         sentences += [f"Not trained: {why}." for why in self.failed.values()]
-        if self.waited is not None and self.waited > BUSY:
-            sentences.append(
-                f"The machine was busy: up to {self.waited:.0%} of the time went to other processes, so times and "
-                "rates are those of a shared machine."
-            )
+        sentences += filter(None, [busy(self.waited)])
         return sentences
 
     def _close(self, a: MechanismRecord, b: MechanismRecord) -> float:

@@ -21,8 +21,8 @@ class ScalingPoint:
 
     Attributes:
         length: tokens (positions, for feature maps).
-        forward_seconds: median time of a forward pass without gradients.
-        seconds: median time of forward and backward.
+        forward_seconds: of the fastest forward pass without gradients.
+        seconds: of the fastest forward and backward.
         bytes: peak of the tensors that forward and backward keep alive beyond parameters and input, as torch's
             allocator counts them.
     """
@@ -81,45 +81,72 @@ def sweep(
 ) -> list[ScalingPoint]:
     """Measure `part` alone against length.
 
+    All lengths are gone through twice, so that a disturbance of the machine is not taken for the cost of one length;
+    one that seems to take longer than the next is measured again.
+
     Args:
         inputs: length -> the call's positional arguments; floating tensors among them get gradients.
         lengths: ascending.
-        seconds_per_point: repeat a measurement for up to so long (25 times at most, once at least, after a first call).
+        seconds_per_point: repeat a measurement for up to so long (25 times at most, twice at least, after a first
+            call; once, where a call takes longer than a quarter of `limit_seconds`).
         limit_seconds: stop before a length at which one forward and backward would take longer (extrapolated from the
             last two lengths).
-        on_point: called with each point.
+        on_point: called with each point when it is first measured.
         on_refusal: called with the reason where the part takes no length as long as one that is due, which ends the
             sweep; without it the ValueError is the caller's.
     """
     part.train()
     points: list[ScalingPoint] = []
+
+    def measured(length: int) -> ScalingPoint:
+        arguments = tuple(
+            x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs(length)
+        )
+        found = cost(part, arguments, repeats=12, budget=seconds_per_point / 2)
+        return ScalingPoint(length, found.forward, found.both, found.memory)
+
+    def again(index: int) -> None:
+        new, old = measured(points[index].length), points[index]
+        fastest = min(new.forward_seconds, old.forward_seconds), min(new.seconds, old.seconds)
+        points[index] = ScalingPoint(old.length, *fastest, old.bytes)
+
     for length in lengths:
         if len(points) > 1:
             law = fit_power([p.length for p in points[-2:]], [p.seconds for p in points[-2:]])
             if law is not None and law(length) > limit_seconds:
                 break
-        arguments = tuple(
-            x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs(length)
-        )
-
         try:
-            point = ScalingPoint(length, *cost(part, arguments, repeats=25, budget=seconds_per_point))
+            points.append(measured(length))
         except ValueError as error:
             if on_refusal is None:
                 raise
             on_refusal(str(error))
             break
-        points.append(point)
         if on_point is not None:
-            on_point(point)
+            on_point(points[-1])
+    for index, point in enumerate(points):
+        if point.seconds <= limit_seconds / 4:
+            again(index)
+    for index in reversed(range(len(points) - 1)):  # each against one that is right already
+        for _ in range(_AGAIN):
+            if points[index].seconds <= _FALLS * points[index + 1].seconds:
+                break
+            again(index)
     return points
 
 
+#: times that a point is measured again while it takes longer than this many times the next length
+_AGAIN, _FALLS = 3, 1.1
+
+
 def fits(points: Sequence[ScalingPoint], last: int = 4) -> dict[str, Fit]:
-    """Power laws through the `last` longest lengths of a sweep, by name of the figure."""
+    """Power laws through the `last` longest lengths of a sweep, by name of the figure.
+
+    A time that falls with length was not measured, whatever the figures say, and has no law.
+    """
     lengths = [point.length for point in points]
     found = {
         name: fit_power(lengths, [getattr(point, name) for point in points], last)
         for name in ("forward_seconds", "seconds", "bytes")
     }
-    return {name: fit for name, fit in found.items() if fit is not None}
+    return {name: fit for name, fit in found.items() if fit is not None and (name == "bytes" or fit.exponent >= 0)}

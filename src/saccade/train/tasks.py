@@ -16,22 +16,29 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.train import data as sources
+from saccade.train import fingerprints
 from saccade.train.data import IGNORE, generator_at
 from saccade.train.mechanisms import NONE, Mechanism
 from saccade.train.model import GatedCNN, SequenceModel, TwoStream
 from saccade.train.result import Metric
 
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)
+
+#: batches of the caller's own data that identify it
+_FIRST = 3
 
 #: steps that a run takes before the next one has its turn
 TURN = 4
@@ -609,7 +616,7 @@ class Own(Task):
         else:
             if (seed, step) not in self._recent:
                 if self._at != (seed, step):
-                    self._at, self._iterator = (seed, 0), iter(self.loader)
+                    self._at, self._iterator = (seed, 0), iter(())
                     for _ in range(step):  # a resumed run goes through what it has seen
                         self._next()
                 self._recent[seed, step] = self._next()
@@ -621,11 +628,10 @@ class Own(Task):
         return batch
 
     def _next(self) -> Any:
-        """The next batch, with torch's random numbers a function of (seed, step): a shuffling loader resumes too."""
+        """The next batch, with all random numbers a function of (seed, step): shuffling and augmenting resume, too."""
         assert not callable(self.loader)
         seed, step = self._at
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 1_000_003 + step)
+        with _random_numbers(seed * 1_000_003 + step):
             try:
                 batch = next(self._iterator)
             except StopIteration:
@@ -663,6 +669,19 @@ class Own(Task):
             raise ValueError("held_out gave no batch")
         return sum(losses) / len(losses)
 
+    def fingerprint(self, seed: int) -> dict[str, Any]:
+        """What identifies the data and the functions of the caller's: digests of contents, first batches and code."""
+        functions = {"model": self.own_model, "loss": self.own_loss, "quality": self.own_quality}
+        return {
+            "own": getattr(self.loader, "__qualname__", type(self.loader).__qualname__),
+            "contents": fingerprints.code(self.loader) if callable(self.loader) else fingerprints.values(self.loader),
+            "first batches": fingerprints.values([self.batch(seed, step) for step in range(_FIRST)]),
+            "held out": None
+            if self.held is None
+            else fingerprints.values(self.held, next(iter(self.held_out()), None)),
+            **{f"{name} code": fingerprints.code(given) for name, given in functions.items() if given is not None},
+        }
+
     def chance(self) -> float | None:
         return None
 
@@ -672,6 +691,22 @@ class Own(Task):
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews)}
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Torch's, Python's and numpy's generators at a seed, and back as they were afterwards."""
+    pythons, numpys = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(pythons)
+            np.random.set_state(numpys)
 
 
 def _tokens(inputs: Any) -> int:
@@ -684,7 +719,7 @@ def _tokens(inputs: Any) -> int:
 
 
 def fingerprint(data: Any) -> Any:
-    """What of the caller's data goes into config.json: paths with a digest, or a type's name."""
+    """What of the caller's text goes into config.json: digests, of files with their names."""
     if data is None:
         return None
     if isinstance(data, Tensor):
@@ -692,7 +727,7 @@ def fingerprint(data: Any) -> Any:
     if is_paths(data):
         paths = [data] if isinstance(data, (str, Path)) else list(data)
         return [{"file": str(p), "sha256": hashlib.sha256(Path(p).read_bytes()).hexdigest()} for p in paths]
-    return {"own": getattr(data, "__qualname__", type(data).__qualname__)}
+    raise TypeError(f"data must be file names or a tensor, got {type(data).__name__}")
 
 
 def is_paths(data: Any) -> bool:
