@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison clean
+.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison onnx clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,9 @@ claims: setup
 
 comparison: setup
 	$(BIN)/python tools/comparison.py
+
+onnx: setup
+	$(BIN)/python tools/exports.py
 
 clean:
 	rm -rf $(VENV) build dist

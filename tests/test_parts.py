@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,35 @@ def test_gradient_is_the_derivative(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
+def test_the_second_derivative_is_right_or_refused(slug: str) -> None:
+    module = build(slug).double()
+    arguments = convert(call_arguments(slug, module, 7), torch.float64)
+    leaves = [p for p in module.parameters() if p.requires_grad] + [t.requires_grad_() for t in floats(arguments)]
+
+    def slope(power: int) -> Tensor:
+        loss = sum(t.pow(power).sum() for t in floats(module(*arguments)))
+        gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        return sum((g.square().sum() for g in gradients if g is not None), torch.zeros((), dtype=torch.float64))
+
+    for power in (1, 2):  # a loss whose gradient by the output is constant, and one where it is not
+        try:
+            second = torch.autograd.grad(slope(power), leaves, allow_unused=True)
+        except RuntimeError as error:
+            assert any(said in str(error) for said in ("has first derivatives only", "is not implemented"))
+            continue
+        directions = [torch.randn_like(leaf) for leaf in leaves]
+        expected = sum((g * d).sum() for g, d in zip(second, directions, strict=True) if g is not None)
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                for leaf, direction in zip(leaves, directions, strict=True):
+                    leaf += sign * 1e-6 * direction
+            values.append(slope(power).detach())
+        measured = (values[0] - values[1]) / 2e-6
+        assert abs(expected - measured) <= 1e-4 * max(abs(measured), 1.0)
+
+
+@pytest.mark.parametrize("slug", SLUGS)
 def test_bfloat16(slug: str) -> None:
     module = build(slug).bfloat16()
     arguments = convert(call_arguments(slug, module, 12), torch.bfloat16)
@@ -238,7 +268,7 @@ def test_serialises(slug: str, tmp_path: Path) -> None:
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
     other.load_state_dict(load_file(tmp_path / "part.safetensors"))
-    for twin in (other, copy.deepcopy(module)):
+    for twin in (other, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         for ours, expected in zip(floats(twin(*arguments)), floats(module(*arguments)), strict=True):
             assert torch.equal(ours, expected)
 
@@ -360,6 +390,16 @@ def test_published_sizes(slug: str, name: str) -> None:
     size = count(slug, name)
     assert size.error <= size.published.tolerance, (size.parameters, size.flops)
     assert size.published.tolerance <= 0.01 or size.published.note
+
+
+@pytest.mark.parametrize("slug", sorted({slug for slug, _ in SIZES}))
+def test_published_sizes_are_built_by_name(slug: str) -> None:
+    model = catalogue.part(slug).build
+    name = published(slug)[0].name
+    with torch.device("meta"):
+        assert isinstance(model.from_config(name), model)
+    with pytest.raises(ValueError, match=f"{slug} was published as {name}.*; got 'huge'"):
+        model.from_config("huge")
 
 
 @pytest.mark.parametrize("slug", SEQUENCES)

@@ -37,6 +37,7 @@ from saccade.catalogue import Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
+from saccade.ops.export import exporting
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
@@ -108,7 +109,10 @@ def comateformer_attend(
 
     def distance(q: Tensor, k: Tensor) -> Tensor:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        return torch.cdist(q[..., rest].to(wide), k[..., rest].to(wide), p=1.0)
+        q, k = q[..., rest].to(wide), k[..., rest].to(wide)
+        if exporting():  # no runtime knows cdist of absolute values
+            return (q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1)
+        return torch.cdist(q, k, p=1.0)
 
     mean: Tensor | None = None
     if gate == "centred":

@@ -53,6 +53,7 @@ from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
+from saccade.ops.selection import running_max
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -166,7 +167,7 @@ class _Pooling:
     def running(self, state: Tensor, dim: int) -> Tensor:
         if self.kind != "max":
             return state.cumsum(dim)
-        return state.cummax(dim).values if state.requires_grad else _running_max(state, dim)
+        return state.cummax(dim).values if state.requires_grad else running_max(state, dim)
 
     def finish(self, state: Tensor, count: Tensor | int) -> Tensor:
         """The pooled vector of a span of `count` tokens; 0 where there are none."""
@@ -179,15 +180,6 @@ class _Pooling:
         count = q.shape[-2] if ok is None else ok.sum(-1)
         qbar, kbar = (self.finish(self.reduce(self.start(x, ok), -2), count) for x in (q, k))
         return qbar, kbar, _expected(qbar, k, v, ok, scale)
-
-
-def _running_max(x: Tensor, dim: int) -> Tensor:
-    """`cummax` without its index, in log2(n) passes that use all threads and wide registers; it uses neither."""
-    n, step = x.shape[dim], 1
-    while step < n:
-        later = torch.maximum(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
-        x, step = torch.cat([x.narrow(dim, 0, step), later], dim), 2 * step
-    return x
 
 
 def _expected(qbar: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float) -> Tensor:

@@ -43,14 +43,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
+from saccade.ops.selection import running_max
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -124,7 +125,7 @@ def end_index(global_BKn: Tensor) -> Tensor:
     n = global_BKn.shape[-1]
     number_n = torch.arange(n, device=global_BKn.device)
     ends = torch.where(global_BKn, number_n, max(n - 1, 0))
-    return ends.flip(-1).cummin(-1).values.flip(-1)
+    return -running_max(-ends.flip(-1), -1).flip(-1)
 
 
 def lifetimes(role_BKn: Tensor, length: int, *, window: int, chunk_size: int = 1) -> Tensor:
@@ -137,7 +138,7 @@ def lifetimes(role_BKn: Tensor, length: int, *, window: int, chunk_size: int = 1
     is_global = role_BKn == GLOBAL
     local_BKn = (end_index(is_global) + 1) * chunk_size - 1
     # a Local that no Global ends stays
-    ended_BKn = is_global.flip(-1).cummax(-1).values.flip(-1) if is_global.shape[-1] else is_global
+    ended_BKn = is_global.flip(-1).cumsum(-1).flip(-1) > 0
     local_BKn = torch.where(ended_BKn, local_BKn, _FOREVER)
     sliding_n = number_n * chunk_size + window + chunk_size - 1
     until_BKn = torch.where(role_BKn == LOCAL, local_BKn, sliding_n)
@@ -285,7 +286,7 @@ class _WithRoles(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("NAtS with gradients for its roles", "nats_attend_reference has all")
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
         job: _Job = ctx.job
@@ -351,7 +352,7 @@ class _WithRoles(torch.autograd.Function):
 def _global_before(global_BKn: Tensor) -> Tensor:
     """The last Global chunk before each chunk, -1 where there is none."""
     marked = torch.where(global_BKn, torch.arange(global_BKn.shape[-1], device=global_BKn.device), -1)
-    return F.pad(marked.cummax(-1).values, (1, 0), value=-1)[..., :-1]
+    return F.pad(running_max(marked, -1), (1, 0), value=-1)[..., :-1]
 
 
 def _asked(mask: Mask, B: int, H: int, q_r: Tensor, k: Tensor) -> Tensor:
@@ -370,7 +371,7 @@ class _Penalised(torch.autograd.Function):
         return roles_BKnR.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_derivatives_only("NAtS with gradients for its roles", "nats_attend_reference has all")
     def backward(ctx: Any, grad: Tensor) -> Any:
         (roles_BKnR,) = ctx.saved_tensors
         n = roles_BKnR.shape[2]

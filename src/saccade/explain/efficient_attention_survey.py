@@ -43,6 +43,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import StateCache
 from saccade.ops.constants import Constants
+from saccade.ops.export import exporting
 from saccade.ops.linear import linear_attend, retention_decay
 
 if TYPE_CHECKING:
@@ -148,6 +149,17 @@ def random_features(width: int, count: int, *, seed: int = 0) -> Callable[[Tenso
     return features
 
 
+def _solve(below: Tensor, right: Tensor) -> Tensor:
+    """(I + below)^-1 right for matrices that are 0 on the diagonal and above it."""
+    if not exporting():
+        return torch.linalg.solve_triangular(below, right, upper=False, unitriangular=True)
+    # no runtime has it; (I + A)^-1 = (I - A) (I + A^2) (I + A^4) ..., as A^c = 0
+    power, size = -below, 1
+    while size < below.shape[-1]:
+        right, power, size = right + power @ right, power @ power, 2 * size
+    return right
+
+
 def delta_attend(
     q_BHND: Tensor,
     k_BHND: Tensor,
@@ -197,7 +209,7 @@ def delta_attend(
     system = (beta[..., None] * (k @ k.mT) * decay).tril(-1)
     # one triangular solve for all chunks: u = new - old S
     right = beta[..., None] * torch.cat([v, total.exp()[..., None] * k], -1)
-    new, old = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split((E, D), -1)
+    new, old = _solve(system, right).split((E, D), -1)
     inside = (q @ k.mT) * decay
     reach = total.exp()[..., None] * q
     keep = (total[..., -1:] - total).exp()[..., None] * k

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.ops.drop import DropPath
+from saccade.ops.export import output
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@output
 @dataclass
 class ImageOutput:
     """What a backbone returns.
@@ -31,15 +33,33 @@ class ImageOutput:
     logits: Tensor | None = None
 
 
-class Backbone(nn.Module):
+class Sized(nn.Module):
+    """Base of the models that their papers give in sizes; a subclass sets `slug`, its paper."""
+
+    slug: ClassVar[str]
+
+    @classmethod
+    def from_config(cls, name: str, **changes: Any) -> Self:
+        """A published size by the paper's name for it, e.g. "Twins-SVT-S"; `changes` go before its arguments.
+
+        Raises:
+            ValueError: if there is no such size; the message lists them.
+        """
+        sizes = {size.name: size for size in catalogue.part(cls.slug).published}
+        if name not in sizes:
+            raise ValueError(f"{cls.slug} was published as {', '.join(sizes)}; got {name!r}")
+        model = catalogue.create(cls.slug, **{**sizes[name].arguments, **changes})
+        assert isinstance(model, cls)
+        return model
+
+
+class Backbone(Sized):
     """Base of the image backbones; a subclass sets `slug`, `channels`, `strides` and gives `features` and `classify`.
 
     Attributes:
-        slug: its paper.
         channels, strides: of the maps that `features` gives; a stride is the input's size over the map's.
     """
 
-    slug: ClassVar[str]
     channels: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -58,20 +78,6 @@ class Backbone(nn.Module):
     def forward(self, x_BCHW: Tensor) -> ImageOutput:
         maps = self.features(x_BCHW)
         return ImageOutput(maps, self.classify(maps[-1]))
-
-    @classmethod
-    def from_config(cls, name: str, **changes: Any) -> Self:
-        """A published size by the paper's name for it, e.g. "Twins-SVT-S"; `changes` go before its arguments.
-
-        Raises:
-            ValueError: if there is no such size; the message lists them.
-        """
-        sizes = {size.name: size for size in catalogue.part(cls.slug).published}
-        if name not in sizes:
-            raise ValueError(f"{cls.slug} was published as {', '.join(sizes)}; got {name!r}")
-        model = catalogue.create(cls.slug, **{**sizes[name].arguments, **changes})
-        assert isinstance(model, cls)
-        return model
 
 
 class MLP(nn.Module):

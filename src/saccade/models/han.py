@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Published, register
 from saccade.extras import need
-from saccade.models.backbone import check_images
+from saccade.models.backbone import Sized, check_images
+from saccade.ops.export import output
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 MEAN = (0.4488, 0.4371, 0.4040)
 
 
+@output
 @dataclass
 class SuperResolved:
     """What HAN returns: the image (B, 3, s H, s W), in the input's range."""
@@ -117,7 +119,7 @@ class ResidualGroup(nn.Module):
         return x_BCHW + self.conv(self.blocks(x_BCHW))
 
 
-class HAN(nn.Module):
+class HAN(Sized):
     """The holistic attention network.
 
     Args:
@@ -134,6 +136,7 @@ class HAN(nn.Module):
         ValueError: if the scale is not offered, or a number is out of range.
     """
 
+    slug = "han"
     mean: Tensor
 
     def __init__(

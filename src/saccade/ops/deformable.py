@@ -42,6 +42,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.export import exporting
+from saccade.ops.grad import first_derivatives_only
+
 __all__ = [
     "Samples",
     "deformable_attend",
@@ -223,7 +226,7 @@ class Samples:
             weight_KI = weight_KS if weight_KI is None else weight_KI.to(rows.dtype) * weight_KS.repeat(1, corners)
         elif weight_KI is None:
             weight_KI = rows.new_ones(self.index_KI.shape)
-        sums = _plain_sum if _exporting() else gather_sum
+        sums = _plain_sum if exporting() else gather_sum
         out = sums(rows, self.index_KI, weight_KI.to(rows.dtype))
         return out.view(*self.shape[:3], rows.shape[1]).to(values_BMGD.dtype)
 
@@ -342,10 +345,6 @@ def _axis(p: Tensor, n: Any, mode: str, padding: str) -> tuple[list[Tensor], lis
 
 def _clamp(x: Tensor, low: int, high: Any) -> Tensor:
     return x.clamp(low, high) if isinstance(high, int) else x.clamp(min=low).minimum(high.to(x.dtype))
-
-
-def _exporting() -> bool:
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def _plain_sum(rows_RD: Tensor, index_KI: Tensor, weight_KI: Tensor) -> Tensor:
@@ -579,7 +578,8 @@ def _differentiate_crops(ctx: Any, grad: Tensor) -> Any:
     return (*_crops_backward(grad.contiguous(), *ctx.saved_tensors), None, None, None)
 
 
-_crops.register_autograd(_differentiate_crops, setup_context=_keep_crops)
+_once = first_derivatives_only("a table of biases at points", "torch's grid_sample has all")
+_crops.register_autograd(_once(_differentiate_crops), setup_context=_keep_crops)
 
 
 def relative_bias(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
@@ -603,7 +603,7 @@ def relative_bias(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
         raise ValueError(f"groups of points must divide the heads of the table ({heads}), got {G}")
     table = table_HYX.view(G, heads // G, rows, columns)
     points = points_BNG2.to(_working(points_BNG2.dtype))
-    if (rows, columns) != (2 * H - 1, 2 * W - 1) or _exporting():
+    if (rows, columns) != (2 * H - 1, 2 * W - 1) or exporting():
         return _stretched_bias(table, points, size)
     # query (i, j) reads the table at (i + top, j + left): beyond these limits, only zeros
     x, y = points.unbind(-1)

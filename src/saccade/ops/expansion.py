@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from saccade.ops.autocast import exact
-from saccade.ops.grad import needs_grad
+from saccade.ops.export import exporting
+from saccade.ops.grad import first_derivatives_only, needs_grad
 from saccade.ops.memory import large_empty
 from saccade.ops.scratch import Scratch, scratch
 
@@ -217,6 +218,9 @@ def expanded_attend(
     keep = needs_grad(*inputs)
     chunk_size = chunk_size or 128
     settings = expansion.code, causal, chunk_size, state is None, return_state
+    if exporting() and state is None and not return_state:
+        q_BHND, k_BHMD, v_BHME = (x.to(wide) for x in (q_BHND, k_BHMD, v_BHME))
+        return expanded_attend_reference(q_BHND, k_BHMD, v_BHME, expansion, causal=causal)
     out, after, _ = torch.ops.saccade.expanded(*inputs, *settings, keep)
     out = out.unflatten(0, (B, H))
     return (out, after.unflatten(0, (B, H))) if return_state else out
@@ -490,4 +494,5 @@ for _name, _kernel, _shapes in (
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
     _library.impl(_name, exact(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"saccade::{_name}", _shapes, lib=_library)
-torch.library.register_autograd("saccade::expanded", _differentiate, setup_context=_remember, lib=_library)
+_once = first_derivatives_only("expanded_attend", "expanded_attend_reference has all")
+torch.library.register_autograd("saccade::expanded", _once(_differentiate), setup_context=_remember, lib=_library)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 __all__ = ["first_derivatives_only", "needs_grad"]
 
@@ -18,7 +19,7 @@ def needs_grad(*inputs: Tensor | None) -> bool:
 
 
 def first_derivatives_only(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates the `backward` of an autograd function that autograd cannot differentiate again.
+    """Decorates the `backward` of an autograd function or operator that autograd cannot differentiate again.
 
     Where that is asked for after all (`create_graph=True`, and a derivative of the gradients), it says so in words:
     torch's own `once_differentiable` has gradients that seem to depend on nothing.
@@ -37,7 +38,7 @@ def first_derivatives_only(name: str, instead: str) -> Callable[[Callable[..., A
             if not sources:
                 return results
             message = f"{name} has first derivatives only: {instead}"
-            return tuple(_Refusal.apply(message, x, *sources) if isinstance(x, Tensor) else x for x in results)
+            return tree_map(lambda x: _Refusal.apply(message, x, *sources) if isinstance(x, Tensor) else x, results)
 
         return once
 

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from saccade.ops.autocast import exact, one_type
-from saccade.ops.grad import needs_grad
+from saccade.ops.export import exporting
+from saccade.ops.grad import first_derivatives_only, needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.memory import large_empty
 from saccade.ops.scratch import Scratch, scratch
@@ -102,6 +103,8 @@ def linear_attend(
         keep = needs_grad(*inputs)
         if chunk_size is None:
             chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
+        if exporting() and state is None and not return_state:
+            return _all_pairs(q_BHND, k_BKMD, v_BKME, factors, scale, normalize)
         out, _, _, after = torch.ops.saccade.linear_chunked(*inputs, scale, normalize, chunk_size, keep)
     return (out, _leave_state(after, normalize)) if return_state else out
 
@@ -308,6 +311,23 @@ def _all_to_all(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, no
     if normalize:
         out = _divide(out)[0]
     return out.to(q.dtype), state
+
+
+def _all_pairs(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None, scale: float, normalize: bool) -> Tensor:
+    """The causal form for exporters: each pair's product of factors is a difference of sums of logs."""
+    given, (H, N), wide = q.dtype, q.shape[1:3], _accumulator(q.dtype)
+    q, k, v = q.to(wide), repeat_heads(k.to(wide), H), repeat_heads(v.to(wide), H)
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    if factors is not None:
+        logs = factors.log().expand(-1, -1, N, -1).cumsum(2)
+        fading = (logs[:, :, :, None] - logs[:, :, None]).clamp(max=0.0).exp().to(wide)  # (B, H, N, N, 1 or D)
+    if factors is None or factors.shape[-1] == 1:
+        scores = q @ k.mT * (1.0 if factors is None else fading[..., 0])
+    else:
+        scores = (q[:, :, :, None] * k[:, :, None] * fading).sum(-1)
+    out = scale * scores.tril() @ v
+    return (_divide(out)[0] if normalize else out).to(given)
 
 
 # The causal form, in pieces
@@ -805,4 +825,5 @@ for _name, _kernel, _shapes in (
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
     _library.impl(_name, exact(_kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"saccade::{_name}", _shapes, lib=_library)
-torch.library.register_autograd("saccade::linear_chunked", _differentiate, setup_context=_remember, lib=_library)
+_once = first_derivatives_only("linear_attend", "linear_attend_reference has all")
+torch.library.register_autograd("saccade::linear_chunked", _once(_differentiate), setup_context=_remember, lib=_library)

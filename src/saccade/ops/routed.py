@@ -25,6 +25,8 @@ from torch import Tensor
 
 from saccade.ops import native
 from saccade.ops.backends.sdpa import in_rows, positive_scale
+from saccade.ops.export import exporting, weigh
+from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.native.routes import attend_routes, by_block, route_gradients
 from saccade.ops.scratch import KEPT_BYTES, Scratch, scratch
@@ -84,11 +86,28 @@ def routed_attend(
     q_BHND, scale = positive_scale(q_BHND, D**-0.5 if scale is None else float(scale))
     if 0 in (B, H, N, M):
         return q_BHND.new_zeros(B, H, N, E), q_BHND.new_full((B, H, N), float("-inf"), dtype=torch.float32)
+    if exporting():
+        return _all_pairs(q_BHND, k_BKMD, v_BKME, chosen_BHNj, block_size, scale, own)
     # the kernels want one width; zeros add nothing to a dot product or to a sum
     width = max(D, E)
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q_BHND, k_BKMD, v_BKME))
     out, lse = _routed(q, k, v, chosen_BHNj, block_size, scale, own)
     return out[..., :E], lse
+
+
+def _all_pairs(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float, own: bool
+) -> tuple[Tensor, Tensor]:
+    (B, H, N, _), M = q.shape, k.shape[2]
+    k, v = (repeat_heads(x, H) for x in (k, v))
+    blocks = torch.zeros(B, H, N, M // size + 1, dtype=torch.bool, device=q.device)
+    blocks = blocks.scatter(3, torch.where(chosen < 0, M // size, chosen).long(), True)
+    seen = blocks[..., :-1].repeat_interleave(size, 3)
+    if own:
+        key = torch.arange(M, device=q.device)
+        place = key[M - N :, None]
+        seen = seen | ((key // size == place // size) & (key <= place))
+    return weigh(((q * scale) @ k.mT).masked_fill(~seen, float("-inf")), v)
 
 
 @torch.library.custom_op(
@@ -265,7 +284,8 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> Any:
     return (*grads, None, None, None, None)
 
 
-_routed.register_autograd(_backward, setup_context=_setup)
+_once = first_derivatives_only("routed_attend", "saccade.attend with a mask and backend='reference' has all")
+_routed.register_autograd(_once(_backward), setup_context=_setup)
 
 
 def _blocks(x_BKMD: Tensor, size: int) -> Tensor:

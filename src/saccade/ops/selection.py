@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.export import exporting
+
 __all__ = ["block_causal", "block_sparsity", "own_blocks", "pool_blocks", "top_blocks"]
 
 
@@ -100,7 +102,10 @@ def top_blocks(
     """
     if not share_BHnm.numel():
         return torch.zeros_like(share_BHnm, dtype=torch.bool)
-    sorted_BHnm, order_BHnm = share_BHnm.sort(dim=-1, descending=True, stable=True)
+    if exporting():  # no runtime has a sort that is said to be stable; their top k is
+        sorted_BHnm, order_BHnm = share_BHnm.topk(share_BHnm.shape[-1], -1)
+    else:
+        sorted_BHnm, order_BHnm = share_BHnm.sort(dim=-1, descending=True, stable=True)
     count: int | Tensor = at_least
     if p is not None:
         count = (sorted_BHnm.cumsum(-1) <= p).sum(-1, keepdim=True) + int(crossing)
@@ -142,3 +147,12 @@ def block_sparsity(keep_BHnm: Tensor, candidates_nm: Tensor | None = None) -> Te
     """
     every = keep_BHnm.shape[2] * keep_BHnm.shape[3] if candidates_nm is None else candidates_nm.sum()
     return 1 - keep_BHnm.sum((2, 3)) / every
+
+
+def running_max(x: Tensor, dim: int) -> Tensor:
+    """`cummax` without its index, in log2(n) passes that use all threads and wide registers; it uses neither."""
+    n, step = x.shape[dim], 1
+    while step < n:
+        later = torch.maximum(x.narrow(dim, step, n - step), x.narrow(dim, 0, n - step))
+        x, step = torch.cat([x.narrow(dim, 0, step), later], dim), 2 * step
+    return x

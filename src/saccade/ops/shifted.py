@@ -32,6 +32,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from saccade.ops.export import exporting, weigh
+from saccade.ops.grad import first_derivatives_only
+from saccade.ops.heads import repeat_heads
 from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["packed_window_attend", "relative_bias", "window_attend"]
@@ -100,7 +103,11 @@ def window_attend(
         )
     bias = _check_bias(bias, mask, H, grid, windows)
     scale = D**-0.5 if scale is None else float(scale)
-    out, lse = _forward([q_BHND, k_BKND, v_BKNE], bias, mask, [*grid, *windows, *shifts], scale, memory_mb)
+    spec = (*grid, *windows, *shifts)
+    if exporting():
+        out, lse = _in_plain_torch(q_BHND, k_BKND, v_BKNE, bias, mask, spec, scale)
+    else:
+        out, lse = _forward([q_BHND, k_BKND, v_BKNE], bias, mask, list(spec), scale, memory_mb)
     return (out, lse) if return_lse else out
 
 
@@ -133,7 +140,11 @@ def packed_window_attend(
     H, D = qkv_BN3HD.shape[3:]
     bias = _check_bias(bias, mask, H, grid, windows)
     scale = D**-0.5 if scale is None else float(scale)
-    return _forward([qkv_BN3HD], bias, mask, [*grid, *windows, *shifts], scale, memory_mb)[0]
+    spec = (*grid, *windows, *shifts)
+    if exporting():
+        q, k, v = _unpack([qkv_BN3HD])
+        return _in_plain_torch(q, k, v, bias, mask, spec, scale)[0]
+    return _forward([qkv_BN3HD], bias, mask, list(spec), scale, memory_mb)[0]
 
 
 def relative_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
@@ -250,6 +261,40 @@ def _kinds(spec: tuple[int, ...]) -> tuple[_Boxes, ...]:
     grid, windows, shifts = spec[:d], spec[d : 2 * d], spec[2 * d :]
     axes = [_segments(n, w, s) for n, w, s in zip(grid, windows, shifts)]
     return tuple(_Boxes(grid, windows, segments) for segments in product(*axes))
+
+
+def _in_plain_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_HTT: Tensor | None,
+    mask_PTT: Tensor | None,
+    spec: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE in operators that every exporter knows: each kind of box as one batch, then side by side."""
+    (B, H), d = q.shape[:2], len(spec) // 3
+    k, v = (repeat_heads(x, H) for x in (k, v))
+    parts = []
+    for boxes in _kinds(spec):
+        counts, lengths = ([getattr(s, name) for s in boxes.segments] for name in ("count", "length"))
+        T, n = boxes.tokens, prod(counts)
+        q_, k_, v_ = (boxes.view(x).reshape(B * n, H, T, x.shape[3]) for x in (q, k, v))
+        scores = (q_ * scale) @ k_.mT
+        if bias_HTT is not None:
+            scores = scores + boxes.pairs(bias_HTT).reshape(H, T, T)
+        if mask_PTT is not None:
+            scores = scores + mask_PTT[torch.arange(B, device=q.device) % mask_PTT.shape[0]][:, None]
+        out, lse = weigh(scores, v_)
+        both = torch.cat([out, lse[..., None]], -1).view(B, *counts, H, *lengths, -1)
+        axes = [axis for pair in zip(range(1, 1 + d), range(2 + d, 2 + 2 * d)) for axis in pair]
+        both = both.permute(0, 1 + d, *axes, 2 + 2 * d)
+        parts.append(both.reshape(B, H, *(c * l for c, l in zip(counts, lengths)), -1))
+    for axis in reversed(range(d)):
+        number = len({boxes.segments[axis].start for boxes in _kinds(spec)})
+        parts = [torch.cat(parts[i : i + number], 2 + axis) for i in range(0, len(parts), number)]
+    out, lse = parts[0].flatten(2, 1 + d).split([v.shape[3], 1], -1)
+    return out, lse[..., 0]
 
 
 def _slices(counts: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
@@ -514,7 +559,8 @@ def _differentiate(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> Any:
     return grads, None if bias is None else grad_bias, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup)
+_once = first_derivatives_only("window_attend", "saccade.attend with a mask and backend='reference' has all")
+_forward.register_autograd(_once(_differentiate), setup_context=_setup)
 
 
 @register_flop_formula(torch.ops.saccade.shifted_attend)

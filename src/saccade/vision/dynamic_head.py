@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.ops.deformable import deformable_conv
+from saccade.ops.export import output
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -56,6 +57,7 @@ HIGH_OFFSETS = ("resize", "prefix")
 SCALE_GATES = ("code", "paper")
 
 
+@output
 @dataclass
 class Pyramid:
     """What the head returns.

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.models.backbone import check_images
+from saccade.models.backbone import Sized, check_images
 from saccade.models.bevanet.parts import BGAF, DLKPPM, EVA, PagFM, before, resize
+from saccade.ops.export import output
 
 #: label of pixels that are not scored
 IGNORE = -100
 
 
+@output
 @dataclass
 class Segmentation:
     """What BEVANet returns.
@@ -73,7 +75,7 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x_BCHW.movedim(1, -1)).movedim(-1, 1)
 
 
-class BEVANet(nn.Module):
+class BEVANet(Sized):
     """Bilateral efficient visual attention network.
 
     Args:
@@ -92,6 +94,7 @@ class BEVANet(nn.Module):
     """
 
     #: of the maps that `features` gives
+    slug = "bevanet"
     strides = (4, 8, 16, 32, 64)
 
     def __init__(

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.flash_window import FlashWindowAttention
-from saccade.ops import masks
-from saccade.ops.attend import attend
+from saccade.models.dat.neighborhood import neighborhood_with_bias
 from saccade.ops.deformable import relative_bias, sample
-from saccade.ops.score_mods import grid_bias
+from saccade.ops.export import exporting
 from saccade.ops.shifted import window_attend
 
 #: the biases by relative position that the authors' code knows
@@ -172,8 +171,10 @@ class DeformableAttention(nn.Module):
         bias = self._bias(pixels_BNG2, (H, W))
         bias = None if bias is None else bias.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, bias, self.attn_drop if self.training else 0.0)
-        # not reshape: an exporter would take the strides of this machine's kernel for granted
-        out = out.transpose(1, 2).contiguous().view(B, H, W, C)
+        # an exporter would take the strides of this machine's kernel for granted, so there it is copied in any case
+        out = out.transpose(1, 2)
+        out = out.clone(memory_format=torch.contiguous_format) if exporting() else out.contiguous()
+        out = out.view(B, H, W, C)
         if self.bias_conv is not None:
             out = out + self.bias_conv(q_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj_drop(self.out_proj(out)), position, reference
@@ -243,11 +244,8 @@ class NeighborhoodAttention(nn.Module):
         lower, right = (max(0, self.kernel_size - n) for n in (H, W))
         if lower or right:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, right, 0, lower))
-        size = x_BHWC.shape[1:3]
-        near = masks.neighborhood(tuple(size), self.kernel_size)
-        q, k, v = self.qkv(x_BHWC).flatten(1, 2).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = attend(q, k, v, mask=near, score_mod=grid_bias(self.bias_table, near))
-        out = out.transpose(1, 2).flatten(2).unflatten(1, size)
+        q, k, v = self.qkv(x_BHWC).unflatten(3, (3, self.num_heads, -1)).unbind(3)
+        out = neighborhood_with_bias(q, k, v, self.bias_table).flatten(3)
         return self.proj_drop(self.proj(out[:, :H, :W]))
 
 

@@ -16,6 +16,7 @@ import torch
 
 from saccade.ops import native, windows
 from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
+from saccade.ops.export import exporting
 from saccade.ops.planning import Plan, Problem
 
 #: in the order in which ties are broken
@@ -45,6 +46,8 @@ def choose(problem: Problem, asked: str | None) -> str:
         if refusal:
             raise ValueError(f"backend {asked!r} cannot do this: {refusal}")
         return asked
+    if exporting():  # an operator that runtimes know
+        return "reference" if problem.return_lse or sdpa.refusal(problem) else "sdpa"
     if (_is_settled(problem) or _is_small(problem)) and sdpa.refusal(problem) is None:
         return "sdpa"  # nothing to weigh, or too little to be worth it: spares the density
     candidates = willing(problem)

@@ -35,7 +35,9 @@ from torch import Tensor
 from saccade.ops import masks, native, windows
 from saccade.ops.backends import stream
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
+from saccade.ops.export import exporting, weigh
 from saccade.ops.grad import first_derivatives_only, needs_grad
+from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
@@ -74,8 +76,6 @@ def refusal(problem: Problem) -> str | None:
 
 def _cannot_modify(problem: Problem) -> str | None:
     """Why scores are not modified here, or None."""
-    if _regular(problem) is not None:
-        return None  # a bias on the mask's own grid
     if steps(problem.score_mod) is None:
         return "of modifications of scores only those of saccade.score_mods"
     if why_not := native.forecast(problem.device, problem.dtype):
@@ -221,6 +221,9 @@ def blocksparse_attend(
             raise ValueError(f"block_size must be between 1 and 4096, got {block_size}")
     if isinstance(mask, Tensor):
         mask = masks.blocks(mask, size)
+    if exporting():
+        both = _all_pairs(q_BHND, k_BKMD, v_BKME, mask, size, block_bias, D**-0.5 if scale is None else scale)
+        return both if return_lse else both[0]
     n, m = ceil(N / size[0]), ceil(M / size[1])
     if mask is None:
         states = _every_block(N, M, size, q_BHND.device)
@@ -242,6 +245,25 @@ def blocksparse_attend(
         return out
     assert lse is not None
     return out, lse
+
+
+def _all_pairs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask | None,
+    block_size: tuple[int, int],
+    block_bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
+    scores = (q * scale) @ k.mT
+    if block_bias is not None:
+        over_keys = block_bias.repeat_interleave(block_size[1], 3)[..., : k.shape[2]]
+        scores = scores + over_keys.repeat_interleave(block_size[0], 2)[:, :, : q.shape[2]]
+    if mask is not None:
+        scores = scores.masked_fill(~mask.dense(q.shape[2], k.shape[2], q.device), float("-inf"))
+    return weigh(scores, v)
 
 
 def _attend(

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from saccade import catalogue
+from saccade.report import exports
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("onnxruntime")
+
+
+@pytest.mark.parametrize("slug", ["twins", "mra", "fast", "dat"])
+def test_parts_with_operators_of_our_own_export(slug: str) -> None:
+    done = exports.export(slug)
+    assert done.error is not None and done.error < 1e-4 and done.operators > 5, done
+
+
+def test_what_does_not_export_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalogue.part("softmax").build, "forward", lambda self, x: torch.linalg.eigh(x @ x.mT)[0])
+    done = exports.export("softmax")
+    assert done.error is None and "linalg_eigh" in done.reason and "\n" not in done.reason
+    assert "| `softmax` | no |" in exports.page([done])
