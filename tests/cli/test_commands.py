@@ -70,6 +70,8 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
         ("plan", "--shape", "1,2"),
         ("plan", "--mask", "__import__('os').system('true')"),
         ("plan", "--mask", "causal &"),
+        ("plan", "--mask", "~" * 20_000 + "causal"),
+        ("plan", "--mask", "window(1.5)"),
         ("plan", "--dtype", "int7"),
         ("plan", "--normalize", "hardmax"),
         ("plan", "--backend", "magic"),

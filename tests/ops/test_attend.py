@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,16 +242,77 @@ def test_bad_arguments(change, message) -> None:
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(2)])
-def test_nan_is_refused_and_infinities_are_not(mask) -> None:
-    for name, place in (("query", 0), ("key", 1), ("value", 2)):
-        inputs = qkv(N=6, M=6)
-        inputs[place][0, 0, 2, 1] = torch.nan
-        with pytest.raises(ValueError, match=f"{name} holds NaN"):
-            saccade.attend(*inputs, mask=mask)
+NAN_MASKS = {
+    "none": None,
+    "causal": masks.causal(),
+    "window": masks.window(3),
+    "grid": masks.neighborhood((4, 6), 3),
+    "documents": masks.documents(torch.arange(24)[None] // 7) & masks.causal(),
+    "padding": masks.padding(torch.arange(24)[None] < 20),
+    "tail": masks.function(lambda b, h, q, k: (k >= 22) & (q % 3 > 0)),
+    "tensor": torch.rand(24, 24, generator=torch.Generator().manual_seed(0)) < 0.3,
+}
+
+
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+@pytest.mark.parametrize("mask", NAN_MASKS.values(), ids=NAN_MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nan_reaches_the_rows_that_attend_to_it_and_no_others(path, mask, dtype) -> None:
+    allowed = torch.ones(24, 24, dtype=torch.bool)
+    if mask is not None:
+        allowed = masks.dense(mask).mask_BHNM[0, 0] if isinstance(mask, torch.Tensor) else mask.dense(24, 24)[0, 0]
+    for place, token in itertools.product(range(3), (7, 23)):
+        inputs = qkv(N=24, M=24, dtype=dtype)
+        inputs[place][0, 0, token, 1] = torch.nan
+        attends = allowed[:, token] if place else (torch.arange(24) == token) & allowed.any(-1)
+        for out, lse in (
+            (saccade.attend(*inputs, mask=mask, backend=path), None),
+            saccade.attend(*inputs, mask=mask, backend=path, return_lse=True),
+        ):
+            assert torch.equal(out[0, 0].isnan().any(-1), attends)
+            assert not out[0, 1].isnan().any()
+            if place == 2:
+                assert not out[0, 0, :, [0, 2, 3]].isnan().any()
+            if lse is not None:
+                assert torch.equal(lse[0, 0].isnan(), attends if place < 2 else torch.zeros(24, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("path", [None, *PATHS, "reference"])
+@pytest.mark.parametrize("M", [1, 7, 17])
+def test_nan_is_never_lost(path, M) -> None:
+    """Torch's kernel gives zeros where every score that does not fill a vector is NaN."""
+    last = torch.arange(M)[None] == M - 1
+    for mask, place in itertools.product((None, masks.causal(), masks.padding(last), masks.dense(last)), range(2)):
+        inputs = qkv(N=2, M=M, dtype=torch.float32)
+        inputs[place].fill_(torch.nan)
+        assert saccade.attend(*inputs, mask=mask, backend=path).isnan().all(), (mask, place)
+
+
+@pytest.mark.parametrize("M", [7, 17])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_is_not_lost_when_compiled(M, masked) -> None:
+    torch._dynamo.reset()
+    mask = masks.dense(torch.arange(M)[None] == M - 1) if masked else None
+    call = torch.compile(lambda q, k, v: saccade.attend(q, k, v, mask=mask), backend="aot_eager", fullgraph=True)
+    q, k, v = qkv(N=2, M=M, dtype=torch.float32)
+    assert call(q, torch.full_like(k, torch.nan), v).isnan().all()
+
+
+@pytest.mark.parametrize("path", [None, *PATHS])
+def test_infinities_are_no_error_and_padding_does_not_matter(path) -> None:
     q, k, v = qkv(N=6, M=6)
     v[:, :, 0, 0], v[:, :, 1, 0] = torch.inf, -torch.inf
-    saccade.attend(q, k, v, mask=mask)
+    for mask in (None, masks.causal(), masks.window(2)):
+        saccade.attend(q, k, v, mask=mask, backend=path)
+    inputs = qkv(B=2, N=20, M=20)
+    real = torch.arange(20) < torch.tensor([[20], [13]])
+    results = []
+    for content in (0.0, torch.nan):
+        q, k, v = (x.masked_fill(~real[:, None, :, None], content).requires_grad_() for x in inputs)
+        out = saccade.attend(q, k, v, mask=masks.padding(real) & masks.causal(), backend=path)[:, :, :13]
+        results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
+    for clean, dirty in zip(*results, strict=True):
+        torch.testing.assert_close(clean, dirty)
 
 
 @pytest.mark.parametrize("mask", [None, masks.causal(), masks.window(3), masks.neighborhood((4, 6), 3)])

@@ -13,25 +13,26 @@ import torch
 
 import saccade
 from saccade.ops import autotune as tuning
+from saccade.ops import tiles
 from saccade.ops.backends import stream
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuning, "_found", None)
-    yield tuning.cache_path()
+    monkeypatch.setattr(tiles, "_found", None)
+    yield tiles.cache_path()
 
 
 def fake_times(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
     def seconds(name: str, *_: Any) -> float:
-        return 1.0 + abs((tuning.tuned(name) or {})["tile_bytes"] - best)
+        return 1.0 + abs((tiles.tuned(name) or {})["tile_bytes"] - best)
 
     monkeypatch.setattr(tuning, "_seconds", seconds)
 
 
 def test_nothing_is_tuned_unless_called(cache: Path) -> None:
-    assert tuning.tuned("stream") is None
+    assert tiles.tuned("stream") is None
     q = torch.randn(1, 1, 20, 4)
     saccade.attend(q, q, q, backend="stream")
     assert not cache.exists()
@@ -44,10 +45,10 @@ def test_keeps_the_fastest_for_later_processes(cache: Path, monkeypatch: pytest.
     found = saccade.autotune(backends=["stream"], progress=lines.append)
     assert found == {"stream": {"tile_bytes": best}} == json.loads(cache.read_text())
     assert len(lines) == len(stream.CANDIDATES["tile_bytes"])
-    assert tuning.tuned("stream") == {"tile_bytes": best}
-    monkeypatch.setattr(tuning, "_found", None)  # as in a new process
-    assert tuning.tuned("stream") == {"tile_bytes": best}
-    assert tuning.tuned("stream", "cuda") is None and tuning.tuned("blocksparse") is None
+    assert tiles.tuned("stream") == {"tile_bytes": best}
+    monkeypatch.setattr(tiles, "_found", None)  # as in a new process
+    assert tiles.tuned("stream") == {"tile_bytes": best}
+    assert tiles.tuned("stream", "cuda") is None and tiles.tuned("blocksparse") is None
     assert os.listdir(cache.parent) == [cache.name]
 
 
@@ -56,8 +57,8 @@ def test_other_entries_survive(cache: Path, monkeypatch: pytest.MonkeyPatch) -> 
     cache.write_text('{"blocksparse": {"piece_bytes": 7}}')
     fake_times(monkeypatch, 2**20)
     saccade.autotune(backends=["stream"])
-    assert tuning.tuned("blocksparse") == {"piece_bytes": 7}
-    assert tuning.tuned("stream") == {"tile_bytes": 2**20}
+    assert tiles.tuned("blocksparse") == {"piece_bytes": 7}
+    assert tiles.tuned("stream") == {"tile_bytes": 2**20}
 
 
 def test_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,14 +78,14 @@ def test_a_damaged_file_is_ignored_with_a_warning(cache: Path, text: str) -> Non
     cache.parent.mkdir(parents=True)
     cache.write_text(text)
     with pytest.warns(UserWarning, match="damaged and ignored"):
-        assert tuning.tuned("stream") is None
-    assert tuning.tuned("stream") is None  # one warning is enough
+        assert tiles.tuned("stream") is None
+    assert tiles.tuned("stream") is None  # one warning is enough
 
 
 def test_an_unreadable_file_is_ignored_with_a_warning(cache: Path) -> None:
     cache.mkdir(parents=True)
     with pytest.warns(UserWarning, match="cannot be read"):
-        assert tuning.tuned("stream") is None
+        assert tiles.tuned("stream") is None
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid"), reason="no owners of files here")
@@ -93,16 +94,16 @@ def test_a_file_that_others_can_write_is_ignored_with_a_warning(cache: Path) -> 
     cache.write_text('{"stream": {"tile_bytes": 7}}')
     cache.chmod(0o666)
     with pytest.warns(UserWarning, match="others can write to"):
-        assert tuning.tuned("stream") is None
+        assert tiles.tuned("stream") is None
     cache.parent.chmod(0o777)
     with pytest.raises(OSError, match=f"others can write to {cache.parent}"):
-        tuning._write(cache, {})
+        tiles._write(cache, {})
 
 
 def test_without_a_home_nothing_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "nowhere")
-    assert tuning.tuned("stream") is None
+    assert tiles.tuned("stream") is None
 
 
 def test_a_failing_write_leaves_the_old_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

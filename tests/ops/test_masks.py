@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -388,3 +389,69 @@ def test_a_function_that_fails_says_why() -> None:
 
 def _refuse(why: str) -> Tensor:
     raise RuntimeError(why)
+
+
+def test_masks_simplify_themselves() -> None:
+    """For a number of queries and keys: None where nothing is hidden, and what remains of a combination."""
+    real, some = torch.ones(2, 9, dtype=torch.bool), torch.arange(9)[None] < 5
+    whole = [
+        (masks.causal(8), 1),
+        (masks.causal(8), 9),
+        (masks.window(8, 8), 9),
+        (masks.window(8, offset=8), 1),
+        (masks.prefix(9), 4),
+        (masks.prefix(torch.tensor([9, 12])), 4),
+        (masks.padding(real), 4),
+        (masks.documents(torch.zeros(1, 9).long()), 9),
+        (masks.blocks(torch.ones(1, 1, 3, 3, dtype=torch.bool), 3), 9),
+        (masks.dense(torch.ones(1, 9, dtype=torch.bool)), 9),
+        (masks.neighborhood((3, 3), 3), 9),
+    ]
+    for mask, n in whole:
+        assert mask.dense(n, 9).all() and mask.simplified(n, 9) is None, mask
+        part = masks.padding(some)
+        assert (mask & part).simplified(n, 9) is part and (mask | part).simplified(n, 9) is None
+        assert (mask & masks.causal(8)).simplified(n, 9) is None
+    for mask in (masks.causal(7), masks.window(7, 8), masks.prefix(8), masks.padding(some), ~masks.causal(8)):
+        assert mask.simplified(9, 9) is not None and not mask.dense(9, 9).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 9), st.integers(1, 9))
+def test_a_simplified_mask_says_the_same(data: st.DataObject, n: int, m: int) -> None:
+    mask = data.draw(simple_masks(n, m))
+    other = data.draw(st.sampled_from([masks.causal(m), masks.prefix(m), masks.window(2, 1), masks.prefix(2)]))
+    for combined in (mask, mask & other, other | mask):
+        expected, simple = combined.dense(n, m), combined.simplified(n, m)
+        same = torch.ones_like(expected) if simple is None else simple.dense(n, m)
+        assert torch.equal(expected, same.expand_as(expected))
+        first, end = combined.seen_keys(n, m)
+        assert not expected[..., :first].any() and not expected[..., end:].any()
+        if 0 < end - first < m:
+            assert torch.equal(combined.from_key(first).dense(n, end - first), expected[..., first:end])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: masks.window(1.5), "left must be an integer, got 1.5"),
+        (lambda: masks.window(2, torch.tensor(0.5)), "right must be an integer"),
+        (lambda: masks.causal(2.0), "offset must be an integer, got 2.0"),
+        (lambda: masks.prefix(2.5), "length must be an integer, got 2.5"),
+        (lambda: masks.prefix("3"), "length must be an integer"),
+        (lambda: masks.neighborhood(9, 3.5), "kernel must be an integer"),
+        (lambda: masks.neighborhood((9, 9.5), 3), "size must be an integer"),
+        (lambda: masks.neighborhood(9, 3, dilation=1.5), "dilation must be an integer"),
+        (lambda: masks.neighborhood(9, 3, stride=1.5), "stride must be an integer"),
+        (lambda: masks.blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), 1.5), "block_size must be an integer"),
+        (lambda: masks.blocks(torch.ones(1, 1, 2, 2, dtype=torch.bool), (4, 4, 4)), "an integer or two"),
+    ],
+)
+def test_numbers_of_tokens_are_integers(make: Callable[[], Mask], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_no_tokens_can_be_shown() -> None:
+    assert repr(masks.documents(torch.zeros(1, 0).long())) == "documents(0 of 0 tokens)"
+    assert repr(masks.blocks(torch.zeros(1, 1, 0, 0, dtype=torch.bool), 4)) == "blocks(0% of 0 x 0 kept)"

@@ -29,8 +29,14 @@ def parse_mask(text: str) -> masks.Mask:
     """
     try:
         return _mask(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, RecursionError) as error:
-        raise ValueError(f"cannot read the mask {text!r}: {error}") from error
+    except (RecursionError, MemoryError):  # the second is what Python's parser raises
+        raise ValueError(f"the mask {_shorten(text, 60)!r} nests too deep to be read") from None
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"cannot read the mask {_shorten(text, 200)!r}: {error}") from error
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _mask(node: ast.expr) -> masks.Mask:

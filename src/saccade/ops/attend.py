@@ -11,20 +11,18 @@ E head dim of v.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.autocast import one_type
-from saccade.ops.backends import BACKENDS, SMALL, choose, make_plan
-from saccade.ops.backends.sdpa import in_rows, is_causal_mask, positive_scale
+from saccade.ops.backends import BACKENDS, choose, make_plan
 from saccade.ops.constants import at_home
 from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
+from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction
 from saccade.ops.score_mods import Modification, ScoreMod
@@ -88,8 +86,9 @@ def attend(
     """Attention by the path that `plan` names for the same arguments.
 
     A query that may attend to nothing gives zeros, and -inf as its LSE. Memory is linear in N + M on every path but
-    `reference`. NaN in an input is an error on the CPU, where torch's kernel would turn it into zeros; on an
-    accelerator, where looking would stop the queue, and under torch.compile it reaches the rows that attend to it.
+    `reference`. NaN reaches the rows that attend to it, on every path and device, compiled or not; on the CPU (not
+    compiled) it reaches no others, so that what lies under padding never matters. Elsewhere a kernel may hand what a
+    mask hides to rows that it computes in the same tile.
 
     Args:
         q_BHND: queries.
@@ -111,54 +110,33 @@ def attend(
         out (B, H, N, E), or (out, lse) with `return_lse`.
 
     Raises:
-        ValueError: if shapes, dtypes or options do not fit, an input holds NaN (on the CPU), or the backend asked for
-            cannot do this.
+        ValueError: if shapes, dtypes or options do not fit, or the backend asked for cannot do this.
 
     >>> import torch, saccade
     >>> q = k = v = torch.randn(1, 2, 8, 4)
     >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
     torch.Size([1, 2, 8, 4])
     """
-    _refuse_strangers(q_BHND, k_BKMD, v_BKME)
     q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
-    # what torch has fused, without weighing it
-    if (
-        score is None
-        and score_mod is None
-        and dropout == 0.0
-        and not return_lse
-        and backend is None
-        and (mask is None or is_causal_mask(mask))
-        and type(normalize) is str
-        and normalize == "softmax"
-        and q_BHND.shape == k_BKMD.shape == v_BKME.shape
-        and q_BHND.dtype == k_BKMD.dtype == v_BKME.dtype
-        and q_BHND.ndim == 4
-        and 0 not in q_BHND.shape
-        and q_BHND.dtype in _FLOATS
-        and memory_mb > 0
-        and (mask is None or needs_grad(q_BHND, k_BKMD, v_BKME) or q_BHND.shape[:3].numel() * q_BHND.shape[2] <= SMALL)
-    ):
-        _refuse_nan(q_BHND, k_BKMD, v_BKME)
-        if scale is not None:
-            q_BHND, scale = positive_scale(q_BHND, scale)
-        q, k, v = (in_rows(x) for x in (q_BHND, k_BKMD, v_BKME))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=mask is not None, scale=scale)
+    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
     with at_home(q_BHND):
-        problem = _problem(
-            q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb
-        )
         return _run(problem, backend, q_BHND, k_BKMD, v_BKME)
 
 
-def _run(
-    problem: Problem, backend: str | None, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor
-) -> Tensor | tuple[Tensor, Tensor]:
-    _refuse_nan(q_BHND, k_BKMD, v_BKME)
+def _run(problem: Problem, backend: str | None, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor) -> Any:
+    name = choose(problem, backend)
+    if 0 in (problem.B, problem.H, problem.N, problem.M):
+        nothing = _nothing(problem, q_BHND, k_BKMD, v_BKME)
+        return nothing if problem.return_lse else nothing[0]
+    if problem.unseen_keys:
+        seen = slice(problem.first_key, problem.first_key + problem.M)
+        k_BKMD, v_BKME = k_BKMD[:, :, seen], v_BKME[:, :, seen]
     no_width = problem.E == 0
     if no_width:  # values of no width still have an LSE
         v_BKME, problem.E = v_BKME.new_zeros(*v_BKME.shape[:3], 1), 1
-    out, lse = BACKENDS[choose(problem, backend)].run(problem, q_BHND, k_BKMD, v_BKME)
+    out, lse = BACKENDS[name].run(problem, q_BHND, k_BKMD, v_BKME)
+    if is_suspect(problem, name, q_BHND, k_BKMD, out):
+        out, lse = only_where_attended(problem, name, q_BHND, k_BKMD, v_BKME, out, lse)
     out = out[..., :0] if no_width else out
     return (out, lse) if problem.return_lse else out
 
@@ -185,27 +163,33 @@ def plan(
     Raises:
         ValueError: where `attend` would.
     """
-    _refuse_strangers(q_BHND, k_BKMD, v_BKME)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
     return make_plan(problem, backend)
 
 
 def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
+    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
+        dtype, device = q.dtype, q.device
+        if dtype in _FLOATS and k.dtype == dtype == v.dtype and k.device == device == v.device:
+            if q.ndim == k.ndim == v.ndim == 4:
+                return
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
+        if x.dtype not in _FLOATS:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")
+        if x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
 
 
-def _refuse_nan(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    with torch.no_grad():
-        # a sum of squares is NaN where a number is, and only there: infinities do not cancel
-        norms = [torch.linalg.vector_norm(x) for x in (q, k, v)]
-        if math.isnan(float(norms[0] + norms[1] + norms[2])):
-            for name, x in (("query", q), ("key", k), ("value", v)):
-                if x.isnan().any():
-                    raise ValueError(f"{name} holds NaN ({int(x.isnan().sum())} of {x.numel()} numbers)")
+def _nothing(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """No query, or none that has a key: zeros, and -inf as the LSE, which all inputs have a gradient of."""
+    joined = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
+    rows = (problem.B, problem.H, problem.N)
+    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
+    return q.new_zeros(*rows, problem.E) + joined, q.new_full(rows, float("-inf"), dtype=dtype) + joined
 
 
 def _problem(
@@ -221,44 +205,50 @@ def _problem(
     return_lse: bool,
     memory_mb: float,
 ) -> Problem:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
+    # this stands before every call, however small: names and shapes are read once, and complaints are made elsewhere
+    _refuse_strangers(q, k, v)
     B, H, N, D = q.shape
-    K, M, E = k.shape[1], k.shape[2], v.shape[3]
-    if k.shape[0] != B or v.shape[0] != B:
-        raise ValueError(f"query, key and value must have one batch size, got {B}, {k.shape[0]} and {v.shape[0]}")
-    if v.shape[1] != K or v.shape[2] != M:
+    k_B, K, M, k_D = k.shape
+    v_B, v_K, v_M, E = v.shape
+    if not (k_B == B == v_B):
+        raise ValueError(f"query, key and value must have one batch size, got {B}, {k_B} and {v_B}")
+    if v_K != K or v_M != M:
         raise ValueError(f"key and value must agree in heads and tokens, got {tuple(k.shape)} and {tuple(v.shape)}")
-    if H % K if K else H:
+    if H != K and (H % K if K else H):
         raise ValueError(f"the key heads must divide the query heads ({H}), got {K}")
-    if score is None and k.shape[3] != D:
-        raise ValueError(f"query and key must have one head_dim, got {D} and {k.shape[3]}")
+    if k_D != D and score is None:
+        raise ValueError(f"query and key must have one head_dim, got {D} and {k_D}")
     if D == 0:
         raise ValueError("head_dim must be at least 1, got 0")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if memory_mb <= 0:
         raise ValueError(f"memory_mb must be positive, got {memory_mb}")
-    check_normalizer(normalize)
+    if normalize != "softmax":
+        check_normalizer(normalize)
     if return_lse and normalize != "softmax":
         raise ValueError(f"return_lse needs normalize='softmax', got {normalize!r}")
+    first, end = 0, M
+    if mask is not None:
+        mask = _as_mask(mask, B, H, N, M, q.device).simplified(N, M)
+        if mask is not None and score_mod is None:  # which counts keys from the first
+            first, end = mask.seen_keys(N, M)
+            if 0 < end - first < M:
+                mask = mask.from_key(first).simplified(N, end - first)
+            else:
+                first, end = 0, M
     return Problem(
         B=B,
         H=H,
         K=K,
         N=N,
-        M=M,
+        M=end - first,
         D=D,
         E=E,
         dtype=q.dtype,
         device=q.device,
         needs_grad=needs_grad(q, k, v, *_checked(score_mod, B, H, N, M, q.device)),
-        mask=_as_mask(mask, B, H, N, M, q.device),
+        mask=mask,
         score=score,
         score_mod=score_mod,
         normalize=normalize,
@@ -266,6 +256,8 @@ def _problem(
         dropout=float(dropout),
         return_lse=return_lse,
         memory_mb=float(memory_mb),
+        first_key=first,
+        unseen_keys=M - (end - first),
     )
 
 
@@ -282,9 +274,7 @@ def _checked(score_mod: ScoreMod | None, B: int, H: int, N: int, M: int, device:
     return tensors
 
 
-def _as_mask(mask: Tensor | Mask | None, B: int, H: int, N: int, M: int, device: torch.device) -> Mask | None:
-    if mask is None:
-        return None
+def _as_mask(mask: Tensor | Mask, B: int, H: int, N: int, M: int, device: torch.device) -> Mask:
     if isinstance(mask, Tensor):
         mask = masks.dense(mask)
     if not isinstance(mask, Mask):
@@ -292,10 +282,7 @@ def _as_mask(mask: Tensor | Mask | None, B: int, H: int, N: int, M: int, device:
     if mask.batch not in (1, B) or mask.heads not in (1, H):
         raise ValueError(f"mask is for {mask.batch} batch rows and {mask.heads} heads, got {B} and {H}")
     mask.check(N, M)
-    if device.type == "meta":
-        return mask
-    if any(t.device != device for t in mask.tensors()):
-        raise ValueError(
-            f"mask is on {mask.tensors()[0].device}, but query is on {device}: use mask.to({str(device)!r})"
-        )
+    for tensor in mask.tensors():
+        if tensor.device != device and device.type != "meta":
+            raise ValueError(f"mask is on {tensor.device}, but query is on {device}: use mask.to({str(device)!r})")
     return mask

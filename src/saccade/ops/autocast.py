@@ -15,11 +15,11 @@ R = TypeVar("R")
 
 def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; under autocast, those of several types in autocast's, as torch's attention takes them."""
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return tensors  # the caller's check names the stranger
-    device = tensors[0].device.type
-    if all(x.dtype == tensors[0].dtype for x in tensors) or not torch.is_autocast_enabled(device):
+    if isinstance(tensors[0], Tensor) and not torch.is_autocast_enabled(tensors[0].device.type):
         return tensors
+    if not all(isinstance(x, Tensor) for x in tensors) or all(x.dtype == tensors[0].dtype for x in tensors):
+        return tensors  # the caller's check names a stranger
+    device = tensors[0].device.type
     kind = torch.get_autocast_dtype(device)
     return tuple(x.to(kind) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 

@@ -15,7 +15,11 @@ __all__ = ["first_derivatives_only", "needs_grad"]
 
 def needs_grad(*inputs: Tensor | None) -> bool:
     """Gradients are recorded, and one of the inputs wants one."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if torch.is_grad_enabled():
+        for x in inputs:  # a loop: this is asked before every call, however small
+            if x is not None and x.requires_grad:
+                return True
+    return False
 
 
 def first_derivatives_only(name: str, instead: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -5,6 +5,8 @@ head `h` in batch row `b` may attend to key `k` (FlexAttention's `mask_mod` sign
 for each (query block, key block), whether it is EMPTY, PARTIAL or FULL; it is computed from intervals, so its cost is
 the number of blocks. PARTIAL may be said of a block that is in truth empty or full, never the other way round.
 
+`simplified(n, m)` is the same mask for that many queries and keys in fewer words: None where it hides nothing.
+
 Masks compose with `&`, `|` and `~`, and `print(mask.picture(n, m))` draws them.
 
 Positions are absolute: query 0 stands at key 0 also where N != M (the upper-left alignment of SDPA's `is_causal`).
@@ -18,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, prod
+from operator import index as as_index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,8 +58,25 @@ __all__ = [
 ]
 
 
+def _integer(value: Any, name: str) -> int:
+    if isinstance(value, (int, torch.SymInt)):
+        return value  # type: ignore[return-value]
+    try:
+        return as_index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def _all(x: Tensor) -> bool:
+    """Every entry is known to be True; nothing is known where looking would stop a device's queue or cut a graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.all())
+
+
 def _pair(size: int | Sequence[int], name: str) -> tuple[int, int]:
-    query, key = (size, size) if isinstance(size, int) else tuple(size)
+    sizes = tuple(size) if isinstance(size, (tuple, list, torch.Size)) else (size, size)
+    if len(sizes) != 2:
+        raise ValueError(f"{name} must be an integer or two (query, key), got {size}")
+    query, key = (_integer(x, name) for x in sizes)
     if query < 1 or key < 1:
         raise ValueError(f"{name} must be positive, got {size}")
     return query, key
@@ -109,6 +129,22 @@ class Mask:
     def to(self, device: torch.device | str) -> Mask:
         """The same mask with its tensors on `device`."""
         return self
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        """Every one of `n` queries is known to see every one of `m` keys. No may be said where it is so, never yes."""
+        return False
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        """The same for `n` queries and `m` keys in fewer words; None where it hides nothing."""
+        return None if self.hides_nothing(n, m) else self
+
+    def seen_keys(self, n: int, m: int) -> tuple[int, int]:
+        """`first`, `end` of the keys that some query may see; the rest may be left out, as `from_key(first)` does."""
+        return 0, m
+
+    def from_key(self, first: int) -> Mask:
+        """The same mask where the first keys are left out, for masks that have `seen_keys`."""
+        raise NotImplementedError
 
     def key_limits(self) -> tuple[Tensor, Tensor] | None:
         """First and last query that sees each key, (B', K', M), where that is all that the mask says; else None."""
@@ -215,6 +251,15 @@ class _Pairwise(Mask):
 
 
 class _And(_Pairwise):
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.left.hides_nothing(n, m) and self.right.hides_nothing(n, m)
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        left, right = self.left.simplified(n, m), self.right.simplified(n, m)
+        if left is None or right is None:
+            return right if left is None else left
+        return self if (left, right) == (self.left, self.right) else left & right
+
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
 
@@ -227,6 +272,15 @@ class _And(_Pairwise):
 
 
 class _Or(_Pairwise):
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.left.hides_nothing(n, m) or self.right.hides_nothing(n, m)
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        left, right = self.left.simplified(n, m), self.right.simplified(n, m)
+        if left is None or right is None:
+            return None
+        return self if (left, right) == (self.left, self.right) else left | right
+
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
 
@@ -265,6 +319,9 @@ class _Not(Mask):
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         return FULL - self.inner.block_map(n, m, block_size, device)
 
+    def __invert__(self) -> Mask:
+        return self.inner
+
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
 
@@ -296,6 +353,37 @@ class Band(Mask):
         if self.high is not None:
             some, every = some & (nearest <= self.high), every & (farthest <= self.high)
         return _state(some, every)[None, None]
+
+    def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        mask = torch.ones(n, m, dtype=torch.bool, device=device)
+        # farther than there are keys or queries is the same as no bound, and fits a C integer
+        if self.high is not None:
+            mask = mask.tril(max(-n, min(self.high, m)))
+        if self.low is not None:
+            mask = mask.triu(max(-n, min(self.low, m)))
+        return mask[None, None]
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.nearest(n, m) == (None, None)
+
+    def nearest(self, n: int, m: int) -> tuple[int | None, int | None]:
+        """`low` and `high` as far as they bind with `n` queries and `m` keys."""
+        low = None if self.low is None or self.low <= 1 - n else self.low
+        return low, None if self.high is None or self.high >= m - 1 else self.high
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        low, high = self.nearest(n, m)
+        if low is None and high is None:
+            return None
+        return self if (low, high) == (self.low, self.high) else Band(low, high, self.name)
+
+    def seen_keys(self, n: int, m: int) -> tuple[int, int]:
+        first = 0 if self.low is None else max(0, self.low)
+        return first, m if self.high is None else max(0, min(m, n + self.high))
+
+    def from_key(self, first: int) -> Mask:
+        low, high = (None if bound is None else bound - first for bound in (self.low, self.high))
+        return Band(low, high, self.name)
 
     @property
     def nothing(self) -> bool:
@@ -338,6 +426,7 @@ def _tighter(a: int | None, b: int | None, choose: Callable[[int, int], int]) ->
 
 def causal(offset: int = 0) -> Mask:
     """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key."""
+    offset = _integer(offset, "offset")
     return Band(None, offset, f"causal({offset})" if offset else "causal()")
 
 
@@ -357,8 +446,10 @@ def window(left: int, right: int = 0, *, offset: int = 0) -> Mask:
     """Keys from q - left to q + right, inclusive, where q counts from `offset`: left + 1 + right keys a query.
 
     Raises:
-        ValueError: if the window would hold no key (left + right < 0).
+        ValueError: if a number is no integer, or the window would hold no key (left + right < 0).
     """
+    left, right = _integer(left, "left"), _integer(right, "right")
+    offset = _integer(offset, "offset")
     if left + right < 0:
         raise ValueError(
             f"a window holds left + 1 + right keys: left + right must be at least 0, got {left} and {right}"
@@ -393,6 +484,15 @@ class Prefix(Mask):
         states = _state(first_k < length, last_k < length)
         return states.expand(-1, -1, ceil(n / block_q), -1)
 
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return _all(self.length >= m) if isinstance(self.length, Tensor) else self.length >= m
+
+    def seen_keys(self, n: int, m: int) -> tuple[int, int]:
+        return 0, m if isinstance(self.length, Tensor) else min(m, self.length)
+
+    def from_key(self, first: int) -> Mask:
+        return self
+
     def __repr__(self) -> str:
         return f"prefix({self.length if isinstance(self.length, int) else self.length.tolist()})"
 
@@ -404,7 +504,9 @@ def prefix(length: int | Tensor) -> Mask:
             raise ValueError(
                 f"length must be an int or integers of shape (B,), got {length.dtype} of shape {tuple(length.shape)}"
             )
-    elif length < 0:
+        return Prefix(length)
+    length = _integer(length, "length")
+    if length < 0:
         raise ValueError(f"length must be at least 0, got {length}")
     return Prefix(length)
 
@@ -438,6 +540,13 @@ class Padding(Mask):
         sizes_m = _block_sums(torch.ones(1, m, dtype=torch.int32, device=device), block_k)
         states = _state(counts_Bm > 0, counts_Bm == sizes_m)
         return states[:, None, None].expand(-1, -1, ceil(n / block_q), -1)
+
+    def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        self.check(n, m)
+        return self.valid_BM.to(device)[:, None, None].expand(-1, 1, n, -1)
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return _all(self.valid_BM)
 
     def __repr__(self) -> str:
         return f"padding({self.valid_BM.shape[0]} rows of {self.valid_BM.shape[1]})"
@@ -516,8 +625,12 @@ class Documents(Mask):
         every = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
         return _state(some, every)[:, None]
 
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return m > 0 and _all(self.query_BN == self.key_BM[:, :1]) and _all(self.key_BM == self.key_BM[:, :1])
+
     def __repr__(self) -> str:
-        return f"documents({int(self.key_BM.max()) - int(self.key_BM.min()) + 1} of {self.key_BM.shape[1]} tokens)"
+        count = int(self.key_BM.max()) - int(self.key_BM.min()) + 1 if self.key_BM.numel() else 0
+        return f"documents({count} of {self.key_BM.shape[1]} tokens)"
 
 
 def _block_range(ids: Tensor, size: int) -> tuple[Tensor, Tensor]:
@@ -724,8 +837,11 @@ class Blocks(Mask):
         area = (last_q - first_q + 1)[:, None] * (last_k - first_k + 1)
         return _state(count > 0, count == area)
 
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return _all(self.keep_BHnm)
+
     def __repr__(self) -> str:
-        share = self.keep_BHnm.float().mean().item()
+        share = self.keep_BHnm.float().mean().item() if self.keep_BHnm.numel() else 0.0
         return f"blocks({share:.0%} of {self.keep_BHnm.shape[2]} x {self.keep_BHnm.shape[3]} kept)"
 
 
@@ -783,6 +899,14 @@ class Dense(Mask):
         count = _block_sums(count.mT, block_q).mT if count.shape[2] == n else count * ones_q[:, None]
         return _state(count > 0, count == ones_q[:, None] * ones_k)
 
+    def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        self.check(n, m)
+        mask = self.mask_BHNM.to(device)
+        return mask if mask.shape[2:] == (n, m) else mask.expand(-1, -1, n, m)
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return _all(self.mask_BHNM)
+
     def __repr__(self) -> str:
         return f"dense{tuple(self.mask_BHNM.shape)}"
 
@@ -791,7 +915,7 @@ def dense(mask: Tensor) -> Mask:
     """A bool tensor that broadcasts to (B, H, N, M), True = may attend, so that it can be combined with other masks."""
     if mask.dtype != torch.bool or mask.ndim > 4 or mask.ndim < 2:
         raise ValueError(f"mask must be a bool tensor of 2 to 4 axes, got {mask.dtype} of shape {tuple(mask.shape)}")
-    return Dense(mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape)))
+    return Dense(mask[(None,) * (4 - mask.ndim)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -807,6 +931,9 @@ class Neighborhood(Mask):
     def check(self, n: int, m: int) -> None:
         if n != prod(self.size) or m != prod(self.size):
             raise ValueError(f"a grid of {self.size} has {prod(self.size)} tokens, got {n} queries and {m} keys")
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.kernel == self.size and not any(self.causal)
 
     def axis_window(self, axis: int, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Dilation group, first and last (inclusive) neighbour *within the group* of each position on `axis`."""
@@ -893,10 +1020,10 @@ class Neighborhood(Mask):
 
 
 def _per_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
-    values = (value,) * axes if isinstance(value, (int, bool)) else tuple(value)
+    values = tuple(value) if isinstance(value, (tuple, list, torch.Size)) else (value,) * axes
     if len(values) != axes:
         raise ValueError(f"{name} must have one entry per axis ({axes}), got {value}")
-    return values
+    return tuple(_integer(x, name) for x in values)
 
 
 def neighborhood(
@@ -919,7 +1046,8 @@ def neighborhood(
     Raises:
         ValueError: if an argument is out of these ranges.
     """
-    grid = (size,) if isinstance(size, int) else tuple(size)
+    grid = tuple(size) if isinstance(size, (tuple, list, torch.Size)) else (size,)
+    grid = tuple(_integer(x, "size") for x in grid)
     if not 1 <= len(grid) <= 3:
         raise ValueError(f"size must have one to three axes, got {len(grid)}")
     kernels, dilations = _per_axis(kernel, len(grid), "kernel"), _per_axis(dilation, len(grid), "dilation")

@@ -25,7 +25,10 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(eq=False)
 class Problem:
-    """One call of `attend`, without the tensors' contents."""
+    """One call of `attend`, without the tensors' contents.
+
+    `M` counts the keys from `first_key` on that some query may see; `unseen_keys` more are left out.
+    """
 
     B: int
     H: int
@@ -45,6 +48,8 @@ class Problem:
     dropout: float = 0.0
     return_lse: bool = False
     memory_mb: float = 64.0
+    first_key: int = 0
+    unseen_keys: int = 0
 
     _states: Tensor | None = field(default=None, init=False, repr=False)
     _density: float | None = field(default=None, init=False, repr=False)

@@ -33,8 +33,8 @@ BACKENDS: dict[str, ModuleType] = {
 SMALL = 2**17
 
 
-def choose(problem: Problem, asked: str | None) -> str:
-    """The backend that runs `problem`.
+def choose(problem: Problem, asked: str | None = None) -> str:
+    """The backend that runs `problem`: the only place where that is decided.
 
     Raises:
         ValueError: if the backend asked for, or every backend, refuses.
@@ -64,14 +64,14 @@ def choose(problem: Problem, asked: str | None) -> str:
 
 def _is_settled(problem: Problem) -> bool:
     """Torch has fused it, and no other path is faster."""
-    return sdpa.is_plain(problem) and not causal_in_c(problem)
+    return problem.mask is None or (sdpa.is_causal(problem) and not _causal_in_c(problem))
 
 
-def causal_in_c(problem: Problem) -> bool:
+def _causal_in_c(problem: Problem) -> bool:
     """Causal inference in float32 on the CPU: torch's kernel computes much of what lies above the diagonal."""
     if problem.needs_grad or problem.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
-    return sdpa.is_causal(problem) and native.forecast(problem.device, problem.dtype) is None
+    return native.forecast(problem.device, problem.dtype) is None
 
 
 def _is_small(problem: Problem) -> bool:
@@ -113,7 +113,7 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
         reason=reason,
         flops=problem.flops,
         bytes=problem.io_bytes + BACKENDS[name].extra_bytes(problem),
-        density=problem.density,
+        density=problem.density * problem.M / max(1, problem.M + problem.unseen_keys),
         share=BACKENDS[name].share(problem),
         refused={other: _why_not(other, problem) for other in BACKENDS if other != name},
     )

@@ -61,6 +61,9 @@ GROUP_BYTES = 2**24
 #: largest |score| / log 2 at which exp2(score) needs no maximum taken off, in float32 as in float64
 SAFE_EXPONENT = 60.0
 
+#: query rows of a key head whose attention takes as long as laying out its keys and values for C (measured)
+LAYOUT_ROWS = 45
+
 
 def refusal(problem: Problem) -> str | None:
     if problem.score is not None:
@@ -90,16 +93,18 @@ def _cannot_modify(problem: Problem) -> str | None:
 def share(problem: Problem) -> float:
     """Measured: in C at 1.2 times SDPA's rate; in torch pieces run at three quarters of it, slower where masked, and a
     call and a piece cost a moment."""
+    in_c = native.forecast(problem.device, problem.dtype) is None
+    layout = LAYOUT_ROWS * problem.K / max(1, problem.N * problem.H) if in_c else 0.0
     if (fast := _regular(problem)) is not None:
-        return float(fast.share(problem))
+        return float(fast.share(problem)) + layout
     states = problem.block_map
     partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
     block_q, block_k = problem.block_size
     pairs = problem.B * problem.H * problem.N * problem.M
     # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
     dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
-    if native.forecast(problem.device, problem.dtype) is None:
-        return problem.density * 0.82 + 0.1 * partial + 4e-4 / dense_seconds
+    if in_c:
+        return problem.density * 0.82 + 0.1 * partial + layout + 4e-4 / dense_seconds
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
     return problem.density / 0.75 + partial + (6e-4 + 5e-5 * pieces) / dense_seconds

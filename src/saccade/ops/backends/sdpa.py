@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.backends import reference
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Band
+from saccade.ops.masks import Band, Dense, Padding
 from saccade.ops.planning import Problem
+
+#: scores that torch's kernel compares at a time, on the widest vectors
+LANES = 16
 
 
 def refusal(problem: Problem) -> str | None:
@@ -29,13 +33,15 @@ def refusal(problem: Problem) -> str | None:
 
 
 def share(problem: Problem) -> float:
+    if problem.mask is None:
+        return 1.0
     if is_causal(problem):
         # the kernel skips what lies above the diagonal in strips of some hundred queries
         return min(1.0, 0.5 + 256 / max(1, problem.N))
-    if problem.mask is None:
-        return 1.0
-    # measured: the kernel reads the mask once a head, and making it from a mask object costs twice dense attention
-    return 1.15 + 2.3 * problem.mask.batch * problem.mask.heads / max(1, problem.B * problem.H)
+    # measured: the kernel reads the mask once a head; a tensor is there already, a band takes two operations, asking
+    # another object costs twice dense attention
+    making = 0.05 if isinstance(problem.mask, (Band, Dense, Padding)) else 2.3
+    return 1.1 + making * problem.mask.batch * problem.mask.heads / max(1, problem.B * problem.H)
 
 
 def extra_bytes(problem: Problem) -> int:
@@ -50,57 +56,69 @@ def mask_bytes(problem: Problem) -> int:
     return pairs * (1 + problem.dtype.itemsize)
 
 
-def is_plain(problem: Problem) -> bool:
-    """Dense or causal softmax of dot products."""
-    return problem.mask is None or is_causal(problem)
-
-
 def is_causal(problem: Problem) -> bool:
-    return is_causal_mask(problem.mask)
-
-
-def is_causal_mask(mask: object) -> bool:
     """Each query sees the keys up to its own, and nothing else is asked."""
+    mask = problem.mask
     return type(mask) is Band and mask.low is None and mask.high == 0
 
 
+def hides_in_tail(problem: Problem) -> bool:
+    """The kernel may lose a NaN among the keys that do not fill a vector, where the mask hides all others."""
+    return problem.mask is not None and not is_causal(problem) and problem.M % LANES != 0
+
+
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    if 0 in (problem.B, problem.H, problem.N, problem.M):
-        nothing = q.new_zeros(problem.B, problem.H, problem.N, problem.E) + 0 * (q.sum() + k.sum() + v.sum())
-        return nothing, q.new_full((problem.B, problem.H, problem.N), float("-inf"), dtype=torch.float32)
-    causal = is_causal(problem)
+    if (problem.M < LANES or hides_in_tail(problem)) and q.device.type == "cpu" and torch.compiler.is_compiling():
+        return _run_without_losing_nan(problem, q, k, v)
+    return _run(problem, q, k, v)
+
+
+def _run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    causal = problem.mask is not None and is_causal(problem)
     allowed = None
     if problem.mask is not None and not causal:
         allowed = problem.mask.dense(problem.N, problem.M, q.device)
-    width = max(problem.D, problem.E)
     if problem.E != problem.D:
         # the fused kernel wants one width; zeros add nothing to a dot product or to a sum
+        width = max(problem.D, problem.E)
         q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     q, scale = positive_scale(q, problem.scale)
-    q, k, v = (in_rows(x) for x in (q, k, v))
+    q, k, v = in_rows(q), in_rows(k), in_rows(v)
     if problem.return_lse:
-        bias = None
-        if allowed is not None:
-            bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
-            bias = bias.expand(problem.B, problem.H, -1, -1)
-        k, v = repeat_heads(k, problem.H), repeat_heads(v, problem.H)
-        out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, scale)
-        if allowed is not None:
-            empty = ~allowed.any(-1)
-            lse = lse.masked_fill(empty, float("-inf"))
+        out, lse = _run_with_lse(problem, q, k, v, allowed, causal, scale)
     else:
-        lse = None
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=allowed,
-            is_causal=causal,
-            scale=scale,
-            dropout_p=problem.dropout,
-            enable_gqa=problem.K != problem.H,
+        out, lse = (
+            F.scaled_dot_product_attention(
+                q, k, v, allowed, problem.dropout, causal, scale=scale, enable_gqa=problem.K != problem.H
+            ),
+            None,
         )
-    return out[..., : problem.E], lse
+    return out if problem.E >= problem.D else out[..., : problem.E], lse
+
+
+def _run_with_lse(
+    problem: Problem, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    bias = None
+    if allowed is not None:
+        bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill(~allowed, float("-inf"))
+        bias = bias.expand(problem.B, problem.H, -1, -1)
+    k, v = repeat_heads(k, problem.H), repeat_heads(v, problem.H)
+    out, lse = _FlashWithLSE.apply(q, k, v, bias, causal, scale)
+    return out, lse if allowed is None else lse.masked_fill(~allowed.any(-1), float("-inf"))
+
+
+def _run_without_losing_nan(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """In a graph, which cannot look whether the kernel lost a NaN (`saccade.ops.nan`)."""
+    if problem.M < LANES:
+        return reference.run(problem, q, k, v)
+    out, lse = _run(problem, q, k, v)
+    tail = slice(-(problem.M % LANES), None)
+    bad = repeat_heads(k[:, :, tail].isnan().any(-1, keepdim=True), problem.H).mT
+    assert problem.mask is not None
+    rows = (bad & problem.mask.dense(problem.N, problem.M, q.device)[..., tail]).any(-1)
+    out = out.masked_fill(rows[..., None], float("nan"))
+    return out, None if lse is None else lse.masked_fill(rows, float("nan"))
 
 
 def in_rows(x: Tensor) -> Tensor:
@@ -109,7 +127,9 @@ def in_rows(x: Tensor) -> Tensor:
     The flash kernel takes both for granted, and SDPA leaves that kernel for one with quadratic memory where the first
     is not so.
     """
-    return x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous()
+    if x.is_contiguous() or (x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1]):
+        return x
+    return x.contiguous()
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:

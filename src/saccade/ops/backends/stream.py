@@ -44,13 +44,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from saccade.ops.autotune import tuned
 from saccade.ops.backends import reference
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import EMPTY, FULL
 from saccade.ops.normalizers import Normalizer, Softmax, named
 from saccade.ops.planning import Problem
+from saccade.ops.tiles import tuned
 
 #: bytes of one tile's scores and activations: what stays in a core's caches is fastest
 TILE_BYTES = 16 * 2**20
