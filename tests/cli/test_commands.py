@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -70,8 +71,21 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
         ("plan", "--shape", "1,2"),
         ("plan", "--mask", "__import__('os').system('true')"),
         ("plan", "--mask", "causal &"),
-        ("plan", "--mask", "~" * 20_000 + "causal"),
+        ("plan", "--mask", "causl"),
+        ("plan", "--mask", "window('a')"),
         ("plan", "--mask", "window(1.5)"),
+        ("plan", "--mask", "window(3, foo=2)"),
+        ("plan", "--mask", "causal(offset=2**9)"),
+        ("plan", "--mask", "prefix(4, 5, 6)"),
+        ("plan", "--mask", "neighborhood(8)"),
+        ("plan", "--mask", "neighborhood((), ())"),
+        ("plan", "--mask", "~" * 20_000 + "causal"),
+        ("plan", "--mask", "~" * 900 + "causal("),
+        ("plan", "--keys", "-3"),
+        ("plan", "--kv-heads", "0"),
+        ("plan", "--kv-heads", "3"),
+        ("plan", "--shape", "99999,99999,99999,99999"),
+        ("plan", "--device", "mps"),
         ("plan", "--dtype", "int7"),
         ("plan", "--normalize", "hardmax"),
         ("plan", "--backend", "magic"),
@@ -102,6 +116,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert code == 2
     assert not any("no_such_option" in argument for argument in arguments) or "has no option" in err
     assert err.startswith("saccade: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert not re.search(r"\w*Error: |ast\.|__init__|positional argument", err.partition("takes")[0]), err
     assert not list(tmp_path.rglob("*.html"))
 
 

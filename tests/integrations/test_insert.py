@@ -381,3 +381,9 @@ def test_command_errors(tmp_path, capsys, arguments):
     with pytest.raises(SystemExit) as exit_:
         main(["insert", *(text.format(model=tmp_path) for text in arguments)])
     assert exit_.value.code and "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("after", [2, None, [2], ["0", None]])
+def test_what_is_no_place_is_said_in_words(after: object) -> None:
+    with pytest.raises(ValueError, match="after must be a module path"):
+        saccade.insert(nn.Sequential(nn.Conv2d(3, 8, 3)), "cbam", after=after)  # type: ignore[arg-type]

@@ -19,7 +19,6 @@ from saccade import catalogue
 from saccade.attention.neighborhood import neighborhood_attend
 from saccade.models.dat import DAT, ConvMLP, DeformableAttention, NeighborhoodAttention, Stage, load_network
 from saccade.models.dat.attention import ShiftedWindowAttention
-from saccade.models.dat.neighborhood import neighborhood_with_bias
 
 
 def attention(**changes: object) -> DeformableAttention:
@@ -127,18 +126,11 @@ def test_log_bias_is_that_of_the_card() -> None:
     torch.testing.assert_close(bias[0, 2:, 3 * 6 + 1, 2], module.bias_network(d))
 
 
-@pytest.mark.parametrize(("size", "kernel"), [((9, 17), 3), ((7, 7), 7), ((19, 8), 5)])
-def test_neighbourhoods_equal_those_of_their_own_room(size: tuple[int, int], kernel: int) -> None:
-    torch.manual_seed(0)
-    leaves = [torch.randn(2, *size, 2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    table = torch.randn(2, 2 * kernel - 1, 2 * kernel - 1, dtype=torch.float64, requires_grad=True)
-    ours = neighborhood_with_bias(*leaves, table)
-    flat = [x.flatten(1, 2).transpose(1, 2) for x in leaves]
-    expected = neighborhood_attend(*flat, size, kernel, bias=table).transpose(1, 2).view_as(ours)
-    torch.testing.assert_close(ours, expected)
-    grad = torch.randn_like(ours)
-    found = torch.autograd.grad(ours, (*leaves, table), grad)
-    torch.testing.assert_close(found, torch.autograd.grad(expected, (*leaves, table), grad))
+def test_neighbourhoods_are_those_of_their_own_room() -> None:
+    module, x = NeighborhoodAttention(6, 2, 3).double(), maps(2, 9, 7, 6)
+    q, k, v = module.qkv(x).flatten(1, 2).unflatten(2, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+    expected = neighborhood_attend(q, k, v, (9, 7), 3, bias=module.bias_table).transpose(1, 2).reshape(2, 9, 7, 6)
+    torch.testing.assert_close(module(x), module.proj(expected))
 
 
 def test_maps_smaller_than_the_neighbourhood_are_filled_up() -> None:

@@ -11,7 +11,6 @@ import torch
 
 from saccade import attend, linear_attend, masks
 from saccade.explain import efficient_attention_survey
-from saccade.models.dat import neighborhood
 from saccade.ops import backends, expansion, linear, routed, selection, shifted
 from saccade.ops.backends import blocksparse
 
@@ -56,7 +55,6 @@ def expanded(causal: bool) -> Callable[[], Any]:
 
 def cases() -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
-    table, maps = torch.randn(2, 9, 9), torch.randn(3, 2, 9, 11, 2, 4)
     q, k, v = heads(4, 2, 2, 300)
     below, right = torch.rand(2, 17, 17).tril(-1), torch.randn(2, 17, 5)
     share = torch.rand(1, 2, 4, 9).softmax(-1)
@@ -77,7 +75,6 @@ def cases() -> dict[str, Callable[[], Any]]:
         "blocks with a bias": blocks(True),
         "all to all expansion": expanded(False),
         "causal expansion": expanded(True),
-        "neighbours with a bias": lambda: neighborhood.neighborhood_with_bias(*maps, table),
         "attention": lambda: attend(q, k, v, mask=masks.window(9), return_lse=True),
         "triangular solve": lambda: efficient_attention_survey._solve(below, right),
         "cumulative choice": lambda: selection.top_blocks(share, p=0.7),
@@ -88,7 +85,7 @@ def cases() -> dict[str, Callable[[], Any]]:
 def test_plain_torch_is_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cases()[name]
     expected = run()
-    for module in (backends, blocksparse, expansion, linear, routed, selection, shifted, neighborhood):
+    for module in (backends, blocksparse, expansion, linear, routed, selection, shifted):
         monkeypatch.setattr(module, "exporting", lambda: True)
     monkeypatch.setattr(efficient_attention_survey, "exporting", lambda: True)
     torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)

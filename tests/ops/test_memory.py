@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.models.dat.neighborhood import neighborhood_with_bias
-from saccade.ops import masks
+from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.deformable import deformable_attend, relative_bias
 from saccade.ops.expansion import Polynomial, expanded_attend
@@ -105,6 +104,11 @@ def _routed(*x: Tensor, own: bool) -> tuple[Tensor, ...]:
     return routed_attend(*x, chosen, 8, own=own)
 
 
+def _biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, grid: Mask) -> tuple[Tensor, ...]:
+    mod = score_mods.grid_bias(table, grid)
+    return attend(q, k, v, mask=grid, score_mod=mod, return_lse=True, backend="blocksparse")
+
+
 def _rows(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     return tuple(torch.randn(shape) for shape in shapes)
 
@@ -139,7 +143,16 @@ OPERATORS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda table, points: relative_bias(table, points, (4, 5)),
         (torch.randn(4, 7, 9), torch.rand(2, 6, 2, 2) * 2 - 1),
     ),
-    "neighbourhood with a bias": (neighborhood_with_bias, _rows(*[(2, 9, 11, 3, 4)] * 3, (3, 9, 9))),
+    "neighbourhood with a bias": (
+        partial(_biased, grid=masks.neighborhood((9, 11), 5)),
+        _rows(*[(2, 3, 99, 4)] * 3, (3, 9, 9)),
+    ),
+    "neighbourhood with a bias, dilated, strided and causal": (
+        partial(
+            _biased, grid=masks.neighborhood((5, 7, 9), (2, 3, 3), (1, 2, 3), (True, False, False), stride=(1, 2, 1))
+        ),
+        _rows((1, 4, 315, 4), (1, 2, 315, 4), (1, 2, 315, 3), (4, 3, 5, 5)),
+    ),
 }
 
 

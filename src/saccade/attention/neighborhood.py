@@ -52,6 +52,7 @@ from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask, Neighborhood
 from saccade.ops.measure import peak_bytes
 from saccade.ops.merge import merge
+from saccade.ops.score_mods import grid_bias
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -127,7 +128,7 @@ def neighborhood_attend(
     # what is added to a causal axis that is too short stands after every token
     pad = [longer - n for longer, n in zip(windows.size, grid)]
     q, k, v = (_pad(x, grid, pad) for x in (q_BHND, k_BKND, v_BKNE))
-    pairs: Mask = windows if len(grid) > 1 else _band(windows)
+    pairs: Mask = windows if len(grid) > 1 or bias is not None else _band(windows)
     if mask is not None:
         pairs = pairs & masks.padding(_pad(mask[:, None, :, None], grid, pad)[:, 0, :, 0])
     add = None if bias is None else _bias(bias, windows, q.shape[1])
@@ -208,16 +209,7 @@ def _bias(table: Tensor, mask: Neighborhood, heads: int) -> Any:
     expected = (heads, *(2 * w - 1 for w in mask.kernel))
     if tuple(table.shape) != expected:
         raise ValueError(f"bias must be {expected} for a kernel of {mask.kernel}, got shape {tuple(table.shape)}")
-
-    def add(score: Tensor, b: Any, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        places: list[Tensor] = []
-        for n, w, d in reversed(list(zip(mask.size, mask.kernel, mask.dilation))):
-            # pairs that are no neighbours are masked, wherever they read
-            places.insert(0, (j % n // d - i % n // d + w - 1).clamp(0, 2 * w - 2))
-            i, j = i // n, j // n
-        return score + table[(h, *places)]
-
-    return add
+    return grid_bias(table, mask)
 
 
 def _neighbours(mask: Neighborhood) -> tuple[Tensor, Tensor]:

@@ -152,14 +152,18 @@ def plan(
     from saccade.cli.masks import parse_mask
 
     sizes = _integers(shape, "shape", 4)
-    if not hasattr(torch, dtype) or not isinstance(getattr(torch, dtype), torch.dtype):
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
         raise ValueError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees none here")
     B, H, N, D = sizes
-    heads, M = kv_heads or H, N if keys is None else keys
+    heads, M = H if kv_heads is None else kv_heads, N if keys is None else keys
+    if heads < 1 or M < 0:
+        raise ValueError(f"kv_heads must be positive and keys not negative, got {heads} and {M}")
+    if B * H * max(N, M) * D >= 2**63:
+        raise ValueError(f"the shape has more numbers than torch can count: {shape}")
     # strided views of one number: shapes without memory
     query = torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(B, H, N, D)
     key = torch.zeros((), dtype=getattr(torch, dtype), device=device).expand(B, heads, M, D)

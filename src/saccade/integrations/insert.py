@@ -195,7 +195,10 @@ def insert(
         raise ValueError(f"insert needs a gate ({gates}), but {slug!r} is of kind {part.kind!r}")
     if "identity_init" in inspect.signature(part.build).parameters:
         arguments.setdefault("identity_init", True)
-    targets = _targets(model, [after] if isinstance(after, (str, type)) else list(after))
+    wanted = list(after) if isinstance(after, Sequence) and not isinstance(after, str) else [after]
+    if not all(isinstance(each, (str, type)) for each in wanted):
+        raise ValueError(f"after must be a module path, a pattern, a type or several of these, got {after!r}")
+    targets = _targets(model, wanted)
     before = sum(p.numel() for p in model.parameters())
     if channels is None:
         run = _dry_run(model, targets, example)

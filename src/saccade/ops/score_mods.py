@@ -11,6 +11,7 @@ Tensors that it is made of (slopes, tables, biases) receive their gradients on e
     relative_bias(table)    s + table[h, clamp(j - i)]                 Shaw et al., arXiv 1803.02155; Swin in 1-D
     bucketed_bias(table)    s + table[h, bucket(j - i)]                T5, arXiv 1910.10683
     bias(table)             s + table[b, h, i, j]
+    grid_bias(table, mask)  s + table[h, j' - i'] on a grid            Swin, NAT
     compose(first, ...)     one after the other
 
 Positions count from 0 for queries and keys alike; `shifted(mod, offset)` is for queries that begin at `offset`, as in
@@ -30,12 +31,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from math import log
+from dataclasses import dataclass, field, replace
+from math import log, prod
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from saccade.ops.masks import Mask, Neighborhood
 
 __all__ = [
     "Modification",
@@ -43,6 +46,7 @@ __all__ = [
     "bias",
     "bucketed_bias",
     "compose",
+    "grid_bias",
     "relative_bias",
     "shifted",
     "soft_cap",
@@ -182,6 +186,32 @@ class Bias(Added):
 
 
 @dataclass(frozen=True, eq=False)
+class GridBias(Added):
+    """By relative position on a grid, within the residue classes of a dilated one; table: (H or 1, 2 w_1 - 1, ...)."""
+
+    grid: Neighborhood = field(default_factory=lambda: Neighborhood((1,), (1,), (1,), (1,), (False,)))
+
+    def at(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        places: list[Tensor] = []
+        for n, w, d in reversed(list(zip(self.grid.size, self.grid.kernel, self.grid.dilation))):
+            # pairs that are no neighbours are masked, wherever they read
+            places.insert(0, (k % n // d - q % n // d + w - 1).clamp(0, 2 * w - 2))
+            q, k = q // n, k // n
+        return self.table[(_row(h, self.table.shape[0]), *places)]
+
+    def refusal(self, B: int, H: int, N: int, M: int) -> str | None:
+        heads, tokens = self.table.shape[0], prod(self.grid.size)
+        if heads not in (1, H):
+            return f"{self} is for {heads} heads, got {H}"
+        if self.offset + N > tokens or tokens < M:
+            return f"{self} is for {tokens} tokens, got {self.offset + N} queries and {M} keys"
+        return None
+
+    def __repr__(self) -> str:
+        return f"grid_bias({self.table.shape[0]} heads, {self.grid!r})"
+
+
+@dataclass(frozen=True, eq=False)
 class SoftCap(Modification):
     cap: float
 
@@ -312,6 +342,34 @@ def bucketed_bias(table_Hn: Tensor, *, max_distance: int = 128, bidirectional: b
 def _refuse_table(table: Tensor, form: str) -> None:
     if table.ndim != 2 or not table.is_floating_point() or 0 in table.shape:
         raise ValueError(f"table must be floating point {form}, got {table.dtype} of shape {tuple(table.shape)}")
+
+
+def grid_bias(table_HR: Tensor, neighborhood: Mask) -> Modification:
+    """s + table[h, j' - i' + w - 1]: a bias per head and relative position on every axis of a grid (Swin, NAT).
+
+    i' and j' are places within a residue class, where the neighbourhood is dilated. With `neighborhood` as its mask, it
+    runs in windows, forward and backward.
+
+    Args:
+        table_HR: (H, 2 w_1 - 1, ...), an entry per offset on each axis; H may be 1, for all heads.
+        neighborhood: a mask of `masks.neighborhood`, with kernel (w_1, ...).
+
+    Raises:
+        ValueError: if the table or the mask have another form.
+
+    >>> from saccade import masks
+    >>> grid_bias(torch.zeros(2, 5, 5), masks.neighborhood((8, 8), 3))
+    grid_bias(2 heads, neighborhood((8, 8), (3, 3)))
+    """
+    if not isinstance(neighborhood, Neighborhood):
+        raise ValueError(f"neighborhood must be a mask of masks.neighborhood, got {neighborhood!r}")
+    sides = tuple(2 * w - 1 for w in neighborhood.kernel)
+    if table_HR.ndim == 0 or tuple(table_HR.shape[1:]) != sides or not table_HR.is_floating_point():
+        raise ValueError(
+            f"bias must be floating point (heads, {', '.join(map(str, sides))}) for a kernel of "
+            f"{neighborhood.kernel}, got {table_HR.dtype} of shape {tuple(table_HR.shape)}"
+        )
+    return GridBias(table_HR, grid=neighborhood)
 
 
 def bias(table: Tensor) -> Modification:

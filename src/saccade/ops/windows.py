@@ -38,11 +38,13 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native
+from saccade.ops.biased_windows import biased_window_attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.masks import Band, Mask, Neighborhood
 from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
 from saccade.ops.native.grid import attend_grid, grid_gradients
 from saccade.ops.planning import Problem
+from saccade.ops.score_mods import GridBias, ScoreMod
 from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["density", "extra_bytes", "regular", "run", "share"]
@@ -370,13 +372,22 @@ def _parts(windows: Sequence[_Window], group: int, dilated: bool, backward: bool
 
 def regular(problem: Problem) -> tuple[int, ...] | None:
     """The mask in integers, or None where this file cannot run it: mask, score or normaliser are not regular."""
-    if problem.score is not None or problem.score_mod is not None:
+    if problem.score is not None or not _fits(problem.score_mod, problem.mask):
         return None
     if problem.normalize != "softmax" or problem.dropout:
         return None
     if 0 in (problem.B, problem.H, problem.N, problem.M, problem.E):
         return None
     return _spec(problem.mask)
+
+
+def _fits(score_mod: ScoreMod | None, mask: Mask | None) -> bool:
+    """Whether scores are as they are, or biased by relative position on the mask's own grid."""
+    if score_mod is None:
+        return True
+    if type(score_mod) is not GridBias or score_mod.offset or type(mask) is not Neighborhood:
+        return False
+    return _spec(score_mod.grid) == _spec(mask)
 
 
 def density(problem: Problem) -> float:
@@ -422,6 +433,10 @@ def _regular(problem: Problem) -> _Spec:
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`."""
+    if isinstance(problem.score_mod, GridBias):
+        table = problem.score_mod.table.expand(problem.H, *problem.score_mod.table.shape[1:])
+        out, lse = biased_window_attend(q, k, v, table, _regular(problem), problem.scale)
+        return out, (lse if problem.return_lse else None)
     wants_lse = problem.return_lse or problem.needs_grad
     out, lse = _window_forward(q, k, v, list(_regular(problem)), problem.scale, wants_lse, problem.memory_mb)
     return out, (lse if problem.return_lse else None)

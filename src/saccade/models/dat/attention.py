@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.flash_window import FlashWindowAttention
-from saccade.models.dat.neighborhood import neighborhood_with_bias
+from saccade.ops import masks
+from saccade.ops.attend import attend
 from saccade.ops.deformable import relative_bias, sample
 from saccade.ops.export import exporting
+from saccade.ops.score_mods import grid_bias
 from saccade.ops.shifted import window_attend
 
 #: the biases by relative position that the authors' code knows
@@ -244,8 +246,11 @@ class NeighborhoodAttention(nn.Module):
         lower, right = (max(0, self.kernel_size - n) for n in (H, W))
         if lower or right:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, right, 0, lower))
-        q, k, v = self.qkv(x_BHWC).unflatten(3, (3, self.num_heads, -1)).unbind(3)
-        out = neighborhood_with_bias(q, k, v, self.bias_table).flatten(3)
+        size = x_BHWC.shape[1:3]
+        near = masks.neighborhood(tuple(size), self.kernel_size)
+        q, k, v = self.qkv(x_BHWC).flatten(1, 2).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = attend(q, k, v, mask=near, score_mod=grid_bias(self.bias_table, near))
+        out = out.transpose(1, 2).flatten(2).unflatten(1, size)
         return self.proj_drop(self.proj(out[:, :H, :W]))
 
 

@@ -79,6 +79,8 @@ def refusal(problem: Problem) -> str | None:
 
 def _cannot_modify(problem: Problem) -> str | None:
     """Why scores are not modified here, or None."""
+    if _regular(problem) is not None:
+        return None  # a bias on the mask's own grid
     if steps(problem.score_mod) is None:
         return "of modifications of scores only those of saccade.score_mods"
     if why_not := native.forecast(problem.device, problem.dtype):
