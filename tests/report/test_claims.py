@@ -25,6 +25,10 @@ def test_records_are_written_and_read_back(tmp_path: Path) -> None:
     assert claims.read(tmp_path) == records
     assert list(claims.read(tmp_path)) == [p.slug for p in catalogue.parts() if p.slug in records]
     assert "1 of 2 show" in page and "| speedup | 2.5 |" in page and "2026-01-02, seed 7" in page
+    assert "busy" not in page
+    records["moba"]["waited"] = 0.4
+    assert page.count("\n") == claims.page(list(records.values())).count("\n")
+    assert "The machine was busy: others had the processor up to 40%" in claims.page(list(records.values()))
     (tmp_path / "claims.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         claims.read(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saccade import catalogue
+from saccade.ops.measure import busy
 from saccade.train.files import write_text
 from saccade.train.lab import Outcome
 
@@ -69,6 +70,7 @@ def page(records: list[dict[str, Any]]) -> str:
         lines += [f"- {_verdict(found).capitalize()}. {found['note']}".rstrip(), "", "| measured | |", "|---|---|"]
         lines += [f"| {name} | {value:.4g} |" for name, value in found["measured"].items()]
         lines += ["", f"{found['date']}, seed {found['seed']}, {_machine(found['machine'])}"]
+        lines[-1] += f". {busy(found.get('waited'))}" if busy(found.get("waited")) else ""
     return "\n".join(lines) + "\n"
 
 

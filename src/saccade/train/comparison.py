@@ -36,7 +36,7 @@ from saccade.train.data import read_files
 from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import Measures, keep_measures, measure
 from saccade.train.mechanisms import NONE, Mechanism, check_fit, parse
-from saccade.train.progress import Update, bar, showing
+from saccade.train.progress import Update, bar, showing, track
 from saccade.train.result import CompareResult, MechanismRecord, Metric
 from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
 from saccade.train.scaling import ScalingPoint, fits
@@ -121,6 +121,7 @@ def compare(
             check_fit(entry, job.name, job.kind, job.needs)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(showing(progress))
         tried = _try_out(job, entries, seeds[0]) if own or any(entry.factory for entry in entries) else {}
         config = _config(job, entries, config_budget, seeds, data, place, tried)
         if out is None:
@@ -138,7 +139,6 @@ def compare(
         tried = tried or _try_out(job, entries, seeds[0])
         entries, config = _joined(folder, entries, config, seeds)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        stack.enter_context(showing(progress))
         groups = [entries] if sum(one.bytes for one in tried.values()) <= TOGETHER else [[entry] for entry in entries]
         folders = {kept["name"]: _mechanism_folder(folder, kept) for kept in config["mechanisms"]}
         steps = job.settings.steps if seconds is None else _planned_steps(job, groups, seeds[0], seconds, folder)
@@ -272,7 +272,7 @@ def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, _Tried
         ValueError: naming the mechanism.
     """
     tried = {}
-    for entry in entries:
+    for entry in track(entries, "trying out"):
         try:
             network = job.model(entry, seed).to(job.device).train()
             with torch.no_grad():

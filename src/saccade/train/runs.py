@@ -29,6 +29,7 @@ from saccade.train.files import append_line, build, read_json, read_tensors, wri
 from saccade.train.loop import NotFinite, Training
 from saccade.train.mechanisms import Mechanism
 from saccade.train.model import SequenceModel
+from saccade.train.progress import track
 from saccade.train.result import SeedRecord
 from saccade.train.tasks import TURN, Task
 
@@ -235,7 +236,7 @@ def plan_steps(task: Task, groups: Sequence[Sequence[Mechanism]], seed: int, sec
         trainings = [Training(task.model(entry, seed).to(task.device), 6, lr=task.settings.lr) for entry in group]
         times: list[list[float]] = [[] for _ in group]
         begun = time.perf_counter()
-        for step in range(6):
+        for step in track(range(6), "timing the first steps"):
             for training, taken in zip(trainings, times):
                 batch = task.batch(seed, step)
                 synchronize()
