@@ -312,7 +312,7 @@ def compare(
     ] = "quick",
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Run folder; an interrupted run in it is resumed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder: what was interrupted goes on, more is added.")] = None,
     data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text, one or several.")] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
