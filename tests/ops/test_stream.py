@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -487,3 +488,83 @@ def test_every_published_instance_is_a_normalizer_object() -> None:
         ours = saccade.attend(q, k, v, normalize=thing, backend="stream", memory_mb=TINY)
         torch.testing.assert_close(ours, saccade.attend(q, k, v, normalize=name, backend="reference"))
     torch.testing.assert_close(Softmax().dense(scores, scores > -9), scores.softmax(-1))
+
+
+INTERVALS = torch.tensor([[3, 25], [10, 39]])
+
+
+def scalar_only(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Indexes with scalars, as FlexAttention's callers may: with index tensors it is wrong, not refused."""
+    return torch.where((j >= INTERVALS[b][0]) & (j < INTERVALS[b][1]), s, s - 2.0)
+
+
+def dots(rows: Tensor) -> Any:
+    return lambda s, b, h, i, j: s + torch.dot(rows[i], rows[j])
+
+
+@pytest.mark.parametrize("backend", ["stream", "reference"])
+def test_modifications_that_take_scalars_only(backend: str) -> None:
+    q, k, v = (torch.randn(2, 2, 40, 8, dtype=torch.float64) for _ in range(3))
+    inside = (torch.arange(40) >= INTERVALS[:, :1]) & (torch.arange(40) < INTERVALS[:, 1:])
+    whole = lambda s, *_: torch.where(inside[:, None, None], s, s - 2.0)  # noqa: E731
+    expected = saccade.attend(q, k, v, score_mod=whole, backend="reference")
+    torch.testing.assert_close(saccade.attend(q, k, v, score_mod=scalar_only, backend=backend), expected)
+    rows = torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+    results = [
+        saccade.attend(q, k, v, score_mod=mod, backend=name)
+        for mod, name in ((dots(rows), backend), (lambda s, *_: s + rows @ rows.T, "reference"))
+    ]
+    torch.testing.assert_close(*results)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), rows)[0] for out in results))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tables_are_read_as_slices_in_any_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read by index tensors as they come is one of whole ranges; the gradient is the same."""
+    monkeypatch.setattr(stream, "TILE_BYTES", 20_000)
+    q, k, v = (torch.randn(2, 3, 50, 8, dtype=dtype) for _ in range(3))
+    tables = [
+        torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 50, 60), (50, 2, 50), (3,), (2, 50))
+    ]
+
+    def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        one, two, three, four = tables
+        return (s + one[h, i, j] + two[j, b, i] + four[b, j]) * three[h] + one[h, i, (j + 1) % 50]
+
+    results = []
+    for backend in ("stream", "reference"):
+        out = saccade.attend(q, k, v, mask=masks.causal(3), score_mod=mod, backend=backend)
+        results.append([out, *torch.autograd.grad(out.square().sum(), tables)])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    # a table that is too short is an error, as it is for index tensors, not a shorter slice
+    with pytest.raises(IndexError):
+        saccade.attend(q, k, v, score_mod=lambda s, b, h, i, j: s + tables[2][i], backend="stream")
+
+
+def test_blocks_of_queries_go_to_workers_and_errors_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "TILE_BYTES", 20_000)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        q, k, v = (torch.randn(2, 2, 90, 8) for _ in range(3))
+        seen = set()
+
+        def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            seen.add((threading.current_thread().name, torch.get_num_threads()))
+            assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+            if bool((i > 80).any()):
+                raise ZeroDivisionError("late")
+            return s.tanh()
+
+        with torch.inference_mode(), pytest.raises(ZeroDivisionError, match="late"):
+            saccade.attend(q, k, v, score_mod=mod)
+        assert any(name.startswith("saccade") and threads == 1 for name, threads in seen)
+        assert torch.get_num_threads() == 3
+        with torch.inference_mode():
+            found = saccade.attend(q, k, v, score_mod=lambda s, *_: s.tanh(), mask=masks.causal(-5))
+            expected = saccade.attend(
+                q, k, v, score_mod=lambda s, *_: s.tanh(), mask=masks.causal(-5), backend="reference"
+            )
+        torch.testing.assert_close(found, expected)
+    finally:
+        torch.set_num_threads(before)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["for_pairs", "is_scalar_only"]
+__all__ = ["for_pairs", "has_to_be_mapped", "is_scalar_only"]
 
 PairFunction = Callable[..., Tensor]
 
@@ -55,11 +55,21 @@ def is_scalar_only(function: PairFunction, *inputs: Tensor) -> bool:
         expected = _one_by_one(function, few)
     except _FAILURES:
         return False
+    if expected.shape != torch.broadcast_shapes(*(x.shape for x in few)):
+        return False  # not one number for one pair
     try:
         answer = torch.as_tensor(function(*few), device=expected.device).expand(expected.shape)
     except _FAILURES:
         return True
     return not torch.allclose(answer.float(), expected.float(), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def has_to_be_mapped(function: PairFunction, *inputs: Tensor) -> bool:
+    """`is_scalar_only`, where a function that draws random numbers is taken whole, and none of them are used up."""
+    with torch.no_grad(), torch.random.fork_rng([x.device for x in inputs[:1] if x.device.type == "cuda"]):
+        before = torch.get_rng_state()
+        answer = is_scalar_only(function, *(x.detach() for x in inputs))
+        return answer and torch.equal(before, torch.get_rng_state())
 
 
 def _corner(x: Tensor, axes: int) -> Tensor:

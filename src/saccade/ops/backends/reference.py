@@ -7,7 +7,9 @@ from torch import Tensor
 
 from saccade.ops.heads import repeat_heads
 from saccade.ops.normalizers import Normalizer
+from saccade.ops.pairs import for_pairs, has_to_be_mapped
 from saccade.ops.planning import Problem
+from saccade.ops.score_mods import Modification, ScoreMod
 
 
 def refusal(problem: Problem) -> str | None:
@@ -32,7 +34,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     scores = q.to(dtype) @ k.to(dtype).mT if problem.score is None else problem.score(q, k).to(dtype)
     scores = scores * problem.scale
     if problem.score_mod is not None:
-        scores = problem.score_mod(scores, *_indices(scores))
+        scores = _modified(problem.score_mod, scores)
     allowed = torch.ones_like(scores, dtype=torch.bool)
     if problem.mask is not None:
         allowed = problem.mask.dense(problem.N, problem.M, q.device).expand_as(scores)
@@ -56,6 +58,15 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     if problem.dropout:
         weights = torch.nn.functional.dropout(weights, problem.dropout)
     return (weights @ v).to(out_dtype), lse
+
+
+def _modified(mod: ScoreMod, scores: Tensor) -> Tensor:
+    index = _indices(scores)
+    # whether a function is for scalars is seen in values, which a graph does not have
+    known = isinstance(mod, Modification) or torch.compiler.is_compiling()
+    if known or not has_to_be_mapped(mod, scores, *index):
+        return mod(scores, *index)
+    return for_pairs(mod, scores, *index, scalars=True)
 
 
 def _indices(scores: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -35,6 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from math import ceil, isqrt
 from typing import Any
 
@@ -44,13 +45,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from saccade.ops import native
 from saccade.ops.backends import reference
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import EMPTY, FULL
+from saccade.ops.native.soften import soften
 from saccade.ops.normalizers import Normalizer, Softmax, named
+from saccade.ops.pairs import for_pairs, has_to_be_mapped
 from saccade.ops.planning import Problem
+from saccade.ops.score_mods import Modification
 from saccade.ops.tiles import tuned
+from saccade.ops.workers import each
 
 #: bytes of one tile's scores and activations: what stays in a core's caches is fastest
 TILE_BYTES = 16 * 2**20
@@ -160,6 +166,7 @@ class _Call:
     normalizer: Normalizer = field(init=False)
     seed: int = 0
     stochastic: bool = False
+    scalars: bool = False
     trains_normalizer: bool = False
     tile: tuple[int, int] = (PROBE, PROBE)
     rows: list[tuple[slice, list[tuple[slice, bool]]]] = field(default_factory=list)
@@ -173,6 +180,8 @@ class _Call:
         device = self.problem.device.type
         self.autocast = torch.is_autocast_enabled(device)
         self.autocast_dtype = torch.get_autocast_dtype(device) if self.autocast else None
+        p = self.problem
+        self.positions = [torch.arange(length, device=p.device) for length in (p.B, p.H, p.N, p.M)]
 
     def lay_tiles(self, bytes_per_pair: float) -> None:
         """Choose the tile's size and list, for each block of queries, the tiles of keys and which are full."""
@@ -192,11 +201,8 @@ class _Call:
                 self.rows.append((row, [(key, s == FULL) for key, s in zip(keys, states[i]) if s != EMPTY]))
 
     def index(self, row: slice, key: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        device = self.problem.device
-        b = torch.arange(self.problem.B, device=device)[:, None, None, None]
-        h = torch.arange(self.problem.H, device=device)[:, None, None]
-        q = torch.arange(row.start, row.stop, device=device)[:, None]
-        return b, h, q, torch.arange(key.start, key.stop, device=device)
+        b, h, q, k = self.positions
+        return b[:, None, None, None], h[:, None, None], q[row, None], k[key]
 
     def allowed(self, row: slice, key: slice, full: bool) -> Tensor | None:
         """Bool (B, H, n, m), or None where every pair of the tile is allowed."""
@@ -211,10 +217,14 @@ class _Call:
             return allowed
         return torch.ones((), dtype=torch.bool, device=scores.device).expand_as(scores)
 
-    def products(self, q_BHnD: Tensor, k_BKmD: Tensor) -> Tensor:
-        """(B, H, n, m) dot products, scaled."""
-        grouped = _group(q_BHnD * self.problem.scale, k_BKmD.shape[1])
-        return (grouped @ k_BKmD.mT).view(*q_BHnD.shape[:3], k_BKmD.shape[2])
+    def products(self, q_BHnD: Tensor, k_BKmD: Tensor, room: Tensor | None = None) -> Tensor:
+        """(B, H, n, m) dot products, scaled; in `room`, where that is given."""
+        grouped, keys = _group(q_BHnD * self.problem.scale, k_BKmD.shape[1]).flatten(0, 1), k_BKmD.flatten(0, 1)
+        shape = *q_BHnD.shape[:3], k_BKmD.shape[2]
+        if room is None:
+            return torch.bmm(grouped, keys.mT).view(shape)
+        into = room[: grouped.shape[0] * grouped.shape[1] * keys.shape[1]].view(*grouped.shape[:2], keys.shape[1])
+        return torch.bmm(grouped, keys.mT, out=into).view(shape)
 
     def scores(self, q_BHnD: Tensor, k_BHmD: Tensor) -> Tensor:
         """The user's score of a tile, in the accumulation dtype."""
@@ -229,8 +239,32 @@ class _Call:
         return scores if p.scale == 1.0 else scores * p.scale
 
     def modified(self, scores: Tensor, row: slice, key: slice) -> Tensor:
-        assert self.problem.score_mod is not None
-        return self.problem.score_mod(scores, *self.index(row, key)).to(self.dtype).expand_as(scores)
+        mod, p = self.problem.score_mod, self.problem
+        assert mod is not None
+        index = self.index(row, key)
+        if self.scalars:
+            answer = for_pairs(mod, scores, *index, scalars=True)
+        elif isinstance(mod, Modification):
+            answer = mod(scores, *index)
+        else:
+            with _Reading(index, (slice(0, p.B), slice(0, p.H), row, key)):
+                answer = mod(scores, *index)
+        return answer.to(self.dtype).expand_as(scores)
+
+    @property
+    def by_workers(self) -> bool:
+        """Blocks of queries go to one core each: where nothing but a score_mod's function of tensors is called."""
+        p = self.problem
+        known = type(self.normalizer).__module__ == Softmax.__module__ and p.score is None and not self.stochastic
+        watched = torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()
+        return p.device.type == "cpu" and known and not watched
+
+    @property
+    def in_one_pass(self) -> bool:
+        """The running softmax of a tile is one pass of C."""
+        p = self.problem
+        known = type(self.normalizer) is Softmax and self.dtype == torch.float32
+        return known and native.refusal(p.device, self.dtype) is None
 
     def keep(self, scores: Tensor, number: int) -> Tensor | None:
         """Dropout's factors for a tile: 0, or 1 / (1 - dropout)."""
@@ -240,9 +274,12 @@ class _Call:
         generator = torch.Generator(scores.device).manual_seed(self.seed + number)
         return torch.empty_like(scores).bernoulli_(1.0 - rate, generator=generator).div_(1.0 - rate)
 
-    @contextmanager
-    def surroundings(self, number: int) -> Iterator[None]:
+    def surroundings(self, number: int) -> AbstractContextManager[Any]:
         """Autocast as in the forward pass, and random numbers of this tile for a score that draws some."""
+        return self._surroundings(number) if self.autocast or self.stochastic else nullcontext()
+
+    @contextmanager
+    def _surroundings(self, number: int) -> Iterator[None]:
         device = self.problem.device
         with ExitStack() as stack:
             if self.autocast:
@@ -318,8 +355,9 @@ class _Twins(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.reads is not None and func is torch.Tensor.__getitem__ and id(args[0]) in self.twins:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            # integer tensors only: what index_put_ takes
-            if all(isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32) for i in index):
+            # integer tensors only, which index_put_ takes, or slices only
+            numbers = all(isinstance(i, Tensor) and i.dtype in (torch.int64, torch.int32) for i in index)
+            if numbers or all(isinstance(i, slice) for i in index):
                 value = args[0].detach()[index].requires_grad_(torch.is_grad_enabled())
                 self.reads.append((args[0], index, value))
                 return value
@@ -332,18 +370,53 @@ class _Twins(TorchFunctionMode):
         return tree_map(self._swap, x) if isinstance(x, (tuple, list, dict)) else x
 
 
-class _Discovery(_Twins):
-    """Finds what is captured: tensors that need a gradient and were not made in here."""
+class _Reading(TorchFunctionMode):
+    """Reads `table[h, q_idx, kv_idx]` of whole ranges as slices, which is ten times as fast as by index tensors.
 
-    def __init__(self, *own: Tensor) -> None:
+    Args:
+        index: the index tensors of a tile, known by identity: b, h, q_idx, kv_idx.
+        ranges: what they run through.
+    """
+
+    def __init__(self, index: tuple[Tensor, ...], ranges: tuple[slice, ...]) -> None:
+        super().__init__()
+        self.index, self.ranges = index, ranges
+        self.axes = {id(x): axis for axis, x in enumerate(index)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            axes = [self.axes.get(id(x), -1) for x in index]
+            table = args[0]
+            if (
+                -1 not in axes
+                and len(set(axes)) == len(axes) == table.ndim
+                and all(self.ranges[axis].stop <= length for axis, length in zip(axes, table.shape))
+            ):
+                cut = table[tuple(self.ranges[axis] for axis in axes)]
+                ordered = cut.permute(sorted(range(len(axes)), key=axes.__getitem__))
+                # as the index tensors broadcast
+                return ordered[tuple(slice(None) if axis in axes else None for axis in range(min(axes), 4))]
+        return func(*args, **(kwargs or {}))
+
+
+class _Discovery(_Twins):
+    """Finds what is captured: tensors that need a gradient and were not made in here.
+
+    Args:
+        own: what was made outside, but is not captured.
+        mapped: the function runs under `vmap`, where no twin can be made, and without a graph.
+    """
+
+    def __init__(self, *own: Tensor, mapped: bool = False) -> None:
         super().__init__({})
-        self.own = own
+        self.own, self.mapped = own, mapped
         self.known = {id(tensor): tensor for tensor in own}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, Tensor) and x.requires_grad and id(x) not in self.known and id(x) not in self.twins:
-                self.twins[id(x)] = x, x.detach().requires_grad_()
+                self.twins[id(x)] = x, x if self.mapped else x.detach().requires_grad_()
         result = super().__torch_function__(func, types, args, kwargs)
         # kept alive, so that no id is used twice
         self.known.update((id(x), x) for x in tree_leaves(result) if isinstance(x, Tensor))
@@ -401,10 +474,15 @@ def _probe(call: _Call, q: Tensor, k: Tensor) -> float:
     before = _random_state(p)
     q_tile = q[:, :, row].detach().requires_grad_(grad)
     k_tile = repeat_heads(k[:, :, key].detach(), p.H if p.score is not None else p.K).requires_grad_(grad)
+    if p.score_mod is not None and not isinstance(p.score_mod, Modification):
+        some = torch.linspace(-1.0, 1.0, p.B * p.H * row.stop * key.stop, dtype=call.dtype, device=p.device)
+        index = call.index(row, key)
+        call.scalars = has_to_be_mapped(p.score_mod, some.view(p.B, p.H, row.stop, key.stop), *index)
     if plain:
         scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     else:
-        with _Discovery(q_tile, k_tile) as discovery, meter:
+        graph = torch.set_grad_enabled(grad and not call.scalars)
+        with graph, _Discovery(q_tile, k_tile, mapped=call.scalars) as discovery, meter:
             scores = _tile_scores(call, q_tile, k_tile, row, key, 0)
         seen, hidden = discovery.found(scores)
     call.stochastic = any(not torch.equal(a, b) for a, b in zip(before, _random_state(p)))
@@ -484,12 +562,14 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
 
 
-def _tile_scores(call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: slice, number: int) -> Tensor:
+def _tile_scores(
+    call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: slice, number: int, room: Tensor | None = None
+) -> Tensor:
     p = call.problem
-    if p.score is None and p.score_mod is None:
-        return call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     if p.score is None:
-        scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
+        scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype), room)
+        if p.score_mod is None:
+            return scores
     with call.surroundings(number):
         if p.score is not None:
             scores = call.scores(q_tile, repeat_heads(k_tile, p.H))
@@ -499,32 +579,60 @@ def _tile_scores(call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: s
 def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """Output, and the normaliser's final row states (B, H, N, 1)."""
     p = call.problem
-    rows = q.new_zeros(p.B, p.H, p.N, 1, dtype=call.dtype)
     out = q.new_empty(p.B, p.H, p.N, p.E)
-    finals: list[dict[str, Tensor]] = []
-    number = 0
-    for row, tiles in call.rows:
-        total = torch.zeros(p.B, p.K, p.H // p.K * (row.stop - row.start), p.E, dtype=call.dtype, device=q.device)
-        state = call.normalizer.init(rows[:, :, row])
-        q_tile = q[:, :, row]
-        for key, full in tiles:
-            scores = _tile_scores(call, q_tile, k[:, :, key], row, key, number)
-            allowed = call.for_normalizer(call.allowed(row, key, full), scores)
-            weights, state, rescale = call.normalizer.update(scores, allowed, state)
-            keep = call.keep(scores, number)
-            if keep is not None:
-                weights = weights * keep
-            if rescale is not None:
-                total.mul_(_group(rescale, p.K))
-            grouped = weights.reshape(p.B, p.K, total.shape[2], key.stop - key.start)
-            _add_product(total, grouped, v[:, :, key].to(call.dtype))
-            number += 1
-        factor, final = call.normalizer.finish(state)
-        total = total.view(p.B, p.H, row.stop - row.start, p.E)
-        out[:, :, row] = total if factor is None else total.mul_(factor)
-        finals.append(final)
+    finals: list[dict[str, Tensor]] = [{}] * len(call.rows)
+    counts = [len(tiles) for _, tiles in call.rows]
+    before = [0, *accumulate(counts)]
+    in_one_pass = call.in_one_pass  # finds out here, not in each thread, whether there is C
+
+    def one(i: int) -> None:
+        row, tiles = call.rows[i]
+        out[:, :, row], finals[i] = _forward_row(call, q, k, v, row, tiles, before[i], in_one_pass)
+
+    # the longest first, so that all workers end together
+    order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    if call.by_workers:
+        each(one, order)
+    else:
+        for i in order:
+            one(i)
     names = list(finals[0]) if finals else []
     return out, {name: torch.cat([final[name] for final in finals], 2) for name in names}
+
+
+def _forward_row(
+    call: _Call,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    row: slice,
+    tiles: list[tuple[slice, bool]],
+    start: int,
+    in_one_pass: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same of a block of queries; start: the number of its first tile."""
+    p, rows = call.problem, row.stop - row.start
+    total = q.new_zeros(p.B, p.K, p.H // p.K * rows, p.E, dtype=call.dtype)
+    state = call.normalizer.init(q.new_zeros(p.B, p.H, rows, 1, dtype=call.dtype))
+    room = q.new_empty(p.B * p.H * rows * min(call.tile[1], p.M), dtype=call.dtype) if in_one_pass else None
+    q_tile = q[:, :, row]
+    for number, (key, full) in enumerate(tiles, start):
+        scores = _tile_scores(call, q_tile, k[:, :, key], row, key, number, room)
+        allowed = call.allowed(row, key, full)
+        if room is None:
+            weights, state, rescale = call.normalizer.update(scores, call.for_normalizer(allowed, scores), state)
+        else:
+            weights, rescale = soften(scores, allowed, state["top"], state["total"], room)
+        keep = call.keep(scores, number)
+        if keep is not None:
+            weights = weights * keep
+        if rescale is not None:
+            total.mul_(_group(rescale, p.K))
+        grouped = weights.reshape(p.B, p.K, total.shape[2], key.stop - key.start)
+        _add_product(total, grouped, v[:, :, key].to(call.dtype))
+    factor, final = call.normalizer.finish(state)
+    total = total.view(p.B, p.H, rows, p.E)
+    return total if factor is None else total.mul_(factor), final
 
 
 class _Gradients:
@@ -588,8 +696,12 @@ class _Gradients:
                     self.dk[:, :, key] += grads[1].unflatten(1, (p.K, -1)).sum(2) if p.K != p.H else grads[1]
             rest = grads[len(sources) :]
             for (table, index, _), g in zip(reads, rest):
-                if g is not None:
-                    total = self.sums[self.number[id(table)]]
+                if g is None:
+                    continue
+                total = self.sums[self.number[id(table)]]
+                if isinstance(index[0], slice):
+                    total[index].add_(g)
+                else:
                     total.index_put_(index, g.to(total.dtype), accumulate=True)
             self.add_captured(rest[len(reads) :])
 
@@ -603,7 +715,7 @@ class _Gradients:
 
     def ending(self, reads: list[tuple[Tensor, Any, Tensor]] | None = None) -> AbstractContextManager[Any]:
         """The context in which graphs end at `ends`."""
-        return _Twins(self.twins, reads) if self.twins else nullcontext()
+        return _Twins(self.twins, None if self.call.scalars else reads) if self.twins else nullcontext()
 
     def add_captured(self, grads: Sequence[Tensor | None]) -> None:
         for total, grad in zip(self.sums, grads):

@@ -30,7 +30,7 @@ __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", 
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (
-    ("attend.c", "gradients.c", "grid.c", "grid_gradients.c", "grid8.c"),
+    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c"),
     ("grid.h", "lists.h", "vectors.h"),
 )
 
@@ -47,6 +47,7 @@ _SIGNATURES = {
     "saccade_tasks": "pppppppppplpppppppppplllllfip",
     "saccade_gradients": "pppppppppppplpppppppppppppplllllfip",
     "saccade_merge": "ppppllli",
+    "saccade_soften": "ppppppllllllli",
     "saccade_grid": "ppppplllllplppllppfi",
     "saccade_grid8": "ppppplllllplppllppfi",
     "saccade_grid_gradients": "ppppppppppplllllplppllppfi",
