@@ -1,8 +1,13 @@
-"""The stream backend against the definition, in one run: `python benchmarks/ops_stream.py [--quick] [--json PATH]`.
+"""Modified scores: the stream backend against the definition, and modifications of scores against compiled
+FlexAttention, in one run: `python benchmarks/ops_stream.py [--quick] [--json PATH] [--only definition|flex]`.
 
 Each case runs forward and backward in a process of its own, so that its peak of resident memory can be read: `extra`
 is that peak less what was resident after a run on 128 tokens, with the inputs in place.
 The goal: a two-layer network as score at N = 4096 takes at most 1.3 x the reference's time and a tenth of its memory.
+
+Modifications run in one process, in turns with compiled FlexAttention (inference, one batch row, 4 heads of width 64),
+then beside a process that keeps one core busy. The goals: those of `saccade.score_mods` take at most 0.8 of its time,
+functions of the user's at most as much, and with the busy process at most 2.5 x as much as without it.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +95,83 @@ def measure(score: str, mask: str, H: int, D: int, N: int, backend: str) -> dict
     return {"forward": forward, "both": both, "extra": (peak - before) / 1024}
 
 
+def modifications(N: int) -> dict[str, tuple[Any, Any]]:
+    """By name: the modification that saccade takes, and the function that FlexAttention takes."""
+    import torch
+
+    from saccade import score_mods
+
+    heads = 4
+    slopes = torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads)
+    distances, table = torch.randn(heads, 257), torch.randn(heads, N, N)
+    functions: dict[str, Any] = {
+        "alibi": lambda s, b, h, i, j: s + slopes[h] * (j - i),
+        "soft cap": lambda s, b, h, i, j: 20.0 * (s / 20.0).tanh(),
+        "bias table": lambda s, b, h, i, j: s + table[h, i, j],
+        "bias by distance": lambda s, b, h, i, j: s + distances[h, (j - i + 128).clamp(0, 256)],
+    }
+    named = {
+        "alibi": score_mods.alibi(slopes),
+        "soft cap": score_mods.soft_cap(20.0),
+        "bias table": score_mods.bias(table),
+        "bias by distance": score_mods.relative_bias(distances),
+    }
+    pairs = {name: (named[name], function) for name, function in functions.items()}
+    return {**pairs, **{f"{name}, a function": (function, function) for name, function in functions.items()}}
+
+
+def against_flex(N: int, only: str | None, repeats: int = 7) -> list[dict[str, Any]]:
+    """Milliseconds of saccade and of compiled FlexAttention, causal; and of saccade beside a busy process."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    import saccade
+
+    def milliseconds(*calls: Callable[[], Any]) -> list[float]:
+        """The median of each, taken in turns."""
+        times: list[list[float]] = [[] for _ in calls]
+        for turn in range(repeats + 1):
+            for call, kept in zip(calls, times):
+                start = time.perf_counter()
+                call()
+                if turn:
+                    kept.append(1e3 * (time.perf_counter() - start))
+        return [sorted(kept)[repeats // 2] for kept in times]
+
+    q, k, v = (torch.randn(1, 4, N, 64) for _ in range(3))
+    compiled = torch.compile(flex_attention, dynamic=False)
+    lists = create_block_mask(lambda b, h, i, j: i >= j, None, None, N, N, device="cpu")
+    found = []
+    for name, (mod, function) in modifications(N).items():
+        if only and only not in name:
+            continue
+        options: dict[str, Any] = {"mask": saccade.masks.causal(), "score_mod": mod}
+        path = saccade.plan(q, k, v, **options).backend
+
+        def ours(options: dict[str, Any] = options) -> Any:
+            return saccade.attend(q, k, v, **options)
+
+        def theirs(function: Any = function) -> Any:
+            return compiled(q, k, v, score_mod=function, block_mask=lists)
+
+        with torch.no_grad():
+            mine, other = milliseconds(ours, theirs)
+            burner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            try:
+                (loaded,) = milliseconds(ours)
+            finally:
+                burner.kill()
+                burner.wait()
+        found.append({"case": name, "N": N, "backend": path, "saccade": mine, "flex": other, "loaded": loaded})
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens")
     parser.add_argument("--case", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--only", choices=("definition", "flex"), help="one of the two tables")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
@@ -105,8 +183,8 @@ def main() -> None:
     table = Table(title="forward + backward, float32, one batch row")
     for column in ("case", "N", "path", "forward s", "both s", "x reference", "extra MiB", "x reference"):
         table.add_column(column, justify="left" if column in ("case", "path") else "right")
-    figures = []
-    for name, score, mask, H, D, N, backends in CASES:
+    figures: list[dict[str, Any]] = []
+    for name, score, mask, H, D, N, backends in CASES if arguments.only != "flex" else []:
         if arguments.case and arguments.case not in name:
             continue
         N = N // 4 if arguments.quick else N
@@ -124,7 +202,29 @@ def main() -> None:
                 f"{found['extra']:.0f}", ratios[1],
             )  # fmt: skip
             figures.append({"case": name, "N": N, "backend": backend, **found})
-    Console(width=120).print(table)
+    console = Console(width=120)
+    if figures:
+        console.print(table)
+    if arguments.only != "definition":
+        table = Table(title="causal, inference, float32, 4 heads of width 64: beside compiled FlexAttention")
+        for column in (
+            "modification",
+            "N",
+            "path",
+            "saccade ms",
+            "FlexAttention ms",
+            "ratio",
+            "ms, a core busy",
+            "ratio",
+        ):
+            table.add_column(column, justify="left" if column in ("modification", "path") else "right")
+        for row in against_flex(1024 if arguments.quick else 4096, arguments.case):
+            figures.append(row)
+            table.add_row(
+                row["case"], str(row["N"]), row["backend"], f"{row['saccade']:.1f}", f"{row['flex']:.1f}",
+                f"{row['saccade'] / row['flex']:.2f}", f"{row['loaded']:.1f}", f"{row['loaded'] / row['saccade']:.2f}",
+            )  # fmt: skip
+        console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 

@@ -19,6 +19,9 @@ autograd function, so that gradients reach them as in eager code (also through `
 pass the same mode puts a detached twin in the place of each, so that a tile's gradient ends there. The reads
 `captured[indices]` of a bias table are differentiated by a scatter-add of the tile, not by a table of zeros per tile.
 
+Workers. On the CPU, blocks of queries of the forward pass go to one core each (`ops.workers`), where the score is a dot
+product and the normaliser a known one; the softmax of a tile is one pass of C (`ops.native.soften`).
+
 Memory. The same small tile tells what the score keeps per pair (a network keeps its hidden activations), and the
 tile's size follows: at most `memory_mb`, and by default no more than fits the processor's caches (`TILE_BYTES`,
 tuned by `saccade.autotune`). On top come row states and gradient accumulators, linear in N + M.
@@ -186,7 +189,8 @@ class _Call:
     def lay_tiles(self, bytes_per_pair: float) -> None:
         """Choose the tile's size and list, for each block of queries, the tiles of keys and which are full."""
         p = self.problem
-        pairs = max(1, int(_budget(p) / (bytes_per_pair * max(1, p.B * p.H))))
+        tiles = torch.get_num_threads() if self.by_workers else 1  # at a time
+        pairs = max(1, int(_budget(p) / tiles / (bytes_per_pair * max(1, p.B * p.H))))
         overhead = max(1, int(TILE_OVERHEAD / (bytes_per_pair * max(1, p.B * p.H))))
         self.tile, states = _choose_tile(p, pairs, overhead)
         n, m = self.tile
