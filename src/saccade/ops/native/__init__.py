@@ -2,6 +2,7 @@
 
     attend.c      softmax attention over lists of keys          blocks.py, routes.py make the lists
     gradients.c   its backward pass
+    soften.c      a step of the running softmax over tiles      soften.py
     grid.c        neighbourhoods on 2-D and 3-D grids           grid.py calls it and grid_gradients.c
     vectors.h     the product that all of them are made of
 
