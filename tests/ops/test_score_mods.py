@@ -14,6 +14,7 @@ from torch import Tensor
 import saccade
 from saccade import masks, score_mods
 from saccade.ops.merge import add_sink
+from saccade.ops.native import build
 from saccade.ops.score_mods import ScoreMod
 
 B, H, K, N, M, D, E = 2, 4, 2, 70, 85, 8, 6
@@ -212,3 +213,32 @@ def test_a_sink_is_one_more_key() -> None:
         torch.testing.assert_close(got, truth)
     with pytest.raises(ValueError, match="a logit per head"):
         add_sink(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3), torch.zeros(3))
+
+
+def test_named_modifications_run_in_c_where_there_is_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    if build.refusal(torch.device("cpu"), torch.float32):
+        pytest.skip("no compiler")
+    q = torch.randn(1, H, 300, 16)
+    for mask in (None, masks.causal(), masks.window(40)):
+        for mod in (score_mods.alibi(H), score_mods.compose(score_mods.soft_cap(2.0), score_mods.alibi(H))):
+            plan = saccade.plan(q, q, q, mask=mask, score_mod=mod)
+            assert plan.backend == "blocksparse" and "in C" in plan.reason
+    assert saccade.plan(q, q, q, score_mod=lambda s, *_: s).backend == "stream"
+    assert saccade.plan(q.double(), q.double(), q.double(), score_mod=mod).backend == "stream"
+    # without C, and where it fails although it was expected, the same in torch
+    expected = saccade.attend(q, q, q, score_mod=mod, backend="reference")
+    monkeypatch.setattr(build, "_loaded", lambda: (None, "no"))
+    torch.testing.assert_close(saccade.attend(q, q, q, score_mod=mod), expected)
+    monkeypatch.setattr(build, "_outcome", (None, "no"))
+    assert saccade.plan(q, q, q, score_mod=mod).backend == "stream"
+    torch.testing.assert_close(saccade.attend(q, q, q, score_mod=mod), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in inputs())
+    mod = score_mods.compose(score_mods.soft_cap(3.0), score_mods.alibi(PAPER.flatten().to(dtype)))
+    found = saccade.attend(q, k, v, mask=masks.causal(), score_mod=mod)
+    expected = saccade.attend(*(x.double() for x in (q, k, v)), mask=masks.causal(), score_mod=mod, backend="reference")
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)

@@ -103,13 +103,11 @@ def share(problem: Problem) -> float:
     partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
     block_q, block_k = problem.block_size
     pairs = problem.B * problem.H * problem.N * problem.M
-    # SDPA reaches 60 GFLOP/s a thread, and takes some 20 microseconds to begin with
-    dense_seconds = pairs * 2 * (problem.D + problem.E) / (60e9 * torch.get_num_threads()) + 2e-5
     if in_c:
-        return problem.density * 0.82 + 0.1 * partial + layout + 4e-4 / dense_seconds
+        return problem.density * 0.82 + 0.1 * partial + layout + 4e-4 / problem.dense_seconds
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
-    return problem.density / 0.75 + partial + (6e-4 + 5e-5 * pieces) / dense_seconds
+    return problem.density / 0.75 + partial + (6e-4 + 5e-5 * pieces) / problem.dense_seconds
 
 
 def extra_bytes(problem: Problem) -> int:

@@ -88,7 +88,9 @@ def share(problem: Problem) -> float:
         return 40.0 * _union_density(problem) + 0.1
     if problem.mask is not None and problem.score_mod is None:
         return 15.0 * _union_density(problem) + 0.1  # tiles of the mask's blocks of 64: small products, many calls
-    return (2.0 if problem.score_mod is None else 2.7) * _union_density(problem) + 0.05
+    # looking at a modification takes a millisecond
+    pair, call = (2.0, 0.0) if problem.score_mod is None else (2.7, 1e-3)
+    return pair * _union_density(problem) + 0.05 + call / problem.dense_seconds
 
 
 def trials(B: int, H: int, N: int, D: int, device: torch.device) -> list[dict[str, Any]]:
