@@ -39,6 +39,23 @@ INLINE float soften(float *scores, long planes, long rows, long vectors, const f
     return sum_of(total);
 }
 
+/* The keys and values from `begin` on of a row into its ring; those that come next are asked for. */
+static void bring(const Space *s, const Ring *ring, long begin, const float *keys, const float *values, long D, long E,
+                  float *panels, float *lines) {
+    const long step = s->x.step;
+    for (long key = begin, number; key < ring->high; key += number) {
+        long lane = lane_of(s, ring, key);
+        number = least_of(s->stretch - lane, ring->high - key);
+        enter(panels, lane, keys + key * step * D, step * D, number, D);
+        for (long i = 0; i < number; i++)
+            memcpy(lines + (lane + i) * E, values + (key + i) * step * E, E * sizeof(float));
+    }
+    for (long next = ring->high; next < least_of(ring->high + s->tile, s->x.length); next++) {
+        announce(keys + next * step * D, D);
+        announce(values + next * step * E, E);
+    }
+}
+
 /* queries (heads * group, N, D), keys and values (heads, N, ..), out (heads * group, N, E), lse (heads * group, N).
  * Only the tokens offset + z steps[0] + y steps[1] + x steps[2] take part. windows: firsts of z, lasts of z, firsts of
  * y, ..; lengths: of the axes. tile: queries of a tile, at most ROWS; vectors: that hold the keys of any tile. table
@@ -50,17 +67,19 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
     const Bias bias = {table, entries[0], entries[1], entries[2]};
     const long stretch = s.stretch, panel = stretch * D, line = stretch * E;
     const long most = s.z.most * s.y.most, width = most * stretch, spreads = ROWS * bias.z * bias.y * stretch;
-    const long some = CACHED / panel ? CACHED / panel : 1;
+    const long some = passed(&s.y, panel), some_lines = passed(&s.y, line);
     /* small tasks, so that no thread waits long for another; what a task begins with is worth eight tiles */
     const long boxes = heads * s.z.cuts * s.y.cuts, tiles = (s.x.length + tile - 1) / tile;
     const long wanted = (8 * threads + boxes - 1) / boxes, room_for = tiles / 8 ? tiles / 8 : 1;
     const long parts = least_of(wanted, room_for), wide = (tiles + parts - 1) / parts * tile;
+    const long floats = most * (panel + line) + spreads + HIGH * ROWS * (width + E) + s.z.most;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *panels = room(most * (panel + line) + spreads + HIGH * ROWS * (width + E));
+        float *panels = room(floats);
         float *lines = panels + most * panel, *added = lines + most * line, *scores = added + spreads;
         float *sums = scores + HIGH * ROWS * width;
+        int32_t *brought = (int32_t *)(sums + HIGH * ROWS * E); /* rows of keys of each plane that stand ready */
         if (!panels) {
 #pragma omp atomic write
             failed = 1;
@@ -85,22 +104,7 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                 int count = (int)least_of(tile, x_to - x);
                 long low = first_key(&s, x, count), high = least_of(low + stretch, s.x.length);
                 long begin = low > ring.high ? low : ring.high;
-                for (long z = z_low; z <= z_high; z++)
-                    for (long y = y_low; y <= y_high; y++) {
-                        long token = head * N + offset + z * s.z.step + y * s.y.step;
-                        long place = (z - z_low) * rows + y - y_low;
-                        for (long key = begin, number; key < high; key += number) {
-                            long lane = lane_of(&s, &ring, key), at = token + key * s.x.step;
-                            number = least_of(stretch - lane, high - key);
-                            enter(panels + place * panel, lane, keys + at * D, s.x.step * D, number, D);
-                            for (long i = 0; i < number; i++)
-                                memcpy(lines + place * line + (lane + i) * E, values + (at + i * s.x.step) * E,
-                                       E * sizeof(float));
-                        }
-                        long next = least_of(high, s.x.length - 1);
-                        announce(keys + (token + next * s.x.step) * D, least_of(tile, s.x.length - next) * D);
-                        announce(values + (token + next * s.x.step) * E, least_of(tile, s.x.length - next) * E);
-                    }
+                for (long z = z_low; z <= z_high; z++) brought[z - z_low] = y_low;
                 ring.low = low;
                 ring.high = high;
                 for (long g = head * group; g < (head + 1) * group; g++) {
@@ -111,6 +115,19 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                             long planes = width_of(&s.z, z), first, last, a, b;
                             long token = g * N + offset + z * s.z.step + y * s.y.step + x * s.x.step;
                             reach(&s.y, y, y + some_rows, &first, &last);
+                            for (long r = 0; r < some_rows * tile; r++) {
+                                long next = token + r / tile * s.y.step + (r % tile + tile) * s.x.step;
+                                announce(queries + next * D, D);
+                                announce(out + next * E, E);
+                            }
+                            /* rows of keys that no query has needed yet, just before they are used */
+                            for (long p = s.z.first[z]; p <= s.z.last[z]; p++)
+                                for (; brought[p - z_low] <= last; brought[p - z_low]++) {
+                                    long row = head * N + offset + p * s.z.step + brought[p - z_low] * s.y.step;
+                                    long place = (p - z_low) * rows + brought[p - z_low] - y_low;
+                                    bring(&s, &ring, begin, keys + row * D, values + row * E, D, E,
+                                          panels + place * panel, lines + place * line);
+                                }
                             /* some rows of keys at a time, which stay in the first cache, for all rows of queries */
                             for (long p = 0; p < planes; p++)
                                 for (long c = first; c <= last; c += some)
@@ -136,9 +153,9 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                                 }
                             memset(sums, 0, HIGH * ROWS * E * sizeof(float));
                             for (long p = 0; p < planes; p++)
-                                for (long c = first; c <= last; c += some)
+                                for (long c = first; c <= last; c += some_lines)
                                     for (long h = 0; h < some_rows; h++) {
-                                        if (!part(&s.y, y + h, c, some, &a, &b)) continue;
+                                        if (!part(&s.y, y + h, c, some_lines, &a, &b)) continue;
                                         long place = (s.z.first[z] + p - z_low) * rows + a - y_low;
                                         float *from = scores + h * ROWS * width +
                                                       (p * width_of(&s.y, y + h) + a - s.y.first[y + h]) * stretch;

@@ -158,6 +158,15 @@ static void enter(float *panels, long lane, const float *from, long step, long c
     }
 }
 
+/* Rows of keys, of `floats` floats each, that some rows of queries go through together. Where those of a window stay in
+ * the first cache, all: from row to row of queries only one is new. */
+static long passed(const Axis *axis, long floats) {
+    long own = 1;
+    for (long i = 0; i < axis->length; i++) own = width_of(axis, i) > own ? width_of(axis, i) : own;
+    if (own * floats <= CACHED + CACHED / 2) return axis->length;
+    return CACHED / floats ? CACHED / floats : 1;
+}
+
 /* Ask for `floats` floats that will be needed soon. */
 INLINE void announce(const float *from, long floats) {
     for (long i = 0; i < floats; i += 16) __builtin_prefetch(from + i);

@@ -112,8 +112,7 @@ int GRID_GRADIENTS(const float *queries, const float *keys, const float *values,
     const long together = least_of(TOGETHER / tile, HIGH), most = s.z.most * s.y.most;
     const long width = widest(&s.z, 1) * widest(&s.y, together) * stretch, kinds = bias.z * bias.y;
     const long spreads = ROWS * kinds * stretch, longest = D > E ? D : E;
-    const long some_keys = CACHED / key_line ? CACHED / key_line : 1;
-    const long some_values = CACHED / value_line ? CACHED / value_line : 1;
+    const long some_keys = passed(&s.y, key_line), some_values = passed(&s.y, value_line);
     const long apart_z = apart(&s.z), apart_y = apart(&s.y);
     const long floats = most * (3 * key_line + 2 * value_line) + 2 * spreads + HIGH * ROWS * (2 * width + longest);
     int failed = 0;
