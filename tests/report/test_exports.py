@@ -21,3 +21,10 @@ def test_what_does_not_export_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     done = exports.export("softmax")
     assert done.error is None and "linalg_eigh" in done.reason and "\n" not in done.reason
     assert "| `softmax` | no |" in exports.page([done])
+
+
+def test_mra_is_taken_by_torch_export() -> None:
+    module, x = catalogue.create("mra", **catalogue.part("mra").example).eval(), torch.randn(2, 12, 16)
+    program = torch.export.export(module, (x,))
+    assert not any("saccade" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(x), module(x))
