@@ -378,3 +378,24 @@ def test_second_derivatives_are_refused_in_words(backend: str, shape: tuple[int,
         found.sum().backward()
     with pytest.raises(RuntimeError, match="has first derivatives only"):
         torch.autograd.grad(found.sum(), v)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [masks.causal(), masks.causal() & masks.window(3), masks.prefix(5) | masks.causal(), masks.neighborhood(10**8, 5)],
+    ids=repr,
+)
+def test_plans_take_no_longer_for_longer_sequences(mask) -> None:
+    """Neither N x M blocks nor anything of length N is made."""
+    x = torch.zeros(()).expand(1, 1, 10**8, 4)
+    forecasts = []
+    assert peak_bytes(lambda: forecasts.append(saccade.plan(x, x, x, mask=mask))) < 10**8
+    assert forecasts[0].backend == "blocksparse" and forecasts[0].share < 1
+
+
+@pytest.mark.parametrize("make", [lambda n: masks.window(40, 3), lambda n: masks.neighborhood(n, 9)])
+def test_a_long_forecast_is_a_short_one_many_times(make) -> None:
+    short, long = (
+        saccade.plan(*(torch.zeros(()).expand(1, 2, n, 32),) * 3, mask=make(n)).share for n in (2**17, 2**20)
+    )
+    assert long == pytest.approx(short / 8, rel=0.1)

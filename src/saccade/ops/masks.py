@@ -978,15 +978,19 @@ class Neighborhood(Mask):
         low_q, high_q = self._coordinate_ranges(n, block_q, device)
         low_k, high_k = self._coordinate_ranges(m, block_k, device)
         for axis, d in enumerate(self.dilation):
-            position = torch.arange(self.size[axis], device=device)
-            group, first, last = self.axis_window(axis, position)
             # windows move right as the position does, so the ends of a range of queries bound all their windows
-            first, last = first * d + group, last * d + group
-            if d > 1:
+            if d == 1:
+                _, first_low, last_low = self.axis_window(axis, low_q[axis])
+                _, first_high, last_high = self.axis_window(axis, high_q[axis])
+            else:
+                group, first, last = self.axis_window(axis, torch.arange(self.size[axis], device=device))
+                first, last = first * d + group, last * d + group
                 first, last = first.flip(0).cummin(0).values.flip(0), last.cummax(0).values
-            some = some & (high_k[axis] >= first[low_q[axis]][:, None])
-            some = some & (low_k[axis] <= last[high_q[axis]][:, None])
-            inside = (low_k[axis] >= first[high_q[axis]][:, None]) & (high_k[axis] <= last[low_q[axis]][:, None])
+                first_low, last_low = first[low_q[axis]], last[low_q[axis]]
+                first_high, last_high = first[high_q[axis]], last[high_q[axis]]
+            some = some & (high_k[axis] >= first_low[:, None])
+            some = some & (low_k[axis] <= last_high[:, None])
+            inside = (low_k[axis] >= first_high[:, None]) & (high_k[axis] <= last_low[:, None])
             if d > 1:
                 single = (low_q[axis] == high_q[axis])[:, None] & (low_k[axis] == high_k[axis])
                 same = group[low_q[axis]][:, None] == group[low_k[axis]]

@@ -20,6 +20,9 @@ from saccade.ops.score_mods import ScoreMod
 #: tokens per block in which the planner looks at a mask, unless the mask brings its own
 PLANNING_BLOCK = 64
 
+#: blocks that the planner looks at, at most: beyond, it looks at larger ones
+PLANNED_BLOCKS = 2**18
+
 ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -52,6 +55,7 @@ class Problem:
     unseen_keys: int = 0
 
     _states: Tensor | None = field(default=None, init=False, repr=False)
+    _coarse: Tensor | None = field(default=None, init=False, repr=False)
     _density: float | None = field(default=None, init=False, repr=False)
 
     @property
@@ -67,10 +71,25 @@ class Problem:
             device = "cpu" if self.device.type == "meta" else self.device
             if self.mask is None:
                 blocks = (ceil(self.N / self.block_size[0]), ceil(self.M / self.block_size[1]))
-                self._states = torch.full((1, 1, *blocks), FULL, dtype=torch.int8, device=device)
+                full = torch.full((1, 1, 1, 1), FULL, dtype=torch.int8, device=device)
+                self._states = full.expand(1, 1, *blocks)
             else:
                 self._states = self.mask.block_map(self.N, self.M, self.block_size, device)
         return self._states
+
+    @property
+    def coarse_map(self) -> Tensor:
+        """`block_map` for weighing paths, in larger blocks where there would be more than `PLANNED_BLOCKS`."""
+        size = self.block_size
+        while ceil(self.N / size[0]) * ceil(self.M / size[1]) > PLANNED_BLOCKS:
+            size = (2 * size[0], 2 * size[1])
+        if size == self.block_size or self.mask is None:
+            return self.block_map
+        if self._coarse is None:
+            self._coarse = self.mask.block_map(
+                self.N, self.M, size, "cpu" if self.device.type == "meta" else self.device
+            )
+        return self._coarse
 
     @property
     def density(self) -> float:
@@ -78,7 +97,7 @@ class Problem:
         if self.mask is None:
             return 1.0
         if self._density is None:
-            states = self.block_map
+            states = self.coarse_map
             self._density = float((states != EMPTY).float().mean().item()) if states.numel() else 0.0
         return self._density
 

@@ -99,7 +99,7 @@ def share(problem: Problem) -> float:
     layout = LAYOUT_ROWS * problem.K / max(1, problem.N * problem.H) if in_c else 0.0
     if (fast := _regular(problem)) is not None:
         return float(fast.share(problem)) + layout
-    states = problem.block_map
+    states = problem.coarse_map
     partial = float((states == PARTIAL).float().mean().item()) if states.numel() else 0.0
     block_q, block_k = problem.block_size
     pairs = problem.B * problem.H * problem.N * problem.M

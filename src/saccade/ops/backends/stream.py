@@ -154,9 +154,9 @@ def _whole_bytes(problem: Problem) -> int:
 
 def _union_density(problem: Problem) -> float:
     """Share of the tiles that some batch row or head needs."""
-    if not problem.block_map.numel():
+    if problem.mask is None or not problem.coarse_map.numel():
         return 1.0
-    return float((problem.block_map != EMPTY).any(0).any(0).float().mean().item())
+    return float((problem.coarse_map != EMPTY).any(0).any(0).float().mean().item())
 
 
 # --------------------------------------------------------------------------------------------------------------------
