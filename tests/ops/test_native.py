@@ -182,6 +182,25 @@ def test_a_soft_cap_is_exact_about_zero_and_far_from_it() -> None:
         torch.testing.assert_close(lse.flatten(), s[key : key + 1].double().tanh().float(), rtol=5e-7, atol=0)
 
 
+@pytest.mark.parametrize("band", [None, masks.causal(), masks.window(30, 5), masks.causal(-40)])
+@pytest.mark.parametrize(("batch", "H", "K"), [(1, 4, 2), (2, 3, 3)])
+def test_documents(batch: int, H: int, K: int, band: Mask | None) -> None:
+    q, k, v = inputs(2, H, K, 150, 170, 20, 9)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(-3, 5, (batch, 170), generator=generator)
+    for key_ids in (ids, ids.sort()[0], torch.arange(170)[None] // 40 * 2**40):
+        documents = masks.documents(key_ids[:, :150], key_ids)
+        mask = documents if band is None else documents & band
+        agree(
+            blocksparse_attend(q, k, v, mask, block_size=(64, 32), scale=0.4, return_lse=True),
+            definition(q, k, v, mask, 0.4),
+        )
+        gradients_agree(
+            lambda q, k, v, mask=mask: blocksparse_attend(q, k, v, mask, block_size=(64, 32), return_lse=True),
+            lambda q, k, v, mask=mask: definition(q, k, v, mask, 20**-0.5), q, k, v,
+        )  # fmt: skip
+
+
 @few
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(-90, 60), st.integers(0, 90))
 def test_ranges(N: int, M: int, low: int, width: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import ceil, log
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -128,7 +129,7 @@ def _limits(mask: Mask) -> _Limits | None:
 def _ranges(s: BlockStructure, turns: bool = False) -> Iterator[tuple[int, int]]:
     """Ranges of query blocks that are listed at once; of one head where heads take turns."""
     step = s.rows_per_list
-    if not s.kinds_are_few and _key_limits(s) is None:
+    if not s.kinds_are_few and _sight(s) is None:
         step = max(1, min(step, TILE_BYTES // (s.m * s.block_q * s.block_k)))
     total = s.B * s.H * s.n
     for start in range(0, total, s.n if turns else max(1, total)):
@@ -159,9 +160,9 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
     runs_R = torch.stack([run_R - count_R, run_R], -1)
 
     run_mask = tiles = None
-    limits = _key_limits(s)
+    sight = _sight(s)
     partial = (states[row_P, block_P] == PARTIAL).nonzero()[:, 0]
-    if s.mask is not None and limits is None and len(partial):
+    if s.mask is not None and sight is None and len(partial):
         _, kind_p = s.kinds(map_P[partial]).unique(return_inverse=True)
         # any block of a kind will do
         example = torch.empty(int(kind_p.max()) + 1, dtype=torch.long).scatter_(0, kind_p, map_P[partial])
@@ -179,20 +180,69 @@ def _tasks(s: BlockStructure, first: int, last: int, bias_BHnm: Tensor | None) -
         run_bias=None if bias_BHnm is None else bias_BHnm.detach().reshape(-1)[map_P] / log(2),
         masks=tiles,
         mask_step=s.block_k,
-        row_place=None if limits is None else (rows % s.N).int(),
-        key_born=None if limits is None else limits[0],
-        key_until=None if limits is None else limits[1],
+        **({} if sight is None else sight.of(rows, s)),
     )
     return tasks, map_P
 
 
-def _key_limits(s: BlockStructure) -> tuple[Tensor, Tensor] | None:
-    """First and last query that sees each key of all heads, int32, where that is all that the mask says."""
-    limits = None if s.mask is None else s.mask.key_limits()
-    if limits is None or limits[0].shape[1] not in (1, s.K):
+class _Sight(NamedTuple):
+    """What a mask says by limits alone.
+
+    Attributes:
+        low, high: row i sees the keys i + low to i + high; None is no bound.
+        place_BN: place of each row, its number where None.
+        born_BKM, until_BKM: first and last place at which each key is seen, or None.
+    """
+
+    low: int | None = None
+    high: int | None = None
+    place_BN: Tensor | None = None
+    born_BKM: Tensor | None = None
+    until_BKM: Tensor | None = None
+
+    def of(self, rows: Tensor, s: BlockStructure) -> dict[str, Tensor]:
+        """The same as fields of `Tasks`, for rows that count through all batch rows and heads."""
+        fields = {}
+        if (self.low, self.high) != (None, None):
+            first, last = band_ranges(self.low, self.high, s.N, s.M)
+            fields |= {"row_first": first[rows % s.N], "row_last": last[rows % s.N]}
+        if self.born_BKM is not None and self.until_BKM is not None:
+            place = rows % s.N
+            if self.place_BN is not None:
+                place = self.place_BN.expand(s.B, -1)[rows // (s.H * s.N), place]
+            born, until = (x.expand(s.B, s.K, -1).int().flatten() for x in (self.born_BKM, self.until_BKM))
+            fields |= {"row_place": place.int(), "key_born": born, "key_until": until}
+        return fields
+
+
+def _sight(s: BlockStructure) -> _Sight | None:
+    """What the mask says, where limits are all that it says."""
+    sight = None if s.mask is None else _sight_of(s.mask, s.N)
+    if sight is None or (sight.born_BKM is not None and sight.born_BKM.shape[1] not in (1, s.K)):
         return None
-    born, until = (x.clamp(-1, s.N).expand(s.B, s.K, -1).int().flatten() for x in limits)
-    return born, until
+    return sight
+
+
+def _sight_of(mask: Mask, N: int) -> _Sight | None:
+    if isinstance(mask, masks.Band):
+        return None if mask.nothing else _Sight(mask.low, mask.high)
+    if isinstance(mask, masks.Documents):
+        ids = torch.cat([mask.query_BN.flatten(), mask.key_BM.flatten()])
+        most = torch.iinfo(torch.int32)
+        if not ids.numel() or int(ids.min()) < most.min or int(ids.max()) > most.max:
+            return None
+        return _Sight(None, None, mask.query_BN, mask.key_BM[:, None], mask.key_BM[:, None])
+    if isinstance(mask, masks._And):
+        left, right = _sight_of(mask.left, N), _sight_of(mask.right, N)
+        if left is None or right is None:
+            return None
+        band, keys = (left, right) if left.born_BKM is None else (right, left)
+        # bands have been folded into one before they come here
+        return (
+            keys._replace(low=band.low, high=band.high) if band.born_BKM is None and keys[:2] == (None, None) else None
+        )
+    limits = mask.key_limits()
+    return None if limits is None else _Sight(None, None, None, *(x.clamp(-1, N) for x in limits))
 
 
 def attend_ranges(
