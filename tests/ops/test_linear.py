@@ -277,6 +277,25 @@ def test_any_shape(n: int, chunk: int | None, kind: str, normalize: bool, heads:
     assert error(out, linear_attend_reference(*inputs, **options)) < 1e-11
 
 
+@pytest.mark.parametrize("tokens", [1, 64, 130, 700])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("decayed", [False, True])
+def test_inference_in_single_precision(tokens: int, normalize: bool, decayed: bool) -> None:
+    """Where there is a compiler this is C: few heads are cut into segments, tokens into chunks."""
+    torch.manual_seed(0)
+    for heads, kv, width in ((1, 1, 3), (4, 2, 16)):
+        q, k = torch.rand(1, heads, tokens, 20).mT.contiguous().mT, torch.rand(1, kv, tokens, 20)
+        v = torch.randn(1, tokens, kv, width).transpose(1, 2)
+        kv_state = torch.randn(1, heads, 20, width)
+        state = LinearState(kv_state, torch.rand(1, heads, 20)) if normalize else kv_state
+        decay = torch.rand(heads) / 2 + 0.5 if decayed else None
+        given = {"normalize": normalize, "decay": decay, "scale": 0.3, "return_state": True}
+        out, after = linear_attend(q, k, v, state=state, **given)
+        expected, expected_after = linear_attend_reference(q, k, v, state=state, **given)
+        for x, y in zip([out, *tensors(after)], [expected, *tensors(expected_after)], strict=True):
+            torch.testing.assert_close(x, y, rtol=2e-5, atol=1e-5 * max(1.0, float(y.abs().max())))
+
+
 def test_bad_arguments() -> None:
     q, k, v = (x.float() for x in qkv(8))
     wrong = [

@@ -21,16 +21,19 @@ Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M k
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from saccade.ops import native
 from saccade.ops.autocast import exact, one_type
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only, needs_grad
 from saccade.ops.heads import repeat_heads
-from saccade.ops.memory import large_empty
+from saccade.ops.memory import HUGE_FROM, large_empty
+from saccade.ops.native.linear import attend_chunks
 from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
@@ -97,7 +100,7 @@ def linear_attend(
     before = _enter_state(state, (B, H, D, E), normalize, q_BHND)
     factors = _as_factors(decay, (B, H, N, D), q_BHND)
     if not causal:
-        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, before, scale, normalize)
+        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, None if state is None else before, scale, normalize)
     else:
         inputs = (q_BHND, k_BKMD, v_BKME, before, factors)
         keep = needs_grad(*inputs)
@@ -302,12 +305,22 @@ def _divide(out: Tensor) -> tuple[Tensor, Tensor]:
     return out[..., :-1] * inverse, inverse
 
 
-def _all_to_all(q: Tensor, k: Tensor, v: Tensor, state: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
-    values = v.to(state.dtype)
+def _in_c(q: Tensor, factors: Tensor | None) -> bool:
+    """Whether the C code does it: single precision, and decays that vary with the head alone."""
+    return q.dtype == torch.float32 and not _halves(factors) and native.refusal(q.device, q.dtype) is None
+
+
+def _all_to_all(
+    q: Tensor, k: Tensor, v: Tensor, before: Tensor | None, scale: float, normalize: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = _accumulator(q.dtype)
+    values = v.to(dtype)
     if normalize:
         values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-    state = state + repeat_heads(k.to(state.dtype).transpose(2, 3) @ values, q.shape[1])
-    out = q.to(state.dtype) @ (scale * state)
+    state = repeat_heads(k.to(dtype).transpose(2, 3) @ values, q.shape[1])
+    if before is not None:
+        state = before + state
+    out = _product(q.to(dtype), state if scale == 1.0 else scale * state)
     if normalize:
         out = _divide(out)[0]
     return out.to(q.dtype), state
@@ -328,6 +341,15 @@ def _all_pairs(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None, scale: f
         scores = (q[:, :, :, None] * k[:, :, None] * fading).sum(-1)
     out = scale * scores.tril() @ v
     return (_divide(out)[0] if normalize else out).to(given)
+
+
+def _product(q: Tensor, state: Tensor) -> Tensor:
+    """q S; a large one for inference alone is written to huge pages."""
+    shape = (*q.shape[:3], state.shape[3])
+    watched = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+    if q.device.type != "cpu" or watched or needs_grad(q, state) or prod(shape) * q.itemsize < HUGE_FROM:
+        return q @ state
+    return torch.matmul(q, state, out=large_empty(shape, q.dtype, q.device))
 
 
 # The causal form, in pieces
@@ -592,8 +614,12 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, H, N, _), E = q.shape, v.shape[3]
+    inverse = state.new_empty(B, H, N if normalize and keep else 0, 1)
+    if not keep and N and _in_c(q, factors):
+        decay_H = None if factors is None else factors.flatten().double().contiguous()
+        out, after = attend_chunks(q, k, v, state, decay_H, scale, normalize)
+        return out, inverse, state.new_empty(0, *state.shape), after
     out = large_empty((B, H, N, E), q.dtype, q.device)
-    inverse = torch.empty(B, H, N if normalize else 0, 1, dtype=state.dtype, device=q.device)
     final = state.clone()
     groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu")
     starts = state.new_empty(max(map(len, groups), default=0) if keep else 0, *state.shape)
@@ -616,7 +642,8 @@ def _forward(
                 _add_matmul(out_, desk.multiply("q before", q_, decays.before), states)
                 if normalize:
                     out_, inverse_ = _divide(out_)
-                    _store(inverse, inverse_, piece)
+                    if keep:
+                        _store(inverse, inverse_, piece)
                 _store(out, out_, piece)
     return out, inverse, starts, final
 
@@ -777,7 +804,7 @@ def _forward_shapes(
     groups = _pieces(B, H, N, chunk_size, factors, q.device.type == "cpu") if keep else []
     return (
         q.new_empty(B, H, N, E),
-        state.new_empty(B, H, N if normalize else 0, 1),
+        state.new_empty(B, H, N if normalize and keep else 0, 1),
         state.new_empty(max(map(len, groups), default=0), *state.shape),
         state.new_empty(state.shape),
     )

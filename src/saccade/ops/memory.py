@@ -13,10 +13,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["large_empty"]
+__all__ = ["HUGE_FROM", "large_empty"]
 
 #: bytes of a huge page, and of the smallest tensor that asks for them
-_HUGE_PAGE, _HUGE_FROM = 2**21, 2**24
+_HUGE_PAGE, HUGE_FROM = 2**21, 2**24
 
 
 def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -25,7 +25,7 @@ def large_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     A page fault for every 4 kB of a long output costs a seventh of the time that the output takes.
     """
     x = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and x.nbytes >= _HUGE_FROM and (advise := _madvise()) is not None:
+    if device.type == "cpu" and x.nbytes >= HUGE_FROM and (advise := _madvise()) is not None:
         begin = -(-x.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         advise(begin, (x.data_ptr() + x.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE, 14)  # MADV_HUGEPAGE
     return x

@@ -202,7 +202,7 @@ class _Sight(NamedTuple):
 
     def of(self, rows: Tensor, s: BlockStructure) -> dict[str, Tensor]:
         """The same as fields of `Tasks`, for rows that count through all batch rows and heads."""
-        fields = {}
+        fields: dict[str, Tensor] = {}
         if (self.low, self.high) != (None, None):
             first, last = band_ranges(self.low, self.high, s.N, s.M)
             fields |= {"row_first": first[rows % s.N], "row_last": last[rows % s.N]}

@@ -30,7 +30,7 @@ __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", 
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (
-    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c"),
+    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c"),
     ("grid.h", "lists.h", "vectors.h"),
 )
 
@@ -54,6 +54,8 @@ _SIGNATURES = {
     "saccade_grid8_gradients": "ppppppppppplllllplppllppfi",
     "saccade_grid_tasks": "pppllll",
     "saccade_grid8_tasks": "pppllll",
+    "saccade_linear": "pppppppllllllllifi",
+    "saccade_linear_sums": "pppppllllllllii",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
