@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import saccade
 from saccade import catalogue
+from saccade.catalogue.authors import read_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -140,6 +144,108 @@ def test_damaged_files_give_one_line(tmp_path: Path, suffix: str, checkpoint: di
         assert "\n" not in str(error.value)
     with pytest.raises(OSError):
         saccade.load_authors("cbam", tmp_path, **ARGUMENTS)
+
+
+def test_whole_networks_are_the_default_port(tmp_path: Path) -> None:
+    """`load_authors(slug, path)` takes the released file, under whatever usual name its state dict stands."""
+    slugs = [s for s in (p.slug for p in catalogue.parts()) if (GOLDEN / s / "network.a.safetensors").is_file()]
+    assert set(slugs) >= {"dat", "resnest", "residual-attention-network", "bevanet", "dynamic-head"}
+    for number, slug in enumerate(slugs):
+        with safe_open(GOLDEN / slug / "network.a.safetensors", "pt") as file:
+            arguments = json.loads(file.metadata()["args"])
+            state = {name[6:]: file.get_tensor(name) for name in file.keys() if name.startswith("param.")}  # noqa: SIM118
+        key = ("state_dict", "model", "model_state", "params", "ema")[number % 5]
+        torch.save({"epoch": 3, key: state, "optimizer": {"lr": 0.1}}, tmp_path / "released.pth")
+        module = saccade.load_authors(slug, tmp_path / "released.pth", **arguments)
+        expected = catalogue.port(slug, "network").convert(state)
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+def endless() -> dict[str, object]:
+    around: dict[str, object] = {}
+    around["state_dict"] = around
+    return around
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (endless(), "holds no state dict of tensors"),
+        ({"a": {"b": {}}}, "holds no state dict"),
+        ([torch.zeros(2)], "holds no state dict"),
+        ({}, "holds no state dict"),
+        ({"weight": torch.zeros(2), "epoch": 3}, r"but also epoch \(int\)"),
+        ({0: torch.zeros(2)}, "tensors without a name: 0"),
+        ({"weight": torch.zeros(1).expand(10**6, 10**6)}, "does not hold all numbers of weight"),
+        ({"weight": torch.zeros(10**6, 10**6, device="meta")}, "does not hold all numbers of weight"),
+        ({"weight": torch.eye(3).to_sparse()}, "does not hold all numbers of weight"),
+        ({"ChannelGate.mlp.1.weight": torch.zeros(4, 16, dtype=torch.int8)}, "of integers, expected"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=message):
+        saccade.load_authors("cbam", tmp_path / "file.pth", **ARGUMENTS)
+
+
+def test_crafted_files_are_refused_in_words(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
+    """Whatever a reader raises: a ValueError or OSError of one line."""
+    torch.save(checkpoint, tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+    whole = (tmp_path / "whole.pth").read_bytes()
+    generator = random.Random(0)
+    contents = [
+        b"\x80\x02" + bytes([op]) + tail
+        for op in range(256)
+        for tail in (b"", b"\xff" * 9 + b".", b"q\x00.", b"(lp0\n.", b"K\x01}.")
+    ]
+    contents += [b"\x80\x02X\xff\xff\xff\x7f", b"\x80\x04\x8d" + b"\xff" * 8, (10**15).to_bytes(8, "little") + b"{}"]
+    for _ in range(150):
+        broken = bytearray(whole)
+        for _ in range(generator.randint(1, 4)):
+            broken[generator.randrange(len(broken))] = generator.randrange(256)
+        contents.append(bytes(broken))
+    for number, content in enumerate(contents):
+        path = tmp_path / ("crafted.safetensors" if number % 7 == 0 else "crafted.pth")
+        path.write_bytes(content)
+        try:
+            read_checkpoint(path)
+        except (ValueError, OSError) as error:
+            assert "\n" not in str(error)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(OSError, match="is no regular file"):
+        saccade.load_authors("cbam", tmp_path / "pipe.pth", **ARGUMENTS)
+
+
+def test_reading_takes_time_with_the_number_of_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"module._orig_mod.{i}" for i in range(3000)]
+    torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "many.pth")
+    assert list(read_checkpoint(tmp_path / "many.pth")) == [str(i) for i in range(3000)]
+    torch.save({f"{i}": torch.zeros(1) for i in range(20)}, tmp_path / "few.pth")
+    save_file({f"{i}": torch.zeros(1) for i in range(20)}, tmp_path / "few.safetensors")
+    monkeypatch.setattr("saccade.catalogue.authors._MOST_TENSORS", 19)
+    for name in ("few.pth", "few.safetensors"):
+        with pytest.raises(ValueError, match="at most 19 are read"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_names_are_placed_once(tmp_path: Path) -> None:
+    names = catalogue.Names({"a.{i}.w": "b.{i}.w", "c.{i}.w": "b.{i}.w", "index": None})
+    assert names({"a.0.w": 1, "index": 2}) == {"b.0.w": 1}
+    with pytest.raises(ValueError, match=r"a\.0\.w and c\.0\.w have the same place, b\.0\.w"):
+        names({"a.0.w": 1, "c.0.w": 2})
+    with pytest.raises(ValueError, match=r"no place for d\.0, d\.1, d\.2, d\.3, d\.4 and more"):
+        names({f"d.{i}": i for i in range(10**5)})
+
+
+def test_arguments_that_are_missing_or_wrong_are_named(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:
+    save_file(checkpoint, tmp_path / "whole.safetensors")
+    with pytest.raises(ValueError, match=r"cbam/cbam needs the authors' argument 'gate_channels'"):
+        saccade.load_authors("cbam", tmp_path / "whole.safetensors", module="cbam")
+    with pytest.raises(ValueError, match=r"cannot be built of \{'gate_channels': 'x'\}"):
+        saccade.load_authors("cbam", tmp_path / "whole.safetensors", module="cbam", gate_channels="x")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:

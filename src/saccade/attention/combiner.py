@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
@@ -700,18 +700,26 @@ class _Authors(nn.Module):
         return self.layer(x_BNC, **arguments)
 
 
+_NAMES = Names({
+    "query": "q_proj.weight",
+    "key": "k_proj.weight",
+    "value": "v_proj.weight",
+    "row_key": "row_key.weight",
+    "out": "out_proj.weight",
+    "row_proj": "row_proj.weight",
+    "row_norm_scale": "row_norm.weight",
+    "row_norm_bias": "row_norm.bias",
+})  # fmt: skip
+
+
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, part in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("row_key", "row_key")):
-        if name in state:
-            ours[f"{part}.weight"] = state[name].flatten(1).T
-    for name, part in (("out", "out_proj"), ("row_proj", "row_proj")):
-        if name in state:
-            ours[f"{part}.weight"] = state[name].flatten(0, 1).T
-    for name, part in (("row_norm_scale", "row_norm.weight"), ("row_norm_bias", "row_norm.bias")):
-        if name in state:
-            ours[part] = state[name]
-    return {name: tensor.contiguous() for name, tensor in ours.items()}
+    """Theirs are (C, H, D) and (H, D, C)."""
+    ours = _NAMES(state)
+    for name, tensor in ours.items():
+        if "norm" not in name:
+            merged = tensor.flatten(0, 1) if name in ("out_proj.weight", "row_proj.weight") else tensor.flatten(1)
+            ours[name] = merged.mT.contiguous()
+    return ours
 
 
 def _port(module: str, variant: Variant) -> AuthorsPort:

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.attention.softmax import SoftmaxAttention
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.autocast import exact, one_type
 from saccade.ops.cache import KVCache
@@ -595,8 +595,8 @@ def _build(args: dict[str, Any]) -> MultiTokenAttention:
     )
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {
+_NAMES = Names(
+    {
         "wq.weight": "q_proj.weight",
         "wk.weight": "k_proj.weight",
         "wv.weight": "v_proj.weight",
@@ -609,10 +609,7 @@ def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
         "gate.weight": "gate.weight",
         "gate.bias": "gate.bias",
     }
-    ours = {names[name]: tensor for name, tensor in state.items() if name in names}
-    for name in state.keys() - names.keys():  # post_sm_linear_head, [to, from]; the card does not give its name
-        ours["head_mixing"] = state[name].T[None]
-    return ours
+)
 
 
 #: the toy task: letters 0 to 7, then the end of a block and the start of the question
@@ -707,7 +704,7 @@ register(
         AuthorsPort(
             f"mta_attention{number}",
             build=_build,
-            convert=_convert,
+            convert=_NAMES,
             run=lambda module, inputs, args: {"y": module(inputs["x"])},
         )
         for number in range(3)

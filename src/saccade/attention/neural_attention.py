@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.softmax import SoftmaxAttention
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.layer import QKVAttention, as_mask
@@ -179,19 +179,24 @@ def _build(args: dict[str, Any], causal: bool) -> NeuralAttention:
     )
 
 
+_NAMES = Names({
+    "to_qkv.weight": "qkv",
+    "W_out.weight": "out_proj.weight",
+    "q_proj.{leaf}": "network.query_down.{leaf}",
+    "k_proj.{leaf}": "network.key_down.{leaf}",
+    "linear1.{leaf}": "network.first.{leaf}",
+    "linear2.{leaf}": "network.second.{leaf}",
+    "linear3.weight": "network.third.weight",
+    "linear3.bias": None,  # shifts all scores of a row alike
+})  # fmt: skip
+
+
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`to_qkv` is laid out (D, 3, H), heads fastest; b_3 has no effect."""
-    weight = state["to_qkv.weight"]
-    head_dim = state["q_proj.weight"].shape[1]
+    """`to_qkv` is laid out (D, 3, H), heads fastest."""
+    ours = _NAMES(state)
+    weight, head_dim = ours.pop("qkv"), state["q_proj.weight"].shape[1]
     parts = weight.view(head_dim, 3, -1, weight.shape[1]).permute(1, 2, 0, 3).flatten(1, 2)
-    ours = {f"{name}_proj.weight": part.contiguous() for name, part in zip("qkv", parts)}
-    ours["out_proj.weight"] = state["W_out.weight"]
-    layers = {"q_proj": "query_down", "k_proj": "key_down", "linear1": "first", "linear2": "second", "linear3": "third"}
-    for theirs, here in layers.items():
-        ours[f"network.{here}.weight"] = state[f"{theirs}.weight"]
-        if here != "third":
-            ours[f"network.{here}.bias"] = state[f"{theirs}.bias"]
-    return ours
+    return ours | {f"{name}_proj.weight": part.contiguous() for name, part in zip("qkv", parts, strict=True)}
 
 
 def _run(module: NeuralAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:

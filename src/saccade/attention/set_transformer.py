@@ -299,7 +299,8 @@ def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
     last = max(int(key.split(".")[1]) for key in state if key.startswith("dec."))
     found = {}
     for key, tensor in state.items():
-        part, number, rest = key.split(".", 2)
+        part, _, inside = key.partition(".")
+        number, _, rest = inside.partition(".")
         if part == "dec" and number == "0":
             key = f"pool.{rest}"
         elif part == "dec":

@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.cache import KVCache
@@ -383,18 +383,24 @@ def _build(args: dict[str, Any]) -> SuperAttention:
     )
 
 
+_NAMES = Names({
+    **{f"layers.Attention_Layer_{{i}}.W_{x}.{{leaf}}": f"heads.{{i}}.{x}_proj.{{leaf}}" for x in "qkv"},
+    "W_o.{leaf}": "out_proj.{leaf}",
+    "W_a.weight": "kernel",
+    "W_a.bias": "kernel_shift",
+})  # fmt: skip
+
+
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The port's layers, one a head, stacked."""
-    ours: dict[str, Tensor] = {}
-    heads = 1 + max(int(name.split("_")[2].split(".")[0]) for name in state if name.startswith("layers."))
+    placed = _NAMES(state)
+    ours = {name: tensor for name, tensor in placed.items() if not name.startswith("heads.")}
+    ours |= {name: ours[name][None] for name in ("kernel", "kernel_shift") if name in ours}
+    heads = {int(name.split(".")[1]) for name in placed.keys() - ours.keys()}
     for letter, kind in itertools.product("qkv", ("weight", "bias")):
-        names = [f"layers.Attention_Layer_{i}.W_{letter}.{kind}" for i in range(heads)]
-        if names[0] in state:
-            ours[f"{letter}_proj.{kind}"] = torch.cat([state[name] for name in names])
-    for kind in ("weight", "bias"):
-        ours[f"out_proj.{kind}"] = state[f"W_o.{kind}"]
-    if "W_a.weight" in state:
-        ours |= {"kernel": state["W_a.weight"][None], "kernel_shift": state["W_a.bias"][None]}
+        names = [f"heads.{i}.{letter}_proj.{kind}" for i in range(len(heads))]
+        if any(name in placed for name in names):
+            ours[f"{letter}_proj.{kind}"] = torch.cat([placed.pop(name) for name in names])
     return ours
 
 

@@ -236,7 +236,12 @@ _NAMES = (
 
 
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {"mean": -state["sub_mean.bias"][:, None, None]}
+    mean = -state["sub_mean.bias"]
+    identity = torch.eye(len(mean))[:, :, None, None]
+    for name in ("sub_mean.weight", "add_mean.weight", "add_mean.bias"):
+        if name in state and not torch.equal(state[name], mean if name.endswith("bias") else identity):
+            raise ValueError(f"{name} must only take the mean off or add it")
+    converted = {"mean": mean[:, None, None]}
     for key, tensor in state.items():
         if key.startswith(("sub_mean.", "add_mean.")):
             continue

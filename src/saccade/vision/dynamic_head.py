@@ -36,7 +36,6 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops.deformable import deformable_conv
 from saccade.ops.export import output
 
@@ -263,19 +262,36 @@ def _check_pyramid(levels: list[Tensor], channels: int) -> None:
                 )
 
 
-_NAMES = (
-    (r"^DyConv\.0\.", "coarser."), (r"^DyConv\.1\.", "own."), (r"^DyConv\.2\.", "finer."), (r"\.bn\.", ".norm."),
-    (r"^AttnConv\.1\.", "scale."), (r"^relu\.", "task."), (r"\bfc\.0\.", "down."), (r"\bfc\.2\.", "up."),
-)  # fmt: skip
+_TASK = Names({"fc.0.{leaf}": "down.{leaf}", "fc.2.{leaf}": "up.{leaf}"})
+_BLOCK = Names({
+    **{
+        name: place
+        for i, branch in enumerate(("coarser", "own", "finer"))
+        for name, place in {
+            f"DyConv.{i}.conv.{{leaf}}": f"{branch}.conv.{{leaf}}",
+            f"DyConv.{i}.bn.{{leaf}}": f"{branch}.norm.{{leaf}}",
+        }.items()
+    },
+    "AttnConv.1.{leaf}": "scale.{leaf}",
+    "offset.{leaf}": "offset.{leaf}",
+    **_TASK.within("relu.", "task."),
+})  # fmt: skip
+_TOWER = Names(_BLOCK.within("dyhead_tower.{n}.", "blocks.{n}."))
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for key, tensor in state.items():
-        for pattern, name in _NAMES:
-            key = re.sub(pattern, name, key)
-        converted[key] = tensor
-    return converted
+def _convert_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tower, alone or in a released detector, of which everything else is left out."""
+    prefix = "backbone."
+    if any(name.startswith(f"{prefix}dyhead_tower.") for name in state):
+        tower = f"{prefix}dyhead_tower."
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(tower)}
+    return _TOWER(state)
+
+
+def _build_network(args: dict[str, Any]) -> DynamicHead:
+    channels = args.get("channels", 256)
+    _same_channels(args.get("in_channels", channels), channels)
+    return DynamicHead(channels, args.get("num_convs", 6), high_offset="prefix")
 
 
 def _same_channels(inputs: int, outputs: int) -> int:
@@ -285,9 +301,10 @@ def _same_channels(inputs: int, outputs: int) -> int:
     return inputs
 
 
-def _run_block(module: DyConv, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+def _run_levels(module: DyConv | DynamicHead, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     names = sorted(inputs, key=lambda name: int(name[1:]))  # p0 is the finest
-    return dict(zip(names, module([inputs[name] for name in names])))
+    levels = [inputs[name] for name in names]
+    return dict(zip(names, module(levels).maps if isinstance(module, DynamicHead) else module(levels)))
 
 
 def _scene(count: int, channels: int, size: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
@@ -388,11 +405,12 @@ register(
         [torch.randn(2, module.channels, -(-size // s), -(-(size + 1) // s)) for s in (1, 2)],
     ),
     ports=(
+        AuthorsPort("network", build=_build_network, convert=_convert_network, run=_run_levels),
         AuthorsPort(
             "dyconv",
             build=lambda args: DyConv(_same_channels(args["in_channels"], args["out_channels"]), high_offset="prefix"),
-            convert=_convert,
-            run=_run_block,
+            convert=_BLOCK,
+            run=_run_levels,
         ),
         AuthorsPort(
             "dyrelu",
@@ -402,7 +420,7 @@ register(
                 slopes=tuple(args.get("init_a", (1.0, 0.0))),
                 intercepts=tuple(args.get("init_b", (0.0, 0.0))),
             ),
-            convert=_convert,
+            convert=_TASK,
             run=lambda module, inputs, args: {"y": module(inputs["x"])},
         ),
     ),

@@ -19,9 +19,9 @@ In training there are two more heads: classes from the detail branch, and a boun
 | `detail_kernels`   | of stages 3, 4            | 0, 23                                 |
 
 Source of what the paper leaves open: the authors' code, through the card. Stages with a kernel are one BasicBlock and
-two EVA blocks (one in the detail branch), whatever `blocks` says; plain stages have `blocks` of them. The authors'
-boundary target is Canny of the label map; here it is where labels change (`boundaries`), without Canny's smoothing.
-Not here: the ImageNet form and drop path, which the card does not define to the layer.
+two EVA blocks (one in stage 3 and in the detail branch), whatever `blocks` says; plain stages have `blocks` of them and
+a ReLU. The authors' boundary target is Canny of the label map; here it is where labels change (`boundaries`), without
+Canny's smoothing. `BEVANetClassifier` is the ImageNet form. Not here: drop path.
 """
 
 import torch
@@ -31,6 +31,7 @@ from saccade.models.bevanet.authors import PORTS
 from saccade.models.bevanet.experiment import claim
 from saccade.models.bevanet.model import (
     BEVANet,
+    BEVANetClassifier,
     Segmentation,
     boundaries,
     hard_cross_entropy,
@@ -46,6 +47,7 @@ __all__ = [
     "LSKA",
     "SDLSKA",
     "BEVANet",
+    "BEVANetClassifier",
     "PagFM",
     "Segmentation",
     "boundaries",

@@ -1,4 +1,4 @@
-"""BEVANet: two branches, three heads, and the loss that trains them.
+"""BEVANet: two branches, three heads, and the loss that trains them; the classifier that it starts from.
 
 Shape letters: B batch, C channels, H height, W width, K classes.
 """
@@ -49,23 +49,24 @@ class BasicBlock(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))) + self.shortcut(x_BCHW)
-        return F.relu(y_BCHW) if self.relu else y_BCHW
+        return _relu(y_BCHW, self.relu)
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 to twice the width, and a shortcut; no ReLU at the end."""
+    """1 x 1, 3 x 3, 1 x 1 to twice the width, and a shortcut; `relu` at the end or not."""
 
-    def __init__(self, inputs: int, width: int, stride: int = 1) -> None:
+    def __init__(self, inputs: int, width: int, stride: int = 1, relu: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
         self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False)
         self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(c) for c in (width, width, 2 * width))
         self.shortcut = _shortcut(inputs, 2 * width, stride)
+        self.relu = relu
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))))
-        return self.norm3(self.conv3(y_BCHW)) + self.shortcut(x_BCHW)
+        return _relu(self.norm3(self.conv3(y_BCHW)) + self.shortcut(x_BCHW), self.relu)
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -75,13 +76,69 @@ class ChannelNorm(nn.LayerNorm):
         return super().forward(x_BCHW.movedim(1, -1)).movedim(-1, 1)
 
 
-class BEVANet(Sized):
+class _Branches(nn.Module):
+    """What segmentation and classification share: the stem, and both branches up to their second exchange.
+
+    A stage with a kernel is a plain block and EVA blocks with a norm each; one without is plain blocks and a ReLU.
+    """
+
+    def __init__(
+        self,
+        planes: int,
+        blocks: Sequence[int],
+        semantic_kernels: Sequence[int],
+        detail_kernels: Sequence[int],
+        expand: int,
+        in_channels: int,
+    ) -> None:
+        super().__init__()
+        if len(blocks) != 5 or min(planes, *blocks, in_channels) < 1:
+            raise ValueError(
+                "planes, five numbers of blocks and in_channels must be positive, got "
+                f"{planes}, {tuple(blocks)} and {in_channels}"
+            )
+        if len(semantic_kernels) != 3 or len(detail_kernels) != 2:
+            raise ValueError(
+                f"there are three semantic and two detail kernels, got {semantic_kernels} and {detail_kernels}"
+            )
+        p = planes
+        self.in_channels = in_channels
+        self.plain_semantic, self.plain_detail = ([not k for k in ks] for ks in (semantic_kernels, detail_kernels))
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
+            nn.Conv2d(p, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
+        )  # fmt: skip
+        self.layer1, self.layer2 = _plain(p, p, blocks[0], 1), _plain(p, 2 * p, blocks[1], 2)
+        self.semantic = nn.ModuleList(
+            _stage(2 * p * 2**i, 4 * p * 2**i, blocks[2 + i], 2, semantic_kernels[i], 1 + i, expand) for i in range(2)
+        )
+        self.detail = nn.ModuleList(_stage(2 * p, 2 * p, blocks[0], 1, kernel, 1, expand) for kernel in detail_kernels)
+        self.compress = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p)) for c in (4 * p, 8 * p)
+        )
+        self.exchange = nn.ModuleList(PagFM(2 * p, p) for _ in range(2))
+        self.to_detail = Bottleneck(2 * p, 2 * p)
+
+    def _branches(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Semantic maps, and the detail branch after its first and its second exchange."""
+        check_images(x_BCHW, self.in_channels)
+        quarter = F.relu(self.layer1(self.stem(x_BCHW)))
+        eighth = F.relu(self.layer2(quarter))
+        third = _relu(self.semantic[0](eighth), self.plain_semantic[0])
+        # the auxiliary head reads it behind the ReLU too, which the authors' code does in place
+        early = _relu(self.exchange[0](self.detail[0](eighth), self.compress[0](third)), self.plain_detail[0])
+        fourth = _relu(self.semantic[1](third), self.plain_semantic[1])
+        late = _relu(self.exchange[1](self.detail[1](early), self.compress[1](fourth)), self.plain_detail[1])
+        return [quarter, eighth, third, fourth], early, late
+
+
+class BEVANet(_Branches, Sized):
     """Bilateral efficient visual attention network.
 
     Args:
         num_classes: K.
         planes: P, the width at a quarter of the image; 32 in BEVANet-S, 64 in BEVANet.
-        blocks: of layer 1 (and the detail branch), of layer 2, of semantic stages 3, 4 and 5.
+        blocks: of layer 1 (and the plain detail branch), of layer 2, of plain semantic stages 3, 4 and 5.
         semantic_kernels: of stages 3, 4 and 5; 0 is a stage of plain convolutions.
         detail_kernels: of the detail branch's stages 3 and 4; 0 likewise.
         expand: of the blocks' MLPs.
@@ -110,38 +167,17 @@ class BEVANet(Sized):
         head_channels: int = 128,
         in_channels: int = 3,
     ) -> None:
-        super().__init__()
-        if len(blocks) != 5 or min(num_classes, planes, *blocks, pyramid_channels, head_channels, in_channels) < 1:
+        super().__init__(planes, blocks, semantic_kernels, detail_kernels, expand, in_channels)
+        if min(num_classes, pyramid_channels, head_channels) < 1:
             raise ValueError(
-                "num_classes, planes, five numbers of blocks and all channels must be positive, got "
-                f"{num_classes}, {planes}, {tuple(blocks)}, {pyramid_channels}, {head_channels} and {in_channels}"
-            )
-        if len(semantic_kernels) != 3 or len(detail_kernels) != 2:
-            raise ValueError(
-                f"there are three semantic and two detail kernels, got {semantic_kernels} and {detail_kernels}"
+                "num_classes, pyramid_channels and head_channels must be positive, got "
+                f"{num_classes}, {pyramid_channels} and {head_channels}"
             )
         p = planes
-        self.in_channels = in_channels
         self.channels = (p, 2 * p, 4 * p, 8 * p, 16 * p)
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
-            nn.Conv2d(p, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
-        )  # fmt: skip
-        self.layer1, self.layer2 = _plain(p, p, blocks[0], 1), _plain(p, 2 * p, blocks[1], 2)
-        self.semantic = nn.ModuleList(
-            _stage(2 * p * 2**i, 4 * p * 2**i, blocks[2 + i], 2, kernel, 2, expand)
-            for i, kernel in enumerate(semantic_kernels)
-        )
-        self.detail = nn.ModuleList(
-            _stage(2 * p, 2 * p, count, 1, kernel, 1, expand)
-            for count, kernel in zip((blocks[0], 1), detail_kernels, strict=True)
-        )
-        self.compress = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(c, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p)) for c in (4 * p, 8 * p)
-        )
-        self.exchange = nn.ModuleList(PagFM(2 * p, p) for _ in range(2))
+        self.semantic.append(_stage(8 * p, 16 * p, blocks[4], 2, semantic_kernels[2], 2, expand))
         self.pyramid = DLKPPM(16 * p, pyramid_channels, 4 * p)
-        self.to_detail, self.to_boundary = Bottleneck(2 * p, 2 * p), Bottleneck(2 * p, 2 * p)
+        self.to_boundary = Bottleneck(2 * p, 2 * p)
         self.fuse = BGAF(4 * p)
         self.head = _head(4 * p, head_channels, num_classes)
         self.auxiliary_head = _head(2 * p, head_channels, num_classes)
@@ -149,7 +185,8 @@ class BEVANet(Sized):
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         """The semantic branch's maps from fine to coarse, of `channels` and `strides`."""
-        return self._branches(x_BCHW)[0]
+        maps = self._branches(x_BCHW)[0]
+        return [*maps, self.semantic[2](maps[-1])]
 
     def forward(self, x_BCHW: Tensor) -> Segmentation:
         """Images of any size (the authors' code takes multiples of 64).
@@ -158,23 +195,75 @@ class BEVANet(Sized):
             ValueError: if `x` is no batch of images.
         """
         maps, early, detail = self._branches(x_BCHW)
-        semantic = resize(self.pyramid(maps[-1]), detail)
-        fused = self.fuse(self.to_detail(detail), semantic, self.to_boundary(detail))
-        logits = resize(self.head(fused), x_BCHW)
+        logits = resize(self._classes(maps[-1], detail), x_BCHW)
         if not self.training:
             return Segmentation(logits)
         return Segmentation(logits, self.auxiliary_head(early), self.boundary_head(detail))
 
-    def _branches(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Semantic maps, and the detail branch after its first and its second exchange."""
-        check_images(x_BCHW, self.in_channels)
-        quarter = F.relu(self.layer1(self.stem(x_BCHW)))
-        eighth = F.relu(self.layer2(quarter))
-        third = F.relu(self.semantic[0](eighth))
-        early = self.exchange[0](self.detail[0](eighth), self.compress[0](third))
-        fourth = self.semantic[1](third)
-        late = self.exchange[1](self.detail[1](F.relu(early)), self.compress[1](fourth))
-        return [quarter, eighth, third, fourth, self.semantic[2](fourth)], early, late
+    def heads(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of classes, those of the auxiliary head and of the boundary, at an eighth of the image."""
+        maps, early, detail = self._branches(x_BCHW)
+        return self._classes(maps[-1], detail), self.auxiliary_head(early), self.boundary_head(detail)
+
+    def _classes(self, fourth_BCHW: Tensor, detail_BCHW: Tensor) -> Tensor:
+        semantic = resize(self.pyramid(self.semantic[2](fourth_BCHW)), detail_BCHW)
+        fused = self.fuse(self.to_detail(detail_BCHW), semantic, self.to_boundary(detail_BCHW))
+        return self.head(fused)
+
+
+class BEVANetClassifier(_Branches):
+    """The form that is trained on ImageNet first: the semantic branch stays at 1/32, the detail branch comes down.
+
+    Args:
+        num_classes, planes, blocks, semantic_kernels, detail_kernels, expand, in_channels: see `BEVANet`.
+        last_channels: of the layer before the mean over positions.
+
+    Raises:
+        ValueError: if a number is out of range or a kernel is unknown.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        *,
+        planes: int = 32,
+        blocks: Sequence[int] = (2, 2, 3, 3, 2),
+        semantic_kernels: Sequence[int] = (0, 35, 35),
+        detail_kernels: Sequence[int] = (0, 23),
+        expand: int = 4,
+        last_channels: int = 2048,
+        in_channels: int = 3,
+    ) -> None:
+        super().__init__(planes, blocks, semantic_kernels, detail_kernels, expand, in_channels)
+        if min(num_classes, last_channels) < 1:
+            raise ValueError(f"num_classes and last_channels must be positive, got {num_classes} and {last_channels}")
+        p, kernel = planes, semantic_kernels[2]
+        last: list[nn.Module] = [Bottleneck(8 * p, 8 * p)]
+        if kernel:
+            for _ in range(2):
+                last += [EVA(16 * p, kernel, expand), ChannelNorm(16 * p)]
+            last.append(Bottleneck(16 * p, 8 * p))
+        else:
+            last += [Bottleneck(16 * p, 8 * p, relu=i < blocks[4] - 1) for i in range(1, blocks[4])]
+        self.semantic.append(nn.Sequential(*last))
+        self.down = nn.Sequential(
+            nn.Conv2d(4 * p, 8 * p, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8 * p), nn.ReLU(),
+            nn.Conv2d(8 * p, 16 * p, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16 * p),
+        )  # fmt: skip
+        self.last = nn.Sequential(
+            nn.Conv2d(16 * p, last_channels, 1, bias=False), nn.BatchNorm2d(last_channels), nn.ReLU()
+        )
+        self.head = nn.Linear(last_channels, num_classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Logits (B, K) of images.
+
+        Raises:
+            ValueError: if `x` is no batch of images.
+        """
+        maps, _, detail = self._branches(x_BCHW)
+        total = F.relu(self.semantic[2](maps[-1]) + self.down(self.to_detail(detail)))
+        return self.head(self.last(total).mean((2, 3)))
 
 
 def boundaries(labels_BHW: Tensor, width: int = 4) -> Tensor:
@@ -221,6 +310,10 @@ def segmentation_loss(output: Segmentation, labels_BHW: Tensor, *, keep: int = 1
         + 20 * F.binary_cross_entropy_with_logits(boundary, edge_BHW, weight)
         + hard_cross_entropy(output.logits, near, keep=keep)
     )
+
+
+def _relu(x_BCHW: Tensor, wanted: bool) -> Tensor:
+    return F.relu(x_BCHW) if wanted else x_BCHW
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
