@@ -367,3 +367,13 @@ def test_random_problems(data):
     combined = {"and": mask & other, "or": mask | other, "but not": mask & ~other, "alone": mask}[combine]
     memory = draw(st.sampled_from([64.0, 0.03]))
     assert_like_reference(combined, inputs(B, H, K, N, M, 4, draw(st.sampled_from([4, 7]))), memory_mb=memory)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 5), (1, 0, 5), (1, 5, 0)])
+def test_nothing_to_attend_to(shape) -> None:
+    B, N, M = shape
+    inputs = [torch.randn(B, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (N, M, M)]
+    out, lse = blocksparse_attend(*inputs, None, return_lse=True)
+    assert out.shape == (B, 2, N, 4) and not out.any() and (lse == -torch.inf).all() and lse.dtype == torch.float64
+    (out.sum() + lse.sum()).backward()
+    assert all(x.grad is not None and not x.grad.any() for x in inputs)

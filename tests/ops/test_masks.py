@@ -48,7 +48,8 @@ def simple_masks(draw: st.DrawFn, n: int, m: int) -> Mask:
         return masks.causal(draw(st.integers(-m, m)))
     if kind == "window":
         left = draw(st.integers(-5, m))
-        return masks.window(left, draw(st.integers(-left, m + 5)), offset=draw(st.integers(-3, m)))
+        sinks = draw(st.sampled_from([0, 0, 1, 3]))
+        return masks.window(left, draw(st.integers(-left, m + 5)), sinks, offset=draw(st.integers(-3, m)))
     if kind == "prefix":
         return masks.prefix(draw(st.integers(0, m + 3)))
     if kind == "prefixes":
@@ -436,6 +437,8 @@ def test_a_simplified_mask_says_the_same(data: st.DataObject, n: int, m: int) ->
     [
         (lambda: masks.window(1.5), "left must be an integer, got 1.5"),
         (lambda: masks.window(2, torch.tensor(0.5)), "right must be an integer"),
+        (lambda: masks.window(2, sinks=0.5), "sinks must be an integer"),
+        (lambda: masks.window(2, sinks=-1), "sinks must be at least 0, got -1"),
         (lambda: masks.causal(2.0), "offset must be an integer, got 2.0"),
         (lambda: masks.prefix(2.5), "length must be an integer, got 2.5"),
         (lambda: masks.prefix("3"), "length must be an integer"),

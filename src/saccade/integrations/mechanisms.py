@@ -206,6 +206,7 @@ def window_attend(
     *,
     left: int = 256,
     right: int | None = None,
+    sinks: int = 0,
     mask: Mask | None = None,
     causal: bool = False,
     offset: int = 0,
@@ -214,8 +215,8 @@ def window_attend(
     soft_cap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Keys from q - left to q + right (`left` again where None; no later key in a causal layer)."""
-    window = _window(0, 0, causal, offset, {"left": left, "right": right})
+    """Keys from q - left to q + right (`left` again where None; causal layers have none later), and the first ones."""
+    window = _window(0, 0, causal, offset, {"left": left, "right": right, "sinks": sinks})
     whole = window if mask is None else window & mask
     return softmax_attend(q, k, v, mask=whole, scale=scale, dropout=dropout, soft_cap=soft_cap, sink_logits=sink_logits)
 
@@ -225,11 +226,11 @@ def _everything(n: int, m: int, causal: bool, offset: int, options: Mapping[str,
 
 
 def _window(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> Mask:
-    left, right = options["left"], options["right"]
-    for name, value in (("left", left), ("right", right)):
+    left, right, sinks = options["left"], options["right"], options["sinks"]
+    for name, value in (("left", left), ("right", right), ("sinks", sinks)):
         if value is not None and (not isinstance(value, int) or value < 0):
             raise ValueError(f"{name} must be a number of keys, 0 or more, got {value!r}")
-    return masks.window(left, 0 if causal else left if right is None else right, offset=offset)
+    return masks.window(left, 0 if causal else left if right is None else right, sinks or 0, offset=offset)
 
 
 def _moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:

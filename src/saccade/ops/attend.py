@@ -24,7 +24,7 @@ from saccade.ops.grad import needs_grad
 from saccade.ops.masks import Mask
 from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
-from saccade.ops.planning import Plan, Problem, ScoreFunction
+from saccade.ops.planning import Plan, Problem, ScoreFunction, nothing
 from saccade.ops.score_mods import Modification, ScoreMod
 
 __all__ = ["attend", "plan"]
@@ -126,8 +126,8 @@ def attend(
 def _run(problem: Problem, backend: str | None, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor) -> Any:
     name = choose(problem, backend)
     if 0 in (problem.B, problem.H, problem.N, problem.M):
-        nothing = _nothing(problem, q_BHND, k_BKMD, v_BKME)
-        return nothing if problem.return_lse else nothing[0]
+        found = nothing(q_BHND, k_BKMD, v_BKME)
+        return found if problem.return_lse else found[0]
     if problem.unseen_keys:
         seen = slice(problem.first_key, problem.first_key + problem.M)
         k_BKMD, v_BKME = k_BKMD[:, :, seen], v_BKME[:, :, seen]
@@ -182,14 +182,6 @@ def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
-
-
-def _nothing(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """No query, or none that has a key: zeros, and -inf as the LSE, which all inputs have a gradient of."""
-    joined = q[..., :0].sum() + k[..., :0].sum() + v[..., :0].sum()
-    rows = (problem.B, problem.H, problem.N)
-    dtype = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    return q.new_zeros(*rows, problem.E) + joined, q.new_full(rows, float("-inf"), dtype=dtype) + joined
 
 
 def _problem(

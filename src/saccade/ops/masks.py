@@ -442,19 +442,27 @@ def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
     return causal(offset) if mask is None else mask & causal(offset)
 
 
-def window(left: int, right: int = 0, *, offset: int = 0) -> Mask:
+def window(left: int, right: int = 0, sinks: int = 0, *, offset: int = 0) -> Mask:
     """Keys from q - left to q + right, inclusive, where q counts from `offset`: left + 1 + right keys a query.
+
+    The first `sinks` keys are seen from everywhere (those up to q + right, so that a causal window stays causal).
+
+    >>> window(1, sinks=1).dense(4, 4)[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
     Raises:
         ValueError: if a number is no integer, or the window would hold no key (left + right < 0).
     """
     left, right = _integer(left, "left"), _integer(right, "right")
-    offset = _integer(offset, "offset")
+    offset, sinks = _integer(offset, "offset"), _integer(sinks, "sinks")
+    if sinks < 0:
+        raise ValueError(f"sinks must be at least 0, got {sinks}")
     if left + right < 0:
         raise ValueError(
             f"a window holds left + 1 + right keys: left + right must be at least 0, got {left} and {right}"
         )
-    return Band(offset - left, offset + right, f"window({left}, {right})")
+    near = Band(offset - left, offset + right, f"window({left}, {right})")
+    return near | (Prefix(sinks) & causal(offset + right)) if sinks else near
 
 
 @dataclass(frozen=True, eq=False)

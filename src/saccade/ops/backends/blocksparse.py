@@ -42,7 +42,7 @@ from saccade.ops.masks import FULL, PARTIAL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
 from saccade.ops.native.changes import Changes, added_values
-from saccade.ops.planning import PLANNING_BLOCK, Problem, own_block_size
+from saccade.ops.planning import PLANNING_BLOCK, Problem, nothing, own_block_size
 from saccade.ops.score_mods import Added, SoftCap, steps
 from saccade.ops.scratch import Scratch, scratch
 
@@ -244,6 +244,9 @@ def blocksparse_attend(
         left_out = block_bias.detach() == float("-inf")
         states = states * ~left_out
         block_bias = block_bias.masked_fill(left_out, 0.0)
+    if 0 in (B, H, N, M):
+        found = nothing(q_BHND, k_BKMD, v_BKME)
+        return found if return_lse else found[0]
     scale = D**-0.5 if scale is None else float(scale)
     out, lse = _attend(q_BHND, k_BKMD, v_BKME, mask, states, size, block_bias, scale, return_lse, memory_mb)
     if not return_lse:
