@@ -56,7 +56,8 @@ def _hex(hue: float, lightness: float, saturation: float = 0.75, least: float = 
 
 def as_text(name: str) -> str:
     """A name of the caller's in a figure: what stands between two dollars would be read as mathematics."""
-    return name.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
+    shown = "".join(character if character.isprintable() else " " for character in name)
+    return shown.replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> Figure:
