@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -13,9 +14,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def is_on(device: str) -> bool:
+    """Whether autocast is, on a kind of device. Some, like "meta", have none, and torch may not even be asked."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def off(device: str) -> AbstractContextManager[object]:
+    """Without autocast on a kind of device."""
+    return torch.autocast(device, enabled=False) if is_on(device) else nullcontext()
+
+
 def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors; under autocast, those of several types in autocast's, as torch's attention takes them."""
-    if isinstance(tensors[0], Tensor) and not torch.is_autocast_enabled(tensors[0].device.type):
+    if isinstance(tensors[0], Tensor) and not is_on(tensors[0].device.type):
         return tensors
     if not all(isinstance(x, Tensor) for x in tensors) or all(x.dtype == tensors[0].dtype for x in tensors):
         return tensors  # the caller's check names a stranger
@@ -33,9 +44,7 @@ def exact(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def run(*arguments: P.args, **options: P.kwargs) -> R:
         device = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        if not torch.is_autocast_enabled(device):
-            return function(*arguments, **options)
-        with torch.autocast(device, enabled=False):
+        with off(device):
             return function(*arguments, **options)
 
     return run

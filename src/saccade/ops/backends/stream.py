@@ -49,6 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from saccade.ops import native
+from saccade.ops.autocast import is_on, off
 from saccade.ops.backends import reference
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
@@ -127,7 +128,7 @@ def _run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     call = _Call(problem)
     bytes_per_pair: float = ARRAYS * _dtype(problem).itemsize
     if 0 not in (problem.B, problem.H, problem.N, problem.M):
-        with torch.autocast(q.device.type, enabled=False):
+        with off(q.device.type):
             bytes_per_pair = _probe(call, q, k)
     call.lay_tiles(bytes_per_pair)
     if problem.dropout or call.stochastic:
@@ -183,7 +184,7 @@ class _Call:
         self.normalizer = named(self.problem.normalize)
         self.dtype = _dtype(self.problem)
         device = self.problem.device.type
-        self.autocast = torch.is_autocast_enabled(device)
+        self.autocast = is_on(device)
         self.autocast_dtype = torch.get_autocast_dtype(device) if self.autocast else None
         p = self.problem
         self.positions = [torch.arange(length, device=p.device) for length in (p.B, p.H, p.N, p.M)]
@@ -539,7 +540,7 @@ def _restore_random_state(p: Problem, states: list[Tensor]) -> None:
 class _Stream(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, q: Tensor, k: Tensor, v: Tensor, *captured: Tensor) -> Any:
-        with torch.autocast(q.device.type, enabled=False):
+        with off(q.device.type):
             out, finals = _forward(call, q, k, v)
         ctx.call, ctx.names = call, list(finals)
         ctx.save_for_backward(q, k, v, out, *finals.values(), *captured)
