@@ -30,6 +30,9 @@ from saccade.train.scaling import Fit, ScalingPoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: steps from which on their median says how fast training is: the first ones warm up
+_TIMED = 5
+
 #: version of result.json
 FORMAT = 2
 
@@ -300,7 +303,10 @@ class CompareResult:
             ("Trains fastest here", lambda record: record.train_tokens_per_second),
             ("Decodes fastest", lambda record: record.decode_tokens_per_second),
         ):
-            known = [(value(record), record) for record in self.mechanisms if value(record) is not None]
+            timed = [
+                r for r in self.mechanisms if label != "Trains fastest here" or r.steps is None or r.steps >= _TIMED
+            ]
+            known = [(value(record), record) for record in timed if value(record) is not None]
             if len(known) > 1:
                 rate, fastest = max(known, key=lambda pair: pair[0])
                 slowest = min(rate for rate, _ in known)
