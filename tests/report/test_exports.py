@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,3 +31,8 @@ def test_mra_is_taken_by_torch_export() -> None:
     program = torch.export.export(module, (x,))
     assert not any("saccade" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+def test_the_page_names_every_part() -> None:
+    text = (Path(__file__).parents[2] / "docs" / exports.PAGE).read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", text, re.M) == [part.slug for part in catalogue.parts()]
