@@ -242,3 +242,9 @@ def test_half_precision(dtype: torch.dtype) -> None:
     expected = saccade.attend(*(x.double() for x in (q, k, v)), mask=masks.causal(), score_mod=mod, backend="reference")
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)
+
+
+def test_half_precision_slopes_times_large_distances() -> None:
+    slopes, zero, j = torch.tensor([0.7, 0.3], dtype=torch.bfloat16), torch.tensor(0), torch.arange(1000, 1010)
+    found = score_mods.alibi(slopes)(torch.zeros(10), zero, zero, zero, j)
+    torch.testing.assert_close(found, slopes[0].float() * j)

@@ -122,7 +122,9 @@ class Alibi(ByDistance):
     symmetric: bool = False
 
     def values(self, h: Tensor, distance: Tensor) -> Tensor:
-        return self.table[h] * (-distance.abs() if self.symmetric else distance)
+        # a half-precision slope times a large distance would be off by whole numbers
+        slope = self.table[h].to(torch.promote_types(self.table.dtype, torch.float32))
+        return slope * (-distance.abs() if self.symmetric else distance)
 
     def __repr__(self) -> str:
         return f"alibi({self.table.shape[0]} heads{', symmetric' if self.symmetric else ''})"
