@@ -100,7 +100,7 @@ def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
 def _widened(x: Tensor) -> Tensor:
     """`x` in one block of memory, filled up with zeros to whole vectors; itself where it is that already."""
     missing = -x.shape[3] % WIDTH
-    return F.pad(x, (0, missing)) if missing else x.contiguous()
+    return (F.pad(x, (0, missing)) if missing else x).contiguous()  # padding keeps the order of the axes in memory
 
 
 def _fresh(floats: int) -> Tensor:
