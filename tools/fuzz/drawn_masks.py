@@ -57,7 +57,7 @@ def _window(rng: Random, generator: torch.Generator, B: int, H: int, N: int, M: 
     offset = rng.choice((0, 0, M - N))
     sinks = rng.choice((0, 0, 0, 1, 4, 20))
     distance = _distance(N, M) - offset
-    allowed = (distance >= -left) & (distance <= right) | (torch.arange(M) < sinks)
+    allowed = ((distance >= -left) | (torch.arange(M) < sinks)) & (distance <= right)
     keep = {"sinks": sinks} if sinks else {}
     return Drawn(
         masks.window(left, right, offset=offset, **keep), allowed, f"window({left}, {right}, offset={offset}, {keep})"
