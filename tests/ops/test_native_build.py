@@ -232,8 +232,9 @@ def test_a_relative_cache_folder_does_not_count(monkeypatch: pytest.MonkeyPatch,
 
 def test_types_of_arguments_are_those_of_the_source() -> None:
     for name, letters in build._SIGNATURES.items():
+        macro = re.sub("saccade_grid8?", "grid", name).upper()  # GRID_TASKS is compiled twice, under two names
         found = [
-            re.search(rf"int {name}\((.*?)\)|void {name}\((.*?)\)", text.replace("GRID(", f"{name}("), re.S)
+            re.search(rf"int {name}\((.*?)\)|void {name}\((.*?)\)", text.replace(f"{macro}(", f"{name}("), re.S)
             for text in ((build.FOLDER / source).read_text() for source in build.SOURCES)
         ]
         match = next(m for m in found if m)
