@@ -407,7 +407,7 @@ def test_report_is_empty_where_none_is_asked_for() -> None:
     with saccade.switch(model, "window") as report:
         output(model, tokens())
     assert isinstance(report, Report) and report.layers == [] and "report=True" in str(report)
-    assert report.options == {"left": 256, "right": None}
+    assert report.options == {"left": 256, "right": None, "sinks": 0}
 
 
 @pytest.mark.parametrize(
