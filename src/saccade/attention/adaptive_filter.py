@@ -51,6 +51,7 @@ from torch.utils.checkpoint import checkpoint
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.autocast import off
 from saccade.ops.cache import KVCache
 from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
@@ -279,7 +280,7 @@ def _score(
     both = weighting.robust and weighting.additive == weighting.multiplicative == "precision" and shared
 
     def score(q: Tensor, k: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
+        with off(q.device.type):
             d = (q.shape[-1] - 1) // 2
             lag = _lag(q, k)
             growth, variance = _growth_and_variance(of_keys, lag, weighting)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from saccade.catalogue import Claim, ClaimResult, register
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.autocast import off
 from saccade.ops.cache import KVCache
 from saccade.ops.export import exporting
 from saccade.ops.heads import repeat_heads
@@ -120,7 +121,7 @@ def comateformer_attend(
 
     def combined(q: Tensor, k: Tensor) -> Tensor:
         # tanh and sigmoid in single precision, also under autocast
-        with torch.autocast(q.device.type, enabled=False):
+        with off(q.device.type):
             far = distance(q, k)
             near = torch.tanh(alpha * scale * (q[..., split].to(far.dtype) @ k[..., split].to(far.dtype).mT))
             if mean is None:

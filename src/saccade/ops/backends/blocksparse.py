@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import masks, native, windows
+from saccade.ops.autocast import off
 from saccade.ops.backends import stream
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
 from saccade.ops.export import exporting, weigh
@@ -434,7 +435,7 @@ class _BlockSparse(torch.autograd.Function):
         grad_q_R, grad_k_R, grad_v_R = torch.zeros_like(q_R), torch.zeros_like(k_R), torch.zeros_like(v_R)
         grad_bias = None if bias is None else torch.zeros_like(bias, memory_format=torch.contiguous_format)
 
-        with torch.autocast(q.device.type, enabled=False), scratch("blocksparse", q.dtype, q.device) as room:
+        with off(q.device.type), scratch("blocksparse", q.dtype, q.device) as room:
             for work in job.work_lists():
                 desk = _Desk(room, s, D, E, work.pieces, backward=True)
                 for piece, rows, pairs in work.pieces_with_blocks():
@@ -480,7 +481,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, job: _Job, wa
     lse_R = q.new_full((q_R.shape[0], s.block_q, 1), float("-inf"))
     bounded = bias is None and _largest_score(q, k) * abs(job.scale) <= SAFE_EXPONENT * log(2)
     tiny = torch.finfo(q.dtype).tiny
-    with torch.autocast(q.device.type, enabled=False), scratch("blocksparse", q.dtype, q.device) as room:
+    with off(q.device.type), scratch("blocksparse", q.dtype, q.device) as room:
         for work in job.work_lists():
             desk = _Desk(room, s, D, E, work.pieces, backward=False)
             for piece, rows, pairs in work.pieces_with_blocks():

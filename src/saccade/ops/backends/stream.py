@@ -557,7 +557,7 @@ class _Stream(torch.autograd.Function):
         finals = dict(zip(ctx.names, saved))
         gradients = _Gradients(call, q, k, v)
         number = 0
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        with torch.no_grad(), off(q.device.type):
             step = _recursive_row if call.trains_normalizer or not call.normalizer.closed else _closed_row
             for row, tiles in call.rows:
                 number = step(gradients, out, finals, grad_out, grad_lse, row, tiles, number)
