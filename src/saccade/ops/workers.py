@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 _pools: dict[int, ThreadPoolExecutor] = {}
 _lock = Lock()
 
-# a forked child has none of the threads
-os.register_at_fork(after_in_child=_pools.clear)
+if hasattr(os, "register_at_fork"):  # a forked child has none of the threads
+    os.register_at_fork(after_in_child=_pools.clear)
 
 
 def each(function: Callable[[Item], None], items: Iterable[Item]) -> None:
