@@ -250,3 +250,11 @@ def test_half_precision_slopes_times_large_distances() -> None:
     slopes, zero, j = torch.tensor([0.7, 0.3], dtype=torch.bfloat16), torch.tensor(0), torch.arange(1000, 1010)
     found = score_mods.alibi(slopes)(torch.zeros(10), zero, zero, zero, j)
     torch.testing.assert_close(found, slopes[0].float() * j)
+
+
+def test_without_keys_a_table_has_a_gradient_of_zero() -> None:
+    table = torch.zeros(H, 5, requires_grad=True)
+    q, k = torch.randn(1, H, 3, 4), torch.randn(1, H, 0, 4)
+    out = saccade.attend(q, k, k, score_mod=saccade.score_mods.relative_bias(table))
+    (grad,) = torch.autograd.grad(out.sum(), [table])
+    assert not grad.any() and not out.any()

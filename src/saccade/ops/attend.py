@@ -126,7 +126,8 @@ def attend(
 def _run(problem: Problem, backend: str | None, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor) -> Any:
     name = choose(problem, backend)
     if 0 in (problem.B, problem.H, problem.N, problem.M):
-        found = nothing(q_BHND, k_BKMD, v_BKME)
+        mod = problem.score_mod
+        found = nothing(q_BHND, k_BKMD, v_BKME, *(mod.tensors() if isinstance(mod, Modification) else ()))
         return found if problem.return_lse else found[0]
     if problem.unseen_keys:
         seen = slice(problem.first_key, problem.first_key + problem.M)

@@ -119,9 +119,11 @@ class Problem:
         return elements * self.dtype.itemsize
 
 
-def nothing(q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor) -> tuple[Tensor, Tensor]:
+def nothing(q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """No query, or none that has a key: zeros, and -inf as the LSE, which all inputs have a gradient of."""
     joined = q_BHND[..., :0].sum() + k_BKMD[..., :0].sum() + v_BKME[..., :0].sum()
+    for x in others:
+        joined = joined + x[..., :0].sum().to(joined.dtype)
     rows, dtype = q_BHND.shape[:3], torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
     out = q_BHND.new_zeros(*rows, v_BKME.shape[3]) + joined
     return out, q_BHND.new_full(rows, float("-inf"), dtype=dtype) + joined
