@@ -685,3 +685,13 @@ def test_options_are_read_as_their_types(text: str, options: dict[str, object]) 
     (found,) = parse([text])
     assert found.options == options
     assert [type(value) for value in found.options.values()] == [type(value) for value in options.values()]
+
+
+def test_what_a_killed_run_was_writing_is_swept(tmp_path: Path) -> None:
+    quick = {**TEXT, "lengths": (), "map_length": 0}
+    saccade.compare(["softmax"], task="text", out=tmp_path, **quick)
+    (tmp_path / "result.json").unlink()
+    draft = tmp_path / "softmax" / ".checkpoint.safetensors.x.part"
+    draft.touch()
+    saccade.compare(["softmax"], task="text", out=tmp_path, **quick)
+    assert not draft.exists() and (tmp_path / "result.json").is_file()

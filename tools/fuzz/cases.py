@@ -31,9 +31,9 @@ def tolerance(dtype: torch.dtype) -> float:
     return _TOLERANCE[dtype]
 
 
-def hold(text: str, what: str, ours: Tensor, expected: Tensor, bound: float) -> None:
-    """Raise Wrong where `ours` is farther from `expected` than `bound` of its scale."""
-    error = closeness(ours, expected)
+def hold(text: str, what: str, ours: Tensor, expected: Tensor, bound: float, floor: float = 1.0) -> None:
+    """Raise Wrong where `ours` is farther from `expected` than `bound` of its scale, which is `floor` at least."""
+    error = closeness(ours, expected, floor)
     if not error <= bound:
         raise Wrong(f"{text}\n{what} is off by {error:.2e} of its scale (at most {bound:.0e} expected)")
 

@@ -133,6 +133,8 @@ def compare(
                 return finished
             make_folder(folder)
             stack.enter_context(locked(folder))
+            for draft in folder.rglob(".*.part"):  # of a run that was killed while it wrote
+                draft.unlink(missing_ok=True)
         finished = _finished(folder, config)  # another run may have had the lock until now
         if finished is not None:
             return finished
