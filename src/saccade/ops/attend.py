@@ -21,6 +21,7 @@ from saccade.ops.autocast import one_type
 from saccade.ops.backends import BACKENDS, choose, make_plan
 from saccade.ops.constants import at_home
 from saccade.ops.grad import needs_grad
+from saccade.ops.heads import refuse_strangers
 from saccade.ops.masks import Mask
 from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
@@ -28,8 +29,6 @@ from saccade.ops.planning import Plan, Problem, ScoreFunction, nothing
 from saccade.ops.score_mods import Modification, ScoreMod
 
 __all__ = ["attend", "plan"]
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @overload
@@ -168,23 +167,6 @@ def plan(
     return make_plan(problem, backend)
 
 
-def _refuse_strangers(q: Any, k: Any, v: Any) -> None:
-    if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
-        dtype, device = q.dtype, q.device
-        if dtype in _FLOATS and k.dtype == dtype == v.dtype and k.device == device == v.device:
-            if q.ndim == k.ndim == v.ndim == 4:
-                return
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
-
-
 def _problem(
     q: Tensor,
     k: Tensor,
@@ -199,7 +181,7 @@ def _problem(
     memory_mb: float,
 ) -> Problem:
     # this stands before every call, however small: names and shapes are read once, and complaints are made elsewhere
-    _refuse_strangers(q, k, v)
+    refuse_strangers(q, k, v)
     B, H, N, D = q.shape
     k_B, K, M, k_D = k.shape
     v_B, v_K, v_M, E = v.shape

@@ -31,14 +31,13 @@ from saccade.ops import native
 from saccade.ops.autocast import exact, one_type
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only, needs_grad
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import refuse_strangers, repeat_heads
 from saccade.ops.memory import HUGE_FROM, large_empty
 from saccade.ops.native.linear import attend_chunks
 from saccade.ops.scratch import Scratch, scratch
 
 __all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step"]
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FeatureMap = Callable[[Tensor], Tensor]
 
 
@@ -206,15 +205,7 @@ def linear_attend_reference(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, decay: float | Tensor | None, chunk_size: int | None) -> None:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
-        if x.ndim != 4:
-            raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
-            raise ValueError(f"{name} must be floating point, got {x.dtype}")
-        if x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")
+    refuse_strangers(q, k, v)
     if k.shape[:3] != v.shape[:3]:
         raise ValueError(f"key and value must agree in batch, heads and tokens, got {tuple(k.shape)}, {tuple(v.shape)}")
     if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
