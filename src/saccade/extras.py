@@ -8,6 +8,7 @@ from types import ModuleType
 #: package -> the extra that brings it
 EXTRAS = {
     "transformers": "transformers",
+    "huggingface_hub": "transformers",
     "diffusers": "diffusers",
     "accelerate": "diffusers",
     "sklearn": "data",

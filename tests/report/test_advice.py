@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from saccade.cli import main
 from saccade.integrations.advise import Advice, Trial, advise, positions
-from saccade.report.advice import plot
+from saccade.report.advice import plot, sample_model
 
 
 def tiny_model(folder: Path) -> Path:
@@ -105,3 +106,33 @@ def test_the_picture_of_nothing_and_of_something() -> None:
         artist.texts for artist in plot(advice).findobj() if hasattr(artist, "texts") and hasattr(artist, "boxes")
     ]
     assert labels == [["window:left=2"]]
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["refuses", "says nothing"])
+def test_a_name_without_a_network(
+    silent: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused without a second attempt; what was fetched before is found."""
+    pytest.importorskip("transformers")
+    import huggingface_hub
+
+    def sleep(_: float) -> None:
+        raise AssertionError("waits for a network")
+
+    with socket.socket() as hub:
+        hub.bind(("127.0.0.1", 0))
+        if silent:
+            hub.listen()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
+        monkeypatch.setattr("saccade.report.advice.PATIENCE", 0.2)
+        monkeypatch.setattr("time.sleep", sleep)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
+        assert "the network gives no answer" in refusal(capsys, "nosuchmodel")
+
+        kept = tmp_path / "models--a--model"
+        tiny_model(kept / "snapshots" / "0")
+        (kept / "refs").mkdir()
+        (kept / "refs" / "main").write_text("0")
+        model, inputs = sample_model("a/model", None, 8)
+    assert model.config.model_type == "llama" and inputs["input_ids"].shape == (1, 8)
