@@ -19,6 +19,7 @@ from torch import Tensor
 from saccade.ops import masks
 from saccade.ops.autocast import one_type
 from saccade.ops.backends import BACKENDS, choose, make_plan
+from saccade.ops.backends.sdpa import at_once
 from saccade.ops.constants import at_home
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import refuse_strangers
@@ -116,6 +117,9 @@ def attend(
     >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
     torch.Size([1, 2, 8, 4])
     """
+    if score is None and score_mod is None and not (dropout or return_lse) and backend is None and memory_mb > 0:
+        if normalize == "softmax" and (out := at_once(q_BHND, k_BKMD, v_BKME, mask, scale)) is not None:
+            return out
     q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
     problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
     with at_home(q_BHND):

@@ -19,7 +19,6 @@ Shape letters: B batch, H query heads, K key heads, N queries, M keys, D and E h
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.backends import BACKENDS, choose
-from saccade.ops.backends.sdpa import LANES, hides_in_tail
+from saccade.ops.backends.sdpa import LANES, has_nan, hides_in_tail
 from saccade.ops.planning import Problem
 
 __all__ = ["is_suspect", "only_where_attended"]
@@ -39,18 +38,13 @@ def is_suspect(problem: Problem, backend: str, q_BHND: Tensor, k_BKMD: Tensor, o
         return False
     if problem.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if problem.mask is not None and _has_nan(out_BHNE):
+    if problem.mask is not None and has_nan(out_BHNE):
         return True
     if backend != "sdpa":
         return False
     if problem.M < LANES:
-        return _has_nan(q_BHND) or _has_nan(k_BKMD)
-    return hides_in_tail(problem) and _has_nan(k_BKMD[:, :, -(problem.M % LANES) :])
-
-
-def _has_nan(x: Tensor) -> bool:
-    """No is certain; infinities that cancel are a false alarm."""
-    return math.isnan(x.detach().sum() if x.requires_grad else x.sum())
+        return has_nan(q_BHND) or has_nan(k_BKMD)
+    return hides_in_tail(problem) and has_nan(k_BKMD[:, :, -(problem.M % LANES) :])
 
 
 def only_where_attended(

@@ -17,6 +17,7 @@ import torch
 from saccade.ops import native, windows
 from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
 from saccade.ops.export import exporting
+from saccade.ops.masks import Band, Dense, Padding
 from saccade.ops.planning import Plan, Problem
 
 #: in the order in which ties are broken
@@ -27,10 +28,6 @@ BACKENDS: dict[str, ModuleType] = {
     "stream": stream,
     "reference": reference,
 }
-
-#: query-key pairs of all heads (a quarter of a millisecond of dense attention on two cores) up to which looking into a
-#: mask costs more than skipping its empty blocks saves
-SMALL = 2**17
 
 
 def choose(problem: Problem, asked: str | None = None) -> str:
@@ -48,7 +45,7 @@ def choose(problem: Problem, asked: str | None = None) -> str:
         return asked
     if exporting():  # an operator that runtimes know
         return "reference" if problem.return_lse or sdpa.refusal(problem) else "sdpa"
-    if (_is_settled(problem) or _is_small(problem)) and sdpa.refusal(problem) is None:
+    if (_is_small(problem) or _is_settled(problem)) and sdpa.refusal(problem) is None:
         return "sdpa"  # nothing to weigh, or too little to be worth it: spares the density
     candidates = willing(problem)
     if not candidates:
@@ -75,7 +72,11 @@ def _causal_in_c(problem: Problem) -> bool:
 
 
 def _is_small(problem: Problem) -> bool:
-    return problem.B * problem.H * problem.N * problem.M <= SMALL
+    if problem.B * problem.H * problem.N * problem.M <= sdpa.SMALL:
+        return True
+    # laying out the keys for a path that skips some would take longer than reading them once
+    few_rows = problem.N * problem.H < 0.9 * blocksparse.LAYOUT_ROWS * problem.K
+    return few_rows and problem.device.type == "cpu" and isinstance(problem.mask, (Band, Dense, Padding))
 
 
 def willing(problem: Problem) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from saccade.ops.planning import Problem
 
 #: scores that torch's kernel compares at a time, on the widest vectors
 LANES = 16
+
+#: query-key pairs of all heads (half a millisecond of dense attention on two cores) up to which looking into a
+#: mask costs more than skipping its empty blocks saves
+SMALL = 2**18
 
 
 def refusal(problem: Problem) -> str | None:
@@ -65,6 +70,38 @@ def is_causal(problem: Problem) -> bool:
 def hides_in_tail(problem: Problem) -> bool:
     """The kernel may lose a NaN among the keys that do not fill a vector, where the mask hides all others."""
     return problem.mask is not None and not is_causal(problem) and problem.M % LANES != 0
+
+
+def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> Tensor | None:
+    """Plain dense attention, where there is nothing to choose, check or prepare; else None.
+
+    What `attend` would come to by way of a `Problem`. In small calls that takes longer than the kernel.
+    """
+    if not (type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Band)):
+        return None
+    shape, keys = q.shape, k.shape
+    if len(shape) != 4 or len(keys) != 4 or keys != v.shape or shape[0] != keys[0] or shape[3] != keys[3]:
+        return None
+    B, H, N, D = shape
+    K, M = keys[1], keys[2]
+    if M < LANES or 0 in (B, N, D, K) or H % K:
+        return None
+    causal = mask is not None and not mask.hides_nothing(N, M)
+    if causal and (mask.low is not None or mask.high != 0 or B * H * N * M > SMALL):
+        return None
+    if causal and (q.device.type != "cpu" or torch.compiler.is_compiling()):
+        return None  # no looking at the output
+    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
+        return None
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (scale is not None and scale <= 0):
+        return None
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=K != H)
+    return None if causal and has_nan(out) else out
+
+
+def has_nan(x: Tensor) -> bool:
+    """No is certain; infinities that cancel are a false alarm."""
+    return math.isnan(x.detach().sum() if x.requires_grad else x.sum())
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
