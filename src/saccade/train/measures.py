@@ -169,7 +169,7 @@ def decoding(model: SequenceModel, prompt_BN: Tensor, tokens: int, warmup: int =
     """Greedy decoding of one sequence with caches: the median time of a token, after the prompt and a few tokens.
 
     The sequence is decoded in several passes, and the fastest time of each token counts. None where the fastest pass
-    stands alone: where no other took less than one and a half times as long, after five.
+    stands alone: where no other took less than one and a half times as long, after nine.
     """
     passes: list[list[float]] = []
     size = 0
@@ -190,7 +190,7 @@ def decoding(model: SequenceModel, prompt_BN: Tensor, tokens: int, warmup: int =
 
 
 #: passes of decoding, at most and at least
-_PASSES, _LEAST = 5, 3
+_PASSES, _LEAST = 9, 3
 
 
 @torch.no_grad()

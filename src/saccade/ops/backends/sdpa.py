@@ -93,7 +93,7 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> 
         return None  # no looking at the output
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
         return None
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()) or (scale is not None and scale <= 0):
+    if in_rows(q) is not q or in_rows(k) is not k or in_rows(v) is not v or (scale is not None and scale <= 0):
         return None
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=K != H)
     return None if causal and has_nan(out) else out
