@@ -189,9 +189,9 @@ def test_decoding_that_no_two_passes_agree_on_was_not_measured(monkeypatch) -> N
     passes = iter([[9.0] * 4 + [1.0, 9.0, 2.0], [9.0] * 4 + [2.0, 1.0, 9.0], [9.0] * 4 + [9.0, 2.0, 1.0]])
     monkeypatch.setattr(measures, "_decoded", lambda *given: (next(passes), 64))
     assert measures.decoding(model, task.prompt(5), 3)["tokens_per_second"] == 1.0
-    doubling = iter([[float(2**n)] * 7 for n in range(9)])
+    doubling = iter([[float(2**n)] * 7 for n in range(12)])
     monkeypatch.setattr(measures, "_decoded", lambda *given: (next(doubling), 64))
-    assert measures.decoding(model, task.prompt(5), 3) is None and next(doubling)[0] == 2**5
+    assert measures.decoding(model, task.prompt(5), 3) is None and next(doubling)[0] == 2**9
 
 
 def own_parts() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def repeat_heads(x_BKMD: Tensor, H: int) -> Tensor:
@@ -20,7 +20,7 @@ def refuse_strangers(q: Any, k: Any, v: Any) -> None:
     """Raise ValueError unless these are tensors of four axes, of one floating-point type, on one device."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor):
         dtype, device = q.dtype, q.device
-        if dtype in _FLOATS and k.dtype == dtype == v.dtype and k.device == device == v.device:
+        if dtype in FLOATS and k.dtype == dtype == v.dtype and k.device == device == v.device:
             if q.ndim == k.ndim == v.ndim == 4:
                 return
     for name, x in (("query", q), ("key", k), ("value", v)):
@@ -28,7 +28,7 @@ def refuse_strangers(q: Any, k: Any, v: Any) -> None:
             raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
-        if x.dtype not in _FLOATS:
+        if x.dtype not in FLOATS:
             raise ValueError(f"{name} must be floating point, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name} is {x.dtype} on {x.device}, but query is {q.dtype} on {q.device}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.backends import reference
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import FLOATS, repeat_heads
 from saccade.ops.masks import Band, Dense, Padding
 from saccade.ops.planning import Problem
 
@@ -77,7 +77,7 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> 
 
     What `attend` would come to by way of a `Problem`. In small calls that takes longer than the kernel.
     """
-    if not (type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Band)):
+    if not (type(q) is type(k) is type(v) is Tensor and (mask is None or isinstance(mask, Band))):
         return None
     shape, keys = q.shape, k.shape
     if len(shape) != 4 or len(keys) != 4 or keys != v.shape or shape[0] != keys[0] or shape[3] != keys[3]:
@@ -86,14 +86,16 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None) -> 
     K, M = keys[1], keys[2]
     if M < LANES or 0 in (B, N, D, K) or H % K:
         return None
-    causal = mask is not None and not mask.hides_nothing(N, M)
-    if causal and (mask.low is not None or mask.high != 0 or B * H * N * M > SMALL):
+    causal = False
+    if mask is not None and not mask.hides_nothing(N, M):
+        causal = True
+        if mask.low is not None or mask.high != 0 or B * H * N * M > SMALL:
+            return None
+        if q.device.type != "cpu" or torch.compiler.is_compiling():
+            return None  # no looking at the output
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS and q.device == k.device == v.device):
         return None
-    if causal and (q.device.type != "cpu" or torch.compiler.is_compiling()):
-        return None  # no looking at the output
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point() and q.device == k.device == v.device):
-        return None
-    if in_rows(q) is not q or in_rows(k) is not k or in_rows(v) is not v or (scale is not None and scale <= 0):
+    if not (is_in_rows(q) and is_in_rows(k) and is_in_rows(v)) or (scale is not None and scale <= 0):
         return None
     out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=K != H)
     return None if causal and has_nan(out) else out
@@ -164,9 +166,11 @@ def in_rows(x: Tensor) -> Tensor:
     The flash kernel takes both for granted, and SDPA leaves that kernel for one with quadratic memory where the first
     is not so.
     """
-    if x.is_contiguous() or (x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1]):
-        return x
-    return x.contiguous()
+    return x if is_in_rows(x) else x.contiguous()
+
+
+def is_in_rows(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1])
 
 
 def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
