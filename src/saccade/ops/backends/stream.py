@@ -68,6 +68,9 @@ TILE_BYTES = 16 * 2**20
 #: what one more tile costs, in bytes of activations that could be computed in its place
 TILE_OVERHEAD = 2**18
 
+#: the same where workers take the tiles: at each of its operations a thread may have to wait for Python
+HANDOVER = 2**20
+
 #: arrays of the size of a tile that live at a time where the score is a dot product: scores, weights, two gradients
 #: and what their computation leaves for a moment
 ARRAYS = 6
@@ -179,6 +182,8 @@ class _Call:
     captured: tuple[Tensor, ...] = ()
     hidden: tuple[Tensor, ...] = ()
     autocast: bool = field(init=False)
+    reads_ranges: bool = True
+    views: dict[tuple[str, int, int], Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.normalizer = named(self.problem.normalize)
@@ -187,14 +192,15 @@ class _Call:
         self.autocast = is_on(device)
         self.autocast_dtype = torch.get_autocast_dtype(device) if self.autocast else None
         p = self.problem
-        self.positions = [torch.arange(length, device=p.device) for length in (p.B, p.H, p.N, p.M)]
+        b, h, self.queries, self.keys = (torch.arange(length, device=p.device) for length in (p.B, p.H, p.N, p.M))
+        self.b, self.h = b[:, None, None, None], h[:, None, None]
 
     def lay_tiles(self, bytes_per_pair: float) -> None:
         """Choose the tile's size and list, for each block of queries, the tiles of keys and which are full."""
         p = self.problem
         tiles = torch.get_num_threads() if self.by_workers else 1  # at a time
         pairs = max(1, int(_budget(p) / tiles / (bytes_per_pair * max(1, p.B * p.H))))
-        overhead = max(1, int(TILE_OVERHEAD / (bytes_per_pair * max(1, p.B * p.H))))
+        overhead = max(1, int((HANDOVER if tiles > 1 else TILE_OVERHEAD) / (bytes_per_pair * max(1, p.B * p.H))))
         self.tile, states = _choose_tile(p, pairs, overhead)
         n, m = self.tile
         if 0 in (p.B, p.H):
@@ -208,8 +214,13 @@ class _Call:
                 self.rows.append((row, [(key, s == FULL) for key, s in zip(keys, states[i]) if s != EMPTY]))
 
     def index(self, row: slice, key: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        b, h, q, k = self.positions
-        return b[:, None, None, None], h[:, None, None], q[row, None], k[key]
+        # kept, as each torch operation of a worker is a moment in which another takes Python from it
+        queries, keys = ("q", row.start, row.stop), ("k", key.start, key.stop)
+        if queries not in self.views:
+            self.views[queries] = self.queries[row, None]
+        if keys not in self.views:
+            self.views[keys] = self.keys[key]
+        return self.b, self.h, self.views[queries], self.views[keys]
 
     def allowed(self, row: slice, key: slice, full: bool) -> Tensor | None:
         """Bool (B, H, n, m), or None where every pair of the tile is allowed."""
@@ -224,14 +235,10 @@ class _Call:
             return allowed
         return torch.ones((), dtype=torch.bool, device=scores.device).expand_as(scores)
 
-    def products(self, q_BHnD: Tensor, k_BKmD: Tensor, room: Tensor | None = None) -> Tensor:
-        """(B, H, n, m) dot products, scaled; in `room`, where that is given."""
+    def products(self, q_BHnD: Tensor, k_BKmD: Tensor) -> Tensor:
+        """(B, H, n, m) dot products, scaled."""
         grouped, keys = _group(q_BHnD * self.problem.scale, k_BKmD.shape[1]).flatten(0, 1), k_BKmD.flatten(0, 1)
-        shape = *q_BHnD.shape[:3], k_BKmD.shape[2]
-        if room is None:
-            return torch.bmm(grouped, keys.mT).view(shape)
-        into = room[: grouped.shape[0] * grouped.shape[1] * keys.shape[1]].view(*grouped.shape[:2], keys.shape[1])
-        return torch.bmm(grouped, keys.mT, out=into).view(shape)
+        return torch.bmm(grouped, keys.mT).view(*q_BHnD.shape[:3], k_BKmD.shape[2])
 
     def scores(self, q_BHnD: Tensor, k_BHmD: Tensor) -> Tensor:
         """The user's score of a tile, in the accumulation dtype."""
@@ -251,12 +258,13 @@ class _Call:
         index = self.index(row, key)
         if self.scalars:
             answer = for_pairs(mod, scores, *index, scalars=True)
-        elif isinstance(mod, Modification):
+        elif isinstance(mod, Modification) or not self.reads_ranges:
             answer = mod(scores, *index)
         else:
-            with _Reading(index, (slice(0, p.B), slice(0, p.H), row, key)):
+            with _Reading(index, (slice(0, p.B), slice(0, p.H), row, key)) as reading:
                 answer = mod(scores, *index)
-        return answer.to(self.dtype).expand_as(scores)
+            self.reads_ranges = reading.of_pairs
+        return answer if _alike(answer, scores) else answer.to(self.dtype).expand_as(scores)
 
     @property
     def by_workers(self) -> bool:
@@ -383,12 +391,16 @@ class _Reading(TorchFunctionMode):
     Args:
         index: the index tensors of a tile, known by identity: b, h, q_idx, kv_idx.
         ranges: what they run through.
+
+    Attributes:
+        of_pairs: whether there was a read of a value per pair; others are as fast by index tensors.
     """
 
     def __init__(self, index: tuple[Tensor, ...], ranges: tuple[slice, ...]) -> None:
         super().__init__()
         self.index, self.ranges = index, ranges
         self.axes = {id(x): axis for axis, x in enumerate(index)}
+        self.of_pairs = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
@@ -400,6 +412,7 @@ class _Reading(TorchFunctionMode):
                 and len(set(axes)) == len(axes) == table.ndim
                 and all(self.ranges[axis].stop <= length for axis, length in zip(axes, table.shape))
             ):
+                self.of_pairs = self.of_pairs or {2, 3} <= set(axes)
                 cut = table[tuple(self.ranges[axis] for axis in axes)]
                 ordered = cut.permute(sorted(range(len(axes)), key=axes.__getitem__))
                 # as the index tensors broadcast
@@ -489,7 +502,8 @@ def _probe(call: _Call, q: Tensor, k: Tensor) -> float:
         scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype))
     else:
         graph = torch.set_grad_enabled(grad and not call.scalars)
-        with graph, _Discovery(q_tile, k_tile, mapped=call.scalars) as discovery, meter:
+        discovery = _Discovery(q_tile, k_tile, mapped=call.scalars)
+        with graph, discovery if grad else nullcontext(), meter:
             scores = _tile_scores(call, q_tile, k_tile, row, key, 0)
         seen, hidden = discovery.found(scores)
     call.stochastic = any(not torch.equal(a, b) for a, b in zip(before, _random_state(p)))
@@ -564,23 +578,24 @@ class _Stream(torch.autograd.Function):
         return None, *gradients.results()
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, over two batch axes, in place."""
-    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+def _alike(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and x.shape == y.shape
 
 
-def _tile_scores(
-    call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: slice, number: int, room: Tensor | None = None
-) -> Tensor:
+def _tile_scores(call: _Call, q_tile: Tensor, k_tile: Tensor, row: slice, key: slice, number: int) -> Tensor:
     p = call.problem
     if p.score is None:
-        scores = call.products(q_tile.to(call.dtype), k_tile.to(call.dtype), room)
-        if p.score_mod is None:
-            return scores
+        return _modified(call, call.products(q_tile.to(call.dtype), k_tile.to(call.dtype)), row, key, number)
     with call.surroundings(number):
-        if p.score is not None:
-            scores = call.scores(q_tile, repeat_heads(k_tile, p.H))
+        scores = call.scores(q_tile, repeat_heads(k_tile, p.H))
         return scores if p.score_mod is None else call.modified(scores, row, key)
+
+
+def _modified(call: _Call, scores: Tensor, row: slice, key: slice, number: int) -> Tensor:
+    if call.problem.score_mod is None:
+        return scores
+    with call.surroundings(number):
+        return call.modified(scores, row, key)
 
 
 def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -591,10 +606,11 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict
     counts = [len(tiles) for _, tiles in call.rows]
     before = [0, *accumulate(counts)]
     in_one_pass = call.in_one_pass  # finds out here, not in each thread, whether there is C
+    parts = _parts(call, k, v)
 
     def one(i: int) -> None:
         row, tiles = call.rows[i]
-        out[:, :, row], finals[i] = _forward_row(call, q, k, v, row, tiles, before[i], in_one_pass)
+        out[:, :, row], finals[i] = _forward_row(call, q, parts, row, tiles, before[i], in_one_pass)
 
     # the longest first, so that all workers end together
     order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
@@ -607,38 +623,64 @@ def _forward(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, dict
     return out, {name: torch.cat([final[name] for final in finals], 2) for name in names}
 
 
+def _parts(call: _Call, k: Tensor, v: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values of each tile by its first key: (B K, D, m) for a dot product, else (B, K, m, D); (B K, m, E)."""
+    values = v.to(call.dtype).flatten(0, 1)
+    keys = k.to(call.dtype).flatten(0, 1).mT if call.problem.score is None else k
+    needed = {key.start: key for _, tiles in call.rows for key, _ in tiles}
+    whole = (slice(None), slice(None))
+    return {start: (keys[(*whole, key)], values[:, key]) for start, key in needed.items()}
+
+
 def _forward_row(
     call: _Call,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    parts: dict[int, tuple[Tensor, Tensor]],
     row: slice,
     tiles: list[tuple[slice, bool]],
     start: int,
     in_one_pass: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The same of a block of queries; start: the number of its first tile."""
+    """The same of a block of queries; start: the number of its first tile.
+
+    Workers share one Python, and each torch operation is a moment in which it changes hands, which costs more than a
+    small operation does: what can be done once stands before the loop.
+    """
     p, rows = call.problem, row.stop - row.start
-    total = q.new_zeros(p.B, p.K, p.H // p.K * rows, p.E, dtype=call.dtype)
+    heads, grouped = p.B * p.K, p.H // p.K * rows
+    total = q.new_zeros(p.B, p.H, rows, p.E, dtype=call.dtype)
+    totals = total.view(heads, grouped, p.E)
     state = call.normalizer.init(q.new_zeros(p.B, p.H, rows, 1, dtype=call.dtype))
-    room = q.new_empty(p.B * p.H * rows * min(call.tile[1], p.M), dtype=call.dtype) if in_one_pass else None
     q_tile = q[:, :, row]
+    if p.score is None:
+        q_tile = _group(q_tile.to(call.dtype) * p.scale, p.K).flatten(0, 1)
+    room = q.new_empty(heads * grouped * min(call.tile[1], p.M), dtype=call.dtype)
+    width, here = 0, room
     for number, (key, full) in enumerate(tiles, start):
-        scores = _tile_scores(call, q_tile, k[:, :, key], row, key, number, room)
-        allowed = call.allowed(row, key, full)
-        if room is None:
-            weights, state, rescale = call.normalizer.update(scores, call.for_normalizer(allowed, scores), state)
+        keys, values = parts[key.start]
+        if key.stop - key.start != width:
+            width = key.stop - key.start
+            here = room[: heads * grouped * width].view(heads, grouped, width)
+            shaped = here.view(p.B, p.H, rows, width)
+        if p.score is None:
+            torch.bmm(q_tile, keys, out=here)
+            scores = _modified(call, shaped, row, key, number)
         else:
-            weights, rescale = soften(scores, allowed, state["top"], state["total"], room)
-        keep = call.keep(scores, number)
+            scores = _tile_scores(call, q_tile, keys, row, key, number)
+        allowed = call.allowed(row, key, full)
+        if in_one_pass:
+            soften(scores, allowed, state["top"], state["total"], total, shaped)
+            weights = here
+        else:
+            weights, state, rescale = call.normalizer.update(scores, call.for_normalizer(allowed, scores), state)
+            weights = weights.reshape(here.shape)
+            if rescale is not None:
+                total.mul_(rescale)
+        keep = call.keep(shaped, number)
         if keep is not None:
-            weights = weights * keep
-        if rescale is not None:
-            total.mul_(_group(rescale, p.K))
-        grouped = weights.reshape(p.B, p.K, total.shape[2], key.stop - key.start)
-        _add_product(total, grouped, v[:, :, key].to(call.dtype))
+            weights = weights * keep.view(here.shape)
+        totals.baddbmm_(weights, values)
     factor, final = call.normalizer.finish(state)
-    total = total.view(p.B, p.H, rows, p.E)
     return total if factor is None else total.mul_(factor), final
 
 

@@ -47,7 +47,7 @@ _SIGNATURES = {
     "saccade_tasks": "pppppppppplpppppppppplllllfip",
     "saccade_gradients": "pppppppppppplpppppppppppppplllllfip",
     "saccade_merge": "ppppllli",
-    "saccade_soften": "ppppppllllllli",
+    "saccade_soften": "pppppplllllllli",
     "saccade_grid": "ppppplllllplppllppfi",
     "saccade_grid8": "ppppplllllplppllppfi",
     "saccade_grid_gradients": "ppppppppppplllllplppllppfi",

@@ -2,17 +2,18 @@
  *
  *     top' = max(top, max_j x_j),  w_j = exp(x_j - top'),  factor = exp(top - top'),  total' = factor total + sum_j w_j
  *
- * where x_j is -inf where a mask says no, and exp(-inf - -inf) is 0.
+ * where x_j is -inf where a mask says no, and exp(-inf - -inf) is 0. What was summed with the weights before is brought
+ * to the new top as well: out' = factor out.
  */
 
 #include "vectors.h"
 
-/* scores, weights (count, keys), which may be one; top, total, factor (count). seen: bytes, 0 = may not attend, or null;
+/* scores, weights (count, keys), which may be one; top, total (count); out (count, width). seen: bytes, 0 = may not attend, or null;
  * rows are counted through heads of `queries` queries, and batch rows of `heads`, of which the masks lie mask_batch,
  * mask_head and mask_row bytes apart. */
-void saccade_soften(const float *scores, float *weights, float *top, float *total, float *factor, const uint8_t *seen,
+void saccade_soften(const float *scores, float *weights, float *top, float *total, float *out, const uint8_t *seen,
                     long mask_batch, long mask_head, long mask_row, long heads, long queries, long count, long keys,
-                    int threads) {
+                    long width, int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long r = 0; r < count; r++) {
         const float *x = scores + r * keys;
@@ -37,7 +38,9 @@ void saccade_soften(const float *scores, float *weights, float *top, float *tota
         }
         for (long j = whole; j < keys; j++) rest += w[j] = exp2_of(splat((x[j] - shift) * (1 / LN2)))[0];
         top[r] = after;
-        factor[r] = expf(before - shift);
-        total[r] = total[r] * factor[r] + sum_of(sum) + rest;
+        float factor = expf(before - shift);
+        total[r] = total[r] * factor + sum_of(sum) + rest;
+        if (factor != 1) /* NaN is not 1 */
+            for (long e = 0; e < width; e++) out[r * width + e] *= factor;
     }
 }

@@ -14,26 +14,29 @@ __all__ = ["soften"]
 
 
 def soften(
-    scores_BHnm: Tensor, allowed_BHnm: Tensor | None, top_BHn1: Tensor, total_BHn1: Tensor, room: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Weights exp(score - top) of a tile, and the factor exp(top before - top); top and total are brought up to date.
+    scores_BHnm: Tensor,
+    allowed_BHnm: Tensor | None,
+    top_BHn1: Tensor,
+    total_BHn1: Tensor,
+    out_BHnE: Tensor,
+    weights_BHnm: Tensor,
+) -> None:
+    """Weights exp(score - top) of a tile; top, total and the sum of values so far are brought up to date.
 
     Args:
         scores_BHnm: float32.
         allowed_BHnm: bool, or None for all; its axes may be expanded.
-        top_BHn1, total_BHn1: float32, contiguous; at first -inf and 0.
-        room: float32, contiguous, for at least as many weights; the scores may lie there.
+        top_BHn1, total_BHn1, out_BHnE: float32, contiguous; at first -inf, 0 and 0.
+        weights_BHnm: float32, contiguous, written; the scores may lie there.
     """
-    _, H, n, m = scores_BHnm.shape
-    scores = scores_BHnm.contiguous()
-    weights = room.view(-1)[: scores.numel()].view(scores.shape)
-    factor = torch.empty_like(top_BHn1)
+    _, H, n, m = weights_BHnm.shape
+    if not scores_BHnm.is_contiguous():
+        scores_BHnm = scores_BHnm.contiguous()
     steps: tuple[int, ...] = (0, 0, 0)
     if allowed_BHnm is not None:
         allowed_BHnm = allowed_BHnm if allowed_BHnm.stride(3) == 1 else allowed_BHnm.contiguous()
         steps = allowed_BHnm.stride()[:3]
     library().saccade_soften(
-        address(scores), address(weights), address(top_BHn1), address(total_BHn1), address(factor),
-        address(allowed_BHnm), *steps, H, n, top_BHn1.numel(), m, torch.get_num_threads(),
+        address(scores_BHnm), address(weights_BHnm), address(top_BHn1), address(total_BHn1), address(out_BHnE),
+        address(allowed_BHnm), *steps, H, n, top_BHn1.numel(), m, out_BHnE.shape[3], torch.get_num_threads(),
     )  # fmt: skip
-    return weights, factor
