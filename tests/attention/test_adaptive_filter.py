@@ -17,7 +17,7 @@ from saccade.attention.adaptive_filter import (
     common_frame,
     simulate,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import measure
 
 DOUBLE = torch.float64

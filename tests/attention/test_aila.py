@@ -14,7 +14,7 @@ from saccade.attention.aila import (
     ScalarConnection,
     depth_attend,
 )
-from saccade.ops.stack import PreNormBlock
+from saccade.layers.pre_norm import PreNormBlock
 
 VARIANTS = [
     {"variant": "attention"},

@@ -14,7 +14,7 @@ from saccade.attention.comateformer import (
     comateformer_attend,
     combine,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import measure
 
 DOUBLE = torch.float64

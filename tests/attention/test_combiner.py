@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saccade import masks
 from saccade.attention.combiner import Combiner, CombinerLayer, combiner_attend
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 VARIANTS = ("fixed", "logn", "rowmajor", "mixture")
 

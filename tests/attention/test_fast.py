@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saccade.attention.fast import FastmaxAttention, fastmax_attend, fastmax_normalize
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 STREAMING = [
     {"normalization": "plain"},

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from saccade import masks
 from saccade.attention.moba import MoBA, MoBACache, moba_attend, moba_attend_reference, moba_route
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 
 def heads(

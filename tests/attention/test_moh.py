@@ -22,7 +22,7 @@ from saccade.attention.moh import (
     query_norm_routing,
     trained_routing,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 
 def layer(*arguments: object, **options: object) -> MoH:

@@ -10,7 +10,7 @@ from torch import Tensor
 from saccade import masks
 from saccade.attention import mra
 from saccade.attention.mra import MRA, mra_attend, mra_pairs, patch_order
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.selection import pool_blocks
 
 

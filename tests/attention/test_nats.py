@@ -20,7 +20,7 @@ from saccade.attention.nats import (
     nats_attend_reference,
     nats_mask,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 
 def drawn(B: int = 2, H: int = 4, K: int = 2, N: int = 37, D: int = 8, c: int = 1, seed: int = 0) -> list[Tensor]:

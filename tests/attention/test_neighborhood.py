@@ -13,7 +13,7 @@ from saccade.attention.neighborhood import (
     neighborhood_scores,
     neighborhood_sum,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import masks
 
 

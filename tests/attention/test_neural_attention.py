@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade import catalogue, masks
 from saccade.attention.neural_attention import NeuralAttention, PairNetwork, neural_attend
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import measure
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "neural-attention"

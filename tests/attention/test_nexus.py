@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from saccade import attention_map, masks
 from saccade.attention.nexus import Nexus, nested, nexus_attend, two_hops
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.rope import rotate
 
 READINGS = [

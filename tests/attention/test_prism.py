@@ -20,7 +20,7 @@ from saccade.attention.prism import (
     prism_blocks,
     prism_sparsity,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.attend import attend
 from saccade.ops.rope import rotate
 

@@ -17,7 +17,7 @@ from saccade.attention.slay import (
     yat_attend,
     yat_kernel,
 )
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 POSITIVE = ("anchor", "hadamard", "laplace")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.rope import rotate
 
 

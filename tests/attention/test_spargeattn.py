@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade import masks
-from saccade.attention.softmax import SoftmaxAttention
 from saccade.attention.spargeattn import (
     SpargeAttention,
     SpargeThresholds,
@@ -20,6 +19,7 @@ from saccade.attention.spargeattn import (
     sparge_sparsity,
     spargeattn_attend,
 )
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.attend import attend
 
 SMALL = {"block_q": 16, "block_k": 8}

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import saccade
 from saccade import masks
-from saccade.attention.softmax import SoftmaxAttention
 from saccade.attention.super_attention import SuperAttention, align
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 VARIANTS = ("standard", "optimised", "efficient", "super")
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import saccade
-from saccade.ops.constants import Constants, at_home
+from saccade.layers.constants import Constants
+from saccade.ops.constants import at_home
 from saccade.ops.linear import retention_decay
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.attention.softmax import SoftmaxAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.train.lab import Lab, run_claim
 
 

@@ -49,13 +49,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
+from saccade.layers.cache import KVCache
+from saccade.layers.pretrained import read_softmax
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.autocast import off
-from saccade.ops.cache import KVCache
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
-from saccade.ops.pretrained import read_softmax
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -998,7 +998,7 @@ def _claim(lab: Lab) -> ClaimResult:
     def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
         return F.mse_loss(model(pair[1][:, :-1]), pair[1][:, 1:])
 
-    from saccade.attention.softmax import SoftmaxAttention
+    from saccade.layers.softmax_attention import SoftmaxAttention
 
     ways: dict[str, Callable[[int], nn.Module]] = {
         "filter": lambda dim: AdaptiveFilterAttention(dim, 2, seq_len=length),

@@ -40,9 +40,9 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue import Claim, ClaimResult, register
-from saccade.ops.cache import StateCache
+from saccade.layers.cache import LayerCaches, StateCache
+from saccade.layers.pre_norm import PreNormBlock
 from saccade.ops.masks import Mask
-from saccade.ops.stack import LayerCaches, PreNormBlock
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

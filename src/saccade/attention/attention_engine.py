@@ -37,11 +37,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.constants import Constants
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend, retention_decay
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge

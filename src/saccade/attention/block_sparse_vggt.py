@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.constants import Constants
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.masks import PARTIAL, Mask

@@ -34,13 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult, register
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.autocast import off
-from saccade.ops.cache import KVCache
 from saccade.ops.export import exporting
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import Normalizer, State
 
@@ -458,7 +458,7 @@ def _pairs(batch: int, length: int, vocabulary: int, generator: torch.Generator)
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.attention.softmax import SoftmaxAttention
+    from saccade.layers.softmax_attention import SoftmaxAttention
 
     length, vocabulary, dim, batch = lab.size((4, 16, 32, 128), (4, 8, 16, 2))
     ways: dict[str, Callable[[], nn.Module]] = {

@@ -46,11 +46,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
 from saccade.ops.selection import running_max

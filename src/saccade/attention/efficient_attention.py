@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.cache import StateCache
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.backends.sdpa import in_rows
-from saccade.ops.cache import StateCache
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
 from saccade.ops.masks import Dense, Mask, Padding
 from saccade.ops.memory import large_empty

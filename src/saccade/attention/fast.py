@@ -43,11 +43,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
-from saccade.ops.cache import StateCache
+from saccade.layers.cache import StateCache
+from saccade.layers.state_attention import StateAttention
 from saccade.ops.expansion import Polynomial, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
-from saccade.ops.state_layer import StateAttention
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -332,7 +332,7 @@ def _run_library(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, A
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.attention.softmax import SoftmaxAttention
+    from saccade.layers.softmax_attention import SoftmaxAttention
 
     measured: dict[str, float] = {}
     lengths = lab.size((4096, 16384), (64, 128))

@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
-from saccade.ops.pretrained import copy_affine, read_softmax
+from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops.shifted import packed_window_attend, relative_bias, window_attend
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ class FlashWindowAttention(nn.Module):
     @classmethod
     def from_swin(cls, module: nn.Module, **arguments: Any) -> Self:
         """This layer with the weights of a trained Swin attention: transformers' SwinAttention, or any layer with
-        projections that `saccade.ops.pretrained` knows and a `relative_position_bias_table` of square windows.
+        projections that `saccade.layers.pretrained` knows and a `relative_position_bias_table` of square windows.
 
         Args:
             arguments: `shift` and `border` as the model around the layer has them.

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import EMPTY, FULL, PARTIAL, Mask
 from saccade.ops.score_mods import ScoreMod
 

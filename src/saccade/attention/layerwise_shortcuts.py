@@ -44,14 +44,15 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue import Claim, ClaimResult, register
+from saccade.layers.cache import KVCache, LayerCaches
+from saccade.layers.mlp import FeedForward
+from saccade.layers.pre_norm import PreNormBlock
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import EMPTY, FULL, Mask
 from saccade.ops.merge import merge
 from saccade.ops.rope import rotate
-from saccade.ops.stack import FeedForward, LayerCaches, PreNormBlock
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

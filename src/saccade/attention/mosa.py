@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.cache import KVCache
 from saccade.ops import masks, tokens
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache
 from saccade.ops.masks import Mask
 from saccade.ops.rope import rotate
 

@@ -43,13 +43,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.cache import KVCache
+from saccade.layers.constants import Constants
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.backends.blocksparse import blocksparse_attend
-from saccade.ops.cache import KVCache
-from saccade.ops.constants import Constants, at_home
+from saccade.ops.constants import at_home
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
 from saccade.ops.selection import pool_blocks

@@ -51,12 +51,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from saccade.attention.softmax import SoftmaxAttention
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import masks
 from saccade.ops.autocast import exact, one_type
-from saccade.ops.cache import KVCache
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.rope import rotate
 

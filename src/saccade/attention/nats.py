@@ -45,11 +45,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.selection import running_max
 

@@ -44,11 +44,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask, Neighborhood
 from saccade.ops.measure import peak_bytes
 from saccade.ops.merge import merge

@@ -38,11 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.softmax import SoftmaxAttention
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
+from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 
 if TYPE_CHECKING:

@@ -53,12 +53,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.constants import Constants
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.constants import Constants
 from saccade.ops.heads import repeat_heads
 from saccade.ops.hilbert import gilbert_order, neighbor_blocks
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import PARTIAL, Mask, Padding
 from saccade.ops.selection import pool_blocks, top_blocks
 

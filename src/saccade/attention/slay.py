@@ -49,15 +49,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.layers.state_attention import StateAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.expansion import Outer, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
-from saccade.ops.layer import QKVAttention
 from saccade.ops.linear import linear_attend
 from saccade.ops.masks import Mask
 from saccade.ops.normalizers import Normalizer
-from saccade.ops.state_layer import StateAttention
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -429,7 +429,7 @@ class _AttentionOnly(nn.Module):
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.attention.softmax import SoftmaxAttention
+    from saccade.layers.softmax_attention import SoftmaxAttention
 
     features: dict[str, Any] = {"num_nodes": 2, "num_features": 16, "num_anchors": 8, "epsilon": 1e-3}
     ways = {

@@ -12,26 +12,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from saccade.catalogue import Claim, ClaimResult, register
-from saccade.ops import masks
-from saccade.ops.attend import attend
-from saccade.ops.layer import QKVAttention
-from saccade.ops.masks import Mask
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
-
-
-class SoftmaxAttention(QKVAttention):
-    """Multi-head or grouped-query softmax attention; arguments and call are `QKVAttention`'s."""
-
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        visible = masks.causal_where_needed(mask, causal, offset, q_BHND.shape[2])
-        return attend(q_BHND, k_BKMD, v_BKME, mask=visible)
 
 
 def _claim(lab: Lab) -> ClaimResult:

@@ -49,11 +49,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.folder import write_text
 from saccade.ops.hilbert import hilbert_order as hilbert_order
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 from saccade.ops.selection import block_causal, block_sparsity, pool_blocks, top_blocks
 

@@ -45,12 +45,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, Names, register
+from saccade.layers.cache import KVCache
+from saccade.layers.pretrained import copy_affine, read_softmax
+from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache
-from saccade.ops.layer import as_mask
 from saccade.ops.masks import Mask
-from saccade.ops.pretrained import copy_affine, read_softmax
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

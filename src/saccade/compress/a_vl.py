@@ -52,9 +52,9 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
 from saccade.extras import need
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 from saccade.ops.rope import rotate
 

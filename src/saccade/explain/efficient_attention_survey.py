@@ -39,10 +39,10 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue import Claim, ClaimResult, Summary, register
+from saccade.layers.cache import StateCache
+from saccade.layers.constants import Constants
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import StateCache
-from saccade.ops.constants import Constants
 from saccade.ops.export import exporting
 from saccade.ops.linear import linear_attend, retention_decay
 
@@ -353,7 +353,7 @@ class _Window(nn.Module):
 
 def _claim(lab: Lab) -> ClaimResult:
     """Associative recall at equal bytes of state: dense, then the delta rule, then decay, then a window."""
-    from saccade.attention.softmax import SoftmaxAttention
+    from saccade.layers.softmax_attention import SoftmaxAttention
 
     measured: dict[str, float] = {}
     rows: dict[str, Callable[[int], nn.Module]] = {

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Claim, ClaimResult, register
+from saccade.layers.drop_path import DropPath
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.drop import DropPath
-from saccade.ops.layer import QKVAttention
 from saccade.ops.masks import Mask
 
 if TYPE_CHECKING:

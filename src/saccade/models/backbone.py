@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import catalogue
-from saccade.ops.drop import DropPath
+from saccade.layers.drop_path import DropPath
 from saccade.ops.export import output
 
 if TYPE_CHECKING:

@@ -41,8 +41,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult, register
+from saccade.layers.drop_path import DropPath
 from saccade.models.backbone import Backbone, check_images
-from saccade.ops.drop import DropPath
 from saccade.ops.shifted import packed_window_attend, relative_bias
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from saccade.attention.mega.norms import _Dropout, _initialise, _norm
 from saccade.attention.mega.operator import _NORMALIZERS, Attention, _bias, laplace, mega_attend
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
-from saccade.ops.cache import KVCache
 from saccade.ops.ema import ema, ema_step
-from saccade.ops.layer import as_mask
 from saccade.ops.masks import Mask, Padding
 
 Norm = Literal["layer", "scale", "rms", "batch"]

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.layer import as_mask
 from saccade.ops.masks import Dense, Mask, Padding
 from saccade.ops.normalizers import Normalizer, State
 from saccade.ops.rope import rotate

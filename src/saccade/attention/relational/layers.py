@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from saccade.attention.relational.operator import ACTIVATIONS, _relations, relational_attend
 from saccade.attention.relational.symbols import RETRIEVERS, RelationalSymbolicAttention
+from saccade.layers.cache import KVCache, NamedCache
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.cache import KVCache, NamedCache
-from saccade.ops.layer import QKVAttention, as_mask
 from saccade.ops.masks import Mask
 from saccade.ops.rope import rotate
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.flash_window import FlashWindowAttention
+from saccade.layers.drop_path import DropPath
 from saccade.models.backbone import Backbone, check_images
 from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention, ShiftedWindowAttention
-from saccade.ops.drop import DropPath
 
 #: kinds of attention in a stage's pattern: deformable, neighbourhood, windows, shifted windows
 KINDS = "DNLS"

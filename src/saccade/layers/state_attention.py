@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.cache import StateCache
-from saccade.ops.layer import QKVAttention, as_mask
+from saccade.layers.cache import StateCache
+from saccade.layers.qkv_attention import QKVAttention, as_mask
 from saccade.ops.masks import Mask, Padding
 
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from saccade.layers.cache import KVCache
+from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops import masks
-from saccade.ops.cache import KVCache
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
-from saccade.ops.pretrained import copy_affine, read_softmax
 from saccade.ops.rope import rotate
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from saccade.attention.moba import MoBA
-from saccade.attention.softmax import SoftmaxAttention
-from saccade.ops.pretrained import read_softmax
+from saccade.layers.pretrained import read_softmax
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from saccade.ops.drop import DropPath
+from saccade.layers.drop_path import DropPath
 
 
 @pytest.mark.parametrize("axes", [2, 3, 4])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -95,3 +95,21 @@ def _nbytes(state: Any) -> int:
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     return sum(map(_nbytes, state)) if isinstance(state, (tuple, list)) else 0
+
+
+@dataclass
+class LayerCaches:
+    """A cache for each layer of a stack.
+
+    Attributes:
+        layers: the caches; None for a layer that keeps nothing.
+        length: tokens seen.
+    """
+
+    layers: list[Any] = field(default_factory=list)
+    length: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that all layers hold."""
+        return sum(cache.nbytes for cache in self.layers if cache is not None)
