@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
@@ -529,13 +528,17 @@ def test_tables_are_read_as_slices_in_any_order(dtype: torch.dtype, monkeypatch:
 
     def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         one, two, three, four = tables
-        return (s + one[h, i, j] + two[j, b, i] + four[b, j]) * three[h] + one[h, i, (j + 1) % 50]
+        pairs = one[h, i, j] + two[j, b, i] + two[(i - j) % 50, b, 1] + two[(j * i) % 50, b, j] + two[5, b, i - j]
+        return (s + pairs + four[b, j] + four[b, i - j]) * three[h] + one[h, i, (j + 1) % 50]
 
     results = []
     for backend in ("stream", "reference"):
         out = saccade.attend(q, k, v, mask=masks.causal(3), score_mod=mod, backend=backend)
         results.append([out, *torch.autograd.grad(out.square().sum(), tables)])
     torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        out = saccade.attend(q, k, v, mask=masks.causal(3), score_mod=mod, backend="stream")
+    torch.testing.assert_close(out, results[1][0], atol=1e-4, rtol=1e-4)
     # a table that is too short is an error, as it is for index tensors, not a shorter slice
     with pytest.raises(IndexError):
         saccade.attend(q, k, v, score_mod=lambda s, b, h, i, j: s + tables[2][i], backend="stream")
@@ -547,10 +550,8 @@ def test_blocks_of_queries_go_to_workers_and_errors_come_back(monkeypatch: pytes
     torch.set_num_threads(3)
     try:
         q, k, v = (torch.randn(2, 2, 90, 8) for _ in range(3))
-        seen = set()
 
         def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            seen.add((threading.current_thread().name, torch.get_num_threads()))
             assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
             if bool((i > 80).any()):
                 raise ZeroDivisionError("late")
@@ -558,7 +559,6 @@ def test_blocks_of_queries_go_to_workers_and_errors_come_back(monkeypatch: pytes
 
         with torch.inference_mode(), pytest.raises(ZeroDivisionError, match="late"):
             saccade.attend(q, k, v, score_mod=mod)
-        assert any(name.startswith("saccade") and threads == 1 for name, threads in seen)
         assert torch.get_num_threads() == 3
         with torch.inference_mode():
             found = saccade.attend(q, k, v, score_mod=lambda s, *_: s.tanh(), mask=masks.causal(-5))

@@ -10,6 +10,8 @@ Used by mask functions (`masks.function`) and by score modifications.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CellType, FunctionType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch import Tensor
 __all__ = ["for_pairs", "has_to_be_mapped", "is_scalar_only"]
 
 PairFunction = Callable[..., Tensor]
+
+#: answers of `has_to_be_mapped` about a function, by case
+_answers: WeakKeyDictionary[FunctionType, dict[object, bool]] = WeakKeyDictionary()
 
 #: what a function that is written for scalars raises where it gets tensors
 _FAILURES = (RuntimeError, IndexError, TypeError, ValueError)
@@ -65,7 +70,26 @@ def is_scalar_only(function: PairFunction, *inputs: Tensor) -> bool:
 
 
 def has_to_be_mapped(function: PairFunction, *inputs: Tensor) -> bool:
-    """`is_scalar_only`, where a function that draws random numbers is taken whole, and none of them are used up."""
+    """`is_scalar_only`, where a function that draws random numbers is taken whole, and none of them are used up.
+
+    Remembered of plain functions, for as long as what they capture keeps its shapes: the question costs a millisecond.
+    """
+    if not isinstance(function, FunctionType):
+        return _has_to_be_mapped(function, *inputs)
+    few = tuple((_corner(x, len(inputs)).shape, x.dtype, x.device) for x in inputs)
+    case = few, tuple(x.shape if isinstance(x, Tensor) else id(x) for x in _captured(function))
+    answers = _answers.setdefault(function, {})
+    if case not in answers:
+        answers[case] = _has_to_be_mapped(function, *inputs)
+    return answers[case]
+
+
+def _captured(function: FunctionType) -> list[object]:
+    cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
+    return cells + [function.__globals__.get(name) for name in function.__code__.co_names]
+
+
+def _has_to_be_mapped(function: PairFunction, *inputs: Tensor) -> bool:
     with torch.no_grad(), torch.random.fork_rng([x.device for x in inputs[:1] if x.device.type == "cuda"]):
         before = torch.get_rng_state()
         answer = is_scalar_only(function, *(x.detach() for x in inputs))

@@ -6,6 +6,7 @@ of a thousand small operations waits for it; where pieces are handed out, only a
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -15,9 +16,14 @@ from typing import TypeVar
 
 import torch
 
+from saccade.ops import native
+from saccade.ops.native.build import library
+
 __all__ = ["each"]
 
 Item = TypeVar("Item")
+
+_Work = ctypes.CFUNCTYPE(None)
 
 #: by number of threads
 _pools: dict[int, ThreadPoolExecutor] = {}
@@ -51,8 +57,28 @@ def each(function: Callable[[Item], None], items: Iterable[Item]) -> None:
 
     if threads == 1 or len(todo) < 2:
         return work()
+    if native.refusal(torch.device("cpu"), torch.float32) is None:
+        return _by_the_team(work, min(threads, len(todo)))
     for future in [_pool(threads).submit(work) for _ in range(min(threads, len(todo)))]:
         future.result()
+
+
+def _by_the_team(work: Callable[[], None], threads: int) -> None:
+    """`work` on each of torch's own threads: others would run beside these, which spin for a while when they wait.
+
+    Torch's operations see that they are inside a parallel region, and keep to one core each.
+    """
+    failures: list[BaseException] = []
+
+    def guarded() -> None:
+        try:
+            work()
+        except BaseException as failure:
+            failures.append(failure)
+
+    library().saccade_team(_Work(guarded), threads)
+    if failures:
+        raise failures[0]
 
 
 def _next(todo: deque[Item]) -> Item | None:

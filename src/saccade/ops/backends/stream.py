@@ -386,7 +386,10 @@ class _Twins(TorchFunctionMode):
 
 
 class _Reading(TorchFunctionMode):
-    """Reads `table[h, q_idx, kv_idx]` of whole ranges as slices, which is ten times as fast as by index tensors.
+    """Reads tables as index tensors would, faster.
+
+    `table[h, q_idx, kv_idx]` of whole ranges is a slice, ten times as fast; `table[h, x]` with one number x for each
+    query and key is one `index_select` for all heads, four times as fast, in the forward pass.
 
     Args:
         index: the index tensors of a tile, known by identity: b, h, q_idx, kv_idx.
@@ -404,20 +407,37 @@ class _Reading(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            table, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
             axes = [self.axes.get(id(x), -1) for x in index]
-            table = args[0]
             if (
-                -1 not in axes
-                and len(set(axes)) == len(axes) == table.ndim
-                and all(self.ranges[axis].stop <= length for axis, length in zip(axes, table.shape))
+                len(set(axes)) == len(axes) == table.ndim
+                and all(self.ranges[axis].stop <= length for axis, length in zip(axes, table.shape) if axis >= 0)
+                and (found := self._read(table, index, axes)) is not None
             ):
-                self.of_pairs = self.of_pairs or {2, 3} <= set(axes)
-                cut = table[tuple(self.ranges[axis] for axis in axes)]
-                ordered = cut.permute(sorted(range(len(axes)), key=axes.__getitem__))
-                # as the index tensors broadcast
-                return ordered[tuple(slice(None) if axis in axes else None for axis in range(min(axes), 4))]
+                return found
         return func(*args, **(kwargs or {}))
+
+    def _read(self, table: Tensor, index: tuple[Any, ...], axes: list[int]) -> Tensor | None:
+        place = axes.index(-1) if -1 in axes else None
+        numbers = None if place is None else index[place]
+        if place is not None:
+            known = isinstance(numbers, Tensor) and numbers.dtype in (torch.int64, torch.int32) and numbers.ndim == 2
+            if not known or {2, 3} & set(axes):
+                return None
+            self.of_pairs = True
+            if torch.is_grad_enabled():
+                return None
+        cut = table[tuple(slice(None) if axis < 0 else self.ranges[axis] for axis in axes)]
+        if place is not None and numbers is not None:
+            try:
+                cut = cut.index_select(place, numbers.flatten()).unflatten(place, numbers.shape)
+            except (IndexError, RuntimeError):  # numbers below 0, which count from the end
+                return None
+            axes = [*axes[:place], 2, 3, *axes[place + 1 :]]
+        self.of_pairs = self.of_pairs or {2, 3} <= set(axes)
+        ordered = cut.permute(sorted(range(len(axes)), key=axes.__getitem__))
+        # as the index tensors broadcast
+        return ordered[tuple(slice(None) if axis in axes else None for axis in range(min(axes), 4))]
 
 
 class _Discovery(_Twins):

@@ -30,7 +30,7 @@ __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", 
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (
-    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c"),
+    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c", "team.c"),
     ("grid.h", "lists.h", "vectors.h"),
 )
 
@@ -54,6 +54,7 @@ _SIGNATURES = {
     "saccade_grid8_gradients": "ppppppppppplllllplppllppfi",
     "saccade_grid_tasks": "pppllll",
     "saccade_grid8_tasks": "pppllll",
+    "saccade_team": "pi",
     "saccade_linear": "pppppppllllllllifi",
     "saccade_linear_sums": "pppppllllllllii",
 }
