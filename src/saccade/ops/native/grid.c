@@ -14,27 +14,66 @@
 #define GRID saccade_grid
 #endif
 
-/* Softmax of `planes` x `rows` x `vectors` vectors of scores; weights are left undivided. Returns their sum; top: what was
- * taken off the scores. */
-INLINE float soften(float *scores, long planes, long rows, long vectors, const float *bias, long plane, long row,
-                    float scale, float *top) {
+/* Queries of a product, where rows of queries see nearly the same rows of keys: each vector of keys that is loaded
+ * serves them all, and their sums are enough to hide how long an addition takes. */
+#define FOLDED 4
+
+/* Rows of queries that go through the rows of keys low..high together, which are those that any of them sees. */
+typedef struct {
+    long rows, low, high;
+} Fold;
+
+/* The next of `left` rows of queries from y on, of `count` queries each: as many as see nearly the same. */
+static Fold fold(const Axis *axis, long y, long left, int count) {
+    Fold f = {1, axis->first[y], axis->last[y]};
+    for (long seen = width_of(axis, y); f.rows < left && (f.rows + 1) * count <= FOLDED; f.rows++) {
+        long low, high;
+        reach(axis, y, y + f.rows + 1, &low, &high);
+        seen += width_of(axis, y + f.rows);
+        if (4 * (f.rows + 1) * (high - low + 1) > 5 * seen) break;
+        f.low = low;
+        f.high = high;
+    }
+    return f;
+}
+
+/* The part a..b of `some` keys from c on that these rows of queries see; whether there is one. */
+INLINE int shared(const Fold *f, long c, long some, long *a, long *b) {
+    *a = c > f->low ? c : f->low;
+    *b = least_of(c + some - 1, f->high);
+    return *a <= *b;
+}
+
+/* Whole vectors of zeros. */
+INLINE void clear(float *to, long floats) {
+    for (long i = 0; i < floats; i += LANES) store(to + i, (vec){});
+}
+
+/* Softmax of `planes` x `rows` x `vectors` vectors of scores, planes `jump` floats from each other; weights are left
+ * undivided. Returns their sum; top: what was taken off the scores. */
+INLINE float soften(float *scores, long planes, long jump, long rows, long vectors, const float *bias, long plane,
+                    long row, float *top) {
     const vec nothing = splat(-INFINITY);
     vec high = nothing, total = {};
-    float *s = scores;
-    for (long p = 0; p < planes; p++)
+    for (long p = 0; p < planes; p++) {
+        float *s = scores + p * jump;
         for (long j = 0; j < rows; j++)
             for (long v = 0; v < vectors; v++, s += LANES) {
                 vec add = load(bias + p * plane + j * row + v * LANES);
-                vec score = choose(add > nothing, load(s) * scale + add, nothing);
+                vec score = choose(add > nothing, load(s) + add, nothing);
                 store(s, score);
                 high = larger(score, high);
             }
+    }
     *top = top_of(high);
     float off = *top == -INFINITY ? 0.0f : *top; /* a table may hide all that a query sees */
-    for (long i = 0; i < planes * rows * vectors; i++) {
-        vec weight = exp2_of(load(scores + i * LANES) - off);
-        total += weight;
-        store(scores + i * LANES, weight);
+    for (long p = 0; p < planes; p++) {
+        float *s = scores + p * jump;
+        for (long i = 0; i < rows * vectors; i++, s += LANES) {
+            vec weight = exp2_of(load(s) - off);
+            total += weight;
+            store(s, weight);
+        }
     }
     return sum_of(total);
 }
@@ -72,14 +111,14 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
     const long boxes = heads * s.z.cuts * s.y.cuts, tiles = (s.x.length + tile - 1) / tile;
     const long wanted = (8 * threads + boxes - 1) / boxes, room_for = tiles / 8 ? tiles / 8 : 1;
     const long parts = least_of(wanted, room_for), wide = (tiles + parts - 1) / parts * tile;
-    const long floats = most * (panel + line) + spreads + HIGH * ROWS * (width + E) + s.z.most;
+    const long floats = most * (panel + line) + spreads + HIGH * ROWS * (width + E + D) + s.z.most;
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
         float *panels = room(floats);
         float *lines = panels + most * panel, *added = lines + most * line, *scores = added + spreads;
-        float *sums = scores + HIGH * ROWS * width;
-        int32_t *brought = (int32_t *)(sums + HIGH * ROWS * E); /* rows of keys of each plane that stand ready */
+        float *sums = scores + HIGH * ROWS * width, *asked = sums + HIGH * ROWS * E; /* queries, multiplied by scale */
+        int32_t *brought = (int32_t *)(asked + HIGH * ROWS * D); /* rows of keys of each plane that stand ready */
         if (!panels) {
 #pragma omp atomic write
             failed = 1;
@@ -115,11 +154,19 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                             long planes = width_of(&s.z, z), first, last, a, b;
                             long token = g * N + offset + z * s.z.step + y * s.y.step + x * s.x.step;
                             reach(&s.y, y, y + some_rows, &first, &last);
-                            for (long r = 0; r < some_rows * tile; r++) {
-                                long next = token + r / tile * s.y.step + (r % tile + tile) * s.x.step;
-                                announce(queries + next * D, D);
-                                announce(out + next * E, E);
-                            }
+                            Fold folds[HIGH];
+                            for (long h = 0; h < some_rows; h += folds[h].rows)
+                                folds[h] = fold(&s.y, y + h, some_rows - h, count);
+                            /* from these queries to the ones after them */
+                            long next = y + some_rows < y_to ? some_rows * s.y.step
+                                                             : tile * s.x.step - (y - y_from) * s.y.step;
+                            for (long h = 0; h < some_rows; h++)
+                                for (int r = 0; r < count; r++) {
+                                    const float *from = queries + (token + h * s.y.step + r * s.x.step) * D;
+                                    for (long d = 0; d < D; d++) asked[(h * count + r) * D + d] = from[d] * scale;
+                                    announce(from + next * D, D);
+                                    announce(out + (token + h * s.y.step + r * s.x.step) * E, E);
+                                }
                             /* rows of keys that no query has needed yet, just before they are used */
                             for (long p = s.z.first[z]; p <= s.z.last[z]; p++)
                                 for (; brought[p - z_low] <= last; brought[p - z_low]++) {
@@ -131,42 +178,56 @@ int GRID(const float *queries, const float *keys, const float *values, float *ou
                             /* some rows of keys at a time, which stay in the first cache, for all rows of queries */
                             for (long p = 0; p < planes; p++)
                                 for (long c = first; c <= last; c += some)
-                                    for (long h = 0; h < some_rows; h++) {
-                                        if (!part(&s.y, y + h, c, some, &a, &b)) continue;
+                                    for (long h = 0; h < some_rows; h += folds[h].rows) {
+                                        const Fold *f = folds + h;
+                                        if (!shared(f, c, some, &a, &b)) continue;
                                         long place = (s.z.first[z] + p - z_low) * rows + a - y_low;
-                                        float *to = scores + h * ROWS * width +
-                                                    (p * width_of(&s.y, y + h) + a - s.y.first[y + h]) * stretch;
-                                        multiply(PUT, count, (b - a + 1) * vectors, queries + (token + h * s.y.step) * D,
-                                                 panels + place * panel,
-                                                 (Layout){s.x.step * D, LANES, LANES * D, D, 1, 0, 0}, to, width);
+                                        long at = (p * (f->high - f->low + 1) + a - f->low) * stretch;
+                                        multiply(PUT, (int)f->rows * count, (b - a + 1) * vectors,
+                                                 asked + h * count * D, panels + place * panel,
+                                                 (Layout){D, LANES, LANES * D, D, 1, 0, 0},
+                                                 scores + h * count * width + at, width);
                                     }
-                            float share[HIGH][ROWS];
-                            for (long h = 0; h < some_rows; h++)
-                                for (int r = 0; r < count; r++) {
-                                    long plane, row;
-                                    const float *from = entry(&s, &bias, added, r, z, y + h, &plane, &row);
-                                    float top, whole = soften(scores + (h * ROWS + r) * width, planes,
-                                                              width_of(&s.y, y + h), vectors, from, plane, row, scale,
-                                                              &top);
-                                    lse[token + h * s.y.step + r * s.x.step] = (top + log2f(whole)) * LN2;
-                                    share[h][r] = whole == 0.0f ? 0.0f : 1 / whole;
+                            float share[HIGH * ROWS];
+                            long i = 0; /* queries so far */
+                            for (long h = 0; h < some_rows; h += folds[h].rows)
+                                for (long at = y + h; at < y + h + folds[h].rows; at++) {
+                                    const long low = folds[h].low, seen = width_of(&s.y, at) * stretch;
+                                    const long before = (s.y.first[at] - low) * stretch;
+                                    const long jump = (folds[h].high - low + 1) * stretch;
+                                    for (int r = 0; r < count; r++, i++) {
+                                        long plane, row;
+                                        const float *from = entry(&s, &bias, added, r, z, at, &plane, &row);
+                                        float top, *weights = scores + i * width;
+                                        float whole = soften(weights + before, planes, jump, seen / stretch, vectors,
+                                                             from, plane, row, &top);
+                                        /* rows of keys that only others see */
+                                        for (long p = 0; p < planes; p++) {
+                                            clear(weights + p * jump, before);
+                                            clear(weights + p * jump + before + seen, jump - before - seen);
+                                        }
+                                        lse[token + (at - y) * s.y.step + r * s.x.step] = (top + log2f(whole)) * LN2;
+                                        share[i] = whole == 0.0f ? 0.0f : 1 / whole;
+                                    }
                                 }
-                            memset(sums, 0, HIGH * ROWS * E * sizeof(float));
                             for (long p = 0; p < planes; p++)
                                 for (long c = first; c <= last; c += some_lines)
-                                    for (long h = 0; h < some_rows; h++) {
-                                        if (!part(&s.y, y + h, c, some_lines, &a, &b)) continue;
+                                    for (long h = 0; h < some_rows; h += folds[h].rows) {
+                                        const Fold *f = folds + h;
+                                        if (!shared(f, c, some_lines, &a, &b)) continue;
                                         long place = (s.z.first[z] + p - z_low) * rows + a - y_low;
-                                        float *from = scores + h * ROWS * width +
-                                                      (p * width_of(&s.y, y + h) + a - s.y.first[y + h]) * stretch;
-                                        multiply(ADD, count, E / LANES, from, lines + place * line,
+                                        long at = (p * (f->high - f->low + 1) + a - f->low) * stretch;
+                                        multiply(p == 0 && a == f->low ? PUT : ADD, (int)f->rows * count, E / LANES,
+                                                 scores + h * count * width + at, lines + place * line,
                                                  (Layout){width, E, LANES, stretch, b - a + 1, stretch, line},
-                                                 sums + h * ROWS * E, E);
+                                                 sums + h * count * E, E);
                                     }
                             for (long h = 0; h < some_rows; h++)
                                 for (int r = 0; r < count; r++) {
                                     float *to = out + (token + h * s.y.step + r * s.x.step) * E;
-                                    for (long e = 0; e < E; e++) to[e] = sums[(h * ROWS + r) * E + e] * share[h][r];
+                                    const float *from = sums + (h * count + r) * E;
+                                    for (long e = 0; e < E; e += LANES)
+                                        store(to + e, load(from + e) * share[h * count + r]);
                                 }
                         }
                 }

@@ -18,12 +18,15 @@ from torch import Tensor
 from saccade.ops.masks import Neighborhood
 from saccade.ops.memory import large_empty
 from saccade.ops.native.build import address, library
-from saccade.ops.native.tasks import WIDTH
+from saccade.ops.native.tasks import widened
 
 __all__ = ["attend_grid", "grid_gradients"]
 
 #: most queries of a tile
 ROWS = 6
+
+#: entries of a table on each axis, where there is none
+_ALONE = torch.ones(3, dtype=torch.long, device="cpu")
 
 
 class _Grid(NamedTuple):
@@ -57,7 +60,7 @@ def attend_grid(
     B, H, N, D = q_BHND.shape
     K, E = k_BKND.shape[1], v_BKNE.shape[3]
     q, k = q_BHND.detach().contiguous(), k_BKND.detach().contiguous()
-    v = F.pad(v_BKNE.detach(), (0, -E % WIDTH)).contiguous()
+    v = widened(v_BKNE.detach())
     table, entries = _table(bias_HR, B)
     out, lse = large_empty((B, H, N, v.shape[3]), q.dtype, q.device), q.new_empty(B, H, N)
     for grid in _grids(mask.size, mask.kernel, mask.dilation, mask.stride, mask.causal):
@@ -92,7 +95,7 @@ def grid_gradients(
     B, H, N, width = q_BHND.shape
     K, wide = k_BKND.shape[1], v_BKNE.shape[3]
     q, k, v, out, grad = (
-        F.pad(x.detach(), (0, -x.shape[3] % WIDTH)).contiguous() for x in (q_BHND, k_BKND, v_BKNE, out_BHNE, grad_BHNE)
+        widened(x.detach()) for x in (q_BHND, k_BKND, v_BKNE, out_BHNE, grad_BHNE)
     )
     D, E = q.shape[3], v.shape[3]
     lse, grad_lse = lse_BHN.contiguous(), None if grad_lse_BHN is None else grad_lse_BHN.contiguous()
@@ -123,7 +126,7 @@ def grid_gradients(
 def _table(bias_HR: Tensor | None, B: int) -> tuple[Tensor | None, Tensor]:
     """The biases of all heads of all batch rows in powers of 2, and how many there are along z, y and x."""
     if bias_HR is None:
-        return None, torch.ones(3, dtype=torch.long)
+        return None, _ALONE
     sizes = bias_HR.shape[1:]
     entries = torch.tensor([1] * (3 - len(sizes)) + list(sizes))
     return (bias_HR.detach() / log(2)).repeat(B, *(1 for _ in sizes)).contiguous(), entries

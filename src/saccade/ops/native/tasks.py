@@ -93,11 +93,11 @@ def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
     """Keys and values for `attend_tasks`, as long as the `with` lasts: the panels are working memory."""
     with scratch("panels", torch.float32, k_BKMD.device) as room:
         panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys"))
-        values = _widened(v_BKME.detach())
+        values = widened(v_BKME.detach())
         yield Keys(panels, values, k_BKMD.shape[2], k_BKMD.shape[3], block)
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """`x` in one block of memory, filled up with zeros to whole vectors; itself where it is that already."""
     missing = -x.shape[3] % WIDTH
     return (F.pad(x, (0, missing)) if missing else x).contiguous()  # padding keeps the order of the axes in memory
@@ -188,7 +188,7 @@ class Gradients:
         if grad_lse_BHN is not None:
             delta = delta - grad_lse_BHN.masked_fill(lse_BHN == float("-inf"), 0.0)
         self.delta, self.lse = delta.contiguous(), lse_BHN.contiguous()
-        self.q, self.k, v, self.grad = (_widened(x) for x in (q_BHND, k_BKMD, v_BKME, grad_BHNE))
+        self.q, self.k, v, self.grad = (widened(x) for x in (q_BHND, k_BKMD, v_BKME, grad_BHNE))
         self.panels, self.value_panels = (_panels(x, block, _fresh) for x in (self.k, v))
         M = self.k.shape[2]
         self.heads, threads = self.k.shape[0] * self.k.shape[1], torch.get_num_threads()

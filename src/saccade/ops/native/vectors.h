@@ -43,7 +43,17 @@ INLINE ivec load_int(const int32_t *p) { return *(const int_anywhere *)p; }
 INLINE void store(float *p, vec x) { *(anywhere *)p = x; }
 INLINE vec splat(float x) { return x - (vec){}; } /* not x + 0, which would change -0 and so be computed */
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
-INLINE vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+/* a where it is larger, else b, also where either is NaN: one instruction of x86, which compilers do not find */
+INLINE vec larger(vec a, vec b) {
+#if defined(__AVX__) && LANES == 8
+    return __builtin_ia32_maxps256(a, b);
+#elif defined(__SSE__) && LANES == 4
+    return __builtin_ia32_maxps(a, b);
+#else
+    return choose(a > b, a, b);
+#endif
+}
 
 /* Load it once, and not again for every use. */
 #if defined(__AVX512F__)
@@ -77,7 +87,7 @@ INLINE int any_of(ivec x) {
 /* 2^x to 2e-7; 0 below 2^-126. NaN stays NaN. */
 INLINE vec exp2_of(vec x) {
     const vec round = splat(12582912.0f); /* 1.5 * 2^23: adding it leaves the nearest integer in the low bits */
-    x = choose(x < -127.0f, splat(-127.0f), x);
+    x = larger(splat(-127.0f), x);
     vec shifted = x + round;
     ivec n = (ivec)shifted - (ivec)round;
     vec f = x - (shifted - round);
