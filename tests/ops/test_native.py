@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,27 @@ def test_grids(data: st.DataObject, axes: int) -> None:
     q, k, v = inputs(2, 4, 2, N, N, 20, 24)
     for scale in (0.3, -0.2):
         agree(attend_grid(q, k, v, mask, scale), definition(q, k, v, mask, scale))
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "options"),
+    [
+        ((13, 17), 7, {}),  # two queries a tile: two rows of them share a product, but the last
+        ((19, 11), 8, {}),  # one a tile: three rows
+        ((19, 11), 8, {"causal": True}),  # windows that grow
+        ((17, 17), 7, {"stride": 3}),  # that jump
+        ((17, 17), (2, 7), {"stride": (2, 1)}),  # too far to share
+        ((4, 9, 13), (3, 5, 7), {}),
+    ],
+)
+def test_rows_of_queries_that_share_a_product(
+    size: tuple[int, ...], kernel: int | tuple[int, ...], options: dict[str, Any]
+) -> None:
+    mask = masks.neighborhood(size, kernel, **options)
+    assert isinstance(mask, masks.Neighborhood)
+    N = prod(size)
+    q, k, v = inputs(1, 2, 1, N, N, 20, 24)
+    agree(attend_grid(q, k, v, mask, 0.3), definition(q, k, v, mask, 0.3))
 
 
 @few

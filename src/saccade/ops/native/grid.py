@@ -94,9 +94,7 @@ def grid_gradients(
     """
     B, H, N, width = q_BHND.shape
     K, wide = k_BKND.shape[1], v_BKNE.shape[3]
-    q, k, v, out, grad = (
-        widened(x.detach()) for x in (q_BHND, k_BKND, v_BKNE, out_BHNE, grad_BHNE)
-    )
+    q, k, v, out, grad = (widened(x.detach()) for x in (q_BHND, k_BKND, v_BKNE, out_BHNE, grad_BHNE))
     D, E = q.shape[3], v.shape[3]
     lse, grad_lse = lse_BHN.contiguous(), None if grad_lse_BHN is None else grad_lse_BHN.contiguous()
     table, entries = _table(bias_HR, B)
