@@ -1,7 +1,7 @@
 /* Work of somebody else's on the threads that torch's operations and all loops here run on. */
 
-/* Call `work` once on each of `threads` threads. */
-void saccade_team(void (*work)(void), int threads) {
+/* Call `work`, a function without arguments, once on each of `threads` threads. */
+void saccade_team(const void *work, int threads) {
 #pragma omp parallel num_threads(threads)
-    work();
+    ((void (*)(void))work)();
 }
