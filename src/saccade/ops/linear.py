@@ -96,11 +96,12 @@ def linear_attend(
         q_BHND, k_BKMD = _features(feature_map, q_BHND, k_BKMD)
     scale = 1.0 if scale is None else float(scale)
     (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
-    before = _enter_state(state, (B, H, D, E), normalize, q_BHND)
-    factors = _as_factors(decay, (B, H, N, D), q_BHND)
     if not causal:
-        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, None if state is None else before, scale, normalize)
+        sums = None if state is None else _enter_state(state, (B, H, D, E), normalize, q_BHND)
+        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, sums, scale, normalize)
     else:
+        before = _enter_state(state, (B, H, D, E), normalize, q_BHND)
+        factors = _as_factors(decay, (B, H, N, D), q_BHND)
         inputs = (q_BHND, k_BKMD, v_BKME, before, factors)
         keep = needs_grad(*inputs)
         if chunk_size is None:
@@ -304,17 +305,20 @@ def _in_c(q: Tensor, factors: Tensor | None) -> bool:
 def _all_to_all(
     q: Tensor, k: Tensor, v: Tensor, before: Tensor | None, scale: float, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    dtype = _accumulator(q.dtype)
-    values = v.to(dtype)
+    given, dtype = q.dtype, _accumulator(q.dtype)
+    if given != dtype:
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
-        values = torch.cat([values, torch.ones_like(values[..., :1])], -1)
-    state = repeat_heads(k.to(dtype).transpose(2, 3) @ values, q.shape[1])
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    state = k.mT @ v
+    if k.shape[1] != q.shape[1]:
+        state = repeat_heads(state, q.shape[1])
     if before is not None:
         state = before + state
-    out = _product(q.to(dtype), state if scale == 1.0 else scale * state)
+    out = _product(q, state if scale == 1.0 else scale * state)
     if normalize:
         out = _divide(out)[0]
-    return out.to(q.dtype), state
+    return (out if given == dtype else out.to(given)), state
 
 
 def _all_pairs(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None, scale: float, normalize: bool) -> Tensor:
@@ -337,8 +341,9 @@ def _all_pairs(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None, scale: f
 def _product(q: Tensor, state: Tensor) -> Tensor:
     """q S; a large one for inference alone is written to huge pages."""
     shape = (*q.shape[:3], state.shape[3])
-    watched = torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
-    if q.device.type != "cpu" or watched or needs_grad(q, state) or prod(shape) * q.itemsize < HUGE_FROM:
+    if torch.compiler.is_compiling() or prod(shape) * q.itemsize < HUGE_FROM or q.device.type != "cpu":
+        return q @ state
+    if torch._C._functorch.maybe_current_level() is not None or needs_grad(q, state):
         return q @ state
     return torch.matmul(q, state, out=large_empty(shape, q.dtype, q.device))
 
