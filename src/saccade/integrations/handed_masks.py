@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -22,76 +21,11 @@ from torch.utils._pytree import tree_map
 
 from saccade.extras import need
 from saccade.ops import masks
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 masking_utils = need("transformers.masking_utils", "saccade inside transformers")
 
-__all__ = ["HandedMask", "Pattern", "hand_over", "read"]
-
-
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """Who may attend to whom in a layer: every field hides more.
-
-    Attributes:
-        causal: keys after the query are hidden. Query 0 stands at key `offset`.
-        left, right: a window of the model's own, keys q - left to q + right; None is no bound.
-        valid_BM: real tokens among the keys.
-        ids_BN: sequences packed into one row, by number.
-        pairs: any other mask.
-    """
-
-    causal: bool = False
-    offset: int = 0
-    left: int | None = None
-    right: int | None = None
-    valid_BM: Tensor | None = None
-    ids_BN: Tensor | None = None
-    pairs: Mask | None = None
-
-    @cached_property
-    def mask(self) -> Mask | None:
-        """All of it as one mask object, the same for every layer of a pass; None where nothing is hidden."""
-        parts: list[Mask] = []
-        if self.left is not None or self.right is not None:
-            left = 2**31 if self.left is None else self.left
-            right = 2**31 if self.right is None else self.right
-            parts.append(masks.window(left, 0 if self.causal else right, offset=self.offset))
-        elif self.causal:
-            parts.append(masks.causal(self.offset))
-        if self.valid_BM is not None:
-            parts.append(masks.padding(self.valid_BM))
-        if self.ids_BN is not None:
-            parts.append(masks.documents(self.ids_BN))
-        if self.pairs is not None:
-            parts.append(self.pairs)
-        whole = parts[0] if parts else None
-        for part in parts[1:]:
-            whole = part if whole is None else whole & part
-        return whole
-
-    def simplify(self, n: int, m: int) -> Pattern:
-        """The same for `n` queries and `m` keys, without the fields that hide nothing there."""
-        valid = self.valid_BM
-        if valid is not None and bool(valid.all()):
-            valid = None
-        left = None if self.left is not None and self.left >= n - 1 + self.offset else self.left
-        right = None if self.right is not None and self.right >= m - 1 - self.offset else self.right
-        causal = self.causal and self.offset < m - 1
-        return replace(self, causal=causal, left=left, right=right, valid_BM=valid)
-
-    def crop(self, n: int, m: int) -> tuple[Pattern, int]:
-        """Without the keys at the end that lie in the future of every query (a static cache that is still empty)."""
-        if not self.causal or self.pairs is not None or self.offset + n >= m:
-            return self, m
-        keys = self.offset + n
-        valid = None if self.valid_BM is None else self.valid_BM[:, :keys]
-        return replace(self, valid_BM=valid).simplify(n, keys), keys
-
-    @property
-    def is_whole_sequences(self) -> bool:
-        """Nothing is hidden but the future, padding, and other sequences packed into the row."""
-        return self.left is None and self.right is None and self.pairs is None
+__all__ = ["HandedMask", "hand_over", "read"]
 
 
 class HandedMask(torch.Tensor):
@@ -169,7 +103,7 @@ def hand_over(**request: Any) -> Tensor | None:
     if request.get("allow_is_causal_skip" if causal else "allow_is_bidirectional_skip", causal):
         # `read` makes the same of no mask at all
         plain, _ = pattern.crop(n, m)
-        if plain.is_whole_sequences and plain.valid_BM is None and plain.ids_BN is None:
+        if plain.is_whole_sequences and plain.valid_BM is None and plain.ids_BM is None:
             if plain.causal == (causal and n > 1) and (plain.offset == 0 or not plain.causal):
                 return None
     return HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
@@ -256,7 +190,7 @@ def _packed(function: Callable[..., Any], size: int | None) -> Pattern | None:
     ids = _closed_over(parts[0], parts_like[0]).get("packed_sequence_mask")
     inner = _closed_over(parts[1], parts_like[1]).get("mask_function")
     pattern = None if ids is None or inner is None else _pattern(inner, size)
-    return None if pattern is None else replace(pattern, ids_BN=ids)
+    return None if pattern is None else replace(pattern, ids_BM=ids)
 
 
 def _closed_over(function: Callable[..., Any], like: Callable[..., Any]) -> dict[str, Any]:

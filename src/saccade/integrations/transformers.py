@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from saccade.extras import need
-from saccade.integrations.handed_masks import Pattern, hand_over, read
+from saccade.integrations.handed_masks import hand_over, read
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism, softmax_attend
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
+from saccade.ops.pattern import Pattern
 
 AttentionInterface = need("transformers").AttentionInterface
 AttentionMaskInterface = need("transformers").AttentionMaskInterface
@@ -287,14 +288,14 @@ def _run(
     call |= {"dropout": dropout, **scores}
     if entry.masks == "any":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **call)
-    elif pattern.valid_BM is None and pattern.ids_BN is None:
+    elif pattern.valid_BM is None and pattern.ids_BM is None:
         out = entry.run(q_BHND, k_BKMD, v_BKME, **call)
     elif entry.masks == "sequences":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=replace(pattern, causal=False, offset=0).mask, **call)
     else:
         B, H, N, _ = q_BHND.shape
         out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])
-        for index_SL in sequences(B, N, pattern.valid_BM, pattern.ids_BN):
+        for index_SL in sequences(B, N, pattern.valid_BM, pattern.ids_BM):
             q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, **call)
             out_THE[index_SL] = out_SHLE.transpose(1, 2)
@@ -319,10 +320,10 @@ def _measure(
     assert entry is not None and row is not None
     call: dict[str, Any] = {"causal": pattern.causal, "scale": scores["scale"], "options": setting.options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
-    apart = pattern.valid_BM is not None or pattern.ids_BN is not None
+    apart = pattern.valid_BM is not None or pattern.ids_BM is not None
     if entry.masks != "any" and apart and n == m:
         work = []
-        for index_SL in sequences(q_BHND.shape[0], n, pattern.valid_BM, pattern.ids_BN):
+        for index_SL in sequences(q_BHND.shape[0], n, pattern.valid_BM, pattern.ids_BM):
             q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             work.append(entry.work(q_SHLD, k_SKLD, v_SKLE, **call))
     else:

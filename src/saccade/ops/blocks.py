@@ -286,13 +286,13 @@ class BlockStructure:
 
     def _evaluate(self, mask: Mask, b: Tensor, h: Tensor, i: Tensor, j: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """`mask.allowed`, but constant within a block where the mask is made of the same blocks."""
-        if isinstance(mask, masks._And):
+        if isinstance(mask, masks.And):
             left = self._evaluate(mask.left, b, h, i, j, q, k)
             return left & self._evaluate(mask.right, b, h, i, j, q, k)
-        if isinstance(mask, masks._Or):
+        if isinstance(mask, masks.Or):
             left = self._evaluate(mask.left, b, h, i, j, q, k)
             return left | self._evaluate(mask.right, b, h, i, j, q, k)
-        if isinstance(mask, masks._Not):
+        if isinstance(mask, masks.Not):
             return ~self._evaluate(mask.inner, b, h, i, j, q, k)
         if isinstance(mask, masks.Blocks) and (mask.block_q, mask.block_k) == (self.block_q, self.block_k):
             return mask.allowed(b, h, q[:, :1], k[:, :, :1])
@@ -308,7 +308,7 @@ def _needs(mask: Mask | None, block_size: tuple[int, int]) -> set[str]:
     """What the elementwise mask of a partial block depends on: the "offset" of its corner, its "key", "everything"."""
     if mask is None:
         return set()
-    if isinstance(mask, masks._And):
+    if isinstance(mask, masks.And):
         # a map of these blocks is true all over a block that is kept
         parts = [x for x in (mask.left, mask.right) if not (isinstance(x, masks.Blocks) and _is_of(x, block_size))]
         return set().union(*(_needs(part, block_size) for part in parts))

@@ -134,9 +134,9 @@ def own_block_size(mask: Mask | None) -> tuple[int, int] | None:
     if isinstance(mask, masks.Blocks):
         size = (mask.block_q, mask.block_k)
         return size if all(16 <= s <= 256 for s in size) else None
-    if isinstance(mask, masks._Pairwise):
+    if isinstance(mask, masks.Pairwise):
         return own_block_size(mask.left) or own_block_size(mask.right)
-    if isinstance(mask, masks._Not):
+    if isinstance(mask, masks.Not):
         return own_block_size(mask.inner)
     return None
 

@@ -40,6 +40,7 @@ from saccade.ops.export import exporting, weigh
 from saccade.ops.grad import first_derivatives_only, needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import FULL, PARTIAL, Mask
+from saccade.ops.masks.block_states import size_pair
 from saccade.ops.merge import merge
 from saccade.ops.native import blocks as native_blocks
 from saccade.ops.native.changes import Changes, added_values
@@ -222,7 +223,7 @@ def blocksparse_attend(
         own = own_block_size(mask)
         size = own or (PLANNING_BLOCK, PLANNING_BLOCK)
     else:
-        size = masks._pair(block_size, "block_size")
+        size = size_pair(block_size, "block_size")
         if max(size) > 4096:
             raise ValueError(f"block_size must be between 1 and 4096, got {block_size}")
     if isinstance(mask, Tensor):

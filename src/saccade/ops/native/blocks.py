@@ -114,7 +114,7 @@ def _limits(mask: Mask) -> _Limits | None:
         return (None, None), mask.valid_BM[:, None, None]
     if isinstance(mask, masks.Dense):
         return (None, None), mask.mask_BHNM
-    if not isinstance(mask, masks._And):
+    if not isinstance(mask, masks.And):
         return None
     left, right = _limits(mask.left), _limits(mask.right)
     if left is None or right is None or (left[1] is not None and right[1] is not None):
@@ -232,7 +232,7 @@ def _sight_of(mask: Mask, N: int) -> _Sight | None:
         if not ids.numel() or int(ids.min()) < most.min or int(ids.max()) > most.max:
             return None
         return _Sight(None, None, mask.query_BN, mask.key_BM[:, None], mask.key_BM[:, None])
-    if isinstance(mask, masks._And):
+    if isinstance(mask, masks.And):
         left, right = _sight_of(mask.left, N), _sight_of(mask.right, N)
         if left is None or right is None:
             return None

@@ -1,0 +1,269 @@
+"""What every mask is, and the three ways in which masks are joined.
+
+Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from saccade.extras import need
+from saccade.ops.masks.block_states import EMPTY, FULL, edges, size_pair
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Mask:
+    """Base of all masks; see the module's docstring for the two questions it answers."""
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """Bool tensor, True where the pair may attend; the four index tensors broadcast."""
+        raise NotImplementedError
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """States (B', H', ceil(n / block), ceil(m / block)), int8; B' and H' are 1 where the mask does not vary."""
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> int:
+        """1, or the only batch size that the mask fits."""
+        return 1
+
+    @property
+    def heads(self) -> int:
+        """1, or the only number of heads that the mask fits."""
+        return 1
+
+    def check(self, n: int, m: int) -> None:
+        """Raise ValueError if the mask cannot be for `n` queries and `m` keys."""
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the mask holds."""
+        return []
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The same mask with its tensors on `device`."""
+        return self
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        """Every one of `n` queries is known to see every one of `m` keys. No may be said where it is so, never yes."""
+        return False
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        """The same for `n` queries and `m` keys in fewer words; None where it hides nothing."""
+        return None if self.hides_nothing(n, m) else self
+
+    def seen_keys(self, n: int, m: int) -> tuple[int, int]:
+        """`first`, `end` of the keys that some query may see; the rest may be left out, as `from_key(first)` does."""
+        return 0, m
+
+    def from_key(self, first: int) -> Mask:
+        """The same mask where the first keys are left out, for masks that have `seen_keys`."""
+        raise NotImplementedError
+
+    def key_limits(self) -> tuple[Tensor, Tensor] | None:
+        """First and last query that sees each key, (B', K', M), where that is all that the mask says; else None."""
+        return None
+
+    def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        """The bool tensor (B', H', n, m) that this mask stands for. Quadratic: for small sizes and for tests."""
+        self.check(n, m)
+        b = torch.arange(self.batch, device=device)[:, None, None, None]
+        h = torch.arange(self.heads, device=device)[:, None, None]
+        q = torch.arange(n, device=device)[:, None]
+        k = torch.arange(m, device=device)
+        mask = self.to(device).allowed(b, h, q, k)
+        return mask.expand(self.batch, self.heads, n, m)
+
+    def density(self, n: int, m: int, block_size: int | Sequence[int] = 64) -> float:
+        """Share of the n x m pairs that lie in blocks with work to do."""
+        block_q, block_k = size_pair(block_size, "block_size")
+        states = self.block_map(n, m, (block_q, block_k))
+        first_q, last_q = edges(n, block_q, states.device)
+        first_k, last_k = edges(m, block_k, states.device)
+        area = (last_q - first_q + 1)[:, None] * (last_k - first_k + 1)
+        work = ((states != EMPTY) * area).sum().item()
+        return work / (states.shape[0] * states.shape[1] * n * m) if n and m else 0.0
+
+    def picture(self, n: int, m: int | None = None, *, width: int = 32, b: int = 0, h: int = 0) -> str:
+        """The mask as text, one character a block: `#` full, `+` partial, `.` empty."""
+        m = n if m is None else m
+        size = max(1, ceil(max(n, m) / width))
+        states = self.block_map(n, m, size)
+        grid = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)].tolist()
+        return "\n".join("".join(".+#"[state] for state in row) for row in grid)
+
+    def figure(self, n: int, m: int | None = None, *, width: int = 128, b: int = 0, h: int = 0) -> Figure:
+        """The mask as a matplotlib figure (extra `saccade[plots]`)."""
+        m = n if m is None else m
+        states = self.block_map(n, m, max(1, ceil(max(n, m) / width)))
+        figure = need("matplotlib.figure", "drawing a mask").Figure(figsize=(4, 4), layout="constrained")
+        axes = figure.subplots()
+        grid = states[min(b, states.shape[0] - 1), min(h, states.shape[1] - 1)]
+        axes.imshow(grid.cpu().numpy(), cmap="Blues", vmin=0, vmax=2, extent=(0, m, n, 0), aspect="auto")
+        axes.set(xlabel="key", ylabel="query", title=repr(self))
+        return figure
+
+    def conjuncts(self) -> tuple[Mask, ...]:
+        """The masks that all must allow a pair: the operands of `&` one by one, else the mask alone."""
+        return (self,)
+
+    def folded(self, other: Mask, union: bool) -> Mask | None:
+        """`self | other` or `self & other` as a mask of one kind, where there is one."""
+        return None
+
+    def __and__(self, other: Mask) -> Mask:
+        other = _as_operand(other)
+        folded = self.folded(other, union=False)
+        return And(self, other) if folded is None else folded
+
+    def __or__(self, other: Mask) -> Mask:
+        other = _as_operand(other)
+        folded = self.folded(other, union=True)
+        return Or(self, other) if folded is None else folded
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+
+def _as_operand(other: Any) -> Mask:
+    if not isinstance(other, Mask):
+        raise TypeError(f"a mask composes with masks only, got {type(other).__name__}; wrap a bool tensor in dense()")
+    return other
+
+
+def agree(a: int, b: int, what: str) -> int:
+    if a != b and 1 not in (a, b):
+        raise ValueError(f"masks for {a} and {b} {what} cannot be combined")
+    return max(a, b)
+
+
+@dataclass(frozen=True, eq=False)
+class Pairwise(Mask):
+    """Two masks that are asked one after the other."""
+
+    left: Mask
+    right: Mask
+
+    def __post_init__(self) -> None:
+        agree(self.left.batch, self.right.batch, "batch rows")
+        agree(self.left.heads, self.right.heads, "heads")
+
+    @property
+    def batch(self) -> int:
+        return agree(self.left.batch, self.right.batch, "batch rows")
+
+    @property
+    def heads(self) -> int:
+        return agree(self.left.heads, self.right.heads, "heads")
+
+    def check(self, n: int, m: int) -> None:
+        self.left.check(n, m)
+        self.right.check(n, m)
+
+    def tensors(self) -> list[Tensor]:
+        return self.left.tensors() + self.right.tensors()
+
+    def to(self, device: torch.device | str) -> Mask:
+        return type(self)(self.left.to(device), self.right.to(device))
+
+
+class And(Pairwise):
+    """Pairs that both masks allow."""
+
+    def conjuncts(self) -> tuple[Mask, ...]:
+        return self.left.conjuncts() + self.right.conjuncts()
+
+    def folded(self, other: Mask, union: bool) -> Mask | None:
+        if union:
+            return None
+        right = self.right.folded(other, union=False)
+        if right is not None:
+            return And(self.left, right)
+        left = self.left.folded(other, union=False)
+        return None if left is None else And(left, self.right)
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.left.hides_nothing(n, m) and self.right.hides_nothing(n, m)
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        left, right = self.left.simplified(n, m), self.right.simplified(n, m)
+        if left is None or right is None:
+            return right if left is None else left
+        return self if (left, right) == (self.left, self.right) else left & right
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        left = self.left.block_map(n, m, block_size, device)
+        return torch.minimum(left, self.right.block_map(n, m, block_size, device))
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} & {self.right!r})"
+
+
+class Or(Pairwise):
+    """Pairs that one of two masks allows."""
+
+    def hides_nothing(self, n: int, m: int) -> bool:
+        return self.left.hides_nothing(n, m) or self.right.hides_nothing(n, m)
+
+    def simplified(self, n: int, m: int) -> Mask | None:
+        left, right = self.left.simplified(n, m), self.right.simplified(n, m)
+        if left is None or right is None:
+            return None
+        return self if (left, right) == (self.left, self.right) else left | right
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        left = self.left.block_map(n, m, block_size, device)
+        return torch.maximum(left, self.right.block_map(n, m, block_size, device))
+
+    def __repr__(self) -> str:
+        return f"({self.left!r} | {self.right!r})"
+
+
+@dataclass(frozen=True, eq=False)
+class Not(Mask):
+    """Pairs that a mask forbids."""
+
+    inner: Mask
+
+    @property
+    def batch(self) -> int:
+        return self.inner.batch
+
+    @property
+    def heads(self) -> int:
+        return self.inner.heads
+
+    def check(self, n: int, m: int) -> None:
+        self.inner.check(n, m)
+
+    def tensors(self) -> list[Tensor]:
+        return self.inner.tensors()
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Not(self.inner.to(device))
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.inner.allowed(b, h, q, k)
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        return FULL - self.inner.block_map(n, m, block_size, device)
+
+    def __invert__(self) -> Mask:
+        return self.inner
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}"
