@@ -421,7 +421,7 @@ def backbones() -> dict[str, Callable[[], nn.Module]]:
     """The published sizes near Swin-T's, and CoSwin built as Swin-T and the smaller BEVANet."""
     found: dict[str, Callable[[], nn.Module]] = {}
     for summary in catalogue.parts():
-        if summary.kind == "model":
+        if summary.kind.published:
             for size in catalogue.part(summary.slug).published:
                 if SIZES[0] <= size.parameters <= SIZES[1] and size.resolution == 224:
                     found[f"{summary.slug}, {size.name}"] = partial(catalogue.create, summary.slug, **size.arguments)
@@ -435,7 +435,7 @@ def cases() -> dict[str, dict[str, Case]]:
     speed = {"speedup": 1.0, "speedup_both": 1.0}
     gates: dict[str, Case] = {}
     for summary in catalogue.parts():
-        if summary.kind == "gate":
+        if summary.kind.insertable:
             for variant, gate in GATES.get(summary.slug, {"": Gate()}).items():
                 title = ", ".join(filter(None, (summary.slug, variant)))
                 for stage in STAGES:

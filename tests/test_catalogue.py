@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -87,6 +88,22 @@ def test_register_refuses_what_is_not_in_the_vocabulary() -> None:
         catalogue.register("loftr", kind="model", summary="", supports=("flying",))
     with pytest.raises(ValueError, match="taxonomy"):
         catalogue.register("loftr", kind="model", summary="", taxonomy={"levels": "seven"})
+    with pytest.raises(ValueError, match=r"kind must be one of sequence, gate, .*analysis, got 'engine'"):
+        catalogue.register("loftr", kind="engine", summary="")
+
+
+def test_a_kind_is_its_name_and_one_object() -> None:
+    for name, kind in catalogue.KINDS.items():
+        assert kind == name and json.dumps(kind) == json.dumps(name) and f"{kind}" == name
+        assert copy.deepcopy(kind) is kind and pickle.loads(pickle.dumps(kind)) is kind
+        assert kind.words.split()[0] in ("a", "an") and kind.call and kind.output
+    assert catalogue.part("cbam").kind is catalogue.KINDS["gate"]
+
+
+def test_a_kind_without_usual_inputs_asks_for_them() -> None:
+    part = catalogue.Part("loftr", "", "", "", "wrapper", "")
+    with pytest.raises(ValueError, match="'loftr' is a wrapper of models: its registration must say inputs="):
+        part.kind.inputs(part, torch.nn.Identity(), 4)
 
 
 @pytest.fixture

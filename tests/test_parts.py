@@ -21,14 +21,14 @@ from saccade.train.lab import Lab
 
 GOLDEN = Path(__file__).parent / "golden"
 SLUGS = [part.slug for part in catalogue.parts()]
-SEQUENCES = [part.slug for part in catalogue.parts() if part.kind == "sequence"]
+SEQUENCES = [part.slug for part in catalogue.select(kind="sequence")]
 RECORDINGS = sorted(
     path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*.safetensors") if path.parent.name in SLUGS
 )
 
 
 def supporting(capability: str) -> list[str]:
-    return [part.slug for part in catalogue.parts() if part.kind == "sequence" and capability in part.supports]
+    return [part.slug for part in catalogue.select(kind="sequence", supports=capability)]
 
 
 def build(slug: str, **changes: object) -> nn.Module:
@@ -43,16 +43,12 @@ def build(slug: str, **changes: object) -> nn.Module:
 def call_arguments(slug: str, module: nn.Module, size: int) -> tuple[object, ...]:
     part = catalogue.part(slug)
     torch.manual_seed(size)
-    if part.inputs is not None:
-        return part.inputs(module, size)
-    if part.kind == "sequence":
-        return (torch.randn(2, size, part.example["dim"]),)
-    return (torch.randn(2, part.example["channels"], size, max(1, size - 2)),)
+    return part.kind.inputs(part, module, size)
 
 
-def published(slug: str) -> tuple[catalogue.Published, ...]:
-    """Rooms of models alone are imported to be asked."""
-    return catalogue.part(slug).published if catalogue.paper(slug).room.startswith("saccade.models") else ()
+def published(part: catalogue.Summary) -> tuple[catalogue.Published, ...]:
+    """Only rooms whose kind has sizes are imported to be asked."""
+    return catalogue.part(part.slug).published if part.kind.published else ()
 
 
 def tensors(output: object) -> list[Tensor]:
@@ -99,9 +95,8 @@ def test_registration_is_complete(slug: str) -> None:
     part, summary = catalogue.part(slug), next(p for p in catalogue.parts() if p.slug == slug)
     for field in dataclasses.fields(summary):
         assert getattr(part, field.name) == getattr(summary, field.name)
-    assert part.summary and part.complexity and part.invariants and part.claim
+    assert not part.kind.lacking(part) and part.claim
     assert set(part.taxonomy) == set(catalogue.AXES)
-    assert part.kind != "sequence" or part.efficiency
     assert (
         (Path(__file__).parent / catalogue.paper(slug).room.split(".")[1])
         .joinpath(f"test_{slug.replace('-', '_')}.py")
@@ -181,10 +176,10 @@ def test_golden(recording: str) -> None:
 def test_odd_sizes(slug: str, size: int) -> None:
     module = build(slug)
     arguments = call_arguments(slug, module, size)
-    out = floats(module(*arguments))
+    output = module(*arguments)
+    out = floats(output)
     assert out and all(t.isfinite().all() for t in out)
-    if catalogue.part(slug).kind in ("sequence", "gate"):
-        assert out[0].shape == arguments[0].shape
+    assert not catalogue.part(slug).kind.complaint(arguments, output)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -257,11 +252,8 @@ def test_bfloat16(slug: str) -> None:
 
 def directions(slug: str) -> list[dict[str, bool]]:
     """What a part is built with to run in each of the directions that it has."""
-    supports = catalogue.part(slug).supports
-    if catalogue.part(slug).kind != "sequence":
-        return [{}]
-    forward = [{"causal": True}] if {"causal", "teacher-forced"} & set(supports) else []
-    return forward + ([{"causal": False}] if "bidirectional" in supports else [])
+    part = catalogue.part(slug)
+    return part.kind.directions(part)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -418,7 +410,7 @@ def test_starts_from_a_softmax_layer(slug: str) -> None:
     assert ours(x).isfinite().all()
 
 
-SIZES = [(part.slug, size.name) for part in catalogue.parts() for size in published(part.slug)]
+SIZES = [(part.slug, size.name) for part in catalogue.parts() for size in published(part)]
 
 
 @pytest.mark.parametrize(("slug", "name"), SIZES)
@@ -431,7 +423,7 @@ def test_published_sizes(slug: str, name: str) -> None:
 @pytest.mark.parametrize("slug", sorted({slug for slug, _ in SIZES}))
 def test_published_sizes_are_built_by_name(slug: str) -> None:
     model = catalogue.part(slug).build
-    name = published(slug)[0].name
+    name = catalogue.part(slug).published[0].name
     with torch.device("meta"):
         assert isinstance(model.from_config(name), model)
     with pytest.raises(ValueError, match=f"{slug} was published as {name}.*; got 'huge'"):

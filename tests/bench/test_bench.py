@@ -85,7 +85,7 @@ def test_a_busy_machine_is_seen() -> None:
 def test_bad_requests() -> None:
     for slugs, options, message in (
         ([], {}, "at least one mechanism"),
-        (["cbam"], {}, "'cbam' is a gate"),
+        (["cbam"], {}, "'cbam' is a feature-map gate"),
         (["nothing"], {}, "no part is called"),
         (["softmax"], {"lengths": [0]}, "must be positive"),
     ):

@@ -125,7 +125,7 @@ def test_a_sequence_is_gated_through_its_last_member(resnet, images):
     torch.testing.assert_close(block(x), torch.relu(gate(old.layer(x)) + x))
 
 
-@pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if part.kind == "gate"])
+@pytest.mark.parametrize("slug", [part.slug for part in catalogue.select(kind="gate")])
 def test_gentle_keeps_the_networks_outputs(slug, convnext, images):
     part = catalogue.part(slug)
     before = logits(convnext, images)
@@ -141,7 +141,7 @@ def test_gentle_keeps_the_networks_outputs(slug, convnext, images):
         assert any(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in gate.parameters())
 
 
-@pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if part.kind == "gate"])
+@pytest.mark.parametrize("slug", [part.slug for part in catalogue.select(kind="gate")])
 def test_identity_init_keeps_the_networks_outputs(slug, convnext, images):
     import inspect
 
@@ -316,7 +316,7 @@ def test_outputs_of_transformers_are_gated(images):
         ("cbam", "resnet.encoder.stages.0", {}, "after 'resnet.encoder.stages.0': reduction must be"),
         ("cbam", "resnet.encoder.stages.0", {"nonsense": 1}, "nonsense"),
         ("cbam", "resnet.encoder.stages.0", {"example": torch.zeros(1, 4, 8, 8)}, "dry run on inputs .* failed"),
-        ("moba", "resnet.encoder.stages.0", {}, "needs a gate .*cbam.* 'moba' is of kind 'sequence'"),
+        ("moba", "resnet.encoder.stages.0", {}, "needs a gate .*cbam.* 'moba' is a sequence mechanism"),
         ("cbm", "resnet.encoder.stages.0", {}, "did you mean 'cbam'"),
     ],
 )

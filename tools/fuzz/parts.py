@@ -19,7 +19,7 @@ BOUND = 2e-5
 @cache
 def _slugs() -> list[str]:
     """Those that take tokens alone, any number of them."""
-    sequence = [part.slug for part in catalogue.parts() if part.kind == "sequence"]
+    sequence = [part.slug for part in catalogue.select(kind="sequence")]
     return [slug for slug in sequence if catalogue.part(slug).inputs is None]
 
 

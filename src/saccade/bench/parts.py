@@ -64,8 +64,8 @@ def measure(
     if min(lengths) < 1 or dim < 1 or batch < 1:
         raise ValueError(f"lengths, dim and batch must be positive, got {list(lengths)}, {dim} and {batch}")
     for slug in slugs:
-        if catalogue.part(slug).kind != "sequence":
-            raise ValueError(f"bench measures sequence mechanisms; {slug!r} is a {catalogue.part(slug).kind}")
+        if catalogue.part(slug).kind.baseline is None:
+            raise ValueError(f"bench measures sequence mechanisms; {slug!r} is {catalogue.part(slug).kind.words}")
     order = ["softmax", *(slug for slug in slugs if slug != "softmax")]
     rate = matmul_rate()
     tired: set[str] = set()
@@ -101,7 +101,7 @@ def measure(
 def _module(slug: str, length: int, dim: int, num_heads: int, dtype: torch.dtype, seed: int) -> nn.Module:
     part = catalogue.part(slug)
     arguments = {} if part.at_length is None else part.at_length(length)
-    if {"causal", "teacher-forced"} & set(part.supports):
-        arguments["causal"] = True
+    for direction in part.kind.directions(part)[:1]:
+        arguments |= direction
     torch.manual_seed(seed)
     return catalogue.create(slug, dim=dim, num_heads=num_heads, **arguments).to(dtype)

@@ -31,6 +31,8 @@ from saccade.catalogue.cards import (
 from saccade.catalogue.cards import (
     Summary as Summary,
 )
+from saccade.catalogue.kinds import KINDS as KINDS
+from saccade.catalogue.kinds import Kind as Kind
 from saccade.catalogue.names import (
     Names as Names,
 )

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from saccade.catalogue.kinds import Kind, named
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from saccade.catalogue.lab import Lab
-
-Kind = Literal["sequence", "gate", "fusion", "model", "compressor", "analysis"]
 
 #: what a part may say that it supports; "teacher-forced" is causal attention whose *selection* looks ahead (MoSA)
 CAPABILITIES = (
@@ -51,7 +51,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a room says of itself in literals, readable without importing it."""
+    """What a room says of itself in literals, readable without importing it; `kind` is given by its name."""
 
     slug: str
     title: str
@@ -65,6 +65,9 @@ class Summary:
     complexity: str = ""
     note: str = ""
     invariants: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", named(self.kind))
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ import importlib
 import json
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
+from saccade.catalogue import kinds
 from saccade.catalogue import options as _options
-from saccade.catalogue.cards import AXES, CAPABILITIES, AuthorsPort, Kind, Paper, Part, Summary
+from saccade.catalogue.cards import AXES, CAPABILITIES, AuthorsPort, Paper, Part, Summary
 
 if TYPE_CHECKING:
     from torch import nn
@@ -93,8 +94,8 @@ def select(
     Raises:
         ValueError: if a name is unknown.
     """
-    if kind is not None and kind not in get_args(Kind):
-        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    if kind is not None:
+        kind = kinds.named(kind)
     if supports is not None and supports not in CAPABILITIES:
         raise ValueError(f"supports must be one of {', '.join(CAPABILITIES)}, got {supports!r}")
     for axis, value in taxonomy.items():

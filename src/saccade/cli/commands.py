@@ -472,8 +472,8 @@ def insert(
     from saccade.train.mechanisms import parse
 
     (wanted,) = parse([gate])
-    if catalogue.part(str(wanted.slug)).kind != "gate":
-        gates = ", ".join(part.slug for part in catalogue.select(kind="gate"))
+    if not catalogue.part(str(wanted.slug)).kind.insertable:
+        gates = ", ".join(part.slug for part in catalogue.parts() if part.kind.insertable)
         raise ValueError(f"--gate must be one of {gates}, got {wanted.slug!r}")
     catalogue.check_options(str(wanted.slug), **wanted.options)
     torch.manual_seed(seed)

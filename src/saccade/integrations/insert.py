@@ -190,9 +190,9 @@ def insert(
     [('0', 8), ('2', 16)]
     """
     part = catalogue.part(slug)
-    if part.kind != "gate" or part.build is None:
-        gates = ", ".join(gate.slug for gate in catalogue.parts() if gate.kind == "gate")
-        raise ValueError(f"insert needs a gate ({gates}), but {slug!r} is of kind {part.kind!r}")
+    if not part.kind.insertable or part.build is None:
+        gates = ", ".join(gate.slug for gate in catalogue.parts() if gate.kind.insertable)
+        raise ValueError(f"insert needs a gate ({gates}), but {slug!r} is {part.kind.words}")
     if "identity_init" in inspect.signature(part.build).parameters:
         arguments.setdefault("identity_init", True)
     wanted = list(after) if isinstance(after, Sequence) and not isinstance(after, str) else [after]

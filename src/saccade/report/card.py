@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from saccade import catalogue
 from saccade.catalogue.options import REQUIRED, Option
 from saccade.integrations.mechanisms import MECHANISMS
 from saccade.tables import facts
+from saccade.train.tasks import taking
 
 if TYPE_CHECKING:
     from saccade.bench.parts import Row
     from saccade.ops.measure import Cost
-
-#: values for a first try of the options that must be given
-_USUAL = {"dim": 256, "num_heads": 8, "channels": 64}
 
 
 def card(slug: str, *, measure: bool) -> dict[str, Any]:
@@ -33,6 +29,7 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
     part = catalogue.part(slug)
     found |= {
         "kind": part.kind,
+        "call": f"{part.kind.call} -> {part.kind.output}",
         "summary": part.summary,
         "room": paper.room,
         "supports": list(part.supports),
@@ -65,7 +62,7 @@ def to_copy(part: catalogue.Part) -> list[str]:
     lines = []
     if part.build is not None:
         needed = [name for name, option in catalogue.options(part.slug).items() if option.default is REQUIRED]
-        usual = {name: _USUAL.get(name, part.example.get(name)) for name in needed}
+        usual = {name: part.kind.usual.get(name, part.example.get(name)) for name in needed}
         told = "".join(f", {name}={value!r}" for name, value in usual.items())
         lines.append(f'part = saccade.create("{part.slug}"{told})')
     if part.published and hasattr(part.build, "from_config"):
@@ -73,13 +70,10 @@ def to_copy(part: catalogue.Part) -> list[str]:
         lines.append(f'from {of} import {name}; model = {name}.from_config("{part.published[0].name}")')
     if part.slug in MECHANISMS and part.slug != "softmax":
         lines.append(f'with saccade.switch(model, "{part.slug}"): ...')
-    if part.kind == "sequence" and {"causal", "teacher-forced"} & set(part.supports):
-        lines.append(f"$ saccade compare {' '.join(dict.fromkeys(('softmax', part.slug)))} --task text")
-    if part.kind == "gate":
-        lines.append(f"$ saccade insert MODEL --gate {part.slug} --after '**.layer'")
-        lines.append(f"$ saccade compare {part.slug} --task digits-cnn")
-    if part.kind == "fusion":
-        lines.append(f"$ saccade compare {part.slug} --task paired")
+    lines += [f"$ {command.format(slug=part.slug)}" for command in part.kind.commands]
+    for task in taking(part)[:1]:
+        compared = " ".join(dict.fromkeys(filter(None, (part.kind.baseline, part.slug))))
+        lines.append(f"$ saccade compare {compared} --task {task.name}")
     return [*lines, f"$ saccade claim {part.slug}"]
 
 
@@ -89,26 +83,23 @@ def _option(name: str, option: Option) -> str:
 
 
 def _cost(part: catalogue.Part) -> list[str]:
-    """A few lines: layers of 256 channels for sequence mechanisms, 64 x 56 x 56 for gates, else the tiny example."""
+    """A few lines: beside its kind's baseline at two lengths, or of what the kind gives for a trial."""
     from saccade.bench import parts
     from saccade.ops.measure import cost
 
-    if part.kind == "sequence":
+    if part.kind.baseline is not None:
         return [
             f"{row.length} tokens of 256 channels: {row.forward * 1e3:.1f} ms forward, {_backward(row)}, "
-            f"{row.memory / 2**20:.1f} MiB, {row.speedup:.2f} x softmax's speed"
+            f"{row.memory / 2**20:.1f} MiB, {row.speedup:.2f} x {part.kind.baseline}'s speed"
             for row in parts.measure([part.slug], lengths=(256, 1024), dim=256)
             if row.slug == part.slug
         ]
-    if part.kind == "gate":
-        module, inputs, size = catalogue.create(part.slug, channels=64), (torch.randn(1, 64, 56, 56),), "64 x 56 x 56"
-    elif part.inputs is not None:
-        module = catalogue.create(part.slug, **part.example)
-        inputs, size = part.inputs(module, 64), f"its example ({dict(part.example)}) at size 64"
-    else:
+    trial = part.kind.trial(part)
+    if trial is None:
         return []
-    found = cost(module, inputs)
-    return [f"{size}: {found.forward * 1e3:.1f} ms forward, {_backward(found)}, {found.memory / 2**20:.1f} MiB"]
+    module = catalogue.create(part.slug, **trial.arguments)
+    found = cost(module, trial.inputs(module))
+    return [f"{trial.size}: {found.forward * 1e3:.1f} ms forward, {_backward(found)}, {found.memory / 2**20:.1f} MiB"]
 
 
 def _backward(found: Row | Cost) -> str:

@@ -53,7 +53,7 @@ def export(slug: str) -> Export:
     for parameter in module.parameters():  # what starts at 0 would prove nothing
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    inputs = arguments(part, module)
+    inputs = part.kind.inputs(part, module, SIZE)
     with torch.no_grad():
         expected = [x for x in tensors(module(*inputs)) if x.is_floating_point()]
     try:
@@ -69,15 +69,6 @@ def export(slug: str) -> Export:
     ours = [torch.from_numpy(x) for x in found if x.dtype.kind == "f"]
     errors = [float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, expected, strict=True)]
     return Export(slug, max(errors), len({node.op_type for node in program.model_proto.graph.node}))
-
-
-def arguments(part: catalogue.Part, module: nn.Module) -> tuple[Any, ...]:
-    """A tiny call's arguments."""
-    if part.inputs is not None:
-        return part.inputs(module, SIZE)
-    if part.kind == "sequence":
-        return (torch.randn(2, SIZE, part.example["dim"]),)
-    return (torch.randn(2, part.example["channels"], SIZE, SIZE),)
 
 
 def tensors(value: Any) -> list[Tensor]:

@@ -63,7 +63,7 @@ def page() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for summary in catalogue.parts():
-        if summary.kind != "model":
+        if not summary.kind.published:
             continue
         for published in catalogue.part(summary.slug).published:
             size = count(summary.slug, published.name)

@@ -35,7 +35,7 @@ from saccade.train import fingerprints
 from saccade.train.data import read_files
 from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import Measures, keep_measures, measure
-from saccade.train.mechanisms import NONE, Mechanism, check_fit, parse
+from saccade.train.mechanisms import NONE, Mechanism, parse
 from saccade.train.progress import Update, bar, showing, track
 from saccade.train.result import CompareResult, MechanismRecord, Metric
 from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
@@ -118,7 +118,7 @@ def compare(
         job = _task(task, preset, settings, place, data)
         entries = _with_baseline(job, entries)
         for entry in entries:
-            check_fit(entry, job.name, job.kind, job.needs)
+            job.check(entry)
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(showing(progress))

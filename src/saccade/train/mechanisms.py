@@ -18,15 +18,6 @@ from saccade.catalogue.options import fits, in_words, nearest
 #: the name of the baseline that leaves a gate or a fusion part out
 NONE = "none"
 
-KINDS = {
-    "sequence": "a sequence mechanism",
-    "gate": "a feature-map gate",
-    "fusion": "a fusion part",
-    "model": "a whole model",
-    "compressor": "a compressor",
-    "analysis": "an analysis",
-}
-
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -123,38 +114,6 @@ def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module
         if name in [earlier.name for earlier in found[:-1]]:
             raise ValueError(f"mechanism {name!r} comes twice")
     return found
-
-
-def check_fit(mechanism: Mechanism, task: str, kind: str, needs: Sequence[str]) -> None:
-    """Raise ValueError, naming parts that would fit, unless the mechanism is of that kind and supports the needs."""
-    if mechanism.slug is None:
-        return
-    if mechanism.slug == NONE:
-        if kind == "sequence":
-            raise ValueError(f"task {task!r} has no baseline without a mechanism; {_fitting(kind, needs)}")
-        return
-    part = catalogue.part(mechanism.slug)
-    if part.kind != kind:
-        raise ValueError(
-            f"{mechanism.name!r} is {KINDS[part.kind]}, but task {task!r} needs {KINDS[kind]}; {_fitting(kind, needs)}"
-        )
-    lacking = [need for need in needs if not _supports(part, need)]
-    if lacking:
-        raise ValueError(
-            f"{mechanism.name!r} does not support {', '.join(lacking)}, which task {task!r} needs; "
-            f"{_fitting(kind, needs)}"
-        )
-
-
-def _supports(part: catalogue.Summary, need: str) -> bool:
-    """Whether a part does what a task needs. Teacher-forced parts are compared in causal tasks: the comparison measures
-    whether they see the future."""
-    return need in part.supports or (need == "causal" and "teacher-forced" in part.supports)
-
-
-def _fitting(kind: str, needs: Sequence[str]) -> str:
-    slugs = [p.slug for p in catalogue.parts() if p.kind == kind and all(_supports(p, need) for need in needs)]
-    return f"fitting: {', '.join(slugs) or 'none yet'}"
 
 
 def _parse_options(text: str) -> tuple[str, dict[str, Any]]:

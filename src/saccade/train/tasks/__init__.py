@@ -1,0 +1,42 @@
+"""The tasks on which parts are compared, a file each: data, model around the part, loss, quality.
+
+| task | what is learned | quality | parts |
+|---|---|---|---|
+| `text` | the next byte of English, or of the user's files | bits per byte on held-out text | causal sequence |
+| `recall` | values of keys seen before (associative recall) | accuracy on the queried values | causal sequence |
+| `listops` | the value of a nested expression | accuracy | sequence |
+| `digits` | the digit of an image read as 64 tokens | accuracy | sequence |
+| `digits-cnn` | the digit, by a small CNN with the gate in each block | accuracy | gate |
+| `paired` | the digit of two noisy views, either may be missing | accuracy | fusion |
+
+A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
+"""
+
+from __future__ import annotations
+
+from saccade import catalogue
+from saccade.train.tasks.base import TURN as TURN
+from saccade.train.tasks.base import Task as Task
+from saccade.train.tasks.digits import Digits as Digits
+from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
+from saccade.train.tasks.listops import ListOps as ListOps
+from saccade.train.tasks.own import Own as Own
+from saccade.train.tasks.paired import PairedViews as PairedViews
+from saccade.train.tasks.recall import Recall as Recall
+from saccade.train.tasks.sequence import SequenceTask as SequenceTask
+from saccade.train.tasks.settings import Settings as Settings
+from saccade.train.tasks.text import Text as Text
+from saccade.train.tasks.text import fingerprint as fingerprint
+from saccade.train.tasks.text import is_paths as is_paths
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews)}
+
+
+def taking(part: catalogue.Summary) -> list[type[Task]]:
+    """The tasks on which a part can be compared, in the order of the table.
+
+    >>> from saccade import catalogue
+    >>> [task.name for task in taking(catalogue.part("cbam"))]
+    ['digits-cnn']
+    """
+    return [task for task in TASKS.values() if task.takes(part)]
