@@ -487,6 +487,23 @@ def insert(
         print(report.table(gently="--gentle"))
 
 
+@app.command()
+def new(
+    slug: Annotated[str, typer.Argument(help="A planned paper's name, as `saccade list` has it.")],
+    kind: Annotated[str, typer.Option(help="What the room will hold: sequence, gate, fusion or model.")],
+    root: Annotated[Path | None, typer.Option(help="The source checkout; this package's own by default.")] = None,
+) -> None:
+    """Lay out an empty room for a paper, with its test: `saccade new loftr --kind model`.
+
+    The room runs from the start, on the plainest thing of its kind; the tests name what the paper must still give.
+    """
+    from saccade.catalogue.layout import lay_out
+
+    for path in lay_out(slug, kind, root):
+        print(path)
+    print(f"Next: write the page and the mathematics, then `python -m pytest tests/test_parts.py -k {slug}`.")
+
+
 def _families(known: set[str], asked: str | None) -> set[str]:
     """The family of that name, else those that have it in their name; all where none is asked for."""
     if asked is None or asked in known:

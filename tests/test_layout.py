@@ -1,0 +1,87 @@
+"""Empty rooms: they run where they are laid, and their tests ask for what the paper must give."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import saccade
+from saccade import catalogue
+from saccade.catalogue.layout import lay_out
+from saccade.cli import main
+
+PLANNED = [paper for paper in catalogue.papers() if paper.room is None]
+KINDS = ("sequence", "gate", "fusion", "model")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "src" / "saccade").mkdir(parents=True)
+    (tmp_path / "tests").mkdir()
+    return tmp_path
+
+
+def test_every_planned_paper_can_be_laid_out(checkout: Path) -> None:
+    for number, paper in enumerate(PLANNED):
+        for path in lay_out(paper.slug, KINDS[number % len(KINDS)], checkout):
+            text = path.read_text(encoding="utf-8")
+            compile(text, path.name, "exec")
+            assert max(map(len, text.splitlines())) <= 120 and "$" not in text
+
+
+def test_rooms_run_from_the_start_and_their_tests_name_what_is_missing(tmp_path: Path) -> None:
+    package = Path(saccade.__file__).parent
+    shutil.copytree(package, tmp_path / "src" / "saccade", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    chosen = dict(zip(KINDS, (paper.slug for paper in PLANNED)))
+    tests = [str(lay_out(slug, kind, tmp_path)[-1]) for kind, slug in chosen.items()]
+    code = (
+        "import torch; from saccade import catalogue\n"
+        f"for slug in {list(chosen.values())}:\n"
+        "    part = catalogue.part(slug); module = catalogue.create(slug, **part.example)\n"
+        "    inputs = part.kind.inputs(part, module, 9)\n"
+        "    assert not part.kind.complaint(inputs, module(*inputs)), slug\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "src")}
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *tests],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert re.search(r"\b4 failed, 4 passed", done.stdout), done.stdout
+    assert done.stdout.count("FAILED") == done.stdout.count("::test_the_card_is_written")
+    assert "['summary', 'complexity', 'invariants', 'efficiency']" in done.stdout
+
+
+def test_the_command_names_the_files_and_the_next_step(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slug = PLANNED[0].slug
+    with pytest.raises(SystemExit) as exit_:
+        main(["new", slug, "--kind", "gate", "--root", str(checkout)])
+    out = capsys.readouterr().out
+    assert not exit_.value.code and f"test_parts.py -k {slug}" in out
+    assert all(Path(line).is_file() for line in out.splitlines()[:-1])
+
+
+def test_refusals(checkout: Path, tmp_path: Path) -> None:
+    slug = PLANNED[0].slug
+    for arguments, message in (
+        (("moba", "sequence", checkout), "has its room already"),
+        (("no-such-paper", "gate", checkout), "no part is called"),
+        ((slug, "engine", checkout), "kind must be one of sequence"),
+        ((slug, "wrapper", checkout), "others have no pattern yet"),
+        ((slug, "gate", tmp_path / "nowhere"), "in a source checkout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lay_out(*arguments)
+    lay_out(slug, "gate", checkout)
+    with pytest.raises(ValueError, match="is there already"):
+        lay_out(slug, "gate", checkout)
