@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import operator
 import os
 import pickle
 import random
@@ -11,10 +12,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import saccade
 from saccade import catalogue
 from saccade.catalogue.authors import read_checkpoint
+from saccade.catalogue.ports import Arguments, Late, calls
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -255,6 +258,74 @@ def test_names_are_placed_once(tmp_path: Path) -> None:
         names({"a.0.w": 1, "c.0.w": 2})
     with pytest.raises(ValueError, match=r"no place for d\.0, d\.1, d\.2, d\.3, d\.4 and more"):
         names({f"d.{i}": i for i in range(10**5)})
+
+
+def test_names_with_stars_parts_and_layouts() -> None:
+    names = catalogue.Names(
+        {
+            "body.{i}.{rest*}": "blocks.{i}.{rest}",
+            "body.{i}.mask": None,
+            "body.{i}.attn.qkv.{leaf}": catalogue.split("blocks.{i}.attention.{part}_proj.{leaf}", "q", "k", "v"),
+            "head.weight": catalogue.laid("head.weight", torch.t),
+        }
+    )
+    qkv, head = torch.arange(6.0), torch.randn(2, 3)
+    ours = names({"body.0.mask": qkv, "body.0.mlp.fc.weight": head, "body.1.attn.qkv.bias": qkv, "head.weight": head})
+    assert ours.keys() == {
+        "blocks.0.mlp.fc.weight",
+        *(f"blocks.1.attention.{part}_proj.bias" for part in "qkv"),
+        "head.weight",
+    }
+    assert torch.equal(ours["blocks.1.attention.k_proj.bias"], qkv[2:4]) and torch.equal(ours["head.weight"], head.T)
+    inside = catalogue.Names(names.within("net/", "net."))
+    assert inside({"net/body.1.attn.qkv.bias": qkv}).keys() == {
+        f"net.blocks.1.attention.{part}_proj.bias" for part in "qkv"
+    }
+    with pytest.raises(ValueError, match=r"qkv\.bias must be 3 equal parts, got shape \(4,\)"):
+        names({"body.1.attn.qkv.bias": torch.zeros(4)})
+    with pytest.raises(ValueError, match=r"head\.weight of shape \(2, 2, 2\) is not laid out as head\.weight needs"):
+        names({"head.weight": torch.zeros(2, 2, 2)})
+
+
+def test_tables_of_arguments_build_and_refuse() -> None:
+    build = Arguments(
+        nn.Conv1d,
+        {
+            "inp": "in_channels",
+            "oup": "out_channels",
+            "padding": ("padding_mode", {"constant": "zeros", "wrap": "circular"}),
+            "no_bias": ("bias", operator.not_),
+        },
+        defaults={"size": 3},
+        derived={"kernel_size": lambda args: 2 * args["size"] - 1},
+        inert=("size", "dropout"),
+        stride=2,
+    )
+    made = build({"inp": 4, "oup": 2, "padding": "wrap", "no_bias": True, "dropout": 0.5})
+    assert isinstance(made, nn.Conv1d) and made.weight.shape == (2, 4, 5) and made.stride == (2,)
+    assert made.bias is None and made.padding_mode == "circular"
+    with pytest.raises(KeyError, match="oup"):
+        build({"inp": 4})
+    with pytest.raises(ValueError, match="arguments must be among inp, oup, padding, no_bias, got 'groups'"):
+        build({"inp": 4, "oup": 2, "groups": 2})
+    with pytest.raises(ValueError, match="padding must be one of 'constant', 'wrap', got 'reflect'"):
+        build({"inp": 4, "oup": 2, "padding": "reflect"})
+
+
+def test_plain_calls_give_what_the_authors_name() -> None:
+    given = {"a": torch.ones(2), "b": torch.full((2,), 3.0), "c": torch.zeros(1)}
+    assert torch.equal(calls("b", "a", gives="less")(torch.sub, given, {})["less"], torch.full((2,), 2.0))
+    out = calls("a", gives={"y": "real", "twice": lambda x: x * 2})(nn.Identity(), given, {})
+    assert torch.equal(out["y"], given["a"]) and torch.equal(out["twice"], 2 * given["a"])
+
+
+def test_a_module_made_late_has_the_widths_of_its_weights() -> None:
+    late = Late(lambda args, state: nn.Linear(state["weight"].shape[1], args["out"]), {"out": 2})
+    assert not late.state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        late.load_state_dict({"weight": torch.ones(3, 5), "bias": torch.zeros(3)})
+    late.load_state_dict({"weight": torch.ones(2, 5), "bias": torch.zeros(2)})
+    assert late(torch.ones(5)).tolist() == [5, 5] and isinstance(late.made, nn.Linear)
 
 
 def test_arguments_that_are_missing_or_wrong_are_named(tmp_path: Path, checkpoint: dict[str, torch.Tensor]) -> None:

@@ -15,11 +15,9 @@ EXTRAS = {
     "skimage": "data",
     "scipy": "data",
     "matplotlib": "plots",
-    "psutil": "compare",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
-    "triton": "triton",
 }
 
 

@@ -163,6 +163,36 @@ def test_the_same_seed_gives_the_same_data_and_steps_differ() -> None:
             assert not torch.equal(draw(data.generator_at(3, 5)), draw(other))
 
 
+def test_rows_are_the_same_of_each_tensor() -> None:
+    first, second = data.rows(50, generator(), torch.arange(8), 10 * torch.arange(8))
+    assert torch.equal(10 * first, second) and set(first.tolist()) == set(range(8))
+
+
+def test_photographs_open_without_a_network() -> None:
+    colour, grey, coins = data.photographs("coffee", "camera", "coins")
+    assert colour.shape == (3, 400, 600) and grey.shape == (1, 512, 512) and coins.shape == (1, 303, 384)
+    assert all(0 <= image.min() < 0.1 and 0.9 < image.max() <= 1 for image in (colour, grey, coins))
+    (luminance,) = data.photographs("coffee", grey=True)
+    assert luminance.shape == (1, 400, 600)
+    assert torch.corrcoef(torch.stack([luminance.flatten(), colour[1].flatten()]))[0, 1] > 0.99
+    with pytest.raises(ValueError, match="photographs must be among astronaut"):
+        data.photographs("retina")
+
+
+def test_crops_cut_all_maps_at_one_place() -> None:
+    place = torch.arange(12 * 20).view(12, 20)
+    twice = place.repeat_interleave(2, 0).repeat_interleave(2, 1)
+    small, large = data.crops([(place[None], twice)] * 2, 32, 5, generator(), turned=True, within=10)
+    assert small.shape == (32, 1, 5, 5) and large.shape == (32, 10, 10)
+    assert torch.equal(large, small[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2))
+    assert (small % 20).max() < 10
+    corners = small[:, 0, ::4, ::4].flatten(1).argmin(1)
+    assert set(corners.tolist()) == {0, 1, 2, 3}, "turned by all four angles"
+    with pytest.raises(ValueError, match="side must be at most 10, got 11"):
+        data.crops([(place,)], 1, 11, generator(), within=10)
+    assert data.crops([(place,)], 1, 12, generator())[0].shape == (1, 12, 12)
+
+
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
     for name in ["sklearn", *(name for name in sys.modules if name.startswith("sklearn."))]:
         monkeypatch.setitem(sys.modules, name, None)

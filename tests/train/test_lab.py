@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from saccade.catalogue.lab import Trial
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.train.data import IGNORE
 from saccade.train.lab import Lab, run_claim
 
 
@@ -27,6 +31,50 @@ def test_recall_trains_the_mixer_that_it_is_given() -> None:
     model, loss, accuracy = Lab(smoke=True).recall(lambda dim: SoftmaxAttention(dim, 4, causal=True))
     assert any(isinstance(module, SoftmaxAttention) for module in model.modules())
     assert loss > 0 and 0 <= accuracy <= 1
+
+
+def test_forms_start_alike_and_see_the_same_batches() -> None:
+    seen: dict[tuple[str, int], list[float]] = {}
+
+    class Plain(torch.nn.Linear):
+        pass
+
+    def draw(generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(4, 3, generator=generator), torch.randint(2, (4,), generator=generator)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        assert not trial.model.training and not torch.is_grad_enabled() and trial.parameters == 8
+        coming = next(trial.batches)[0]
+        seen[trial.form, trial.seed] = [*trial.losses, float(coming.sum())]
+        return {"loss": trial.losses[-1], "seed": trial.seed}
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    forms = {"one": lambda: torch.nn.Linear(3, 2), "other": lambda: Plain(3, 2)}
+    trials = Lab(seed=3).forms(forms, draw, measure, 4, seeds=2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert seen["one", 3] == seen["other", 3] != seen["one", 4] == seen["other", 4]
+    assert trials.means("{form}.{figure}", "seed") == {"one.seed": 3.5, "other.seed": 3.5}
+    assert trials.spreads("{form}_{figure}_spread", "seed") == {"one_seed_spread": 1, "other_seed_spread": 1}
+    assert set(trials.means()) == {"one_loss", "one_seed", "other_loss", "other_seed"}
+    smoke = Lab(smoke=True).forms({"one": forms["one"]}, draw, lambda trial: {"steps": len(trial.losses)}, 9, seeds=2)
+    assert smoke.values == {"one": {"steps": [2.0]}}
+    untrained = Lab().forms({"one": forms["one"]}, draw, lambda trial: {"steps": len(trial.losses)}, 0)
+    assert untrained.values == {"one": {"steps": [0.0]}}
+
+
+def test_loss_and_accuracy_are_over_what_is_asked() -> None:
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 2.0], [9.0, 0.0]]])
+    labels = torch.tensor([[0, 0, IGNORE]])
+    lab = Lab()
+    assert lab.accuracy(torch.nn.Identity(), (logits, labels)) == 0.5
+    expected = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, :2])
+    assert torch.allclose(lab.loss(torch.nn.Identity(), (logits, labels)), expected)
+    assert lab.loss(lambda x: SimpleNamespace(logits=x), (logits, labels)) == lab.loss(
+        torch.nn.Identity(), (logits, labels)
+    )
+    assert torch.equal(torch.rand(2, generator=lab.held_out()), torch.rand(2, generator=lab.held_out()))
+    assert not torch.equal(torch.rand(2, generator=lab.held_out()), torch.rand(2, generator=lab.generator()))
 
 
 def test_claims_of_unknown_parts() -> None:

@@ -36,6 +36,12 @@ from saccade.catalogue.kinds import Kind as Kind
 from saccade.catalogue.names import (
     Names as Names,
 )
+from saccade.catalogue.names import (
+    laid as laid,
+)
+from saccade.catalogue.names import (
+    split as split,
+)
 from saccade.catalogue.options import REQUIRED as REQUIRED
 from saccade.catalogue.options import Option as Option
 from saccade.catalogue.registry import (

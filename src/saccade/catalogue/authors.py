@@ -68,7 +68,7 @@ def load_authors(slug: str, path: str | Path, module: str | None = None, **autho
         load_state(built, entry.convert(state))
     except Exception as error:  # what a port meets in a file it was not written for is any exception
         raise ValueError(f"{path} does not fit {what}: {_reason(error)}") from error
-    return built
+    return getattr(built, "made", built)  # of a module that is made when its weights come
 
 
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:

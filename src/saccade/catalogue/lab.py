@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -11,6 +12,59 @@ if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One form, trained from one seed.
+
+    Attributes:
+        form: its name.
+        seed: of its weights and its batches.
+        model: in evaluation mode.
+        losses: of each step.
+        batches: those that would come next.
+    """
+
+    form: str
+    seed: int
+    model: nn.Module
+    losses: list[float]
+    batches: Iterator[Any]
+
+    @property
+    def parameters(self) -> float:
+        """How many numbers the model learns."""
+        return float(sum(parameter.numel() for parameter in self.model.parameters()))
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What was measured of each form, figure by figure, a value for each seed.
+
+    >>> trials = Trials({"plain": {"error": [3.0, 5.0]}, "gated": {"error": [1.0, 2.0]}})
+    >>> trials.means("{form}_error_percent") | trials.spreads("{form}_spread_percent")
+    {'plain_error_percent': 4.0, 'gated_error_percent': 1.5, 'plain_spread_percent': 2.0, 'gated_spread_percent': 1.0}
+    """
+
+    values: Mapping[str, Mapping[str, list[float]]]
+
+    def means(self, name: str = "{form}_{figure}", *figures: str) -> dict[str, float]:
+        """The means over seeds, each under `name`; of all figures, or of those that are named."""
+        return self.over_seeds(lambda values: sum(values) / len(values), name, *figures)
+
+    def spreads(self, name: str = "{form}_{figure}_spread", *figures: str) -> dict[str, float]:
+        """The largest value less the smallest over seeds, each under `name`."""
+        return self.over_seeds(lambda values: max(values) - min(values), name, *figures)
+
+    def over_seeds(self, function: Callable[[list[float]], float], name: str, *figures: str) -> dict[str, float]:
+        """Another function of each figure's values."""
+        return {
+            name.format(form=form, figure=figure): function(values)
+            for form, measured in self.values.items()
+            for figure, values in measured.items()
+            if not figures or figure in figures
+        }
 
 
 class Lab(Protocol):
@@ -26,7 +80,7 @@ class Lab(Protocol):
 
     @property
     def data(self) -> ModuleType:
-        """`saccade.train.data`: text_bytes(), digits(), recall(...), listops(...), paired(...)."""
+        """`saccade.train.data`: text_bytes(), digits(), rows(...), photographs(...), crops(...), recall(...) ..."""
 
     def steps(self, number: int) -> int:
         """`number`, or 2 in a smoke run."""
@@ -36,6 +90,9 @@ class Lab(Protocol):
 
     def generator(self) -> Generator:
         """A generator at the seed."""
+
+    def held_out(self) -> Generator:
+        """A generator for what is measured on: other numbers than those of any training seed."""
 
     def seeded(self) -> AbstractContextManager[None]:
         """Torch's global generator at the seed, and back as it was afterwards."""
@@ -57,6 +114,26 @@ class Lab(Protocol):
         description: str = "training",
     ) -> list[float]:
         """Train in place; returns the loss of each step."""
+
+    def forms(
+        self,
+        forms: Mapping[str, Callable[[], nn.Module]],
+        draw: Callable[[Generator], T],
+        measure: Callable[[Trial], Mapping[str, float]],
+        steps: int,
+        *,
+        loss: Callable[[nn.Module, T], Tensor] | None = None,
+        lr: float = 1e-3,
+        seeds: int = 1,
+        task: str = "",
+    ) -> Trials:
+        """Train each form from each seed, on the same batches and steps, and measure it."""
+
+    def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+        """Cross entropy of (inputs..., targets), in nats."""
+
+    def accuracy(self, model: nn.Module, batch: tuple[Any, ...]) -> float:
+        """The share of the targets of (inputs..., targets) that the model names."""
 
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits."""

@@ -1,15 +1,18 @@
 """The authors' names of parameters as tables: every tensor is placed by its name, or refused.
 
 A table's keys are the authors' names, its values ours; a placeholder stands for one part of a name, between dots or
-slashes, and is carried over:
+slashes, and is carried over; one with a star for one part or more:
 
     Names({
         "layers.{i}.wq.{leaf}": "blocks.{i}.q_proj.{leaf}",
-        "layers.{i}.position_index": None,      # known, and made anew here: dropped
+        "layers.{i}.mlp.{rest*}": "blocks.{i}.mlp.{rest}",
+        "layers.{i}.qkv.{leaf}": split("blocks.{i}.{part}_proj.{leaf}", "q", "k", "v"),     # the rows, in equal parts
+        "head.weight": laid("head.weight", lambda weight: weight.T),                        # the numbers, laid out anew
+        "layers.{i}.position_index": None,                                 # known, and made anew here: dropped
     })
 
-Nothing goes by the order or the shape of tensors. Where a name of ours needs more than placeholders, a function of
-them gives it.
+An exact name comes before a placeholder of the same length, and what is longer before a star. Nothing goes by the order
+or the shape of tensors. Where a name of ours needs more than placeholders, a function of them gives it.
 """
 
 from __future__ import annotations
@@ -23,12 +26,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: what a table says of a name: ours with placeholders, a function of the placeholders' texts, or None for dropped
-Place = str | Callable[[Mapping[str, str]], str] | None
+Name = str | Callable[[Mapping[str, str]], str]
 
-_PLACEHOLDER = re.compile(r"\{(\w+)\}")
+
+@dataclass(frozen=True)
+class Laid:
+    """A place where the authors' numbers stand in another layout; see `laid`."""
+
+    name: Name
+    layout: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Split:
+    """The places of the equal parts of one tensor; see `split`."""
+
+    names: tuple[Name, ...]
+
+
+#: what a table says of a name: ours with placeholders, a function of the placeholders' texts, several of them for the
+#: parts of a tensor, one with its layout, or None for dropped
+Place = Name | Laid | Split | None
+
+_PLACEHOLDER = re.compile(r"\{(\w+\*?)\}")
 #: names in a message
 _SHOWN = 5
+
+
+def laid(name: Name, layout: Callable[[Tensor], Tensor]) -> Laid:
+    """A tensor that is laid out otherwise here: `layout` of theirs is ours."""
+    return Laid(name, layout)
+
+
+def split(name: str, *parts: str) -> Split:
+    """One tensor of theirs that is several here, in equal parts of its first axis; `{part}` is each part's name.
+
+    >>> split("{part}_proj.{leaf}", "q", "k", "v").names
+    ('q_proj.{leaf}', 'k_proj.{leaf}', 'v_proj.{leaf}')
+    """
+    return Split(tuple(name.replace("{part}", part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -45,7 +81,8 @@ class Names:
     def __call__(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """
         Raises:
-            ValueError: naming the tensors for which the table has no place, or two that would have the same.
+            ValueError: naming the tensors for which the table has no place, or two that would have the same, or one
+                that cannot be split or laid out as the table says.
         """
         ours: dict[str, Tensor] = {}
         origins: dict[str, str] = {}
@@ -57,13 +94,10 @@ class Names:
                 if len(strange) > _SHOWN:
                     break
                 continue
-            place, texts = found
-            if place is None:
-                continue
-            name = _fill(place, texts)
-            if name in origins:
-                raise ValueError(f"{origins[name]} and {theirs} have the same place, {name}")
-            origins[name], ours[name] = theirs, tensor
+            for name, part in _placed(theirs, tensor, *found):
+                if name in origins:
+                    raise ValueError(f"{origins[name]} and {theirs} have the same place, {name}")
+                origins[name], ours[name] = theirs, part
         if strange:
             raise ValueError(f"no place for {listed(strange)}")
         return ours
@@ -77,21 +111,24 @@ class Names:
         return {theirs + name: _under(ours, place) for name, place in self.table.items()}
 
     def _find(self, name: str) -> tuple[Place, Mapping[str, str]] | None:
-        for pattern, place in self._patterns.get(_parts(name), ()):
+        exact, starred = self._patterns
+        for pattern, place in (*exact.get(_parts(name), ()), *starred):
             found = pattern.fullmatch(name)
             if found is not None:
                 return place, found.groupdict()
         return None
 
     @cached_property
-    def _patterns(self) -> dict[int, list[tuple[re.Pattern[str], Place]]]:
-        """By number of parts, so that a name meets few of them."""
-        patterns: dict[int, list[tuple[re.Pattern[str], Place]]] = {}
-        for theirs, place in self.table.items():
+    def _patterns(self) -> tuple[dict[int, list[tuple[re.Pattern[str], Place]]], list[tuple[re.Pattern[str], Place]]]:
+        """By number of parts, so that a name meets few of them; and those with a star."""
+        exact: dict[int, list[tuple[re.Pattern[str], Place]]] = {}
+        starred: list[tuple[re.Pattern[str], Place]] = []
+        for theirs in sorted(self.table, key=_generality):
             texts = _PLACEHOLDER.split(theirs)
-            pattern = "".join(f"(?P<{text}>[^./]+)" if i % 2 else re.escape(text) for i, text in enumerate(texts))
-            patterns.setdefault(_parts(theirs), []).append((re.compile(pattern), place))
-        return patterns
+            pattern = "".join(_group(text) if i % 2 else re.escape(text) for i, text in enumerate(texts))
+            chosen = starred if "*}" in theirs else exact.setdefault(_parts(theirs), [])
+            chosen.append((re.compile(pattern), self.table[theirs]))
+        return exact, starred
 
 
 def listed(names: list[str]) -> str:
@@ -100,15 +137,53 @@ def listed(names: list[str]) -> str:
     return shown + (" and more" if len(names) > _SHOWN else "")
 
 
+def _placed(theirs: str, tensor: Tensor, place: Place, texts: Mapping[str, str]) -> list[tuple[str, Tensor]]:
+    """Our names of a tensor or its parts, with these."""
+    names = [_fill(name, texts) for name in _names(place)]
+    if isinstance(place, Laid):
+        try:
+            return [(names[0], place.layout(tensor))]
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"{theirs} of shape {tuple(tensor.shape)} is not laid out as {names[0]} needs") from error
+    if isinstance(place, Split):
+        if not tensor.ndim or tensor.shape[0] % len(names):
+            raise ValueError(f"{theirs} must be {len(names)} equal parts, got shape {tuple(tensor.shape)}")
+        return list(zip(names, tensor.chunk(len(names))))
+    return [(name, tensor) for name in names]
+
+
+def _names(place: Place) -> tuple[Name, ...]:
+    if isinstance(place, Split):
+        return place.names
+    name = place.name if isinstance(place, Laid) else place
+    return () if name is None else (name,)
+
+
+def _generality(theirs: str) -> tuple[int, int]:
+    """Few placeholders and long texts come first."""
+    texts = _PLACEHOLDER.split(theirs)
+    return len(texts), -sum(map(len, texts[::2]))
+
+
+def _group(placeholder: str) -> str:
+    return f"(?P<{placeholder[:-1]}>.+)" if placeholder.endswith("*") else f"(?P<{placeholder}>[^./]+)"
+
+
 def _parts(name: str) -> int:
     return name.count(".") + name.count("/")
 
 
-def _fill(place: str | Callable[[Mapping[str, str]], str], texts: Mapping[str, str]) -> str:
-    return place.format_map(texts) if isinstance(place, str) else place(texts)
+def _fill(name: Name, texts: Mapping[str, str]) -> str:
+    return name.format_map(texts) if isinstance(name, str) else name(texts)
 
 
 def _under(prefix: str, place: Place) -> Place:
-    if place is None or isinstance(place, str):
-        return None if place is None else prefix + place
-    return lambda texts: prefix.format_map(texts) + place(texts)
+    if isinstance(place, Split):
+        return Split(tuple(_named_under(prefix, name) for name in place.names))
+    if isinstance(place, Laid):
+        return Laid(_named_under(prefix, place.name), place.layout)
+    return None if place is None else _named_under(prefix, place)
+
+
+def _named_under(prefix: str, name: Name) -> Name:
+    return prefix + name if isinstance(name, str) else lambda texts: prefix.format_map(texts) + name(texts)

@@ -38,12 +38,13 @@ from saccade.integrations.insert import insert
 from saccade.ops.maps import Mixes, attention_map
 from saccade.ops.measure import machine
 from saccade.tables import fold, table
+from saccade.train import data
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
 from saccade.train.labels import labels
 from saccade.train.mechanisms import NONE, Mechanism, parse
 
-#: photographs that scikit-image carries in itself, so that they open without a network; names of `skimage.data`
+#: names of `saccade.train.data.photographs`
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket")
 
 #: what the pictures of a gate are called, and what their numbers are
@@ -175,11 +176,8 @@ def photographs(side: int, count: int = len(PHOTOGRAPHS)) -> dict[str, Tensor]:
     Raises:
         ImportError: if scikit-image is not installed.
     """
-    color, data = need("skimage.color", "the gallery"), need("skimage.data", "the gallery")
     found = {}
-    for name in PHOTOGRAPHS[:count]:
-        image = getattr(data, name)()
-        grey = torch.as_tensor(color.rgb2gray(image) if image.ndim == 3 else image / 255.0, dtype=torch.float32)
+    for name, (grey,) in zip(PHOTOGRAPHS, data.photographs(*PHOTOGRAPHS[:count], grey=True)):
         H, W = grey.shape
         S = min(H, W)
         square = grey[(H - S) // 2 :, (W - S) // 2 :][:S, :S]

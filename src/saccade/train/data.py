@@ -6,12 +6,14 @@
 | `read_files` | the user's own files as bytes | |
 | `digits` | 1797 images of handwritten digits, 8 x 8 | scikit-learn (extra `saccade[data]`) |
 | `paired` | two noisy views of a digit, either may be missing | the same |
+| `photographs` | faces, animals, things, in colour or grey | scikit-image (the same extra) |
+| `crops` | windows of the same places of such pictures and their labels | |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
 Everything random comes from a `torch.Generator`: the same generator state gives the same data.
 
-Shape letters: B batch, N tokens, P key-value pairs.
+Shape letters: B batch, N tokens, P key-value pairs, C channels, H, W picture.
 """
 
 from __future__ import annotations
@@ -29,6 +31,11 @@ from saccade.extras import need
 
 #: label of positions that are not scored (`torch.nn.functional.cross_entropy`'s own)
 IGNORE = -100
+
+#: what scikit-image carries in itself, so that it opens without a network; names of `skimage.data`
+PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "rocket")
+#: of red, green and blue (ITU-R BT.709), as scikit-image's grey
+_LUMINANCE = (0.2125, 0.7154, 0.0721)
 
 #: paragraphs of the text that go to one side together, and how many such runs there are to each held-out one
 _RUN, _EVERY = 16, 10
@@ -116,6 +123,12 @@ class Digits(NamedTuple):
     test_labels: Tensor
 
 
+def rows(count: int, generator: torch.Generator, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The same random rows of each of the tensors, with replacement: a batch of examples."""
+    chosen = torch.randint(len(tensors[0]), (count,), generator=generator)
+    return tuple(tensor[chosen] for tensor in tensors)
+
+
 @cache
 def digits() -> Digits:
     """scikit-learn's digits; a fixed fifth is the test set.
@@ -129,6 +142,77 @@ def digits() -> Digits:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     return Digits(images[train], labels[train], images[test], labels[test])
+
+
+def photographs(*names: str, grey: bool = False) -> list[Tensor]:
+    """scikit-image's photographs that open without a network, (C, H, W) in [0, 1], C = 3 or, of grey ones, 1.
+
+    Args:
+        names: functions of `skimage.data`: "astronaut", "camera", "chelsea", "coffee", "coins", "rocket" ...
+        grey: make one channel of three, by the luminance of each.
+
+    Raises:
+        ImportError: if scikit-image is not installed.
+        ValueError: if it has no photograph of that name in itself.
+    """
+    source = need("skimage.data", "the task of photographs")
+    found = []
+    for name in names:
+        if name not in PHOTOGRAPHS:
+            raise ValueError(f"photographs must be among {', '.join(PHOTOGRAPHS)}, got {name!r}")
+        image_HWC = torch.as_tensor(getattr(source, name)().copy()).float() / 255
+        image_CHW = image_HWC[None] if image_HWC.ndim == 2 else image_HWC[..., :3].permute(2, 0, 1)
+        if grey and len(image_CHW) == 3:
+            image_CHW = (image_CHW * torch.tensor(_LUMINANCE)[:, None, None]).sum(0, keepdim=True)
+        found.append(image_CHW)
+    return found
+
+
+def crops(
+    pictures: Sequence[Sequence[Tensor]],
+    count: int,
+    side: int,
+    generator: torch.Generator,
+    *,
+    turned: bool = False,
+    within: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Square windows at random places of pictures.
+
+    Args:
+        pictures: of each picture the maps (..., H, W) that belong together, as an image and its labels; those after
+            the first may be a whole number of times as large, and are cut at the same place.
+        count: B.
+        side: height and width, in pixels of the first map.
+        turned: also turn each window by 0, 90, 180 or 270 degrees.
+        within: cut left of this column.
+
+    Returns:
+        for each map the windows (B, ..., side, side), or as many times larger.
+
+    Raises:
+        ValueError: if a window does not fit.
+    """
+
+    def below(n: int) -> int:
+        return int(torch.randint(n, (1,), generator=generator))
+
+    windows = []
+    for _ in range(count):
+        maps = pictures[below(len(pictures)) if len(pictures) > 1 else 0]
+        H, W = maps[0].shape[-2:]
+        edge = W if within is None else min(W, within)
+        if side > min(H, edge):
+            raise ValueError(f"side must be at most {min(H, edge)}, got {side}")
+        top, left = below(max(1, H - side)), below(max(1, edge - side))
+        turns = below(4) if turned else 0
+        windows.append([_window(one, one.shape[-2] // H, top, left, side).rot90(turns, (-2, -1)) for one in maps])
+    return tuple(torch.stack(alike) for alike in zip(*windows))
+
+
+def _window(map_HW: Tensor, times: int, top: int, left: int, side: int) -> Tensor:
+    top, left, side = times * top, times * left, times * side
+    return map_HW[..., top : top + side, left : left + side]
 
 
 def recall(

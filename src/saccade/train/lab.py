@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue import ClaimResult
+from saccade.catalogue.lab import Trial, Trials
 from saccade.ops import measure
 from saccade.ops.measure import Watch, busy
+from saccade.train import data
 from saccade.train.progress import bar, showing, track
 
 T = TypeVar("T")
@@ -48,6 +51,10 @@ class Lab:
         """A generator at the seed."""
         return torch.Generator().manual_seed(self.seed)
 
+    def held_out(self) -> torch.Generator:
+        """A generator for what is measured on: other numbers than those of any training seed."""
+        return torch.Generator().manual_seed(10**6 + self.seed)
+
     @contextmanager
     def seeded(self) -> Iterator[None]:
         """Torch's global generator at the seed, and back as it was afterwards."""
@@ -57,9 +64,7 @@ class Lab:
 
     @property
     def data(self) -> ModuleType:
-        """`saccade.train.data`: text_bytes(), digits(), recall(...), listops(...), paired(...)."""
-        from saccade.train import data
-
+        """`saccade.train.data`: text_bytes(), digits(), rows(...), photographs(...), crops(...), recall(...) ..."""
         return data
 
     def seconds(self, function: Callable[[], object], repeats: int = 5) -> float:
@@ -91,6 +96,72 @@ class Lab:
         with showing(self.show_progress):
             return fit(model, batches, loss, self.steps(steps), lr=lr, progress=description)
 
+    def forms(
+        self,
+        forms: Mapping[str, Callable[[], nn.Module]],
+        draw: Callable[[torch.Generator], T],
+        measure: Callable[[Trial], Mapping[str, float]],
+        steps: int,
+        *,
+        loss: Callable[[nn.Module, T], Tensor] | None = None,
+        lr: float = 1e-3,
+        seeds: int = 1,
+        task: str = "",
+    ) -> Trials:
+        """Train each form from each seed, on the same batches and steps, and measure it.
+
+        A seed gives torch's global generator, from which the model is made (it is put back afterwards), and another of
+        its own, from which the batches are drawn: forms see the same batches.
+
+        Args:
+            forms: name -> what makes the model.
+            draw: a batch, of a generator.
+            measure: the figures of a trained model; without gradients, the model in evaluation mode.
+            steps: of training; 0 measures the models as they are made, 2 are made in a smoke run.
+            loss: `Lab.loss` where None.
+            seeds: how many, from the lab's own on; one in a smoke run.
+            task: stands before a form's name where progress is shown.
+        """
+        values: dict[str, dict[str, list[float]]] = {}
+        for form, build in forms.items():
+            figures = values.setdefault(form, {})
+            for seed in range(self.seed, self.seed + self.size(seeds, 1)):
+                words = [word for word in (task, form, f"seed {seed}" if seeds > 1 else "") if word]
+                trial = self._trial(form, seed, build, draw, loss or self.loss, steps, lr, ", ".join(words))
+                with torch.no_grad():
+                    for figure, value in measure(trial).items():
+                        figures.setdefault(figure, []).append(float(value))
+        return Trials(values)
+
+    def _trial(
+        self,
+        form: str,
+        seed: int,
+        build: Callable[[], nn.Module],
+        draw: Callable[[torch.Generator], Any],
+        loss: Callable[[nn.Module, Any], Tensor],
+        steps: int,
+        lr: float,
+        description: str,
+    ) -> Trial:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = build()
+        generator = torch.Generator().manual_seed(seed)
+        batches = (draw(generator) for _ in itertools.count())
+        losses = self.train(model, batches, loss, steps, lr=lr, description=description) if steps else []
+        return Trial(form, seed, model.eval(), losses, batches)
+
+    def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+        """Cross entropy of (inputs..., targets), in nats: of the model's logits, whatever axes stand before classes."""
+        logits = _logits(model, batch)
+        return F.cross_entropy(logits.flatten(0, -2), batch[-1].flatten(), ignore_index=data.IGNORE)
+
+    def accuracy(self, model: nn.Module, batch: tuple[Any, ...]) -> float:
+        """The share of the targets of (inputs..., targets) that the model names; those to be ignored are left out."""
+        asked = batch[-1] != data.IGNORE
+        return (_logits(model, batch).argmax(-1) == batch[-1])[asked].float().mean().item()
+
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.
 
@@ -121,27 +192,20 @@ class Lab:
         Returns:
             the model, its held-out loss in nats and its held-out accuracy, both over the values asked for.
         """
-        from saccade.train.data import IGNORE, recall
-
         length, dim, batch = self.size(length, 48), 64, self.size(16, 2)
         model = self.sequence_model(lambda _: mixer(dim), vocab=64, dim=dim, layers=layers, pair=True)
         generator = self.generator()
-
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            while True:
-                yield recall(batch, length, pairs, power=power, generator=generator)
-
-        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-            return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=IGNORE)
-
-        self.train(model, batches(), loss, steps, lr=lr, description=description)
-        held_out = torch.Generator().manual_seed(10**6 + self.seed)
-        tokens, labels = recall(self.size(128, 2), length, pairs, power=power, generator=held_out)
+        batches = (data.recall(batch, length, pairs, power=power, generator=generator) for _ in itertools.count())
+        self.train(model, batches, self.loss, steps, lr=lr, description=description)
+        test = data.recall(self.size(128, 2), length, pairs, power=power, generator=self.held_out())
         with torch.no_grad():
-            logits = model.eval()(tokens)
-        asked = labels != IGNORE
-        accuracy = (logits.argmax(-1) == labels)[asked].float().mean().item()
-        return model, F.cross_entropy(logits[asked], labels[asked]).item(), accuracy
+            return model.eval(), self.loss(model, test).item(), self.accuracy(model, test)
+
+
+def _logits(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
+    """What the model says to the inputs of (inputs..., targets)."""
+    out = model(*batch[:-1])
+    return getattr(out, "logits", out)
 
 
 @dataclass(frozen=True)
