@@ -263,6 +263,8 @@ def test_names_are_placed_once(tmp_path: Path) -> None:
 def test_names_with_stars_parts_and_layouts() -> None:
     names = catalogue.Names(
         {
+            "{rest*}": "{rest}",
+            "body.{rest*}": "body.{rest}",
             "body.{i}.{rest*}": "blocks.{i}.{rest}",
             "body.{i}.mask": None,
             "body.{i}.attn.qkv.{leaf}": catalogue.split("blocks.{i}.attention.{part}_proj.{leaf}", "q", "k", "v"),
@@ -285,6 +287,19 @@ def test_names_with_stars_parts_and_layouts() -> None:
         names({"body.1.attn.qkv.bias": torch.zeros(4)})
     with pytest.raises(ValueError, match=r"head\.weight of shape \(2, 2, 2\) is not laid out as head\.weight needs"):
         names({"head.weight": torch.zeros(2, 2, 2)})
+
+
+def test_names_that_are_joined() -> None:
+    names = catalogue.Names({"layers.{i}.heads.{h}.w": catalogue.joined("blocks.{i}.w", "h", torch.cat)})
+    parts = {f"layers.{i}.heads.{h}.w": torch.tensor([100.0 * i + h]) for i in range(2) for h in range(12)}
+    inside = catalogue.Names(names.within("net.", "net."))({f"net.{name}": part for name, part in parts.items()})
+    for state in (parts, dict(reversed(parts.items()))):
+        ours = names(state)
+        assert ours["blocks.1.w"].tolist() == [100 + h for h in range(12)] == inside["net.blocks.1.w"].tolist()
+    with pytest.raises(ValueError, match=r"blocks\.0\.w is joined of parts 0 to 1, got 0, 2"):
+        names({f"layers.0.heads.{h}.w": torch.zeros(1) for h in (0, 2)})
+    with pytest.raises(ValueError, match=r"the parts of blocks\.0\.w have different shapes"):
+        names({f"layers.0.heads.{h}.w": torch.zeros(2, h + 1, h + 2) for h in range(2)})
 
 
 def test_tables_of_arguments_build_and_refuse() -> None:

@@ -37,6 +37,9 @@ from saccade.catalogue.names import (
     Names as Names,
 )
 from saccade.catalogue.names import (
+    joined as joined,
+)
+from saccade.catalogue.names import (
     laid as laid,
 )
 from saccade.catalogue.names import (

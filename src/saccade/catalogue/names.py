@@ -7,19 +7,21 @@ slashes, and is carried over; one with a star for one part or more:
         "layers.{i}.wq.{leaf}": "blocks.{i}.q_proj.{leaf}",
         "layers.{i}.mlp.{rest*}": "blocks.{i}.mlp.{rest}",
         "layers.{i}.qkv.{leaf}": split("blocks.{i}.{part}_proj.{leaf}", "q", "k", "v"),     # the rows, in equal parts
+        "layers.{i}.heads.{h}.{leaf}": joined("blocks.{i}.heads.{leaf}", "h", torch.stack),  # parts 0, 1 ... in order
         "head.weight": laid("head.weight", lambda weight: weight.T),                        # the numbers, laid out anew
         "layers.{i}.position_index": None,                                 # known, and made anew here: dropped
     })
 
-An exact name comes before a placeholder of the same length, and what is longer before a star. Nothing goes by the order
-or the shape of tensors. Where a name of ours needs more than placeholders, a function of them gives it.
+Names with few placeholders come first, then those with many, then those with a star, the longest first; so that
+`"{name*}": "{name}"` leaves all others as they are. Nothing goes by the order or the shape of tensors. Where a name of
+ours needs more than placeholders, a function of them gives it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -44,9 +46,18 @@ class Split:
     names: tuple[Name, ...]
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The place of what is several tensors there; see `joined`."""
+
+    name: Name
+    over: str
+    join: Callable[[list[Tensor]], Tensor]
+
+
 #: what a table says of a name: ours with placeholders, a function of the placeholders' texts, several of them for the
-#: parts of a tensor, one with its layout, or None for dropped
-Place = Name | Laid | Split | None
+#: parts of a tensor, one for several tensors, one with its layout, or None for dropped
+Place = Name | Laid | Split | Joined | None
 
 _PLACEHOLDER = re.compile(r"\{(\w+\*?)\}")
 #: names in a message
@@ -65,6 +76,11 @@ def split(name: str, *parts: str) -> Split:
     ('q_proj.{leaf}', 'k_proj.{leaf}', 'v_proj.{leaf}')
     """
     return Split(tuple(name.replace("{part}", part) for part in parts))
+
+
+def joined(name: str, over: str, join: Callable[[list[Tensor]], Tensor]) -> Joined:
+    """Several tensors of theirs that are one here: `join` of them in the order of the placeholder `over`, 0, 1 ..."""
+    return Joined(name, over, join)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,7 @@ class Names:
         ours: dict[str, Tensor] = {}
         origins: dict[str, str] = {}
         strange = []
+        pieces: dict[str, tuple[Joined, dict[str, Tensor]]] = {}
         for theirs, tensor in state.items():
             found = self._find(theirs)
             if found is None:
@@ -94,13 +111,21 @@ class Names:
                 if len(strange) > _SHOWN:
                     break
                 continue
-            for name, part in _placed(theirs, tensor, *found):
+            place, texts = found
+            if isinstance(place, Joined):
+                number, name = texts[place.over], _fill(place.name, texts)
+                of_name = pieces.setdefault(name, (place, {}))[1]
+                if number in of_name or name in origins:
+                    raise ValueError(f"{theirs} and another have the same place, {name}")
+                of_name[number] = tensor
+                continue
+            for name, part in _placed(theirs, tensor, place, texts):
                 if name in origins:
                     raise ValueError(f"{origins[name]} and {theirs} have the same place, {name}")
                 origins[name], ours[name] = theirs, part
         if strange:
             raise ValueError(f"no place for {listed(strange)}")
-        return ours
+        return ours | {name: _joined(name, place, parts) for name, (place, parts) in pieces.items()}
 
     def within(self, theirs: str, ours: str) -> dict[str, Place]:
         """This table one module further in, for a larger table.
@@ -152,17 +177,27 @@ def _placed(theirs: str, tensor: Tensor, place: Place, texts: Mapping[str, str])
     return [(name, tensor) for name in names]
 
 
+def _joined(name: str, place: Joined, parts: Mapping[str, Tensor]) -> Tensor:
+    missing = [str(i) for i in range(len(parts)) if str(i) not in parts]
+    if missing:
+        raise ValueError(f"{name} is joined of parts 0 to {len(parts) - 1}, got {listed(list(parts))}")
+    try:
+        return place.join([parts[str(i)] for i in range(len(parts))])
+    except RuntimeError as error:
+        raise ValueError(f"the parts of {name} have different shapes") from error
+
+
 def _names(place: Place) -> tuple[Name, ...]:
     if isinstance(place, Split):
         return place.names
-    name = place.name if isinstance(place, Laid) else place
+    name = place.name if isinstance(place, (Laid, Joined)) else place
     return () if name is None else (name,)
 
 
 def _generality(theirs: str) -> tuple[int, int]:
-    """Few placeholders and long texts come first."""
+    """Few placeholders and long texts come first; among names with a star, long texts alone."""
     texts = _PLACEHOLDER.split(theirs)
-    return len(texts), -sum(map(len, texts[::2]))
+    return 0 if "*}" in theirs else len(texts), -sum(map(len, texts[::2]))
 
 
 def _group(placeholder: str) -> str:
@@ -180,8 +215,8 @@ def _fill(name: Name, texts: Mapping[str, str]) -> str:
 def _under(prefix: str, place: Place) -> Place:
     if isinstance(place, Split):
         return Split(tuple(_named_under(prefix, name) for name in place.names))
-    if isinstance(place, Laid):
-        return Laid(_named_under(prefix, place.name), place.layout)
+    if isinstance(place, (Laid, Joined)):
+        return replace(place, name=_named_under(prefix, place.name))
     return None if place is None else _named_under(prefix, place)
 
 
