@@ -15,8 +15,8 @@ from saccade.attention.adaptive_filter import (
     Weighting,
     adaptive_filter_attend,
     common_frame,
-    simulate,
 )
+from saccade.attention.adaptive_filter.claim import simulate
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import measure
 

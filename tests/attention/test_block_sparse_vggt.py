@@ -12,11 +12,11 @@ from saccade.attention.block_sparse_vggt import (
     BlockSparseGlobalAttention,
     GlobalAttention,
     block_sparse_vggt_attend,
-    hilbert_order,
     retrofit_global_attention,
     vggt_block_map,
 )
 from saccade.ops.attend import attend
+from saccade.ops.hilbert import hilbert_order
 
 SMALL = {"block_q": 16, "block_k": 8}
 

@@ -118,7 +118,7 @@ def test_long_sequences_in_pieces_equal_the_whole(normalization: str, monkeypatc
     q, k, v = heads(2, 2, 50, 4)
     valid = torch.rand(2, 50) < 0.8
     whole, last = efficient_attend(q, k, v, mask=valid, causal=True, normalization=normalization, return_state=True)
-    monkeypatch.setattr(efficient_attention, "_PIECE", 16)
+    monkeypatch.setattr(efficient_attention.operator, "_PIECE", 16)
     with torch.no_grad():
         out, state = efficient_attend(q, k, v, mask=valid, causal=True, normalization=normalization, return_state=True)
     torch.testing.assert_close(out, whole)
@@ -192,7 +192,7 @@ def test_pieces_of_a_long_sequence_are_the_whole(normalization, padded: bool, mo
     if mask is not None:
         mask[1] = False
     expected = efficient_attend(q, k, v, mask=mask, normalization=normalization)
-    monkeypatch.setattr("saccade.attention.efficient_attention._PIECE", 16)
+    monkeypatch.setattr("saccade.attention.efficient_attention.operator._PIECE", 16)
     with torch.no_grad():
         found = efficient_attend(q, k, v, mask=mask, normalization=normalization)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -203,8 +203,8 @@ def test_gathered_equals_masked_forward_and_backward(kv_heads: int, N: int, offs
 def test_a_long_layer_gathers_of_itself_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     both, context = layer(16, 8, shared_heads=0, routed_heads=2), torch.randn(1, 9, 16)
     x = torch.randn(1, 700, 16)
-    lists, listed = [], moh._listed
-    monkeypatch.setattr(moh, "_listed", lambda active: lists.append(active.shape) or listed(active))
+    lists, listed = [], moh.operator._listed
+    monkeypatch.setattr(moh.operator, "_listed", lambda active: lists.append(active.shape) or listed(active))
     outs = both(x), both(x, context)
     assert lists == [(1, 8, 700)] * 2
     both.form = "masked"

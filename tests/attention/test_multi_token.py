@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade import catalogue, masks
@@ -199,7 +200,7 @@ def test_two_tokens_in_a_row_score_their_sum() -> None:
     queries[8], queries[9] = codes[2], codes[1]  # the kernel's next key goes with the previous row
     theta = torch.zeros(1, 1, 2, 3, dtype=torch.float64)
     theta[0, 0, 1, 1] = theta[0, 0, 0, 2] = 1.0
-    scores = multi_token._convolve(multi_token.F.pad((queries @ keys.mT)[None, None], (0, 0, 1, 0)), theta, "both")
+    scores = multi_token.operator._convolve(F.pad((queries @ keys.mT)[None, None], (0, 0, 1, 0)), theta, "both")
     assert torch.equal((scores[0, 0, 9] == 2.0).nonzero()[:, 0], torch.tensor([1, 8]))
     assert scores.max() == 2.0
 

@@ -12,7 +12,6 @@ from saccade.attention.nats import (
     SLIDING,
     Lifetimes,
     NAtS,
-    _Penalised,
     end_index,
     lifetimes,
     live_share,
@@ -20,6 +19,7 @@ from saccade.attention.nats import (
     nats_attend_reference,
     nats_mask,
 )
+from saccade.attention.nats.layer import _Penalised
 from saccade.layers.softmax_attention import SoftmaxAttention
 
 
@@ -73,7 +73,7 @@ def test_pieces_of_the_backward_pass_join(monkeypatch: pytest.MonkeyPatch) -> No
     leaves = [x.requires_grad_() for x in drawn(c=2)]
     grads = []
     for size in (2**30, 1):
-        monkeypatch.setattr("saccade.attention.nats._PIECE_BYTES", size)
+        monkeypatch.setattr("saccade.attention.nats.operator._PIECE_BYTES", size)
         out = nats_attend(*leaves, window=3, chunk_size=2)
         grads.append(torch.autograd.grad(out.square().sum(), leaves))
     for a, b in zip(*grads, strict=True):

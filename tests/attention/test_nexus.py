@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade import attention_map, masks
-from saccade.attention.nexus import Nexus, nested, nexus_attend, two_hops
+from saccade.attention.nexus import Nexus, nested, nexus_attend
+from saccade.attention.nexus.claim import two_hops
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.rope import rotate
 

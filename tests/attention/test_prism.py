@@ -14,6 +14,7 @@ from saccade import masks
 from saccade.attention import prism
 from saccade.attention.prism import (
     PrismAttention,
+    claim,
     frequency_bands,
     mean_attenuation,
     prism_attend,
@@ -36,7 +37,7 @@ def heads(N: int, *, H: int = 2, K: int | None = None, D: int = 16, M: int | Non
 
 
 def bands(q: Tensor, k: Tensor, block_size: int, low: int, high: int) -> list[tuple[Tensor, Tensor]]:
-    return prism._bands(q, k, block_size, low, high, None, None, None)
+    return prism.operator._bands(q, k, block_size, low, high, None, None, None)
 
 
 @pytest.mark.parametrize("N", [1, 13, 64, 77])
@@ -146,12 +147,12 @@ def test_bands_of_any_head_dim(D: int) -> None:
 
 
 def test_a_slash_in_the_high_band_is_found_with_calibration_only() -> None:
-    q, k = prism._slash_heads(1, 2048, 64, 576, torch.Generator().manual_seed(0))
+    q, k = claim._slash_heads(1, 2048, 64, 576, torch.Generator().manual_seed(0))
     selectors = {"prism": {}, "uncalibrated": {"calibrate": False}, "plain": {"low_freq_dim": 64, "high_freq_dim": 64}}
     density, mass = {}, {}
     for name, options in selectors.items():
         keep = prism_blocks(q, k, low_freq_threshold=0.9, high_freq_threshold=0.9, **options)
-        density[name], mass[name] = 1 - float(prism_sparsity(keep).mean()), prism._recall(q, k, keep, 128)
+        density[name], mass[name] = 1 - float(prism_sparsity(keep).mean()), claim._recall(q, k, keep, 128)
     assert mass["prism"] > 0.95 and mass["plain"] < 0.8
     assert density["prism"] < 0.7 * density["uncalibrated"] and density["uncalibrated"] > 0.7
 

@@ -16,8 +16,8 @@ from saccade.attention.set_transformer import (
     SetAttention,
     SetTransformer,
     mixture_log_likelihood,
-    mixture_sets,
 )
+from saccade.attention.set_transformer.claim import mixture_sets
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -13,7 +13,6 @@ from saccade.attention.spargeattn import (
     SpargeAttention,
     SpargeThresholds,
     calibrate_spargeattn,
-    hilbert_order,
     self_similarity,
     sparge_block_map,
     sparge_sparsity,
@@ -21,6 +20,7 @@ from saccade.attention.spargeattn import (
 )
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.attend import attend
+from saccade.ops.hilbert import hilbert_order
 
 SMALL = {"block_q": 16, "block_k": 8}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from saccade import catalogue
 from saccade.explain import efficient_attention_survey as survey
 from saccade.explain.efficient_attention_survey import RecurrentAttention, delta_attend
+from saccade.layers.cache import StateCache
 from saccade.ops.linear import linear_attend
 
 UPDATES = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta")
@@ -93,7 +94,7 @@ class StateAt:
     """Norms of the state after each part of a sequence."""
 
     def __init__(self) -> None:
-        self.cache, self.norms = survey.StateCache(), []
+        self.cache, self.norms = StateCache(), []
 
     def add(self, layer: RecurrentAttention, x: Tensor) -> None:
         with torch.no_grad():

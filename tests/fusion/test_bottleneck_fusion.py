@@ -8,7 +8,8 @@ from safetensors import safe_open
 from torch import nn
 
 import saccade
-from saccade.fusion.bottleneck_fusion import MBT, BottleneckFusion, through_bottleneck, xor_clips
+from saccade.fusion.bottleneck_fusion import MBT, BottleneckFusion, through_bottleneck
+from saccade.fusion.bottleneck_fusion.claim import xor_clips
 
 
 def _fusion(**arguments):

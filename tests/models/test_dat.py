@@ -17,8 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import saccade
 from saccade import catalogue
 from saccade.attention.neighborhood import neighborhood_attend
-from saccade.models.dat import DAT, ConvMLP, DeformableAttention, NeighborhoodAttention, Stage, load_network
+from saccade.models.dat import DAT, ConvMLP, DeformableAttention, NeighborhoodAttention, Stage
 from saccade.models.dat.attention import ShiftedWindowAttention
+from saccade.models.dat.authors import load_network
 
 
 def attention(**changes: object) -> DeformableAttention:

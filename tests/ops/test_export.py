@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saccade import attend, linear_attend, masks
-from saccade.explain import efficient_attention_survey
+from saccade.explain.efficient_attention_survey import operator as survey
 from saccade.ops import backends, expansion, linear, routed, selection, shifted
 from saccade.ops.backends import blocksparse
 
@@ -76,7 +76,7 @@ def cases() -> dict[str, Callable[[], Any]]:
         "all to all expansion": expanded(False),
         "causal expansion": expanded(True),
         "attention": lambda: attend(q, k, v, mask=masks.window(9), return_lse=True),
-        "triangular solve": lambda: efficient_attention_survey._solve(below, right),
+        "triangular solve": lambda: survey._solve(below, right),
         "cumulative choice": lambda: selection.top_blocks(share, p=0.7),
     }
 
@@ -87,5 +87,5 @@ def test_plain_torch_is_the_operator(name: str, monkeypatch: pytest.MonkeyPatch)
     expected = run()
     for module in (backends, blocksparse, expansion, linear, routed, selection, shifted):
         monkeypatch.setattr(module, "exporting", lambda: True)
-    monkeypatch.setattr(efficient_attention_survey, "exporting", lambda: True)
+    monkeypatch.setattr(survey, "exporting", lambda: True)
     torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)

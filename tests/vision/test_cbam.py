@@ -9,7 +9,8 @@ from torch import nn
 import saccade
 from saccade.catalogue import part
 from saccade.train.lab import Lab
-from saccade.vision.cbam import CBAM, POOLS, BasicBlock, Bottleneck, channel_gate, initialize, shapes
+from saccade.vision.cbam import CBAM, POOLS, BasicBlock, Bottleneck, channel_gate, initialize
+from saccade.vision.cbam.claim import shapes
 
 
 @pytest.fixture

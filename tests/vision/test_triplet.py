@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import saccade
-from saccade.vision.triplet import TripletAttention, digits_on_noise, z_pool
+from saccade.vision.triplet import TripletAttention, z_pool
+from saccade.vision.triplet.claim import digits_on_noise
 
 
 @pytest.fixture

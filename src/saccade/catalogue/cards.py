@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,9 +156,26 @@ class Part(Summary):
     inputs: Callable[[nn.Module, int], tuple[Any, ...]] | None = None
     at_length: Callable[[int], dict[str, Any]] | None = None
     data_dependent: bool = False
-    ports: tuple[AuthorsPort, ...] = ()
-    claim: Claim | None = None
     published: tuple[Published, ...] = ()
+    room: str = ""
+
+    @property
+    def ports(self) -> tuple[AuthorsPort, ...]:
+        """The authors' modules that are ported: `PORTS` in the room's `authors.py`, which is imported for it."""
+        return _beside(self.room, "authors", "PORTS") or ()
+
+    @property
+    def claim(self) -> Claim | None:
+        """The paper's claim: `CLAIM` in the room's `claim.py`, which is imported for it."""
+        return _beside(self.room, "claim", "CLAIM")
 
     def __repr__(self) -> str:
         return f"Part({self.slug!r}, {self.kind}: {self.summary})"
+
+
+def _beside(room: str, file: str, name: str) -> Any:
+    """What stands under `name` in a file of a room; None where the room has no such file."""
+    path = f"{room}.{file}"
+    if not room or importlib.util.find_spec(path) is None:
+        return None
+    return getattr(importlib.import_module(path), name)

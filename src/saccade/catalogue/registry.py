@@ -149,7 +149,7 @@ def register(slug: str, **fields: Any) -> Part:
     for axis, value in fields.get("taxonomy", {}).items():
         if value not in AXES.get(axis, ()):
             raise ValueError(f"taxonomy {axis}={value!r} is not in {AXES}")
-    part = Part(slug, entry.title, entry.arxiv, entry.family, **fields)
+    part = Part(slug, entry.title, entry.arxiv, entry.family, **fields, room=entry.room or "")
     _registered[slug] = part
     return part
 

@@ -32,17 +32,6 @@ Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V v
 
 from __future__ import annotations
 
-from saccade.attention.mega.authors import (
-    _build_attention,
-    _build_cross,
-    _build_ema,
-    _build_ffn,
-    _convert_attention,
-    _run_attention,
-    _run_cross,
-    _run_ema,
-)
-from saccade.attention.mega.experiment import _claim
 from saccade.attention.mega.layers import (
     DampedEMA,
     MegaAttention,
@@ -62,7 +51,7 @@ from saccade.attention.mega.operator import (
     laplace,
     mega_attend,
 )
-from saccade.catalogue import AuthorsPort, Claim, register
+from saccade.catalogue import register
 
 __all__ = [
     "Attention",
@@ -103,25 +92,4 @@ register(
     ),
     build=MegaAttention,
     example={"dim": 16, "ema_dim": 4, "chunk_size": 8},
-    ports=(
-        *(AuthorsPort(name, build=_build_ema, convert=dict, run=_run_ema) for name in ("ema_uni", "ema_bi")),
-        *(
-            AuthorsPort(f"mega_attention{i}", build=_build_attention, convert=_convert_attention, run=_run_attention)
-            for i in range(3)
-        ),
-        AuthorsPort("gated_cross_attention", build=_build_cross, convert=_convert_attention, run=_run_cross),
-        AuthorsPort(
-            "nffn",
-            build=_build_ffn,
-            convert=_convert_attention,
-            run=lambda module, inputs, args: {"y": module(inputs["x"].transpose(0, 1)).transpose(0, 1)},
-        ),
-    ),
-    claim=Claim(
-        paper="the moving average gives attention its inductive bias of positions; Mega-chunk has linear cost at "
-        "little loss",
-        expected="a byte-level model: 0.1 bit per byte better than without the average, 0.5 better than without "
-        "average and positions; chunks of 32 within 0.1 bit; 4 times the length in less than 6 times the time",
-        run=_claim,
-    ),
 )

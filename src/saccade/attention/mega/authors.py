@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.attention.mega.layers import DampedEMA, MegaAttention, MegaCrossAttention, NormalizedFeedForward
+from saccade.catalogue import AuthorsPort
 from saccade.ops import masks
 from saccade.ops.ema import ema
 
@@ -119,3 +120,19 @@ def _run_cross(module: MegaCrossAttention, inputs: dict[str, Tensor], args: dict
 def _build_ffn(args: dict[str, Any]) -> nn.Module:
     ours = _arguments(args, "embed_dim", "ffn_hidden_dim")
     return NormalizedFeedForward(args["embed_dim"], args["ffn_hidden_dim"], **ours)
+
+
+PORTS = (
+    *(AuthorsPort(name, build=_build_ema, convert=dict, run=_run_ema) for name in ("ema_uni", "ema_bi")),
+    *(
+        AuthorsPort(f"mega_attention{i}", build=_build_attention, convert=_convert_attention, run=_run_attention)
+        for i in range(3)
+    ),
+    AuthorsPort("gated_cross_attention", build=_build_cross, convert=_convert_attention, run=_run_cross),
+    AuthorsPort(
+        "nffn",
+        build=_build_ffn,
+        convert=_convert_attention,
+        run=lambda module, inputs, args: {"y": module(inputs["x"].transpose(0, 1)).transpose(0, 1)},
+    ),
+)

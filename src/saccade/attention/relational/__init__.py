@@ -33,20 +33,6 @@ values (the paper's d), R relations, P relation dim (its p), W neighbours, V voc
 
 from __future__ import annotations
 
-from saccade.attention.relational.authors import (
-    _DUAL,
-    _LM,
-    _RELATIONS,
-    _SYMBOLS,
-    _build_dual,
-    _build_lm,
-    _build_relational,
-    _build_retriever,
-    _run_dual,
-    _run_lm,
-    _run_relational,
-)
-from saccade.attention.relational.experiment import _claim, patterns
 from saccade.attention.relational.layers import DualAttention, DualCache, RelationalAttention, SensoryAttention
 from saccade.attention.relational.model import DualAttentionBlock, DualAttentionLM
 from saccade.attention.relational.operator import ACTIVATIONS, relational_attend, relational_attend_reference
@@ -57,7 +43,7 @@ from saccade.attention.relational.symbols import (
     RelationalSymbolicAttention,
     SymbolicAttention,
 )
-from saccade.catalogue import AuthorsPort, Claim, register
+from saccade.catalogue import register
 
 __all__ = [
     "ACTIVATIONS",
@@ -103,34 +89,4 @@ register(
     ),
     build=DualAttention,
     example={"dim": 16, "num_heads": 4, "relational_heads": 2, "symbol_options": {"num_heads": 2, "num_symbols": 8}},
-    ports=(
-        AuthorsPort("relational_attention", build=_build_relational, convert=_RELATIONS, run=_run_relational),
-        AuthorsPort("dual_attention", build=_build_dual, convert=_DUAL, run=_run_dual),
-        AuthorsPort(
-            "symbolic_attention",
-            build=_build_retriever,
-            convert=_SYMBOLS,
-            run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
-        ),
-        AuthorsPort(
-            "position_relative_symbols",
-            build=_build_retriever,
-            convert=_SYMBOLS,
-            run=lambda module, inputs, args: {"symbols": module.pairs(inputs["x"].shape[1])},
-        ),
-        AuthorsPort(
-            "relational_symbolic_attention",
-            build=_build_retriever,
-            convert=_SYMBOLS,
-            run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
-        ),
-        AuthorsPort("dat_lm", build=_build_lm, convert=_LM, run=_run_lm),
-    ),
-    claim=Claim(
-        paper="on relational games a DAT reaches a given accuracy with a fraction of the samples of a Transformer of "
-        "the same size; the largest gap is on 'match pattern'",
-        expected="which pattern (ABC, AAB, ABA, ABB, AAA) three objects never seen form, from 250, 500 and 1000 "
-        "examples: one block with two relational heads of four is ahead of four standard heads at equal parameters",
-        run=_claim,
-    ),
 )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saccade.attention.relational.layers import DualAttention, RelationalAttention
 from saccade.attention.relational.model import DualAttentionLM
 from saccade.attention.relational.symbols import RETRIEVERS
-from saccade.catalogue import Names
+from saccade.catalogue import AuthorsPort, Names
 
 _LINEAR = Names({
     "wq.{leaf}": "q_proj.{leaf}",
@@ -230,3 +230,28 @@ def _run_lm(module: DualAttentionLM, inputs: dict[str, Tensor], args: dict[str, 
     logits = module(inputs["ids"])
     loss = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
     return {"logits": logits, "loss": loss.reshape(1)}
+
+
+PORTS = (
+    AuthorsPort("relational_attention", build=_build_relational, convert=_RELATIONS, run=_run_relational),
+    AuthorsPort("dual_attention", build=_build_dual, convert=_DUAL, run=_run_dual),
+    AuthorsPort(
+        "symbolic_attention",
+        build=_build_retriever,
+        convert=_SYMBOLS,
+        run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
+    ),
+    AuthorsPort(
+        "position_relative_symbols",
+        build=_build_retriever,
+        convert=_SYMBOLS,
+        run=lambda module, inputs, args: {"symbols": module.pairs(inputs["x"].shape[1])},
+    ),
+    AuthorsPort(
+        "relational_symbolic_attention",
+        build=_build_retriever,
+        convert=_SYMBOLS,
+        run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
+    ),
+    AuthorsPort("dat_lm", build=_build_lm, convert=_LM, run=_run_lm),
+)

@@ -26,9 +26,7 @@ Canny's smoothing. `BEVANetClassifier` is the ImageNet form. Not here: drop path
 
 import torch
 
-from saccade.catalogue import Claim, Published, register
-from saccade.models.bevanet.authors import PORTS
-from saccade.models.bevanet.experiment import claim
+from saccade.catalogue import Published, register
 from saccade.models.bevanet.model import (
     BEVANet,
     BEVANetClassifier,
@@ -84,12 +82,6 @@ register(
     },
     # no strides from one pixel to one: on the CPU PyTorch's bfloat16 gradient of a 3 x 3 kernel is not finite there
     inputs=lambda module, size: (torch.randn(2, 3, 32 + size, 30 + size),),
-    ports=PORTS,
-    claim=Claim(
-        paper="large-kernel attention with kernel selection gives 81.0 % mIoU on Cityscapes at 33 frames a second",
-        expected="higher IoU on a photograph of coins than the same network with plain convolutions in its place",
-        run=claim,
-    ),
     published=(
         Published(
             "BEVANet-S",

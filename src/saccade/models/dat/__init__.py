@@ -29,10 +29,8 @@ Sampling and the table are `saccade.ops.deformable`; the table is read as shifte
 import torch
 from torch import Tensor, nn
 
-from saccade.catalogue import Claim, Published, register
+from saccade.catalogue import Published, register
 from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention
-from saccade.models.dat.authors import PORTS, convert_network, load_network
-from saccade.models.dat.experiment import claim
 from saccade.models.dat.model import DAT, Block, ConvMLP, Stage
 
 __all__ = [
@@ -93,12 +91,6 @@ register(
         "num_classes": 5,
     },
     inputs=_images,
-    ports=PORTS,
-    claim=Claim(
-        paper="points moved by the queries find what matters anywhere on the map with few keys",
-        expected="lower error than points that stay, and points that are closer to the object after training",
-        run=claim,
-    ),
     published=(
         Published("DAT-T++", _plus(_T, _HEADS[_T], (1, 2, 4, 8)), 23.962876, 4.3),
         Published("DAT-S++", _plus(_S, _HEADS[_S], (1, 2, 3, 6)), 53.127366, 9.4),

@@ -1,0 +1,416 @@
+"""AILA as a layer.
+
+Shape letters: ... any leading axes, J earlier outputs, C width, H heads, D = C / H; B batch, N positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from saccade import catalogue
+from saccade.layers.cache import LayerCaches, StateCache
+from saccade.layers.pre_norm import PreNormBlock
+from saccade.ops.masks import Mask
+
+Variant = Literal["attention", "gated", "concat", "scalar", "sum", "plain"]
+
+
+def depth_softmax(scores_HJ: Tensor) -> Tensor:
+    """Weights (..., H, J) over earlier layers, in float32 at least."""
+    return scores_HJ.to(torch.promote_types(scores_HJ.dtype, torch.float32)).softmax(-1)
+
+
+def depth_attend(q_HD: Tensor, k_JHD: Tensor, v_JHD: Tensor) -> tuple[Tensor, Tensor]:
+    """One query a position over its earlier layers: out (..., H, D) and the weights (..., H, J).
+
+    a_j = softmax_j(q . k_j / sqrt(D)),   out = sum_j a_j v_j
+
+    >>> q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 3, 4, 8)
+    >>> out, weights = depth_attend(q, k, k)
+    >>> out.shape, weights.shape
+    (torch.Size([2, 5, 4, 8]), torch.Size([2, 5, 4, 3]))
+    """
+    wide = torch.promote_types(q_HD.dtype, torch.float32)
+    scores_HJ = torch.einsum("...hd,...jhd->...hj", q_HD.to(wide) * q_HD.shape[-1] ** -0.5, k_JHD.to(wide))
+    weights_HJ = depth_softmax(scores_HJ)
+    return torch.einsum("...hj,...jhd->...hd", weights_HJ.to(v_JHD.dtype), v_JHD), weights_HJ
+
+
+class Connection(nn.Module):
+    """Earlier outputs (..., J, C) -> c (..., C); a subclass gives `mix`."""
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, Tensor | None]:
+        """c, and the weights (..., H, J) with which it was made, None where there are none."""
+        raise NotImplementedError
+
+    def forward(self, h_JC: Tensor) -> Tensor:
+        return self.mix(h_JC)[0]
+
+    def weights(self, h_JC: Tensor) -> Tensor:
+        """The weights over earlier outputs, (..., H, J).
+
+        Raises:
+            ValueError: if this connection has none.
+        """
+        weights_HJ = self.mix(h_JC)[1]
+        if weights_HJ is None:
+            raise ValueError(f"{type(self).__name__} has no weights over earlier layers")
+        return weights_HJ
+
+
+class GatedConnection(Connection):
+    """Architecture 1, gated: H input-dependent weighted means of J earlier outputs, and a linear layer over them."""
+
+    def __init__(self, dim: int, num_heads: int, sources: int) -> None:
+        super().__init__()
+        self.score = nn.Parameter(torch.zeros(num_heads, dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, sources))
+        self.out = nn.Linear(num_heads * dim, dim)
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(h_JC.dtype, torch.float32)
+        weights_HJ = depth_softmax((h_JC.to(wide) @ self.score.to(wide).mT).mT + self.bias)
+        return self.out((weights_HJ.to(h_JC.dtype) @ h_JC).flatten(-2)), weights_HJ
+
+
+class ConcatConnection(Connection):
+    """Architecture 1, plainest: one linear layer over J earlier outputs; `warm` starts it at c = h_{l-1}."""
+
+    def __init__(self, dim: int, sources: int, *, warm: bool = False) -> None:
+        super().__init__()
+        self.out = nn.Linear(sources * dim, dim)
+        if warm:
+            with torch.no_grad():
+                self.out.weight.zero_()[:, -dim:] = torch.eye(dim)
+        nn.init.zeros_(self.out.bias)
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, None]:
+        return self.out(h_JC.flatten(-2)), None
+
+
+class ScalarConnection(Connection):
+    """Architecture 1, cheapest: one learned weight for each of J earlier outputs, `project` with a map of each."""
+
+    def __init__(self, dim: int, sources: int, *, project: bool = False) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(sources))
+        self.maps = nn.ModuleList(nn.Linear(dim, dim, bias=False) for _ in range(sources)) if project else None
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, Tensor]:
+        weights_J = depth_softmax(self.logits)
+        if self.maps is not None:
+            h_JC = torch.stack([u(h) for u, h in zip(self.maps, h_JC.unbind(-2))], -2)
+        return weights_J.to(h_JC.dtype) @ h_JC, weights_J.expand(*h_JC.shape[:-2], 1, -1)
+
+
+class SumConnection(Connection):
+    """The ablation without weights: the sum of all earlier outputs, or with `last` the newest alone."""
+
+    def __init__(self, *, last: bool = False) -> None:
+        super().__init__()
+        self.last = last
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, None]:
+        return (h_JC[..., -1, :] if self.last else h_JC.sum(-2)), None
+
+
+class AttentionConnection(Connection):
+    """Architecture 2: multi-head attention from the newest output, or a learned query, to all earlier ones.
+
+    Args:
+        dim, num_heads: C and H, a divisor of C.
+        query: "newest" or "learned".
+        targets: layers that share these projections; a learned query has a row for each.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int = 4, *, query: Literal["newest", "learned"] = "newest", targets: int = 1
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
+        if query not in ("newest", "learned"):
+            raise ValueError(f"query must be 'newest' or 'learned', got {query!r}")
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.zeros(targets, num_heads, dim // num_heads)) if query == "learned" else None
+        self.q_proj = nn.Linear(dim, dim, bias=False) if query == "newest" else None
+        self.k_proj, self.v_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def mix(self, h_JC: Tensor) -> tuple[Tensor, Tensor]:
+        return self.attend(h_JC[..., -1, :], *self.project(h_JC))
+
+    def project(self, h_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, (..., H, D), of any outputs."""
+        k, v = (p(h_C).unflatten(-1, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
+        return k, v
+
+    def attend(self, newest_C: Tensor, k_JHD: Tensor, v_JHD: Tensor, target: int = 0) -> tuple[Tensor, Tensor]:
+        """c and the weights for layer number `target` of those that share these projections."""
+        if self.q_proj is not None:
+            q_HD = self.q_proj(newest_C).unflatten(-1, (self.num_heads, -1))
+        else:
+            assert self.query is not None
+            q_HD = self.query[target].expand(*newest_C.shape[:-1], -1, -1)
+        out_HD, weights_HJ = depth_attend(q_HD, k_JHD, v_JHD)
+        return self.out_proj(out_HD.flatten(-2)), weights_HJ
+
+
+class AILAStack(nn.Module):
+    """The network over any layers f_1 ... f_L of equal width: input h_0, output h_L.
+
+    Args:
+        dim: C.
+        hosts: the layers, each a module from (..., C) to (..., C). `nn.LSTM`, `nn.GRU` and `nn.RNN` (batch first) may
+            be given as they are. `mask` and `cache` go to those whose `forward` names them; one that names no cache is
+            taken to work on every position alone.
+        variant, residual, query, shared, project: see the module's docstring.
+        num_heads: H of "attention" (a divisor of C) and "gated".
+        warm: "concat" starts at c_l = h_{l-1}.
+        dropout: of f_l's output.
+        channel_axis: where C stands in the input and for the hosts: -1, or 1 for feature maps (B, C, ...).
+
+    Raises:
+        ValueError: if an argument is out of range, or an option is not one of the variant's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hosts: Sequence[nn.Module],
+        *,
+        variant: Variant = "attention",
+        num_heads: int = 4,
+        residual: Literal["previous", "connection"] = "previous",
+        query: Literal["newest", "learned"] = "newest",
+        shared: bool = False,
+        project: bool = False,
+        warm: bool = False,
+        dropout: float = 0.1,
+        channel_axis: int = -1,
+    ) -> None:
+        super().__init__()
+        _check_options(dim, num_heads, len(hosts), variant, residual, dropout)
+        for name, given, owner in (
+            ("query='learned'", query != "newest", "attention"),
+            ("shared", shared, "attention"),
+            ("project", project, "scalar"),
+            ("warm", warm, "concat"),
+        ):
+            if given and variant != owner:
+                raise ValueError(f"{name} is an option of variant {owner!r}, got variant {variant!r}")
+        self.dim, self.num_heads, self.variant, self.residual = dim, num_heads, variant, residual
+        self.shared, self.channel_axis = shared, channel_axis
+        self.hosts = nn.ModuleList(Recurrent(host) if isinstance(host, nn.RNNBase) else host for host in hosts)
+        self._takes = [set(inspect.signature(host.forward).parameters) for host in self.hosts]
+        layers = len(self.hosts)
+        make: dict[str, Callable[[int], Connection]] = {
+            "attention": lambda _: AttentionConnection(dim, num_heads, query=query, targets=layers if shared else 1),
+            "gated": lambda j: GatedConnection(dim, num_heads, j),
+            "concat": lambda j: ConcatConnection(dim, j, warm=warm),
+            "scalar": lambda j: ScalarConnection(dim, j, project=project),
+            "sum": lambda _: SumConnection(),
+            "plain": lambda _: SumConnection(last=True),
+        }
+        self.connections = nn.ModuleList(make[variant](j) for j in range(1, 2 if shared else layers + 1))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(layers))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, mask: Tensor | Mask | None = None, cache: LayerCaches | None = None) -> Tensor:
+        """h_L, in the layout of `x`.
+
+        Args:
+            mask: for the hosts that take one; the connections work on every position alone.
+            cache: of `new_cache`; the hosts continue what it has seen. The connections keep nothing.
+
+        Raises:
+            ValueError: if the width does not fit.
+        """
+        return self._run(x, mask, cache, None)
+
+    def depth_weights(self, x: Tensor, *, mask: Tensor | Mask | None = None) -> list[Tensor]:
+        """For each layer l = 1 ... L the weights that it gives to h_0 ... h_{l-1}, (..., H, l), as they are applied.
+
+        Raises:
+            ValueError: if the variant has none.
+        """
+        if self.variant in ("concat", "sum", "plain"):
+            raise ValueError(f"variant {self.variant!r} has no weights over earlier layers")
+        found: list[Tensor] = []
+        self._run(x, mask, None, found)
+        return found
+
+    def new_cache(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> LayerCaches:
+        """An empty cache for each host; a host without time has none.
+
+        Raises:
+            ValueError: if a host takes a cache and does not say what one is.
+        """
+        caches: list[Any] = []
+        for host, takes in zip(self.hosts, self._takes):
+            maker: Any = host.mixer if isinstance(host, PreNormBlock) else host
+            if "cache" in takes and not hasattr(maker, "new_cache"):
+                raise ValueError(f"{type(maker).__name__} has no cache to decode with")
+            caches.append(maker.new_cache(batch_size, device=device, dtype=dtype) if "cache" in takes else None)
+        return LayerCaches(caches)
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}, residual={self.residual!r}, shared={self.shared}"
+
+    def _run(
+        self, x: Tensor, mask: Tensor | Mask | None, cache: LayerCaches | None, found: list[Tensor] | None
+    ) -> Tensor:
+        axis = self.channel_axis
+        if x.ndim < 2 or x.shape[axis] != self.dim:
+            raise ValueError(f"x must have {self.dim} channels on axis {axis}, got shape {tuple(x.shape)}")
+        states = [x.movedim(axis, -1)]
+        projected: list[tuple[Tensor, Tensor]] = []
+        for layer, (host, norm) in enumerate(zip(self.hosts, self.norms)):
+            newest = states[-1]
+            connection: Any = self.connections[0 if self.shared else layer]
+            if self.shared:
+                projected.append(connection.project(newest))
+                k, v = (torch.stack(parts, -3) for parts in zip(*projected))
+                c, weights = connection.attend(newest, k, v, layer)
+            else:
+                c, weights = connection.mix(torch.stack(states, -2))
+            if found is not None and weights is not None:
+                found.append(weights)
+            given = {"mask": mask, "cache": None if cache is None else cache.layers[layer]}
+            given = {name: value for name, value in given.items() if value is not None and name in self._takes[layer]}
+            into = newest + c if self.variant == "attention" else c
+            out = host(into.movedim(-1, axis), **given).movedim(axis, -1)
+            states.append(norm((newest if self.residual == "previous" else c) + self.dropout(out)))
+        if cache is not None:
+            cache.length += x.shape[1]
+        return states[-1].movedim(-1, axis)
+
+
+def _check_options(dim: int, num_heads: int, layers: int, variant: str, residual: str, dropout: float) -> None:
+    if dim < 1 or num_heads < 1:
+        raise ValueError(f"dim and num_heads must be positive, got {dim} and {num_heads}")
+    if layers < 1:
+        raise ValueError(f"there must be at least 1 layer, got {layers}")
+    if variant not in ("attention", "gated", "concat", "scalar", "sum", "plain"):
+        raise ValueError(f"variant must be 'attention', 'gated', 'concat', 'scalar', 'sum' or 'plain', got {variant!r}")
+    if residual not in ("previous", "connection"):
+        raise ValueError(f"residual must be 'previous' or 'connection', got {residual!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+
+
+class Recurrent(nn.Module):
+    """An `nn.LSTM`, `nn.GRU` or `nn.RNN` as a host: (B, N, C) -> (B, N, C), its state in a cache.
+
+    Raises:
+        ValueError: if it is not batch first.
+    """
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        if not cell.batch_first:
+            raise ValueError("a recurrent host must be batch_first=True, got False")
+        self.cell = cell
+
+    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None, cache: StateCache | None = None) -> Tensor:
+        """`mask` (B, N), True = real: with padding behind, what stands before it is not touched.
+
+        Raises:
+            ValueError: if padding comes before a real token, which a recurrence would read, or the cell is
+                bidirectional and there is a mask or a cache.
+        """
+        if self.cell.bidirectional and (mask is not None or cache is not None):
+            raise ValueError("a bidirectional recurrence takes neither a mask nor a cache")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2):
+            raise ValueError("a recurrence takes a padding mask only, bool (batch, tokens)")
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise ValueError("a recurrence takes padding at the end only")
+        if 0 in x_BNC.shape[:2]:
+            return x_BNC
+        out_BNC, state = self.cell(x_BNC, None if cache is None else cache.state)
+        if cache is not None:
+            cache.state = state.detach() if isinstance(state, Tensor) else tuple(part.detach() for part in state)
+            cache.length += x_BNC.shape[1]
+        return out_BNC
+
+    def new_cache(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> StateCache:
+        """An empty state."""
+        return StateCache()
+
+
+class AILA(AILAStack):
+    """AILA on sequences (B, N, C): L layers of one kind.
+
+    Args:
+        dim, num_heads: C and H, of the connections and of attention hosts.
+        causal: no token reads a later one. Otherwise recurrent hosts run in both directions, half the width each.
+        layers: L.
+        host: "attention": a pre-norm block of `mechanism`, a slug of the catalogue, and a feed-forward layer;
+            "lstm", "gru"; "mlp": Linear and ReLU, every token alone.
+        mechanism_options: its other arguments.
+        stack: `AILAStack`'s other arguments.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        causal: bool = False,
+        *,
+        layers: int = 4,
+        host: Literal["attention", "lstm", "gru", "mlp"] = "attention",
+        mechanism: str = "softmax",
+        mechanism_options: Mapping[str, Any] | None = None,
+        **stack: Any,
+    ) -> None:
+        if host not in ("attention", "lstm", "gru", "mlp"):
+            raise ValueError(f"host must be 'attention', 'lstm', 'gru' or 'mlp', got {host!r}")
+        if host in ("lstm", "gru") and not causal and dim % 2:
+            raise ValueError(f"two directions need an even dim, got {dim}")
+        options = mechanism_options or {}
+
+        def build() -> nn.Module:
+            if host == "attention":
+                mixer = catalogue.create(mechanism, dim=dim, num_heads=num_heads, causal=causal, **options)
+                return PreNormBlock(mixer, dim)
+            if host == "mlp":
+                return nn.Sequential(nn.Linear(dim, dim), nn.ReLU())
+            kind = nn.LSTM if host == "lstm" else nn.GRU
+            return kind(dim, dim if causal else dim // 2, batch_first=True, bidirectional=not causal)
+
+        _check_options(dim, num_heads, layers, "plain", "previous", 0.0)
+        super().__init__(dim, [build() for _ in range(layers)], num_heads=num_heads, **stack)
+        self.causal = causal
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BNC: Tensor,
+        context_BMC: None = None,
+        *,
+        mask: Tensor | Mask | None = None,
+        cache: LayerCaches | None = None,
+    ) -> Tensor:
+        """h_L (B, N, C) of `x_BNC`, which continues what `cache` has seen; `mask` is the hosts'.
+
+        Raises:
+            ValueError: if the arguments do not fit together, or there is a context.
+        """
+        if x_BNC.ndim != 3 or x_BNC.shape[-1] != self.dim:
+            raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x_BNC.shape)}")
+        if context_BMC is not None:
+            raise ValueError("the layers read their own tokens and take no context")
+        if cache is not None and not self.causal:
+            raise ValueError("only causal layers decode with a cache")
+        return super().forward(x_BNC, mask=mask, cache=cache)

@@ -1,0 +1,121 @@
+"""MoBA as a layer.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M tokens, D head dim, E width of values, S tokens per
+block, n blocks, L = n S, j = top_k - 1 chosen blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.attention.moba.operator import attend_last, moba_attend
+from saccade.layers.cache import KVCache
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.attend import attend
+from saccade.ops.masks import Mask
+
+
+class MoBACache(KVCache):
+    """Keys, values, and the mean key of each completed block.
+
+    Attributes:
+        block_size: tokens per block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self._means: Tensor | None = None
+
+    @property
+    def means_BKnD(self) -> Tensor | None:
+        """Means of the completed blocks, fp32; None before the first is complete."""
+        return None if self._means is None else self._means[:, :, : self.length // self.block_size]
+
+    def append(self, k_BKND: Tensor, v_BKNE: Tensor) -> tuple[Tensor, Tensor]:
+        done = self.length // self.block_size
+        keys, values = super().append(k_BKND, v_BKNE)
+        now = self.length // self.block_size
+        if now > done:
+            whole = keys[:, :, done * self.block_size : now * self.block_size].unflatten(2, (-1, self.block_size))
+            if self._means is None or self._means.shape[2] < now:
+                room = torch.empty(*keys.shape[:2], max(2 * now, 16), keys.shape[3], device=keys.device)
+                if self._means is not None:
+                    room[:, :, :done] = self._means[:, :, :done]
+                self._means = room
+            self._means[:, :, done:now] = whole.mean(3, dtype=torch.float32)
+        return keys, values
+
+    @property
+    def nbytes(self) -> int:
+        means = self.means_BKnD
+        return super().nbytes + (0 if means is None else means.numel() * means.element_size())
+
+
+class MoBA(QKVAttention):
+    """Mixture of block attention as a layer; it has the parameters of `SoftmaxAttention` and takes its weights.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
+        causal: must be True.
+        block_size: keys per block.
+        top_k: blocks per query, its own counted.
+
+    Raises:
+        ValueError: if `causal` is False, or `block_size` or `top_k` is below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        causal: bool = True,
+        *,
+        block_size: int = 512,
+        top_k: int = 3,
+        **projections: Any,
+    ) -> None:
+        if not causal:
+            raise ValueError("MoBA is causal: its gate knows past blocks only; got causal=False")
+        if block_size < 1 or top_k < 1:
+            raise ValueError(f"block_size and top_k must be at least 1, got {block_size} and {top_k}")
+        super().__init__(dim, num_heads, causal, **projections)
+        self.block_size, self.top_k = block_size, top_k
+
+    def attend(
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
+    ) -> Tensor:
+        return moba_attend(q_BHND, k_BKMD, v_BKME, block_size=self.block_size, top_k=self.top_k, mask=mask)
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Tensor | Mask | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`QKVAttention.forward`; one token with a `MoBACache` and no mask reads the cached block means."""
+        if mask is not None or context_BMC is not None or not isinstance(cache, MoBACache) or x_BNC.shape[1] != 1:
+            return super().forward(x_BNC, context_BMC, mask=mask, cache=cache)
+        self._check(x_BNC, None, cache)
+        q_BH1D, k_BK1D = self._queries_and_keys(x_BNC, None, cache.length)
+        # before the token itself is in: a block that it completes is its own, and no candidate
+        means_BKnD = cache.means_BKnD
+        keys, values = cache.append(k_BK1D, self._heads(self.v_proj(x_BNC), self.num_kv_heads))
+        if means_BKnD is None:
+            out = attend(q_BH1D, keys, values)
+        else:
+            out = attend_last(q_BH1D, keys, values, means_BKnD, self.block_size, self.top_k, None)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def new_cache(
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MoBACache:
+        return MoBACache(self.block_size)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, block_size={self.block_size}, top_k={self.top_k}"

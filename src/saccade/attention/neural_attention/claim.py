@@ -1,0 +1,106 @@
+"""The paper's claim as an experiment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.attention.neural_attention.layer import NeuralAttention
+from saccade.catalogue import Claim, ClaimResult
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+
+class _Lookup(nn.Module):
+    """One layer from tokens with a place on a line to tokens with a place and a value, and the value's logits."""
+
+    def __init__(self, mixer: nn.Module, dim: int, values: int) -> None:
+        super().__init__()
+        self.embed, self.mixer, self.head = nn.Linear(values + 1, dim), mixer, nn.Linear(dim, values)
+
+    def forward(self, queries_BN: Tensor, items_BMV: Tensor) -> Tensor:
+        unknown_BNV = F.pad(queries_BN[..., None], (0, items_BMV.shape[2] - 1))
+        return self.head(self.mixer(self.embed(unknown_BNV), self.embed(items_BMV)))
+
+
+def _nearest(batch: int, generator: torch.Generator, items: int = 16, values: int = 4) -> tuple[Tensor, ...]:
+    """Queries (B, N), items as place and one-hot value (B, M, 1 + V), and the value of each query's nearest item."""
+    place_BM = 2 * torch.rand(batch, items, generator=generator) - 1
+    query_BN = 2 * torch.rand(batch, items, generator=generator) - 1
+    value_BM = torch.randint(values, (batch, items), generator=generator)
+    nearest_BN = (query_BN[..., None] - place_BM[:, None]).abs().argmin(-1)
+    items_BMV = torch.cat([place_BM[..., None], F.one_hot(value_BM, values).float()], -1)
+    return query_BN, items_BMV, value_BM.gather(1, nearest_BN)
+
+
+def _nearest_accuracy(lab: Lab, mixer: type[QKVAttention], steps: int, **options: Any) -> float:
+    with lab.seeded():
+        model = _Lookup(mixer(16, 1, rope=False, **options), 16, 4)
+    generator = lab.generator()
+
+    def batches() -> Iterator[tuple[Tensor, ...]]:
+        while True:
+            yield _nearest(lab.size(64, 2), generator)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
+        return F.cross_entropy(model(*batch[:2]).flatten(0, 1), batch[2].flatten())
+
+    lab.train(model, batches(), loss, steps, lr=1e-2, description=f"nearest item, {mixer.__name__}")
+    *inputs, values_BN = _nearest(lab.size(1024, 2), torch.Generator().manual_seed(10**6 + lab.seed))
+    with torch.no_grad():
+        return (model(*inputs).argmax(-1) == values_BN).float().mean().item()
+
+
+def _perplexity(lab: Lab, first: type[QKVAttention], steps: int) -> float:
+    """Held-out perplexity per byte of a small causal model with `first` in its first layer; positions as the paper."""
+    length, batch, dim = lab.size(128, 16), lab.size(16, 2), 64
+    kinds = (first, SoftmaxAttention)
+    model = lab.sequence_model(lambda layer: kinds[layer](dim, 4, True, rope=False), vocab=256, dim=dim, layers=2)
+    generator = lab.generator()
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield lab.data.windows(lab.data.text_bytes("train"), batch, length, generator)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    lab.train(model, batches(), loss, steps, lr=3e-3, description=f"text, {first.__name__} first")
+    held_out = torch.Generator().manual_seed(10**6 + lab.seed)
+    with torch.no_grad():
+        pairs = lab.data.windows(lab.data.text_bytes("held-out"), lab.size(128, 2), length, held_out)
+        return math.exp(loss(model.eval(), pairs).item())
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    """The item nearest on a line, which no bilinear score can express; and text with the first layer replaced."""
+    measured = {
+        "nearest_neural_accuracy": _nearest_accuracy(lab, NeuralAttention, 600, projection_dim=4),
+        "nearest_dot_product_accuracy": _nearest_accuracy(lab, SoftmaxAttention, 600),
+        "text_neural_perplexity": _perplexity(lab, NeuralAttention, 300),
+        "text_dot_product_perplexity": _perplexity(lab, SoftmaxAttention, 300),
+    }
+    expressive = measured["nearest_neural_accuracy"] > measured["nearest_dot_product_accuracy"] + 0.3
+    return ClaimResult(
+        measured,
+        holds=expressive,
+        note="the verdict is on the nearest item; text is without rotary positions: with them the dot product won",
+    )
+
+
+CLAIM = Claim(
+    paper="the network expresses relations that a dot product cannot: WikiText-103 perplexity reduced by more than "
+    "5 % (v1; v2: more than 2 %), CIFAR accuracy raised, with the first layer replaced",
+    expected="one head looks up the item nearest on a line (|q - k|, which no bilinear score can express) with "
+    "accuracy near 1, the dot product stays 0.3 below; perplexity of a small text model does not rise with the "
+    "first of two layers replaced",
+    run=_claim,
+)

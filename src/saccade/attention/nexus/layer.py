@@ -1,0 +1,192 @@
+"""Nexus as a layer.
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, C channels, D head dim, E width of values.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.attention.nexus.operator import Branches, Inner, Keep, _attention, check_options, keep_nothing, nested
+from saccade.layers.cache import NamedCache
+from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.ops import masks
+from saccade.ops.heads import repeat_heads
+from saccade.ops.masks import Mask
+from saccade.ops.rope import rotate
+
+
+class Nexus(QKVAttention):
+    """Higher-order attention as a layer; S and R have the parameters of `SoftmaxAttention` and take its weights.
+
+    Decoding keeps V, the nested keys, and what the inner attentions read: raw Q and K in S (twice a KV cache at order
+    2), the inner keys in R (1.5 times). One step is as many attention rows as the parallel form has attentions.
+
+    Args:
+        dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
+        order: m.
+        branches: "both", "query" or "key".
+        sharing: "S", "R" or "U", see the module's docstring.
+        recurse_values: Phi_{r-1} instead of Z as the inner values (S and U, order 3 and up).
+        inner_positions: rotary positions inside as well.
+        rope_channels: rotate these first channels of a head only (Pythia: a quarter); all where None.
+        norm_inner: RMS norm, without weight, of the nested keys.
+        gate: learned g between the plain (g = 0, the start) and the nested queries and keys, one each.
+
+    Raises:
+        ValueError: if an argument is out of range, or in R if num_heads * head_dim is not dim.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        causal: bool = False,
+        *,
+        order: int = 2,
+        branches: Branches = "both",
+        sharing: Literal["S", "R", "U"] = "S",
+        recurse_values: bool = False,
+        inner_positions: bool = True,
+        rope_channels: int | None = None,
+        norm_inner: bool = False,
+        gate: bool = False,
+        **projections: Any,
+    ) -> None:
+        check_options(order, branches)
+        if sharing not in ("S", "R", "U"):
+            raise ValueError(f"sharing must be 'S', 'R' or 'U', got {sharing!r}")
+        if recurse_values and sharing == "R":
+            raise ValueError("recurse_values is for sharing 'S' and 'U', got 'R'")
+        super().__init__(dim, num_heads, causal, **projections)
+        if sharing == "R" and num_heads * self.head_dim != dim:
+            raise ValueError(f"sharing 'R' needs num_heads * head_dim = dim ({dim}), got {num_heads * self.head_dim}")
+        if rope_channels is not None and (rope_channels % 2 or not 0 <= rope_channels <= self.head_dim):
+            raise ValueError(f"rope_channels must be even and at most head_dim ({self.head_dim}), got {rope_channels}")
+        self.order, self.branches, self.sharing, self.recurse_values = order, branches, sharing, recurse_values
+        self.inner_positions, self.rope_channels, self.norm_inner = inner_positions, rope_channels, norm_inner
+        self.nests_queries = order > 1 and branches != "key"
+        self.nests_keys = order > 1 and branches != "query"
+        bias = self.q_proj.bias is not None
+        if sharing == "U" and self.nests_queries:
+            width = num_heads * self.head_dim
+            self.q_inner = nn.ModuleDict({part: nn.Linear(dim, width, bias=bias) for part in ("key", "value")})
+        if sharing == "U" and self.nests_keys:
+            width = self.num_kv_heads * self.head_dim
+            self.k_inner = nn.ModuleDict({part: nn.Linear(dim, width, bias=bias) for part in ("key", "value")})
+        self.q_gate = nn.Parameter(torch.zeros(())) if gate and self.nests_queries else None
+        self.k_gate = nn.Parameter(torch.zeros(())) if gate and self.nests_keys else None
+
+    def forward(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Tensor | Mask | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """`QKVAttention.forward` with a cache of `new_cache`; with a context, `mask` is its padding.
+
+        Raises:
+            ValueError: if the arguments do not fit together, or a context is given in reading R.
+        """
+        self._check(x_BNC, context_BMC, cache)
+        if context_BMC is not None and self.sharing == "R":
+            raise ValueError("sharing 'R' refines one sequence and takes no context")
+        start = 0 if cache is None else cache.length
+        keep = keep_nothing if cache is None else cache.append
+        tokens = x_BNC if context_BMC is None else context_BMC
+        v_BKMD = keep("value", self._heads(self.v_proj(tokens), self.num_kv_heads))
+        pairs = as_mask(mask, v_BKMD)
+        if context_BMC is not None and not (pairs is None or isinstance(pairs, masks.Padding)):
+            raise ValueError(f"with a context the mask must be its padding (batch, keys), got {pairs!r}")
+        q_BHND, k_BKMD = self._nested_queries_and_keys(x_BNC, context_BMC, v_BKMD, pairs, start, keep)
+        causal = self.causal and context_BMC is None
+        out_BHND = self.attend(q_BHND, k_BKMD, v_BKMD, mask=pairs, causal=causal, offset=start)
+        return self.out_proj(out_BHND.transpose(1, 2).flatten(2))
+
+    def attend(
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
+    ) -> Tensor:
+        return _attention(q_BHND, k_BKMD, v_BKME, mask, causal, offset)
+
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+        """The outer weights on given values."""
+        v_BKMD = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
+        pairs = as_mask(mask, v_BKMD)
+        q_BHND, k_BKMD = self._nested_queries_and_keys(x_BNC, None, v_BKMD, pairs, 0, keep_nothing)
+        k_BHMD = repeat_heads(k_BKMD, self.num_heads)
+        return self.attend(q_BHND, k_BHMD, values_BHME, mask=pairs, causal=self.causal, offset=0)
+
+    def new_cache(  # type: ignore[override]
+        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> NamedCache:
+        return NamedCache()
+
+    def start_as_softmax(self) -> None:
+        """U starts as S; with `gate` every reading starts equal to the softmax layer."""
+        if self.sharing == "U":
+            for nests, plain, inner in (
+                (self.nests_queries, self.q_proj, "q_inner"),
+                (self.nests_keys, self.k_proj, "k_inner"),
+            ):
+                for projection in getattr(self, inner).values() if nests else ():
+                    projection.load_state_dict(plain.state_dict())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, order={self.order}, branches={self.branches}, sharing={self.sharing}"
+
+    def _nested_queries_and_keys(
+        self, x_BNC: Tensor, context_BMC: Tensor | None, v_BKMD: Tensor, pairs: Mask | None, start: int, keep: Keep
+    ) -> tuple[Tensor, Tensor]:
+        """Q_m of the new tokens and K_m of all, rotated for the outer attention."""
+        tokens = x_BNC if context_BMC is None else context_BMC
+        positioned, causal = self.rope and context_BMC is None, self.causal and context_BMC is None
+        q, k = self._heads(self.q_proj(x_BNC), self.num_heads), self._heads(self.k_proj(tokens), self.num_kv_heads)
+
+        def place(x: Tensor, first: int, really: bool = positioned) -> Tensor:
+            if not really:
+                return x
+            positions = torch.arange(first, first + x.shape[2], device=x.device)
+            return rotate(x, positions, base=self.rope_base, channels=self.rope_channels)
+
+        inside = positioned and self.inner_positions
+
+        def inner(mask: Mask | None) -> Inner:
+            return lambda q, k, v: _attention(place(q, start, inside), place(k, 0, inside), v, mask, causal, start)
+
+        q2, k2 = q, k
+        if self.sharing == "R":
+            for level in range(self.order - 1):
+                keys = keep(f"key {level}", place(k2, start, inside))
+                out = _attention(place(q2, start, inside), keys, v_BKMD, pairs, causal, start)
+                refined_BNC = out.transpose(1, 2).flatten(2)
+                q2 = self._heads(self.q_proj(refined_BNC), self.num_heads)
+                k2 = self._heads(self.k_proj(refined_BNC), self.num_kv_heads)
+        else:
+            # padding of a context says nothing of the queries' own tokens
+            if self.nests_queries:
+                q2 = self._nest(q, x_BNC, "q", inner(pairs if context_BMC is None else None), keep)
+            if self.nests_keys:
+                k2 = self._nest(k, tokens, "k", inner(pairs), keep)
+        q2, k2 = q2 if self.nests_queries else q, k2 if self.nests_keys else k
+        if self.norm_inner and self.nests_keys:
+            k2 = F.rms_norm(k2, k2.shape[-1:])
+        q2 = q2 if self.q_gate is None else torch.lerp(q, q2, self.q_gate)
+        k2 = k2 if self.k_gate is None else torch.lerp(k, k2, self.k_gate)
+        return place(q2, start), keep("nested key", place(k2, start))
+
+    def _nest(self, z: Tensor, tokens_BNC: Tensor, name: str, inner: Inner, keep: Keep) -> Tensor:
+        if self.sharing == "S":
+            return nested(z, self.order - 1, inner, recurse_values=self.recurse_values, keep=keep, name=name)
+        maps = self.q_inner if name == "q" else self.k_inner
+        keys, values = (keep(f"{name} {part}", self._heads(maps[part](tokens_BNC), z.shape[1])) for part in maps)
+        phi = inner(z, keys, values)
+        for level in range(1, self.order - 1):
+            keys = keep(f"{name} {level}", phi)
+            phi = inner(phi, keys, keys if self.recurse_values else values)
+        return phi

@@ -1,0 +1,168 @@
+"""A-VL: what is kept and what is dropped.
+
+Shape letters: B batch, H query heads, K key heads, G = H / K, N new tokens, M stored tokens, D head dim, E width of
+values, C channels; S image tokens stored, T text tokens stored, P tokens that pass the prefill filter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.compress.a_vl.operator import AVLCache, AVLLayerCache, AVLOptions
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops import masks
+from saccade.ops.attend import attend
+from saccade.ops.masks import Mask
+from saccade.ops.rope import rotate
+
+
+class AVL(QKVAttention):
+    """Causal attention that decodes with an A-VL cache; without one it is plain causal softmax attention.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
+        causal: must be True.
+        **policy: `AVLOptions`'.
+
+    >>> layer = AVL(32, 4, rate=0.5)
+    >>> cache = layer.new_cache(1, image=(2, 20))
+    >>> with torch.no_grad():
+    ...     out = layer(torch.randn(1, 30, 32), cache=cache)
+    >>> cache.length, cache.used
+    (30, 20)
+
+    Raises:
+        ValueError: if `causal` is False or an option is out of range.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, causal: bool = True, **arguments: Any) -> None:
+        if not causal:
+            raise ValueError("A-VL is a policy for decoding, which is causal; got causal=False")
+        policy = {f.name: arguments.pop(f.name) for f in fields(AVLOptions) if f.name in arguments}
+        super().__init__(dim, num_heads, causal, **arguments)
+        self.options = AVLOptions(**policy)
+
+    def attend(
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
+    ) -> Tensor:
+        past = masks.causal(offset)
+        return attend(q_BHND, k_BKMD, v_BKME, mask=past if mask is None else past & mask)
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
+        *,
+        mask: Tensor | Mask | None = None,
+        cache: AVLLayerCache | None = None,
+        positions_BN: Tensor | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """`QKVAttention.forward`; with a cache, under the policy.
+
+        Args:
+            positions_BN, length: the prompt's positions and its true length where tokens were dropped from it.
+
+        Raises:
+            ValueError: if there is a mask beside a cache.
+        """
+        if cache is None:
+            return super().forward(x_BNC, context_BMC, mask=mask)
+        self._check(x_BNC, context_BMC, None)
+        if mask is not None:
+            raise ValueError("A-VL decodes without a mask: its cache holds no padding")
+        if x_BNC.shape[1] == 0:
+            return x_BNC
+        if positions_BN is None:
+            positions_BN = torch.arange(cache.length, cache.length + x_BNC.shape[1], device=x_BNC.device)[None]
+        q, k, v = (
+            self._heads(proj(x_BNC), heads)
+            for proj, heads in (
+                (self.q_proj, self.num_heads),
+                (self.k_proj, self.num_kv_heads),
+                (self.v_proj, self.num_kv_heads),
+            )
+        )
+        if self.rope:
+            q, k = (rotate(x, positions_BN[:, None], base=self.rope_base) for x in (q, k))
+        out = cache.attend(q, k, v, length=length)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def new_cache(  # type: ignore[override]
+        self,
+        batch_size: int,
+        *,
+        image: tuple[int, int] = (0, 0),
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AVLLayerCache:
+        """An empty cache; `image` is the first position and the number of the image tokens in the prompt."""
+        return AVLLayerCache(self.options, image)
+
+
+class _Block(nn.Module):
+    def __init__(self, dim: int, hidden: int, eps: float, **attention: Any) -> None:
+        super().__init__()
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.self_attn = AVL(dim, **attention)
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(dim, hidden, bias=False),
+                "up_proj": nn.Linear(dim, hidden, bias=False),
+                "down_proj": nn.Linear(hidden, dim, bias=False),
+            }
+        )
+
+    def forward(self, x_BNC: Tensor, **attention: Any) -> Tensor:
+        x_BNC = x_BNC + self.self_attn(self.input_layernorm(x_BNC), **attention)
+        y_BNC, mlp = self.post_attention_layernorm(x_BNC), self.mlp
+        return x_BNC + mlp["down_proj"](F.silu(mlp["gate_proj"](y_BNC)) * mlp["up_proj"](y_BNC))
+
+
+class AVLDecoder(nn.Module):
+    """LLaMA's blocks and last norm on embeddings, decoding with an `AVLCache`; parameters named as the authors' are.
+
+    Args:
+        dim, hidden: channels, and those of the MLP.
+        num_heads, num_kv_heads, layers: as LLaMA's.
+        eps, rope_base: of its norms and positions.
+        **policy: `AVLOptions`'.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_heads: int,
+        layers: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        **policy: Any,
+    ) -> None:
+        super().__init__()
+        self.options = AVLOptions(**policy)
+        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        blocks = (_Block(dim, hidden, eps, rope_base=rope_base, **heads, **policy) for _ in range(layers))
+        self.layers, self.norm = nn.ModuleList(blocks), nn.RMSNorm(dim, eps)
+
+    def new_cache(self, image: tuple[int, int]) -> AVLCache:
+        return AVLCache(self.options, image, len(self.layers))
+
+    def forward(self, x_BNC: Tensor, cache: AVLCache) -> Tensor:
+        """Last hidden states; of a prompt, those of the tokens that passed the filter."""
+        tokens = x_BNC.shape[1]
+        for number, block in enumerate(self.layers):
+            kept_BP = cache.survivors_of(number, tokens)
+            if kept_BP is not None and x_BNC.shape[1] == tokens:
+                x_BNC = x_BNC.gather(1, kept_BP[..., None].expand(-1, -1, x_BNC.shape[-1]))
+            length = None if kept_BP is None else tokens
+            x_BNC = block(x_BNC, cache=cache.layers[number], positions_BN=kept_BP, length=length)
+        return self.norm(x_BNC)

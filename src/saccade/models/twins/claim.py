@@ -1,0 +1,100 @@
+"""The paper's claim as an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import log
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.catalogue import Claim, ClaimResult
+from saccade.models.backbone import Block
+from saccade.models.twins.network import GlobalSubsampledAttention, LocallyGroupedAttention, Twins
+
+if TYPE_CHECKING:
+    from saccade.catalogue.lab import Lab
+
+
+def _growth(lab: Lab) -> dict[str, float]:
+    """Seconds of an LSA and a GSA block of SVT-S's first stage, and of two blocks of global attention, by the map."""
+    dim, heads = lab.size((64, 2), (8, 1))
+    with lab.seeded():
+        twins = nn.Sequential(
+            Block(dim, LocallyGroupedAttention(dim, heads, 7)), Block(dim, GlobalSubsampledAttention(dim, heads, 8))
+        ).eval()
+        plain = nn.Sequential(*(Block(dim, GlobalSubsampledAttention(dim, heads, 1)) for _ in range(2))).eval()
+        sides = lab.size((28, 56, 112), (7, 14))
+        maps = [torch.randn(1, side, side, dim) for side in sides]
+    measured = {}
+    with torch.no_grad():
+        for name, model in (("twins", twins), ("global", plain)):
+            seconds = [lab.seconds(lambda x=x, model=model: model(x), repeats=3) for x in maps]  # type: ignore[misc]
+            for side, s in zip(sides, seconds):
+                measured[f"{name}_{side}x{side}_tokens_ms"] = 1e3 * s
+            measured[f"{name}_exponent_in_pixels"] = log(seconds[-1] / seconds[-2]) / log((sides[-1] / sides[-2]) ** 2)
+    return measured
+
+
+def _patches(seed: int, batch: int, side: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    """Noise with a patch of one colour somewhere in the upper left quarter, and the colour, (B, 3) in [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    cell = torch.arange(side) // 4
+    while True:
+        noise = 0.1 * torch.randn(batch, 3, side, side, generator=generator)
+        y, x = torch.randint(side // 8, (2, batch, 1), generator=generator)
+        colour_B3 = torch.rand(batch, 3, generator=generator) * 2 - 1
+        inside_BHW = (cell == y)[:, :, None] & (cell == x)[:, None]
+        yield noise + inside_BHW[:, None] * colour_B3[:, :, None, None], colour_B3
+
+
+class _Corner(nn.Module):
+    """The colour, told from the lower right token of one stage: PEG, beside attention, reaches one token further."""
+
+    def __init__(self, global_attention: bool) -> None:
+        super().__init__()
+        self.twins = Twins(
+            (32,), (4,), (2,), (2,), (2,), (2,), num_classes=0, global_attention=global_attention, stage_norm=True
+        )
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.head(self.twins.features(x_BCHW)[-1][:, :, -1, -1])
+
+
+def _claim(lab: Lab) -> ClaimResult:
+    measured = _growth(lab)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    seeds = range(lab.seed, lab.seed + lab.size(2, 1))
+    for name, global_attention in (("windows_and_representatives", True), ("windows_alone", False)):
+        found = []
+        for seed in lab.progress(seeds, name):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = _Corner(global_attention)
+            lab.train(model, _patches(seed, lab.size(32, 4)), loss, 400, lr=5e-3, description=f"{name}, seed {seed}")
+            images, colours = next(_patches(10**6 + seed, lab.size(512, 8)))
+            with torch.no_grad():
+                error = F.mse_loss(model.eval()(images), colours) / (colours - colours.mean(0)).square().mean()
+            found.append(1 - error.item())
+        measured[f"{name}_explained_share"] = sum(found) / len(found)
+        measured[f"{name}_explained_spread"] = max(found) - min(found)
+    return ClaimResult(
+        measured,
+        holds=measured["twins_exponent_in_pixels"] < 1.3 < measured["global_exponent_in_pixels"]
+        and measured["windows_and_representatives_explained_share"] > 0.5 > measured["windows_alone_explained_share"],
+        note="exponents between the two largest maps; share of the variance of colours; best less worst of two seeds",
+    )
+
+
+CLAIM = Claim(
+    paper="windows and representatives in turn: nearly linear in pixels, and far better than windows alone",
+    expected="time grows about linearly with pixels where global attention's grows quadratically; a token tells "
+    "the colour of a far patch with both attentions, and not with windows alone",
+    run=_claim,
+)

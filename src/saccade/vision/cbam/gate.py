@@ -1,0 +1,209 @@
+"""CBAM as a module on feature maps.
+
+Shape letters: B batch, C channels, R reduced channels, H height, W width, P poolings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: descriptors (B, C) of a map (B, C, H, W); "lp" and "lse" are sums over positions, as in the authors' code
+POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x_BCHW: x_BCHW.mean((2, 3)),
+    "max": lambda x_BCHW: x_BCHW.amax((2, 3)),
+    "lp": lambda x_BCHW: torch.linalg.vector_norm(x_BCHW, dim=(2, 3)),
+    "lse": lambda x_BCHW: x_BCHW.logsumexp((2, 3)),
+}
+
+
+def channel_gate(x_BCHW: Tensor, mlp: Callable[[Tensor], Tensor], pool_types: Sequence[str] = ("avg", "max")) -> Tensor:
+    """M_c, (B, C, 1, 1): the sigmoid of the sum of `mlp` (on (..., C)) over the poolings of `x_BCHW`."""
+    pooled_PBC = torch.stack([POOLS[pool](x_BCHW) for pool in pool_types])
+    return mlp(pooled_PBC).sum(0).sigmoid()[..., None, None]
+
+
+def spatial_gate(x_BCHW: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
+    """M_s, (B, 1, H, W): the sigmoid of `convolution` ((B, 2, H, W) -> (B, 1, H, W)) on [max_C; mean_C]."""
+    return convolution(torch.cat([x_BCHW.amax(1, keepdim=True), x_BCHW.mean(1, keepdim=True)], 1)).sigmoid()
+
+
+class CBAM(nn.Module):
+    """Channel gate, then spatial gate; F (B, C, H, W) -> F'' of the same shape and memory format, any H and W.
+
+    Args:
+        channels: C.
+        reduction: r; the MLP is C // r wide.
+        kernel_size: k of the spatial gate's convolution, odd.
+        pool_types: any of "avg", "max", "lp", "lse".
+        spatial: False leaves the spatial gate out (the authors' `no_spatial`).
+
+    Raises:
+        ValueError: if an argument is out of range, or the input is not (B, C, H, W).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        kernel_size: int = 7,
+        pool_types: Sequence[str] = ("avg", "max"),
+        spatial: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels must be positive, got {channels}")
+        if not 1 <= reduction <= channels:
+            raise ValueError(f"reduction must be between 1 and the number of channels ({channels}), got {reduction}")
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
+        if not pool_types or isinstance(pool_types, str) or not set(pool_types) <= set(POOLS):
+            raise ValueError(f"pool_types must be some of {', '.join(POOLS)}, got {pool_types!r}")
+        self.channels, self.pool_types = channels, tuple(pool_types)
+        self.reduce = nn.Linear(channels, channels // reduction)
+        self.expand = nn.Linear(channels // reduction, channels)
+        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False) if spatial else None
+        self.norm = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01) if spatial else None
+
+    def channel_gate(self, x_BCHW: Tensor) -> Tensor:
+        """M_c of F, (B, C, 1, 1)."""
+        return channel_gate(x_BCHW, lambda z: self.expand(F.relu(self.reduce(z))), self.pool_types)
+
+    def spatial_gate(self, x_BCHW: Tensor) -> Tensor:
+        """M_s of F' (the map after its channel gate), (B, 1, H, W)."""
+        if self.conv is None or self.norm is None:
+            raise ValueError("this CBAM was built with spatial=False and has no spatial gate")
+        conv, norm = self.conv, self.norm
+        return spatial_gate(x_BCHW, lambda maps: norm(conv(maps)))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        self._check(x_BCHW)
+        x_BCHW = x_BCHW * self.channel_gate(x_BCHW)
+        return x_BCHW if self.conv is None else x_BCHW * self.spatial_gate(x_BCHW)
+
+    def gate(self, x_BCHW: Tensor) -> Tensor:
+        """Both gates as one factor, (B, C, H, W): `module(x) == x * module.gate(x)`; what `attention_map` shows."""
+        self._check(x_BCHW)
+        channel_BC11 = self.channel_gate(x_BCHW)
+        if self.conv is None:
+            return channel_BC11.expand_as(x_BCHW)
+        return channel_BC11 * self.spatial_gate(x_BCHW * channel_BC11)
+
+    def _check(self, x_BCHW: Tensor) -> None:
+        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
+            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, pool_types={self.pool_types}"
+
+
+class _ResidualBlock(nn.Module):
+    """y = ReLU( gate(branch(x)) + shortcut(x) ); the shortcut is a 1x1 convolution and norm where shapes change."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, gate: Callable[[int], nn.Module] | None, projected: bool
+    ) -> None:
+        super().__init__()
+        if in_channels < 1 or out_channels < 1 or stride < 1:
+            raise ValueError(f"channels and stride must be positive, got {in_channels}, {out_channels} and {stride}")
+        self.gate = nn.Identity() if gate is None else gate(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if projected or stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def branch(self, x_BCHW: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.relu(self.gate(self.branch(x_BCHW)) + self.shortcut(x_BCHW))
+
+
+class BasicBlock(_ResidualBlock):
+    """ResNet's block of two 3x3 convolutions, with a gate on its residual branch.
+
+    Args:
+        in_channels: of the input.
+        channels: of the output.
+        stride: of the first convolution.
+        gate: called with the number of gated channels; None is a plain block.
+        projected: a projection on the shortcut also where the shapes would fit without.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        gate: Callable[[int], nn.Module] | None = CBAM,
+        projected: bool = False,
+    ) -> None:
+        super().__init__(in_channels, channels, stride, gate, projected)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+
+    def branch(self, x_BCHW: Tensor) -> Tensor:
+        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW)))))
+
+
+class Bottleneck(_ResidualBlock):
+    """ResNet's 1x1, 3x3, 1x1 block, with a gate on its residual branch; the output has `4 * width` channels.
+
+    Args:
+        in_channels: of the input.
+        width: channels of the 3x3 convolution.
+        stride: of the 3x3 convolution.
+        gate: called with the number of gated channels; None is a plain block.
+        projected: a projection on the shortcut also where the shapes would fit without.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int = 1,
+        *,
+        gate: Callable[[int], nn.Module] | None = CBAM,
+        projected: bool = False,
+    ) -> None:
+        super().__init__(in_channels, width * self.expansion, stride, gate, projected)
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.norm1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
+        self.norm3 = nn.BatchNorm2d(width * self.expansion)
+
+    def branch(self, x_BCHW: Tensor) -> Tensor:
+        x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
+        x_BCHW = F.relu(self.norm2(self.conv2(x_BCHW)))
+        return self.norm3(self.conv3(x_BCHW))
+
+
+@torch.no_grad()
+def initialize(network: nn.Module) -> nn.Module:
+    """The authors' initialisation of a residual network with CBAM, in place; call it once on the finished network.
+
+    Convolutions Kaiming normal (fan out), norms weight 1, all biases 0; the norm inside each spatial gate weight 0.
+    Linear layers keep PyTorch's weights.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.ones_(module.weight)
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, CBAM) and module.norm is not None:
+            nn.init.zeros_(module.norm.weight)
+    return network
