@@ -423,7 +423,7 @@ def backbones() -> dict[str, Callable[[], nn.Module]]:
     for summary in catalogue.parts():
         if summary.kind.published:
             for size in catalogue.part(summary.slug).published:
-                if SIZES[0] <= size.parameters <= SIZES[1] and size.resolution == 224:
+                if SIZES[0] <= size.parameters <= SIZES[1] and set(size.inputs.values()) == {(1, 3, 224, 224)}:
                     found[f"{summary.slug}, {size.name}"] = partial(catalogue.create, summary.slug, **size.arguments)
     found["coswin, as Swin-T"] = partial(catalogue.create, "coswin", num_classes=1000, patch_size=4, window_size=7)
     found["bevanet, BEVANet-S (segmentation, 15 million)"] = partial(catalogue.create, "bevanet")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue.options import fits
+from saccade.integrations.mechanisms import MECHANISMS
 from saccade.report.sizes import count
 from saccade.train.lab import Lab
 
@@ -97,6 +98,7 @@ def test_registration_is_complete(slug: str) -> None:
         assert getattr(part, field.name) == getattr(summary, field.name)
     assert not part.kind.lacking(part) and part.claim
     assert set(part.taxonomy) == set(catalogue.AXES)
+    assert (part.replaces is not None) == (slug in MECHANISMS and slug != "softmax")
     assert (
         (Path(__file__).parent / catalogue.paper(slug).room.split(".")[1])
         .joinpath(f"test_{slug.replace('-', '_')}.py")

@@ -29,6 +29,9 @@ from saccade.catalogue.cards import (
     Published as Published,
 )
 from saccade.catalogue.cards import (
+    Replacement as Replacement,
+)
+from saccade.catalogue.cards import (
     Summary as Summary,
 )
 from saccade.catalogue.kinds import KINDS as KINDS
@@ -47,6 +50,7 @@ from saccade.catalogue.names import (
 )
 from saccade.catalogue.options import REQUIRED as REQUIRED
 from saccade.catalogue.options import Option as Option
+from saccade.catalogue.options import nearest as nearest
 from saccade.catalogue.registry import (
     check_options as check_options,
 )

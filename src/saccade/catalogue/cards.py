@@ -124,8 +124,8 @@ class Published:
         name: the paper's, e.g. "Twins-SVT-S".
         arguments: of `build`.
         parameters: in millions.
-        flops: in thousand millions of multiply-adds at `resolution`; None where the paper gives none.
-        resolution: height and width of the input image.
+        flops: in thousand millions of multiply-adds on `inputs`; None where the paper gives none.
+        inputs: the shapes of the call's named inputs, batch included.
         tolerance: how far the table may be off, as a share; `note` says why where it is above 1 %.
     """
 
@@ -133,9 +133,36 @@ class Published:
     arguments: Mapping[str, Any]
     parameters: float
     flops: float | None = None
-    resolution: int = 224
+    inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"pixel_values": (1, 3, 224, 224)})
     tolerance: float = 0.01
     note: str = ""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """How a part takes the place of a pretrained model's attention: by a function of (q, k, v) that adds no weights.
+
+    Its options are the keyword arguments of the function, less those that the layer fills in where the function takes
+    them: `mask`, `causal`, `scale`, `offset`, `dropout`, `soft_cap`, `sink_logits`.
+
+    Attributes:
+        function: (q (B, H, N, D), k (B, K, M, D), v (B, K, M, E), *, ...) -> (B, H, N, E).
+        causal, bidirectional: which layers it is defined for.
+        masks: what the function takes beside causality. "any": every mask, at any `offset`. "sequences": padding and
+            packed documents, and queries that are the last of the keys. "none": sequences of one length, as many
+            queries as keys; padded and packed rows are taken apart for it.
+        kept: (N, M, causal, offset, options) -> the pairs that it computes, for the report: a mask, or their number
+            per head. None where the function gives them with `return_map`, as a mask or as blocks of `block_q` x
+            `block_k` (or `block_size`) tokens.
+        settings: context length -> options worth trying, from the fastest to the closest; what `saccade.advise` runs.
+    """
+
+    function: Callable[..., Any]
+    causal: bool = True
+    bidirectional: bool = True
+    masks: Literal["any", "sequences", "none"] = "none"
+    kept: Callable[[int, int, bool, int, Mapping[str, Any]], Any] | None = None
+    settings: Callable[[int], list[dict[str, Any]]] | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,6 +175,7 @@ class Part(Summary):
     `at_length` gives arguments for short sequences, where the defaults are made for long ones.
     `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
     `published` are the sizes of a model's paper, by which its parameters and FLOPs are checked.
+    `replaces` says how a "training-free" mechanism takes the place of a pretrained model's attention.
     """
 
     build: Callable[..., nn.Module] | None = None
@@ -157,6 +185,7 @@ class Part(Summary):
     at_length: Callable[[int], dict[str, Any]] | None = None
     data_dependent: bool = False
     published: tuple[Published, ...] = ()
+    replaces: Replacement | None = None
     room: str = ""
 
     @property

@@ -22,9 +22,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
-    from saccade.catalogue.cards import Part, Summary
+    from saccade.catalogue.cards import Part, Published, Summary
 
 
 class Trial(NamedTuple):
@@ -91,10 +91,16 @@ class Kind(str):
         """The fields that a registration of this kind must have and that are empty."""
         return [name for name in ("summary", "complexity", "invariants") if not getattr(part, name)]
 
+    def sized(self, published: Published) -> dict[str, Tensor]:
+        """The named inputs on which a published size is counted, without values; on torch's device of the moment."""
+        import torch
+
+        return {name: torch.empty(shape) for name, shape in published.inputs.items()}
+
     def trial(self, part: Part) -> Trial | None:
-        """What cost is measured on, where it is not measured beside `baseline`: the example at size 64, where the part
-        gives inputs."""
-        if part.inputs is None:
+        """What cost is measured on, where it is not measured beside `baseline`: the example at size 64, where there are
+        inputs."""
+        if part.inputs is None and type(self).usual_inputs is Kind.usual_inputs:
             return None
         size = f"its example ({dict(part.example)}) at size 64"
         return Trial(size, part.example, lambda module: self.inputs(part, module, 64))

@@ -488,6 +488,66 @@ def insert(
 
 
 @app.command()
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A complete network, its options after a colon: resnest:depths=101,stem_width=64.")
+    ],
+    files: Annotated[list[Path], typer.Argument(help="Image files; each is a call of its own.")],
+    size: Annotated[
+        str | None,
+        typer.Option(help="A published size by the paper's name: `saccade show` lists them."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The authors' released file, or a state dict of this network."),
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help="Text file with the name of a class on each line.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture (.png, .jpg, .webp), tensors (.safetensors), or a folder; runs/ by default."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a complete network on image files: what it says of each, and a picture of that.
+
+    Classifiers name the likeliest classes, segmentation colours the image by class, super-resolution enlarges it:
+
+    `saccade run resnest photo.jpg --size ResNeSt-50 --weights resnest50.pth --names imagenet.txt`
+
+    `saccade run bevanet street.png --weights bevanet.pt --out street-classes.png`
+
+    `saccade run han small.png --size 'HAN x2' --weights HAN_BIX2.pt --out large.png`
+
+    In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
+    `model.picture(output)`.
+    """
+    import torch
+
+    from saccade.report import predictions
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where torch sees one, got {device!r}")
+    called = None if names is None else predictions.read_names(names)
+    targets = predictions.places(files, model.partition(":")[0].strip(), out)
+    network = predictions.build(model, size, weights, seed).to(device)
+    if weights is None:
+        print("saccade: without --weights the network is untrained, and its answer means nothing", file=sys.stderr)
+    answers = []
+    for file, target in zip(files, targets):
+        output = network.predict(file)
+        (said,) = network.answer(output, called)
+        predictions.write(network, output, target, called)
+        if as_json:
+            answers.append({"file": str(file), "answer": said, "written": str(target)})
+        else:
+            print(predictions.told(said, file), f"written: {target}", sep="\n", flush=True)
+    if as_json:
+        _print_json(answers)
+
+
+@app.command()
 def new(
     slug: Annotated[str, typer.Argument(help="A planned paper's name, as `saccade list` has it.")],
     kind: Annotated[str, typer.Option(help="What the room will hold: sequence, gate, fusion or model.")],

@@ -107,8 +107,9 @@ class Advice:
         arguments = "".join(f", {name}={value!r}" for name, value in best.options.items())
         if self.on_model:
             return f'with saccade.switch(model, "{best.slug}"{arguments}):'
-        path, name = MECHANISMS[best.slug].path.split(":")
-        return f"from {path} import {name}; {name}(q, k, v{arguments})"
+        entry = MECHANISMS[best.slug]
+        name = entry.function.__name__
+        return f"from {entry.place} import {name}; {name}(q, k, v{arguments})"
 
     def table(self, everything: bool = False) -> str:
         """A line per setting on the frontier (or of all), then the recommendation."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import inspect
 import json
 import re
@@ -340,7 +339,7 @@ def _matching(modules: Mapping[str, nn.Module], want: str | type[nn.Module]) -> 
         found = {path for path, name in names.items() if pattern.fullmatch(name)}
         if found:
             return found
-    near = difflib.get_close_matches(want, [*callable_, *sorted(set(types.values()))], n=4, cutoff=0.3)
+    near = catalogue.nearest(want, [*callable_, *sorted(set(types.values()))])
     hint = f"; the nearest names are {', '.join(map(repr, near))}" if near else f"; paths are like {min(modules)!r}"
     raise ValueError(f"after: no module has the path, pattern or type {want!r}{hint if modules else ''}")
 

@@ -1,30 +1,30 @@
 """The mechanisms that can take the place of a pretrained model's attention: functions of (q, k, v) that add no weights.
 
-A mechanism is one line in `MECHANISMS`. Its options are the keyword arguments of its function, less those that the
-layer fills in (`mask`, `causal`, `scale`). This file knows rooms by name only, and nothing of any model.
+A part says on its card how it replaces a model's attention (`register(..., replaces=...)`); `MECHANISMS` has those that
+do, and dense attention and a plain window beside them. This file knows nothing of any paper, and nothing of any model.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from functools import cached_property
-from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from saccade import catalogue
+from saccade.catalogue import Replacement
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
 from saccade.ops.merge import add_sink
 
-__all__ = ["MECHANISMS", "Mechanism", "mechanism", "pairs"]
+__all__ = ["MECHANISMS", "Mechanism", "implementation", "mechanism", "pairs"]
 
 #: arguments of a mechanism's function that are not the user's to set
 _FILLED_IN = ("mask", "causal", "scale", "offset", "dropout", "return_map", "soft_cap", "sink_logits")
@@ -33,44 +33,30 @@ _FILLED_IN = ("mask", "causal", "scale", "offset", "dropout", "return_map", "sof
 _OF_SCORES = {"soft_cap": "a soft cap of scores", "sink_logits": "attention sinks (a learned logit per head)"}
 
 
+def implementation(slug: str) -> str:
+    """A mechanism's name as `attn_implementation`."""
+    return "saccade_" + slug.replace("-", "_")
+
+
 @dataclass(frozen=True)
-class Mechanism:
-    """How a training-free mechanism is called.
+class Mechanism(Replacement):
+    """A training-free mechanism: what its card says of it, and its name in the catalogue."""
 
-    Attributes:
-        slug: its name in the catalogue; `attn_implementation` is "saccade_" + slug with underscores.
-        path: "module:function", imported at first use.
-        causal, bidirectional: which layers it is defined for.
-        masks: what the function takes beside causality. "any": every mask, at any `offset`. "sequences": padding and
-            packed documents, and queries that are the last of the keys. "none": sequences of one length, as many
-            queries as keys; padded and packed rows are taken apart for it.
-        kept: (N, M, causal, offset, options) -> the pairs that it computes, for the report: a mask, or their number
-            per head. None where the function gives them with `return_map`, as a mask or as blocks of `block_q` x
-            `block_k` (or `block_size`) tokens.
-        settings: context length -> options worth trying, from the fastest to the closest; what `saccade.advise` runs.
-    """
-
-    slug: str
-    path: str
-    causal: bool = True
-    bidirectional: bool = True
-    masks: Literal["any", "sequences", "none"] = "none"
-    kept: Callable[[int, int, bool, int, Mapping[str, Any]], Mask | float] | None = None
-    settings: Callable[[int], list[dict[str, Any]]] | None = None
+    slug: str = ""
 
     @property
     def implementation(self) -> str:
         """Its name as `attn_implementation`."""
-        return "saccade_" + self.slug.replace("-", "_")
+        return implementation(self.slug)
+
+    @property
+    def place(self) -> str:
+        """The module from which its function is imported."""
+        return self.function.__module__ if self.slug in _OWN else str(catalogue.paper(self.slug).room)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # by name, so that a model can be copied and pickled while it is switched
         return mechanism, (self.slug,)
-
-    @cached_property
-    def function(self) -> Callable[..., Any]:
-        module, name = self.path.split(":")
-        return getattr(import_module(module), name)
 
     @cached_property
     def _arguments(self) -> Mapping[str, inspect.Parameter]:
@@ -89,7 +75,7 @@ class Mechanism:
         """Raise ValueError if there is no such option, or one is missing; the nearest names are in the message."""
         for name in options:
             if name not in self.options:
-                near = difflib.get_close_matches(name, self.options, n=2, cutoff=0.4)
+                near = catalogue.nearest(name, self.options)
                 hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
                 raise ValueError(f"{self.slug} has the options {', '.join(self.options) or 'none'}, not {name!r}{hint}")
         for name, default in self.options.items():
@@ -233,92 +219,48 @@ def _window(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any
     return masks.window(left, 0 if causal else left if right is None else right, sinks or 0, offset=offset)
 
 
-def _moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
-    """Token t computes its own block up to itself, and top_k - 1 of the whole blocks before it."""
-    size, top_k = options["block_size"], options["top_k"]
-    t = torch.arange(n, dtype=torch.float64)
-    return float((t % size + 1 + (t // size).clamp(max=top_k - 1) * size).sum())
-
-
-def _tiles(n: int) -> dict[str, int]:
-    """SpargeAttn's blocks, smaller where there would be fewer than 32 of them."""
-    size = max(8, min(128, 1 << (max(1, n // 32)).bit_length() - 1))
-    return {"block_q": size, "block_k": max(4, size // 2)}
-
-
-def _mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
-    return float(import_module("saccade.attention.mra").mra_pairs(n, m, causal, offset, options))
-
-
-def _mra_scales(n: int) -> tuple[int, int]:
-    """The paper's 32, smaller where that would leave few blocks."""
-    return min(32, max(4, 1 << max(1, n // 16).bit_length() - 1)), 1
-
-
-MECHANISMS: dict[str, Mechanism] = {
-    entry.slug: entry
-    for entry in (
-        Mechanism("softmax", "saccade.integrations.mechanisms:softmax_attend", masks="any", kept=_everything),
-        Mechanism(
-            "window",
-            "saccade.integrations.mechanisms:window_attend",
-            masks="any",
-            kept=_window,
-            settings=lambda n: [{"left": left} for left in sorted({max(1, n // part) for part in (32, 16, 8, 4, 2)})],
-        ),
-        Mechanism(
-            "moba",
-            "saccade.attention.moba:moba_attend",
-            bidirectional=False,
-            masks="sequences",
-            kept=_moba_pairs,
-            settings=lambda n: [
-                {"block_size": size, "top_k": top_k}
-                for size in sorted({max(1, n // part) for part in (64, 32, 16)})
-                for top_k in (2, 4, 8)
-            ],
-        ),
-        Mechanism(
-            "spargeattn",
-            "saccade.attention.spargeattn:spargeattn_attend",
-            settings=lambda n: [
-                *({"top_k": share, **_tiles(n)} for share in (0.1, 0.25, 0.5)),
-                *({"cdf_threshold": share, **_tiles(n)} for share in (0.8, 0.9, 0.98)),
-            ],
-        ),
-        Mechanism(
-            "prism",
-            "saccade.attention.prism:prism_attend",
-            bidirectional=False,
-            settings=lambda n: [
-                {"low_freq_threshold": tau, "high_freq_threshold": tau, "block_size": _tiles(n)["block_q"]}
-                for tau in (0.6, 0.8, 0.9, 0.95)
-            ],
-        ),
-        Mechanism(
-            "block-sparse-vggt",
-            "saccade.attention.block_sparse_vggt:block_sparse_vggt_attend",
-            causal=False,
-            settings=lambda n: [{"cdf_threshold": tau, **_tiles(n)} for tau in (0.6, 0.8, 0.9, 0.97)],
-        ),
-        Mechanism(
-            "rectified-spaattn",
-            "saccade.attention.rectified_spaattn:rectified_spaattn_attend",
-            causal=False,
-            settings=lambda n: [
-                {"drop_rate": rate, "block_q": _tiles(n)["block_q"], "block_k": _tiles(n)["block_q"]}
-                for rate in (0.9, 0.8, 0.65, 0.5)
-            ],
-        ),
-        Mechanism(
-            "mra",
-            "saccade.attention.mra:mra_attend",
-            causal=False,
-            kept=_mra_pairs,
-            settings=lambda n: [{"resolutions": _mra_scales(n), "blocks_per_row": rows} for rows in (2, 4, 8, 16)],
-        ),
-    )
+#: what no paper of the catalogue brings
+_OWN = {
+    "softmax": Replacement(softmax_attend, masks="any", kept=_everything),
+    "window": Replacement(
+        window_attend,
+        masks="any",
+        kept=_window,
+        settings=lambda n: [{"left": left} for left in sorted({max(1, n // part) for part in (32, 16, 8, 4, 2)})],
+    ),
 }
+
+
+class _Mechanisms(Mapping[str, Mechanism]):
+    """By name; a part's room is imported when its mechanism is asked for."""
+
+    @cached_property
+    def _slugs(self) -> list[str]:
+        able = catalogue.select(kind="sequence", supports="training-free")
+        return [*_OWN, *(part.slug for part in able)]
+
+    @cached_property
+    def _found(self) -> dict[str, Mechanism]:
+        return {}
+
+    def __getitem__(self, slug: str) -> Mechanism:
+        if slug not in self._slugs:
+            raise KeyError(slug)
+        if slug not in self._found:
+            card = _OWN.get(slug) or catalogue.part(slug).replaces
+            if card is None:
+                raise RuntimeError(f"{slug!r} is training-free, and its card does not say replaces=")
+            self._found[slug] = Mechanism(**{each.name: getattr(card, each.name) for each in fields(card)}, slug=slug)
+        return self._found[slug]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slugs)
+
+    def __len__(self) -> int:
+        return len(self._slugs)
+
+
+MECHANISMS: Mapping[str, Mechanism] = _Mechanisms()
 
 
 def mechanism(slug: str) -> Mechanism:
@@ -329,6 +271,6 @@ def mechanism(slug: str) -> Mechanism:
     """
     if slug in MECHANISMS:
         return MECHANISMS[slug]
-    near = difflib.get_close_matches(str(slug), MECHANISMS, n=2, cutoff=0.4)
+    near = catalogue.nearest(str(slug), MECHANISMS)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise ValueError(f"{slug!r} cannot replace a model's attention; {', '.join(MECHANISMS)} can{hint}")

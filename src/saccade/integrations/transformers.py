@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from saccade.extras import need
 from saccade.integrations.handed_masks import hand_over, read
-from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism, softmax_attend
+from saccade.integrations.mechanisms import MECHANISMS, Mechanism, implementation, mechanism, softmax_attend
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
 from saccade.ops.pattern import Pattern
 
@@ -46,9 +46,9 @@ _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "cache")
 
 def register() -> None:
     """Make `attn_implementation="saccade_<mechanism>"` valid; done when this module is imported."""
-    for entry in MECHANISMS.values():
-        AttentionInterface.register(entry.implementation, _attention_function(entry))
-        AttentionMaskInterface.register(entry.implementation, hand_over)
+    for slug in MECHANISMS:
+        AttentionInterface.register(implementation(slug), _attention_function(slug))
+        AttentionMaskInterface.register(implementation(slug), hand_over)
 
 
 @dataclass
@@ -175,9 +175,9 @@ def _current(module: nn.Module) -> _Setting:
     if "_saccade" in module.__dict__:
         return module.__dict__["_saccade"]
     named = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    for entry in MECHANISMS.values():
-        if entry.implementation == named:
-            return _configured(entry, module)
+    for slug in MECHANISMS:
+        if implementation(slug) == named:
+            return _configured(MECHANISMS[slug], module)
     return _Setting(None)
 
 
@@ -198,7 +198,7 @@ def _attention_layers(model: nn.Module) -> dict[str, int]:
     return {name: i if number is None else int(number) for i, (name, number) in enumerate(zip(found, numbers))}
 
 
-def _attention_function(entry: Mechanism) -> Any:
+def _attention_function(slug: str) -> Any:
     # which path runs depends on the mask's contents; a compiled model calls this between its graphs
     @torch.compiler.disable
     def saccade_attention(
@@ -212,6 +212,7 @@ def _attention_function(entry: Mechanism) -> Any:
         is_causal: bool | None = None,
         **extra: Any,
     ) -> tuple[Tensor, None]:
+        entry = MECHANISMS[slug]
         for name in _UNKNOWN:
             if extra.get(name) is not None:
                 raise ValueError(f"{entry.implementation}: this model's attention has {name!r}, which is not supported")

@@ -1,22 +1,32 @@
-"""What image backbones share: the pyramid that `features` gives, the head on its last level, sizes by name, a block.
+"""What image backbones share: the pyramid that `features` gives, the head on its last level and what it says, a block.
 
 Shape letters: B batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.layers.drop_path import DropPath
+from saccade.models.complete import Complete, labels
+from saccade.models.images import middle, normalised, stacked, to_picture, with_bars
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
     from typing_extensions import Self
+
+#: classes that are told
+_TOP = 5
+#: of a picture beside its bars
+_HEIGHT = 224
 
 
 @output
@@ -27,41 +37,33 @@ class ImageOutput:
     Attributes:
         features: maps (B, C, H, W) from fine to coarse, of `channels` and `strides` of the backbone.
         logits: (B, K), None without a head.
+        images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
     features: list[Tensor]
     logits: Tensor | None = None
+    images: list[Tensor] | None = None
 
 
-class Sized(nn.Module):
-    """Base of the models that their papers give in sizes; a subclass sets `slug`, its paper."""
-
-    slug: ClassVar[str]
-
-    @classmethod
-    def from_config(cls, name: str, **changes: Any) -> Self:
-        """A published size by the paper's name for it, e.g. "Twins-SVT-S"; `changes` go before its arguments.
-
-        Raises:
-            ValueError: if there is no such size; the message lists them.
-        """
-        sizes = {size.name: size for size in catalogue.part(cls.slug).published}
-        if name not in sizes:
-            raise ValueError(f"{cls.slug} was published as {', '.join(sizes)}; got {name!r}")
-        model = catalogue.create(cls.slug, **{**sizes[name].arguments, **changes})
-        assert isinstance(model, cls)
-        return model
-
-
-class Backbone(Sized):
+class Backbone(Complete):
     """Base of the image backbones; a subclass sets `slug`, `channels`, `strides` and gives `features` and `classify`.
 
     Attributes:
         channels, strides: of the maps that `features` gives; a stride is the input's size over the map's.
+        image_size: side of the square that `predict` shows the network: a published size's own.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
+    image_size: int = 224
+
+    @classmethod
+    def from_config(cls, name: str, **changes: Any) -> Self:
+        """`Complete.from_config`; it sees images at the size at which the paper counts."""
+        model = super().from_config(name, **changes)
+        (shape,) = next(size.inputs for size in catalogue.part(cls.slug).published if size.name == name).values()
+        model.image_size = shape[-1]
+        return model
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         """The pyramid, from fine to coarse; images of any size.
@@ -75,9 +77,34 @@ class Backbone(Sized):
         """Logits (B, K) of the last map; None without a head."""
         raise NotImplementedError
 
-    def forward(self, x_BCHW: Tensor) -> ImageOutput:
-        maps = self.features(x_BCHW)
+    def forward(self, pixel_values: Tensor) -> ImageOutput:
+        """Images (B, C, H, W), as `features` takes them."""
+        maps = self.features(pixel_values)
         return ImageOutput(maps, self.classify(maps[-1]))
+
+    def see(self, images: Sequence[Tensor]) -> ImageOutput:
+        squares = torch.stack([middle(image, self.image_size) for image in images])
+        said: ImageOutput = self(normalised(squares, self.in_channels))
+        return replace(said, images=list(images))
+
+    def answer(self, output: ImageOutput, names: Sequence[str] | None = None) -> list[dict[str, float]]:
+        """The probabilities of the likeliest classes of each image, the largest first."""
+        if output.logits is None:
+            raise ValueError(f"this {type(self).__name__} has no head and names no classes: build it with num_classes")
+        called = labels(output.logits.shape[1], names)
+        top = output.logits.float().softmax(-1).topk(min(_TOP, len(called)))
+        return [
+            {called[k]: share for k, share in zip(classes, shares)}
+            for classes, shares in zip(top.indices.tolist(), top.values.tolist())
+        ]
+
+    def drawn(self, output: ImageOutput, names: Sequence[str] | None) -> Picture:
+        pictures = []
+        for image, said in zip(output.images or (), self.answer(output, names)):
+            shown = to_picture(image)
+            shown = shown.resize((max(1, round(shown.width * _HEIGHT / shown.height)), _HEIGHT))
+            pictures.append(with_bars(shown, list(said.items())))
+        return stacked(pictures)
 
 
 class MLP(nn.Module):

@@ -32,6 +32,16 @@ STATES_PER_LIST = 2**20
 PAIRS_PER_EVALUATION = 2**20
 
 
+def block_sizes(length: int) -> dict[str, int]:
+    """`block_q` and `block_k` worth trying at a length: 128 and 64, smaller where there would be fewer than 32 blocks.
+
+    >>> block_sizes(8192), block_sizes(500)
+    ({'block_q': 128, 'block_k': 64}, {'block_q': 8, 'block_k': 4})
+    """
+    size = max(8, min(128, 1 << (max(1, length // 32)).bit_length() - 1))
+    return {"block_q": size, "block_k": max(4, size // 2)}
+
+
 class Piece(NamedTuple):
     """Consecutive rows of a work list, all of one width.
 

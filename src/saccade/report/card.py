@@ -47,7 +47,7 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
         found["options"] = [_option(name, option) for name, option in catalogue.options(slug).items()]
     found["published sizes"] = [
         f"{size.name}: {size.parameters:.4g} M parameters"
-        + (f", {size.flops:g} G multiply-adds at {size.resolution} x {size.resolution}" if size.flops else "")
+        + (f", {size.flops:g} G multiply-adds at {_shapes(size)}" if size.flops else "")
         for size in part.published
     ]
     if part.claim:
@@ -68,6 +68,8 @@ def to_copy(part: catalogue.Part) -> list[str]:
     if part.published and hasattr(part.build, "from_config"):
         of, name = str(catalogue.paper(part.slug).room), getattr(part.build, "__name__", "")
         lines.append(f'from {of} import {name}; model = {name}.from_config("{part.published[0].name}")')
+    if hasattr(part.build, "predict"):
+        lines.append(f"$ saccade run {part.slug} photo.jpg --weights FILE")
     if part.slug in MECHANISMS and part.slug != "softmax":
         lines.append(f'with saccade.switch(model, "{part.slug}"): ...')
     lines += [f"$ {command.format(slug=part.slug)}" for command in part.kind.commands]
@@ -75,6 +77,11 @@ def to_copy(part: catalogue.Part) -> list[str]:
         compared = " ".join(dict.fromkeys(filter(None, (part.kind.baseline, part.slug))))
         lines.append(f"$ saccade compare {compared} --task {task.name}")
     return [*lines, f"$ saccade claim {part.slug}"]
+
+
+def _shapes(size: catalogue.Published) -> str:
+    """The sizes of its inputs, without batch and channels."""
+    return " and ".join(" x ".join(map(str, shape[2:])) for shape in size.inputs.values())
 
 
 def _option(name: str, option: Option) -> str:

@@ -17,7 +17,7 @@ class Size:
 
     Attributes:
         parameters: of our module, in millions.
-        flops: multiply-adds of our module at the published resolution, in thousand millions.
+        flops: multiply-adds of our module on the published inputs, in thousand millions.
     """
 
     slug: str
@@ -43,9 +43,9 @@ def count(slug: str, name: str) -> Size:
     assert part.build is not None
     with torch.device("meta"):
         model = part.build(**published.arguments).eval()
-        image = torch.empty(1, 3, published.resolution, published.resolution)
+        inputs = part.kind.sized(published)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model(**inputs)
     parameters = sum(p.numel() for p in model.parameters())
     return Size(slug, published, parameters / 1e6, counter.get_total_flops() / 2e9)
 

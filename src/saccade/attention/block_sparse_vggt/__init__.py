@@ -37,7 +37,8 @@ from saccade.attention.block_sparse_vggt.layer import (
     retrofit_global_attention,
 )
 from saccade.attention.block_sparse_vggt.operator import FrameBlocks, block_sparse_vggt_attend, vggt_block_map
-from saccade.catalogue import register
+from saccade.catalogue import Replacement, register
+from saccade.ops.blocks import block_sizes
 
 __all__ = [
     "BlockSparseGlobalAttention",
@@ -70,4 +71,9 @@ register(
     example={"dim": 16, "num_heads": 4, "num_special_tokens": 1, "block_q": 8, "block_k": 4, "top_k": 2},
     at_length=lambda length: {"block_q": min(128, max(4, length // 8)), "block_k": min(64, max(2, length // 16))},
     data_dependent=True,
+    replaces=Replacement(
+        block_sparse_vggt_attend,
+        causal=False,
+        settings=lambda context: [{"cdf_threshold": tau, **block_sizes(context)} for tau in (0.6, 0.8, 0.9, 0.97)],
+    ),
 )

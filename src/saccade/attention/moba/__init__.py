@@ -24,10 +24,10 @@ gives (the authors decode densely).
 from __future__ import annotations
 
 from saccade.attention.moba.layer import MoBA, MoBACache
-from saccade.attention.moba.operator import moba_attend, moba_attend_reference, moba_route
-from saccade.catalogue import register
+from saccade.attention.moba.operator import moba_attend, moba_attend_reference, moba_pairs, moba_route
+from saccade.catalogue import Replacement, register
 
-__all__ = ["MoBA", "MoBACache", "moba_attend", "moba_attend_reference", "moba_route"]
+__all__ = ["MoBA", "MoBACache", "moba_attend", "moba_attend_reference", "moba_pairs", "moba_route"]
 
 
 register(
@@ -49,4 +49,15 @@ register(
     build=MoBA,
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2, "block_size": 4, "top_k": 2},
     at_length=lambda length: {"block_size": min(512, max(4, length // 8)), "top_k": 3},
+    replaces=Replacement(
+        moba_attend,
+        bidirectional=False,
+        masks="sequences",
+        kept=moba_pairs,
+        settings=lambda context: [
+            {"block_size": size, "top_k": top_k}
+            for size in sorted({max(1, context // part) for part in (64, 32, 16)})
+            for top_k in (2, 4, 8)
+        ],
+    ),
 )

@@ -6,6 +6,9 @@ block, n blocks, L = n S, j = top_k - 1 chosen blocks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,6 +88,14 @@ def moba_attend(
     if layout is None:
         return out[:, :, front : front + N]
     return layout.restore(out, first=M - N)
+
+
+def moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
+    """Pairs that `moba_attend` computes per head: token t has its own block up to itself, and top_k - 1 of the whole
+    blocks before it."""
+    size, top_k = options["block_size"], options["top_k"]
+    t_N = torch.arange(n, dtype=torch.float64)
+    return float((t_N % size + 1 + (t_N // size).clamp(max=top_k - 1) * size).sum())
 
 
 @torch.no_grad()

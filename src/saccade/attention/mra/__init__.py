@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from saccade.attention.mra.layer import MRA
 from saccade.attention.mra.operator import mra_attend, mra_pairs, patch_order
-from saccade.catalogue import register
+from saccade.catalogue import Replacement, register
 
 __all__ = ["MRA", "mra_attend", "mra_pairs", "patch_order"]
 
@@ -60,4 +60,14 @@ register(
         "blocks_per_row": 8 if length >= 1024 else 4,
     },
     data_dependent=True,
+    replaces=Replacement(
+        mra_attend,
+        causal=False,
+        kept=mra_pairs,
+        # the paper's 32, smaller where that would leave few blocks
+        settings=lambda context: [
+            {"resolutions": (min(32, max(4, 1 << max(1, context // 16).bit_length() - 1)), 1), "blocks_per_row": rows}
+            for rows in (2, 4, 8, 16)
+        ],
+    ),
 )

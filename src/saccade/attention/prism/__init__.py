@@ -48,7 +48,8 @@ from saccade.attention.prism.operator import (
     prism_blocks,
     prism_sparsity,
 )
-from saccade.catalogue import register
+from saccade.catalogue import Replacement, register
+from saccade.ops.blocks import block_sizes
 
 __all__ = ["PrismAttention", "frequency_bands", "mean_attenuation", "prism_attend", "prism_blocks", "prism_sparsity"]
 
@@ -81,4 +82,12 @@ register(
     },
     at_length=lambda length: {"block_size": min(128, max(4, length // 16))},
     data_dependent=True,
+    replaces=Replacement(
+        prism_attend,
+        bidirectional=False,
+        settings=lambda context: [
+            {"low_freq_threshold": tau, "high_freq_threshold": tau, "block_size": block_sizes(context)["block_q"]}
+            for tau in (0.6, 0.8, 0.9, 0.95)
+        ],
+    ),
 )

@@ -48,7 +48,8 @@ from saccade.attention.rectified_spaattn.operator import (
     rectified_map,
     rectified_spaattn_attend,
 )
-from saccade.catalogue import register
+from saccade.catalogue import Replacement, register
+from saccade.ops.blocks import block_sizes
 
 __all__ = [
     "RectifiedBlocks",
@@ -80,4 +81,12 @@ register(
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2, "block_q": 8, "block_k": 4, "top_k": 2, "rope": True},
     at_length=lambda length: {"block_q": min(128, max(4, length // 16)), "block_k": min(128, max(4, length // 16))},
     data_dependent=True,
+    replaces=Replacement(
+        rectified_spaattn_attend,
+        causal=False,
+        settings=lambda context: [
+            {"drop_rate": rate, **dict.fromkeys(("block_q", "block_k"), block_sizes(context)["block_q"])}
+            for rate in (0.9, 0.8, 0.65, 0.5)
+        ],
+    ),
 )

@@ -44,7 +44,8 @@ from saccade.attention.spargeattn.operator import (
     sparge_sparsity,
     spargeattn_attend,
 )
-from saccade.catalogue import register
+from saccade.catalogue import Replacement, register
+from saccade.ops.blocks import block_sizes
 
 __all__ = [
     "PerHead",
@@ -77,4 +78,11 @@ register(
     build=SpargeAttention,
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2, "block_q": 8, "block_k": 4, "top_k": 0.5},
     data_dependent=True,
+    replaces=Replacement(
+        spargeattn_attend,
+        settings=lambda context: [
+            *({"top_k": share, **block_sizes(context)} for share in (0.1, 0.25, 0.5)),
+            *({"cdf_threshold": share, **block_sizes(context)} for share in (0.8, 0.9, 0.98)),
+        ],
+    ),
 )

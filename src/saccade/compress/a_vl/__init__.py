@@ -36,8 +36,6 @@ step reads a contiguous slice, and a refresh swaps rows.
 
 from __future__ import annotations
 
-import torch
-
 from saccade.catalogue import register
 from saccade.compress.a_vl.compressor import AVL, AVLDecoder
 from saccade.compress.a_vl.operator import (
@@ -46,7 +44,6 @@ from saccade.compress.a_vl.operator import (
     AVLOptions,
     agreement,
     best_tokens,
-    compressed,
     image_span,
     share,
     text_kept,
@@ -61,7 +58,6 @@ __all__ = [
     "AVLOptions",
     "agreement",
     "best_tokens",
-    "compressed",
     "image_span",
     "share",
     "text_kept",
@@ -87,5 +83,4 @@ register(
     build=AVL,
     passes=(AVLOptions, QKVAttention),
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2},
-    inputs=lambda module, size: (torch.randn(2, size, module.dim),),
 )

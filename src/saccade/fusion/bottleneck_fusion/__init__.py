@@ -27,8 +27,6 @@ rows (a mask of False only) are left out of the mean; drop path divides by the p
 
 from __future__ import annotations
 
-import torch
-
 from saccade.catalogue import register
 from saccade.fusion.bottleneck_fusion.fusion import MBT, Block, BottleneckFusion
 from saccade.fusion.bottleneck_fusion.operator import MBTOutput, across, jointly, through_bottleneck
@@ -53,5 +51,4 @@ register(
     ),
     build=BottleneckFusion,
     example={"dim": 16, "num_heads": 4, "num_bottlenecks": 2},
-    inputs=lambda module, size: (torch.randn(2, size, 16), torch.randn(2, size + 2, 16)),
 )

@@ -6,34 +6,17 @@ Shape letters: B batch, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.models.backbone import Sized, check_images
+from saccade.models.backbone import check_images
 from saccade.models.bevanet.parts import BGAF, DLKPPM, EVA, PagFM, before, resize
-from saccade.ops.export import output
+from saccade.models.segmentation import Segmentation, Segmenter
 
 #: label of pixels that are not scored
 IGNORE = -100
-
-
-@output
-@dataclass
-class Segmentation:
-    """What BEVANet returns.
-
-    Attributes:
-        logits: (B, K, H, W), at the image's size.
-        auxiliary: (B, K, H / 8, W / 8) from the detail branch, in training only.
-        boundary: (B, 1, H / 8, W / 8), logits of a boundary, in training only.
-    """
-
-    logits: Tensor
-    auxiliary: Tensor | None = None
-    boundary: Tensor | None = None
 
 
 class BasicBlock(nn.Module):
@@ -132,7 +115,7 @@ class _Branches(nn.Module):
         return [quarter, eighth, third, fourth], early, late
 
 
-class BEVANet(_Branches, Sized):
+class BEVANet(_Branches, Segmenter):
     """Bilateral efficient visual attention network.
 
     Args:
@@ -188,14 +171,14 @@ class BEVANet(_Branches, Sized):
         maps = self._branches(x_BCHW)[0]
         return [*maps, self.semantic[2](maps[-1])]
 
-    def forward(self, x_BCHW: Tensor) -> Segmentation:
+    def forward(self, pixel_values: Tensor) -> Segmentation:
         """Images of any size (the authors' code takes multiples of 64).
 
         Raises:
-            ValueError: if `x` is no batch of images.
+            ValueError: if they are no batch of images.
         """
-        maps, early, detail = self._branches(x_BCHW)
-        logits = resize(self._classes(maps[-1], detail), x_BCHW)
+        maps, early, detail = self._branches(pixel_values)
+        logits = resize(self._classes(maps[-1], detail), pixel_values)
         if not self.training:
             return Segmentation(logits)
         return Segmentation(logits, self.auxiliary_head(early), self.boundary_head(detail))

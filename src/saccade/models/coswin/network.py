@@ -198,6 +198,7 @@ class CoSwin(Backbone):
     """
 
     slug = "coswin"
+    image_size = 32
 
     def __init__(
         self,

@@ -67,7 +67,7 @@ register(
             "HAN x2",
             {"scale": 2},
             15.924057,
-            resolution=48,
+            inputs={"pixel_values": (1, 3, 48, 48)},
             note="the paper counts the 24 fixed numbers of the mean",
         ),
     ),

@@ -5,25 +5,15 @@ Shape letters: B batch, L layers, C channels, H height, W width, s scale.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.models.backbone import Sized, check_images
-from saccade.ops.export import output
+from saccade.models.backbone import check_images
+from saccade.models.restoration import Restorer, SuperResolved
 
 #: DIV2K's mean colour, as a share of the range
 MEAN = (0.4488, 0.4371, 0.4040)
-
-
-@output
-@dataclass
-class SuperResolved:
-    """What HAN returns: the image (B, 3, s H, s W), in the input's range."""
-
-    image: Tensor
 
 
 def layer_attention(x_BLCHW: Tensor, *, invert: bool = True) -> Tensor:
@@ -98,7 +88,7 @@ class ResidualGroup(nn.Module):
         return x_BCHW + self.conv(self.blocks(x_BCHW))
 
 
-class HAN(Sized):
+class HAN(Restorer):
     """The holistic attention network.
 
     Args:
@@ -116,6 +106,7 @@ class HAN(Sized):
     """
 
     slug = "han"
+    authors_module = "han"
     mean: Tensor
 
     def __init__(
@@ -139,7 +130,7 @@ class HAN(Sized):
                 f"groups, blocks and channels must be positive and reduction at most channels, got {groups}, {blocks}, "
                 f"{channels} and {reduction}"
             )
-        self.scale = scale
+        self.scale, self.value_range = scale, value_range
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None] * value_range)
         self.head = _conv(3, channels)
         self.groups = nn.ModuleList(ResidualGroup(channels, reduction, blocks) for _ in range(groups))
@@ -154,14 +145,14 @@ class HAN(Sized):
         )
         self.tail = _conv(channels, 3)
 
-    def forward(self, x_BCHW: Tensor) -> SuperResolved:
+    def forward(self, pixel_values: Tensor) -> SuperResolved:
         """Images (B, 3, H, W) in [0, value_range].
 
         Raises:
-            ValueError: if `x` is no batch of colour images.
+            ValueError: if they are no batch of colour images.
         """
-        check_images(x_BCHW, 3)
-        first = y_BCHW = self.head(x_BCHW - self.mean)
+        check_images(pixel_values, 3)
+        first = y_BCHW = self.head(pixel_values - self.mean)
         maps = []
         for group in self.groups:
             y_BCHW = group(y_BCHW)

@@ -149,6 +149,7 @@ class LIT(Backbone):
     """
 
     slug = "lit"
+    authors_module = "lit"
 
     def __init__(
         self,
@@ -281,8 +282,8 @@ class LIT(Backbone):
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         return self.pyramid(x_BCHW)[0]
 
-    def forward(self, x_BCHW: Tensor) -> ImageOutput:
-        maps, token_BC = self.pyramid(x_BCHW)
+    def forward(self, pixel_values: Tensor) -> ImageOutput:
+        maps, token_BC = self.pyramid(pixel_values)
         return ImageOutput(maps, self.classify(maps[-1], token_BC))
 
     def classify(self, x_BCHW: Tensor, token_BC: Tensor | None = None) -> Tensor | None:

@@ -28,6 +28,10 @@ from saccade.models.resnest.network import DEPTHS, Bottleneck, ResNeSt, SplitAtt
 __all__ = ["DEPTHS", "Bottleneck", "ResNeSt", "SplitAttention", "drop_block", "radix_softmax"]
 
 
+def _seen(side: int) -> dict[str, tuple[int, ...]]:
+    return {"pixel_values": (1, 3, side, side)}
+
+
 register(
     "resnest",
     kind="model",
@@ -54,8 +58,13 @@ register(
     published=(
         Published("ResNeSt-50", {"depths": 50}, 27.48, 5.39),
         Published("ResNeSt-50-fast", {"depths": 50, "avd_first": True}, 27.48, 4.34),
-        Published("ResNeSt-101", {"depths": 101, "stem_width": 64}, 48.28, resolution=256),
-        Published("ResNeSt-200", {"depths": 200, "stem_width": 64}, 70.2, resolution=320),
-        Published("ResNeSt-269", {"depths": 269, "stem_width": 64, "drop": 0.2}, 111.0, resolution=416),
+        Published("ResNeSt-101", {"depths": 101, "stem_width": 64}, 48.28, inputs=_seen(256)),
+        Published("ResNeSt-200", {"depths": 200, "stem_width": 64}, 70.2, inputs=_seen(320)),
+        Published(
+            "ResNeSt-269",
+            {"depths": 269, "stem_width": 64, "drop": 0.2},
+            111.0,
+            inputs={"pixel_values": (1, 3, 416, 416)},
+        ),
     ),
 )

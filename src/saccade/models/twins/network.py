@@ -188,6 +188,7 @@ class Twins(Backbone):
     """
 
     slug = "twins"
+    authors_module = "svt"
 
     def __init__(
         self,

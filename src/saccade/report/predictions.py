@@ -1,0 +1,121 @@
+"""A complete network run on files: built by name, its answer, and what is written of it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from saccade import catalogue
+from saccade.models.complete import Complete
+from saccade.tables import table
+from saccade.train.files import make_folder, write_bytes
+from saccade.train.mechanisms import parse
+
+#: what a picture may be written as, and what the tensors are
+PICTURES, TENSORS = (".png", ".jpg", ".jpeg", ".webp"), ".safetensors"
+
+
+def build(model: str, size: str | None = None, weights: str | Path | None = None, seed: int = 0) -> Complete:
+    """A network, ready to be run.
+
+    Args:
+        model: a part of kind "model", with options after a colon: `resnest:depths=101,stem_width=64`.
+        size: a published size by the paper's name.
+        weights: a file of the authors or of this library; drawn at the seed where None.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the part runs on no files, there is no such size, or the weights do not fit.
+    """
+    (wanted,) = parse([model])
+    slug = str(wanted.slug)
+    made = None if wanted.slug is None else catalogue.part(slug).build
+    if not (isinstance(made, type) and issubclass(made, Complete)):
+        raise ValueError(f"{slug!r} does not run on files; {', '.join(runnable())} do")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = catalogue.create(slug, **wanted.options) if size is None else made.from_config(size, **wanted.options)
+    assert isinstance(network, Complete)
+    return (network if weights is None else network.load(weights)).eval()
+
+
+def runnable() -> list[str]:
+    """The parts that run on files."""
+    parts = [catalogue.part(part.slug) for part in catalogue.parts() if part.kind.published]
+    return [part.slug for part in parts if isinstance(part.build, type) and issubclass(part.build, Complete)]
+
+
+def read_names(path: str | Path) -> list[str]:
+    """A name a line.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8") from error
+
+
+def places(files: Sequence[Path], slug: str, out: Path | None) -> list[Path]:
+    """Where the picture of each file goes: `out` itself where it has a picture's or tensors' suffix, else in that
+    folder, under the file's name and the model's.
+
+    Raises:
+        ValueError: if several files would go into one, or the suffix is unknown.
+    """
+    if out is not None and out.suffix:
+        if out.suffix.lower() not in (*PICTURES, TENSORS):
+            raise ValueError(f"out must end in {', '.join((*PICTURES, TENSORS))}, or be a folder, got {out}")
+        if len(files) > 1:
+            raise ValueError(f"out must be a folder where there are several files, got {out}")
+        return [out]
+    folder, taken = Path("runs") if out is None else out, dict[Path, int]()
+    found = []
+    for file in files:
+        place = folder / f"{file.stem}-{slug}.png"
+        taken[place] = taken.get(place, 0) + 1
+        found.append(place if taken[place] == 1 else place.with_stem(f"{place.stem}-{taken[place]}"))
+    return found
+
+
+def write(model: Complete, output: Any, path: Path, names: Sequence[str] | None = None) -> None:
+    """The picture of an output, or its tensors where the path says so. The file is written whole or not at all.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    make_folder(path.parent)
+    if path.suffix.lower() == TENSORS:
+        write_bytes(path, save(tensors(output)))
+        return
+    buffer = io.BytesIO()
+    drawn = model.picture(output, names)
+    drawn.save(buffer, format={".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG"))
+    write_bytes(path, buffer.getvalue())
+
+
+def tensors(output: Any) -> dict[str, Tensor]:
+    """The tensors of an output by name; those in a list by name and number."""
+    found: dict[str, Tensor] = {}
+    for field in fields(output):
+        value = getattr(output, field.name)
+        if isinstance(value, Tensor):
+            found[field.name] = value.contiguous().cpu()
+        elif isinstance(value, (list, tuple)):
+            found |= {f"{field.name}.{i}": each.contiguous().cpu() for i, each in enumerate(value)}
+    return found
+
+
+def told(said: dict[str, Any], file: Path) -> str:
+    """An answer as a table."""
+    rows = [(name, f"{value:.1%}" if isinstance(value, float) else str(value)) for name, value in said.items()]
+    return table(("what", "share" if any(isinstance(v, float) for v in said.values()) else "is"), rows, title=str(file))
