@@ -311,6 +311,7 @@ def test_tables_of_arguments_build_and_refuse() -> None:
             "padding": ("padding_mode", {"constant": "zeros", "wrap": "circular"}),
             "no_bias": ("bias", operator.not_),
         },
+        needed=("no_bias",),
         defaults={"size": 3},
         derived={"kernel_size": lambda args: 2 * args["size"] - 1},
         inert=("size", "dropout"),
@@ -320,11 +321,13 @@ def test_tables_of_arguments_build_and_refuse() -> None:
     assert isinstance(made, nn.Conv1d) and made.weight.shape == (2, 4, 5) and made.stride == (2,)
     assert made.bias is None and made.padding_mode == "circular"
     with pytest.raises(KeyError, match="oup"):
-        build({"inp": 4})
+        build({"inp": 4, "no_bias": True})
+    with pytest.raises(KeyError, match="no_bias"):
+        build({"inp": 4, "oup": 2})
     with pytest.raises(ValueError, match="arguments must be among inp, oup, padding, no_bias, got 'groups'"):
         build({"inp": 4, "oup": 2, "groups": 2})
     with pytest.raises(ValueError, match="padding must be one of 'constant', 'wrap', got 'reflect'"):
-        build({"inp": 4, "oup": 2, "padding": "reflect"})
+        build({"inp": 4, "oup": 2, "no_bias": True, "padding": "reflect"})
 
 
 def test_plain_calls_give_what_the_authors_name() -> None:

@@ -37,6 +37,7 @@ class Arguments:
         module: our constructor.
         table: the authors' names -> ours, or (ours, what becomes of the value): a function of it, or a table of the
             authors' words -> ours.
+        needed: what the authors' constructor asks for, and ours does not.
         defaults: what the authors' constructor has where an argument is not given and ours has something else, or
             where `derived` reads it.
         derived: our arguments that are functions of several of theirs.
@@ -50,12 +51,13 @@ class Arguments:
         module: Callable[..., nn.Module],
         table: Mapping[str, Argument],
         *,
+        needed: tuple[str, ...] = (),
         defaults: Mapping[str, Any] | None = None,
         derived: Mapping[str, Callable[[dict[str, Any]], Any]] | None = None,
         inert: tuple[str, ...] | None = None,
         **fixed: Any,
     ) -> None:
-        self.module, self.table, self.inert, self.fixed = module, table, inert, fixed
+        self.module, self.table, self.needed, self.inert, self.fixed = module, table, needed, inert, fixed
         self.defaults, self.derived = defaults or {}, derived or {}
 
     def __call__(self, args: dict[str, Any]) -> nn.Module:
@@ -72,6 +74,9 @@ class Arguments:
             strange = [name for name in args if name not in self.table and name not in self.inert]
             if strange:
                 raise ValueError(f"the authors' arguments must be among {', '.join(self.table)}, got {strange[0]!r}")
+        for name in self.needed:
+            if name not in args:
+                raise KeyError(name)
         given = {**self.defaults, **args}
         found = dict(self.fixed)
         for theirs, place in self.table.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,59 +12,74 @@ from torch import Tensor, nn
 from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention
 from saccade.attention.adaptive_filter.operator import Bias, InnerResidual
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments
+
+#: arguments of which one value only can be read back, since the places of the others are not known
+_ONLY: dict[str, tuple[Any, ...]] = {"use_complex_input_norm": (0, 1), "epsilon": (1e-5,)}
+_BIASES: dict[int, Bias] = {0: "none", 1: "precision", 2: "linear"}
+_GATES: dict[int, InnerResidual] = {0: "sum", 1: "precision", 2: "learned"}
+
+
+def _of_heads(name: str) -> Callable[[dict[str, Any]], int]:
+    return lambda args: 2 * args[name] // args["n_heads"]
+
+
+_BUILD = Arguments(
+    AdaptiveFilterAttention,
+    {
+        "d_e": "dim",
+        "n_heads": "num_heads",
+        "seq_len": "seq_len",
+        "sep_params": ("separate_dynamics", bool),
+        "learn_rotations": ("rotation", {1: "learned", 0: "fixed"}),
+        "rotate_values": ("rotate_values", bool),
+        "use_robust_weight": ("robust", bool),
+        "use_full_residual_norm": ("residual", {1: "full", 0: "dot"}),
+        "additive_bias_type": ("additive", _BIASES),
+        "multiplicative_bias_type": ("multiplicative", _BIASES),
+        "lambda_real_zero": ("decay", operator.not_),
+        "zero_process_noise": ("process_noise", operator.not_),
+        "zero_key_measurement_noise": ("key_noise", operator.not_),
+        "use_complex_input_norm": ("input_norm", bool),
+        "use_complex_output_norm": ("output_norm", bool),
+        "compute_next_step_pred": ("predict", bool),
+    },
+    needed=("seq_len",),
+    defaults={
+        "sep_params": 0,
+        "learn_rotations": 1,
+        "rotate_values": 1,
+        "use_robust_weight": 1,
+        "use_full_residual_norm": 1,
+        "additive_bias_type": 1,
+        "multiplicative_bias_type": 1,
+        "lambda_real_zero": 0,
+        "zero_process_noise": 0,
+        "zero_key_measurement_noise": 0,
+        "use_complex_input_norm": 0,
+        "use_complex_output_norm": 0,
+        "compute_next_step_pred": 1,
+        "use_inner_residual": 1,
+        "use_total_precision_gate": 2,
+        "min_exponent": -10,
+        "max_exponent": 10,
+    },
+    derived={
+        "head_dim": _of_heads("d_k_total"),
+        "value_head_dim": _of_heads("d_v_total"),
+        "inner_residual": lambda args: (
+            _GATES[args["use_total_precision_gate"]] if args["use_inner_residual"] else "none"
+        ),
+        "exponents": lambda args: (float(args["min_exponent"]), float(args["max_exponent"])),
+    },
+)
 
 
 def _build(args: dict[str, Any]) -> nn.Module:
-    given = {
-        "max_exponent": 10,
-        "min_exponent": -10,
-        "sep_params": 0,
-        "lambda_real_zero": 0,
-        "use_full_residual_norm": 1,
-        "use_robust_weight": 1,
-        "additive_bias_type": 1,
-        "multiplicative_bias_type": 1,
-        "compute_next_step_pred": 1,
-        "learn_rotations": 1,
-        "rotate_values": 1,
-        "zero_process_noise": 0,
-        "zero_key_measurement_noise": 0,
-        "use_total_precision_gate": 2,
-        "use_complex_input_norm": 0,
-        "use_complex_output_norm": 0,
-        "use_inner_residual": 1,
-        "epsilon": 1e-5,
-        **args,
-    }
-    if given["use_complex_input_norm"] not in (0, 1):
-        raise ValueError(f"use_complex_input_norm must be 0 or 1, got {given['use_complex_input_norm']}")
-    if given["epsilon"] != 1e-5:
-        raise ValueError(f"epsilon must be 1e-5, the only one whose places are known, got {given['epsilon']}")
-    heads = given["n_heads"]
-    biases: tuple[Bias, ...] = ("none", "precision", "linear")
-    gates: tuple[InnerResidual, ...] = ("sum", "precision", "learned")
-    return AdaptiveFilterAttention(
-        given["d_e"],
-        heads,
-        seq_len=given["seq_len"],
-        head_dim=2 * given["d_k_total"] // heads,
-        value_head_dim=2 * given["d_v_total"] // heads,
-        separate_dynamics=bool(given["sep_params"]),
-        rotation="learned" if given["learn_rotations"] else "fixed",
-        rotate_values=bool(given["rotate_values"]),
-        robust=bool(given["use_robust_weight"]),
-        residual="full" if given["use_full_residual_norm"] else "dot",
-        additive=biases[given["additive_bias_type"]],
-        multiplicative=biases[given["multiplicative_bias_type"]],
-        decay=not given["lambda_real_zero"],
-        process_noise=not given["zero_process_noise"],
-        key_noise=not given["zero_key_measurement_noise"],
-        inner_residual=gates[given["use_total_precision_gate"]] if given["use_inner_residual"] else "none",
-        input_norm=bool(given["use_complex_input_norm"]),
-        output_norm=bool(given["use_complex_output_norm"]),
-        predict=bool(given["compute_next_step_pred"]),
-        exponents=(float(given["min_exponent"]), float(given["max_exponent"])),
-    )
+    for name, values in _ONLY.items():
+        if args.get(name, values[0]) not in values:
+            raise ValueError(f"{name} must be {' or '.join(map(str, values))}, got {args[name]}")
+    return _BUILD(args)
 
 
 _NAMES = {

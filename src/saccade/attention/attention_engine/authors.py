@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.attention_engine.operator import Identity, relu_attend, retention_attend, sigmoid_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops import masks
 from saccade.ops.attend import attend
 
@@ -33,6 +33,4 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
     }
 
 
-PORTS = (
-    AuthorsPort("parallel_variants", build=lambda args: nn.Identity(), convert=lambda state: state, run=_run_authors),
-)
+PORTS = (of_function("parallel_variants", run=_run_authors),)

@@ -2,52 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.block_sparse_vggt.layer import BlockSparseGlobalAttention, GlobalAttention
 from saccade.attention.block_sparse_vggt.operator import block_sparse_vggt_attend, places, pooled_shares
 from saccade.catalogue import AuthorsPort
-from saccade.ops.hilbert import hilbert_order as hilbert_order
+from saccade.catalogue.ports import Late
 
 
-class _AuthorsLayer(nn.Module):
+def _widths(args: dict[str, Any], state: Mapping[str, Tensor]) -> BlockSparseGlobalAttention:
     """The authors' layer, whose widths are known from its weights only."""
-
-    def __init__(self, args: dict[str, Any]) -> None:
-        super().__init__()
-        self.args = args
-
-    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
-        args, rope = self.args, self.args.get("rope")
-        special = int(args.get("num_special_tokens", 5))
-        self.layer = BlockSparseGlobalAttention(
-            state["proj.weight"].shape[0],
-            int(args.get("num_heads", 16)),
-            tokens_per_frame=special + int(args["H"]) * int(args["W"]) if "H" in args else None,
-            num_special_tokens=special,
-            cdf_threshold=args.get("cdf_threshold"),
-            sparse_ratio=args.get("sparse_ratio"),
-            top_k=args.get("topk"),
-            block_q=int(args.get("q_block", 128)),
-            block_k=int(args.get("k_block", 64)),
-            pool="max" if args.get("pool_mode") == "max" else "mean",
-            packed=True,
-            qkv_bias="qkv.bias" in state,
-            proj_bias="proj.bias" in state,
-            qk_norm="q_norm.weight" in state,
-            rope=bool(rope),
-            rope_base=float(rope) if isinstance(rope, (int, float)) and rope else 10000.0,
-        )
-        return self.layer.load_state_dict(state, strict, assign)
-
-    def forward(self, x_BNC: Tensor, *, pos: Tensor | None = None) -> Tensor:
-        return self.layer(x_BNC, pos=pos)
+    rope = args.get("rope")
+    special = int(args.get("num_special_tokens", 5))
+    return BlockSparseGlobalAttention(
+        state["proj.weight"].shape[0],
+        int(args.get("num_heads", 16)),
+        tokens_per_frame=special + int(args["H"]) * int(args["W"]) if "H" in args else None,
+        num_special_tokens=special,
+        cdf_threshold=args.get("cdf_threshold"),
+        sparse_ratio=args.get("sparse_ratio"),
+        top_k=args.get("topk"),
+        block_q=int(args.get("q_block", 128)),
+        block_k=int(args.get("k_block", 64)),
+        pool="max" if args.get("pool_mode") == "max" else "mean",
+        packed=True,
+        qkv_bias="qkv.bias" in state,
+        proj_bias="proj.bias" in state,
+        qk_norm="q_norm.weight" in state,
+        rope=bool(rope),
+        rope_base=float(rope) if isinstance(rope, (int, float)) and rope else 10000.0,
+    )
 
 
-def _run_authors(module: _AuthorsLayer, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    layer, x, pos = module.layer, inputs["x"], inputs.get("pos")
+def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
+    layer, x, pos = module.made, inputs["x"], inputs.get("pos")
     q, k, v = layer._project(x, pos)
     frames, options = layer._frames(x.shape[1], pos), layer.options
     _, mask = block_sparse_vggt_attend(q, k, v, frames=frames, return_map=True, **options)
@@ -63,11 +55,4 @@ def _run_authors(module: _AuthorsLayer, inputs: dict[str, Tensor], args: dict[st
     }
 
 
-PORTS = (
-    AuthorsPort(
-        module="global_attention",
-        build=_AuthorsLayer,
-        convert=lambda state: state,
-        run=_run_authors,
-    ),
-)
+PORTS = (AuthorsPort("global_attention", build=partial(Late, _widths), convert=dict, run=_run_authors),)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saccade.attention.fast.operator import Normalization, fastmax_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 
 
 def _run_experiments(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -51,6 +51,6 @@ def _run_library(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, A
 
 
 PORTS = (
-    AuthorsPort("fastmax", build=lambda args: nn.Identity(), convert=dict, run=_run_experiments),
-    AuthorsPort("fastmax_limit", build=lambda args: nn.Identity(), convert=dict, run=_run_library),
+    of_function("fastmax", run=_run_experiments),
+    of_function("fastmax_limit", run=_run_library),
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.flash_window.layer import FlashWindowAttention, flash_window_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, of_function
 
 
 def _run_core(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -22,15 +23,19 @@ def _run_core(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> d
     return outputs
 
 
-def _build_authors(args: dict[str, Any]) -> nn.Module:
-    return FlashWindowAttention(
-        args["dim"],
-        args["num_heads"],
-        window_size=args["window_size"],
-        scale=args.get("qk_scale"),
-        qkv_bias=args.get("qkv_bias", True),
-        proj_drop=args.get("proj_drop", 0.0),
-    )
+_BUILD = Arguments(
+    FlashWindowAttention,
+    {
+        "dim": "dim",
+        "num_heads": "num_heads",
+        "window_size": "window_size",
+        "qk_scale": "scale",
+        "qkv_bias": "qkv_bias",
+        "proj_drop": "proj_drop",
+    },
+    needed=("num_heads", "window_size"),
+)
+_NAMES = Names({"relative_position_index": None, "{name*}": "{name}"})
 
 
 def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -41,16 +46,14 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
 
 
 PORTS = (
-    AuthorsPort(
-        module="window_attention_core",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "window_attention_core",
         run=_run_core,
     ),
     AuthorsPort(
         module="window_attention",
-        build=_build_authors,
-        convert=lambda state: {k: x for k, x in state.items() if k != "relative_position_index"},
+        build=_BUILD,
+        convert=_NAMES,
         run=_run_authors,
     ),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.flex_attention.operator import create_block_mask, relative
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
@@ -63,10 +63,8 @@ def _compare(
 
 
 PORTS = (
-    AuthorsPort(
+    of_function(
         "flex_attention",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
         run=_run_authors,
         compare=_compare,
     ),

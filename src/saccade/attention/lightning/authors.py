@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
 from typing import Any
 
 from torch import Tensor, nn
 
 from saccade.attention.lightning.layer import LightningAttention, TransNormerLM
 from saccade.attention.lightning.operator import lightning_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls, of_function
 
 
 def _run_operator(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -17,57 +18,46 @@ def _run_operator(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, 
     return {"o": lightning_attend(q, k, v, inputs["slope"]), "o_no_decay": lightning_attend(q, k, v)}
 
 
-def _build_attention(args: dict[str, Any]) -> nn.Module:
-    return LightningAttention(
-        args["embed_dim"],
-        args["num_heads"],
-        form="gated",
-        layer_index=args.get("layer_idx", 0),
-        num_layers=args.get("num_layers", args.get("layer_idx", 0) + 1),
-        bias=args.get("bias", False),
-    )
-
-
-def _convert_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {"output_gate": "gate", "o_proj": "out_proj", "slope_rate": "slopes"}
-    return {".".join([names.get(first, first), *rest]): t for (first, *rest), t in _by_parts(state)}
-
-
-#: arguments of the authors' model that its computation depends on, with their defaults
-_MODEL_ARGUMENTS = {
-    "vocab_size": 64000,
-    "decoder_embed_dim": 1024,
-    "decoder_layers": 24,
-    "decoder_attention_heads": 8,
-    "hidden_dim": 1024,
-    "glu_dim": 2816,
-    "linear_use_lrpe_list": None,
-    "no_scale_embedding": False,
-    "bias": False,
-}
-
-
-def _build_model(args: dict[str, Any]) -> nn.Module:
-    strange = [name for name in args if name not in _MODEL_ARGUMENTS and not name.endswith(("_token_id", "_cache"))]
-    if strange:
-        raise ValueError(f"the authors' arguments must be among {', '.join(_MODEL_ARGUMENTS)}, got {strange[0]!r}")
-    given = {**_MODEL_ARGUMENTS, **args}
-    return TransNormerLM(
-        given["vocab_size"],
-        given["decoder_embed_dim"],
-        given["decoder_layers"],
-        given["decoder_attention_heads"],
-        glu_dim=given["glu_dim"],
-        hidden_dim=given["hidden_dim"],
-        lrpe=given["linear_use_lrpe_list"],
-        bias=given["bias"],
-        scale_embedding=not given["no_scale_embedding"],
-    )
-
-
-def _convert_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = {"embed_tokens": "embedding", "token_mixer": "attention", "channel_mixer": "glu", "lm_head": "head"}
-    return {".".join(names.get(p, p) for p in parts if p != "model"): t for parts, t in _by_parts(state)}
+_ATTENTION = Names(
+    {
+        "output_gate.{name*}": "gate.{name}",
+        "o_proj.{leaf}": "out_proj.{leaf}",
+        "slope_rate": "slopes",
+        "{name*}": "{name}",
+    }
+)
+_MODEL = Names(
+    {
+        "model.embed_tokens.{leaf}": "embedding.{leaf}",
+        **_ATTENTION.within("model.layers.{i}.token_mixer.", "layers.{i}.attention."),
+        "model.layers.{i}.channel_mixer.{name*}": "layers.{i}.glu.{name}",
+        "model.{name*}": "{name}",
+        "lm_head.{leaf}": "head.{leaf}",
+    }
+)
+_BUILD_MODEL = Arguments(
+    TransNormerLM,
+    {
+        "vocab_size": "vocab_size",
+        "decoder_embed_dim": "dim",
+        "decoder_layers": "num_layers",
+        "decoder_attention_heads": "num_heads",
+        "hidden_dim": "hidden_dim",
+        "glu_dim": "glu_dim",
+        "linear_use_lrpe_list": "lrpe",
+        "no_scale_embedding": ("scale_embedding", operator.not_),
+        "bias": "bias",
+    },
+    defaults={
+        "vocab_size": 64000,
+        "decoder_embed_dim": 1024,
+        "decoder_layers": 24,
+        "decoder_attention_heads": 8,
+        "hidden_dim": 1024,
+        "glu_dim": 2816,
+    },
+    inert=("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id", "use_cache"),
+)
 
 
 def _run_model(module: TransNormerLM, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -76,17 +66,19 @@ def _run_model(module: TransNormerLM, inputs: dict[str, Tensor], args: dict[str,
     return {"logits": logits, **{f"state.{index}": layer.state for index, layer in enumerate(cache.layers)}}
 
 
-def _by_parts(state: dict[str, Tensor]) -> Iterator[tuple[list[str], Tensor]]:
-    return ((name.split("."), tensor) for name, tensor in state.items())
-
-
 PORTS = (
-    AuthorsPort("linear_attn", build=lambda args: nn.Identity(), convert=dict, run=_run_operator),
+    of_function("linear_attn", run=_run_operator),
     AuthorsPort(
         "tnl_attention",
-        build=_build_attention,
-        convert=_convert_attention,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        build=Arguments(
+            LightningAttention,
+            {"embed_dim": "dim", "num_heads": "num_heads", "layer_idx": "layer_index", "bias": "bias"},
+            needed=("num_heads",),
+            derived={"num_layers": lambda args: args.get("num_layers", args.get("layer_idx", 0) + 1)},
+            form="gated",
+        ),
+        convert=_ATTENTION,
+        run=calls("x"),
     ),
-    AuthorsPort("transnormer_lm", build=_build_model, convert=_convert_model, run=_run_model),
+    AuthorsPort("transnormer_lm", build=_BUILD_MODEL, convert=_MODEL, run=_run_model),
 )

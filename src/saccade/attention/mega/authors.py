@@ -5,49 +5,90 @@ Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V v
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.mega.layers import DampedEMA, MegaAttention, MegaCrossAttention, NormalizedFeedForward
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Argument, Arguments
 from saccade.ops import masks
 from saccade.ops.ema import ema
 
-_NORM_NAMES = {
-    "layernorm": "layer",
-    "scalenorm": "scale",
-    "rmsnorm": "rms",
-    "batchnorm": "batch",
-    "syncbatchnorm": "batch",
+#: dropouts do nothing where weights are read
+_INERT = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
+
+
+def _positive(value: int | None) -> int | None:
+    return value if value is not None and value > 0 else None
+
+
+_NORM: dict[str, Argument] = {
+    "norm_type": (
+        "norm",
+        {
+            "layernorm": "layer",
+            "scalenorm": "scale",
+            "rmsnorm": "rms",
+            "batchnorm": "batch",
+            "syncbatchnorm": "batch",
+        },
+    ),
+    "prenorm": "prenorm",
+    "activation": "activation",
+    "feature_dropout": "feature_dropout",
 }
-
-
-def _arguments(args: dict[str, Any], *taken: str) -> dict[str, Any]:
-    """What several of their constructors have in common, in our names; and no argument that nobody knows."""
-    names = {"zdim": "key_dim", "hdim": "value_dim", "ndim": "ema_dim", "attention_activation": "attention"}
-    same = ("activation", "prenorm", "max_positions", "feature_dropout")
-    ours = {}
-    for name, value in args.items():
-        if name in names:
-            ours[names[name]] = value
-        elif name in same:
-            ours[name] = value
-        elif name == "norm_type":
-            ours["norm"] = _NORM_NAMES[value]
-        elif name == "rel_pos_bias":
-            ours["position"] = value
-        elif name == "truncation":
-            ours["truncation"] = value if value is not None and value > 0 else None
-        elif not name.endswith("dropout") and name not in taken:  # dropouts do nothing where weights are read
-            raise ValueError(f"{name!r} is not an argument of the authors' modules that is known here")
-    return ours
-
-
-def _build_ema(args: dict[str, Any]) -> nn.Module:
-    ours = _arguments(args, "embed_dim", "bidirectional")
-    return DampedEMA(args["embed_dim"], bidirectional=args.get("bidirectional", False), **ours)
+_BUILD_EMA = Arguments(
+    DampedEMA,
+    {
+        "embed_dim": "dim",
+        "ndim": "ema_dim",
+        "bidirectional": "bidirectional",
+        "truncation": ("truncation", _positive),
+    },
+    inert=_INERT,
+)
+_GATED: dict[str, Argument] = {
+    "embed_dim": "dim",
+    "zdim": "key_dim",
+    "attention_activation": "attention",
+    "rel_pos_bias": "position",
+    "max_positions": "max_positions",
+    **_NORM,
+}
+_BUILD_ATTENTION = Arguments(
+    MegaAttention,
+    {
+        **_GATED,
+        "hdim": "value_dim",
+        "ndim": "ema_dim",
+        "truncation": ("truncation", _positive),
+        "chunk_size": ("chunk_size", _positive),
+        "bidirectional": ("causal", operator.not_),
+    },
+    defaults={"rel_pos_bias": "simple", "bidirectional": False},
+    inert=_INERT,
+)
+_BUILD_CROSS = Arguments(
+    MegaCrossAttention,
+    _GATED,
+    defaults={"rel_pos_bias": "simple"},
+    inert=(*_INERT, "ndim"),  # an argument of theirs that does nothing
+)
+_BUILD_FFN = Arguments(
+    NormalizedFeedForward, {"embed_dim": "dim", "ffn_hidden_dim": "hidden_dim", **_NORM}, inert=_INERT
+)
+_NAMES = Names(
+    {
+        "norm.norm.{leaf}": "norm.{leaf}",
+        "move.{leaf}": "ema.{leaf}",
+        "rel_pos_bias.rel_pos_bias": "bias.weight",
+        "rel_pos_bias.{leaf}": "bias.{leaf}",
+        "{name*}": "{name}",
+    }
+)
 
 
 def _run_ema(module: DampedEMA, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -60,25 +101,12 @@ def _run_ema(module: DampedEMA, inputs: dict[str, Tensor], args: dict[str, Any])
     return out
 
 
-def _build_attention(args: dict[str, Any]) -> nn.Module:
-    ours = {"position": "simple", **_arguments(args, "embed_dim", "bidirectional", "chunk_size")}
-    size = args.get("chunk_size", -1)
-    causal = not args.get("bidirectional", False)
-    return MegaAttention(args["embed_dim"], causal=causal, chunk_size=size if size > 0 else None, **ours)
-
-
-def _convert_attention(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefixes = {"norm.norm.": "norm.", "move.": "ema.", "rel_pos_bias.rel_pos_bias": "bias.weight"}
-    prefixes |= {"rel_pos_bias.": "bias."}
-    ours = {}
-    for name, tensor in state.items():
-        for theirs, prefix in prefixes.items():
-            if name.startswith(theirs):
-                name = prefix + name[len(theirs) :]
-                break
-        if name == "norm.scalar":
-            name = "norm.scale" if tensor.numel() == 1 else "norm.weight"
-        ours[name] = tensor
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A scale norm has one scalar, an RMS norm a weight, both under one name."""
+    ours = _NAMES(state)
+    if "norm.scalar" in ours:
+        scalar = ours.pop("norm.scalar")
+        ours["norm.scale" if scalar.numel() == 1 else "norm.weight"] = scalar
     return ours
 
 
@@ -97,12 +125,6 @@ def _run_attention(module: MegaAttention, inputs: dict[str, Tensor], args: dict[
     return {"y": y_BNC.transpose(0, 1), "attn": attn[:, 0].unflatten(1, (-1, size))}
 
 
-def _build_cross(args: dict[str, Any]) -> nn.Module:
-    ours = {"position": "simple", **_arguments(args, "embed_dim")}
-    ours.pop("ema_dim", None)  # an argument of theirs that does nothing
-    return MegaCrossAttention(args["embed_dim"], **ours)
-
-
 def _run_cross(module: MegaCrossAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     query, key = inputs["query"].transpose(0, 1), inputs["key"].transpose(0, 1)
     mask_BM = None
@@ -117,22 +139,17 @@ def _run_cross(module: MegaCrossAttention, inputs: dict[str, Tensor], args: dict
     }
 
 
-def _build_ffn(args: dict[str, Any]) -> nn.Module:
-    ours = _arguments(args, "embed_dim", "ffn_hidden_dim")
-    return NormalizedFeedForward(args["embed_dim"], args["ffn_hidden_dim"], **ours)
-
-
 PORTS = (
-    *(AuthorsPort(name, build=_build_ema, convert=dict, run=_run_ema) for name in ("ema_uni", "ema_bi")),
+    *(AuthorsPort(name, build=_BUILD_EMA, convert=dict, run=_run_ema) for name in ("ema_uni", "ema_bi")),
     *(
-        AuthorsPort(f"mega_attention{i}", build=_build_attention, convert=_convert_attention, run=_run_attention)
+        AuthorsPort(f"mega_attention{i}", build=_BUILD_ATTENTION, convert=_convert, run=_run_attention)
         for i in range(3)
     ),
-    AuthorsPort("gated_cross_attention", build=_build_cross, convert=_convert_attention, run=_run_cross),
+    AuthorsPort("gated_cross_attention", build=_BUILD_CROSS, convert=_convert, run=_run_cross),
     AuthorsPort(
         "nffn",
-        build=_build_ffn,
-        convert=_convert_attention,
+        build=_BUILD_FFN,
+        convert=_convert,
         run=lambda module, inputs, args: {"y": module(inputs["x"].transpose(0, 1)).transpose(0, 1)},
     ),
 )

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.moba.operator import moba_attend, moba_route
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops import masks
 
 
@@ -46,10 +46,8 @@ def _compare(
 
 
 PORTS = (
-    AuthorsPort(
-        module="moba_attention",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "moba_attention",
         run=_run_authors,
         compare=_compare,
     ),

@@ -7,58 +7,51 @@ from typing import Any
 from torch import Tensor
 
 from saccade.attention.mosa.layer import MoSA
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Argument, Arguments, calls
 
-
-def _build_pure(args: dict[str, Any]) -> MoSA:
-    return MoSA(
-        args["h"],
-        args["n_heads"],
-        num_other_heads=0,
-        sparsity=args["sparsity"],
-        include_first=bool(args.get("include_first", 0)),
-        head_dim=args["h_prim"],
-        rotate_fraction=args.get("rotate_fraction", 0.5),
-        rope_base=args.get("rope_base", 10000),
-    )
-
-
-def _build_hybrid(args: dict[str, Any]) -> MoSA:
-    hybrid_type = args.get("hybrid_type", "dense")
-    if hybrid_type not in ("dense", "local"):
-        raise ValueError(f"hybrid_type must be 'dense' or 'local', got {hybrid_type!r}")
-    return MoSA(
-        args["h"],
-        args["num_mosa_heads"] + args["num_other_heads"],
-        num_other_heads=args["num_other_heads"],
-        sparsity=args["sparsity"],
-        window=args["max_seq_len"] // args["sparsity"] if hybrid_type == "local" else None,
-        include_first=bool(args.get("include_first", 0)),
-        head_dim=args["h_prim"],
-        rotate_fraction=args.get("rotate_fraction", 0.5),
-        rope_base=args.get("rope_base", 10000),
-        max_length=args["max_seq_len"],
-    )
-
-
-_NAMES = {
-    "r.0.weight": "sparse.router.weight",
-    "QKV.W": "sparse.qkv",
-    "O.W": "sparse.out",
-    **{f"mosa_heads.{theirs}": f"sparse.{ours}" for theirs, ours in (("QKV.W", "qkv"), ("O.W", "out"))},
-    "mosa_heads.r.0.weight": "sparse.router.weight",
-    "other_heads.W_QKV.weight": "other.qkv.weight",
-    "other_heads.W_O.weight": "other.out.weight",
+_HEADS: dict[str, Argument] = {
+    "h": "dim",
+    "sparsity": "sparsity",
+    "include_first": ("include_first", bool),
+    "h_prim": "head_dim",
+    "rotate_fraction": "rotate_fraction",
+    "rope_base": "rope_base",
 }
+_BUILD_PURE = Arguments(
+    MoSA, {**_HEADS, "n_heads": "num_heads"}, needed=("n_heads", "sparsity", "h_prim"), num_other_heads=0
+)
+
+
+def _window(args: dict[str, Any]) -> int | None:
+    kinds = {"dense": None, "local": args["max_seq_len"] // args["sparsity"]}
+    if args["hybrid_type"] not in kinds:
+        raise ValueError(f"hybrid_type must be 'dense' or 'local', got {args['hybrid_type']!r}")
+    return kinds[args["hybrid_type"]]
+
+
+_BUILD_HYBRID = Arguments(
+    MoSA,
+    {**_HEADS, "num_other_heads": "num_other_heads", "max_seq_len": "max_length"},
+    needed=("num_other_heads", "max_seq_len", "sparsity", "h_prim"),
+    defaults={"hybrid_type": "dense"},
+    derived={"num_heads": lambda args: args["num_mosa_heads"] + args["num_other_heads"], "window": _window},
+)
+_SPARSE = Names({"r.0.weight": "router.weight", "QKV.W": "qkv", "O.W": "out"})
+_NAMES = Names(
+    {
+        **_SPARSE.within("", "sparse."),
+        **_SPARSE.within("mosa_heads.", "sparse."),
+        "other_heads.W_QKV.weight": "other.qkv.weight",
+        "other_heads.W_O.weight": "other.out.weight",
+        "{name*}.inv_freq": None,  # rotary frequencies, functions of the arguments
+    }
+)
 
 
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Renamed; branches of zero heads and tables of rotary frequencies (functions of the arguments) are left out."""
-    return {
-        _NAMES.get(name, name): tensor
-        for name, tensor in state.items()
-        if tensor.numel() and not name.endswith("inv_freq")
-    }
+    """Branches of zero heads are left out."""
+    return _NAMES({name: tensor for name, tensor in state.items() if tensor.numel()})
 
 
 def _run_pure(module: MoSA, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -72,11 +65,11 @@ def _run_pure(module: MoSA, inputs: dict[str, Tensor], args: dict[str, Any]) -> 
 
 
 PORTS = (
-    AuthorsPort("pure_mosa", build=_build_pure, convert=_convert, run=_run_pure),
+    AuthorsPort("pure_mosa", build=_BUILD_PURE, convert=_convert, run=_run_pure),
     AuthorsPort(
         "mosa_hybrid",
-        build=_build_hybrid,
+        build=_BUILD_HYBRID,
         convert=_convert,
-        run=lambda module, inputs, args: {"out": module(inputs["x"])},
+        run=calls("x", gives="out"),
     ),
 )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.mra.operator import mra_attend
 from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 
 
 def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -35,8 +36,7 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
 
 def _ports() -> tuple[AuthorsPort, ...]:
     return tuple(
-        AuthorsPort(
-            module=name, build=lambda args: nn.Identity(), convert=lambda state: state, run=_run_authors
+        of_function(name, run=_run_authors
         )
         for name in ("mra2_full", "mra2_sparse")
     )  # fmt: skip

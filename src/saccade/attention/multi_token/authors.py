@@ -6,6 +6,7 @@ from typing import Any
 
 from saccade.attention.multi_token.layer import MultiTokenAttention
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import calls
 
 
 def _build(args: dict[str, Any]) -> MultiTokenAttention:
@@ -62,7 +63,7 @@ PORTS = tuple(
         f"mta_attention{number}",
         build=_build,
         convert=_NAMES,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        run=calls("x"),
     )
     for number in range(3)
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.nats.operator import GLOBAL, end_index, lifetimes, nats_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops.heads import repeat_heads
 
 
@@ -29,8 +29,4 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
     }
 
 
-PORTS = (
-    AuthorsPort(
-        module="nats_attention", build=lambda args: nn.Identity(), convert=lambda state: state, run=_run_authors
-    ),
-)
+PORTS = (of_function("nats_attention", run=_run_authors),)

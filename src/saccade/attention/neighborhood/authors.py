@@ -5,10 +5,10 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.neighborhood.operator import neighborhood_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops import masks
 
 
@@ -38,7 +38,4 @@ def _run_authors(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -
 _AUTHORS: dict[str, Any] = {"stride": 1, "dilation": 1, "is_causal": False, "scale": None}
 
 
-PORTS = tuple(
-    AuthorsPort(module=f"na{axes}d", build=lambda args: nn.Identity(), convert=lambda state: state, run=_run_authors)
-    for axes in (1, 2, 3)
-)
+PORTS = tuple(of_function(f"na{axes}d", run=_run_authors) for axes in (1, 2, 3))

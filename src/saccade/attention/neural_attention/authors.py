@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from saccade.attention.neural_attention.layer import NeuralAttention
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments
 
 
-def _build(args: dict[str, Any], causal: bool) -> NeuralAttention:
-    """NeuralAttention(dim, heads=8, dim_head=None, causal=..., projection_dim=dim_head // 32)."""
-    dim, heads = int(args["dim"]), int(args.get("heads") or 8)
-    head_dim = int(args.get("dim_head") or dim // heads)
-    return NeuralAttention(
-        dim,
-        heads,
-        bool(args.get("causal", causal)),
-        head_dim=head_dim,
-        projection_dim=int(args.get("projection_dim") or head_dim // 32),
+def _head_dim(args: dict[str, Any]) -> int:
+    return int(args.get("dim_head") or args["dim"] // args["heads"])
+
+
+#: NeuralAttention(dim, heads=8, dim_head=None, causal=..., projection_dim=dim_head // 32)
+def _build(causal: bool) -> Arguments:
+    return Arguments(
+        NeuralAttention,
+        {"dim": "dim", "heads": "num_heads", "causal": "causal"},
+        defaults={"heads": 8, "causal": causal},
+        derived={
+            "head_dim": _head_dim,
+            "projection_dim": lambda args: int(args.get("projection_dim") or _head_dim(args) // 32),
+        },
         rope=False,
     )
 
@@ -59,7 +63,7 @@ def _run(module: NeuralAttention, inputs: dict[str, Tensor], args: dict[str, Any
 PORTS = tuple(
     AuthorsPort(
         f"neural_attention_{name}",
-        build=partial(_build, causal=causal),
+        build=_build(causal),
         convert=_convert,
         run=_run,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.prism.operator import _bands, prism_blocks
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops import masks
 from saccade.ops.attend import attend
 
@@ -44,16 +44,12 @@ def _run_block_sparse_output(module: Any, inputs: dict[str, Tensor], args: dict[
 
 
 PORTS = (
-    AuthorsPort(
-        module="block_estimate",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "block_estimate",
         run=_run_block_estimate,
     ),
-    AuthorsPort(
-        module="block_sparse_output",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "block_sparse_output",
         run=_run_block_sparse_output,
     ),
 )

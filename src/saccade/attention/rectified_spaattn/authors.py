@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.rectified_spaattn.operator import rectified_map, rectified_spaattn_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 
 
 def _authors_options(args: dict[str, Any], inputs: dict[str, Tensor]) -> dict[str, Any]:
@@ -57,16 +57,12 @@ def _run_video_text(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]
 
 
 PORTS = (
-    AuthorsPort(
-        module="video_attention",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "video_attention",
         run=_run_video,
     ),
-    AuthorsPort(
-        module="video_text_attention",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "video_text_attention",
         run=_run_video_text,
     ),
 )

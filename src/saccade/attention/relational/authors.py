@@ -17,6 +17,7 @@ from saccade.attention.relational.layers import DualAttention, RelationalAttenti
 from saccade.attention.relational.model import DualAttentionLM
 from saccade.attention.relational.symbols import RETRIEVERS
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import calls
 
 _LINEAR = Names({
     "wq.{leaf}": "q_proj.{leaf}",
@@ -239,7 +240,7 @@ PORTS = (
         "symbolic_attention",
         build=_build_retriever,
         convert=_SYMBOLS,
-        run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
+        run=calls("x", gives="symbols"),
     ),
     AuthorsPort(
         "position_relative_symbols",
@@ -251,7 +252,7 @@ PORTS = (
         "relational_symbolic_attention",
         build=_build_retriever,
         convert=_SYMBOLS,
-        run=lambda module, inputs, args: {"symbols": module(inputs["x"])},
+        run=calls("x", gives="symbols"),
     ),
     AuthorsPort("dat_lm", build=_build_lm, convert=_LM, run=_run_lm),
 )

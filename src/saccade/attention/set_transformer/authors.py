@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor
 
 from saccade.attention.set_transformer.layer import ISAB, MAB, PMA, SAB, SetTransformer, mixture_log_likelihood
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls
 
 
-def _rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pooling and output layer stand among the decoder's blocks in the authors' model."""
-    last = max(int(key.split(".")[1]) for key in state if key.startswith("dec."))
-    found = {}
-    for key, tensor in state.items():
-        part, _, inside = key.partition(".")
-        number, _, rest = inside.partition(".")
-        if part == "dec" and number == "0":
-            key = f"pool.{rest}"
-        elif part == "dec":
-            key = f"out.{rest}" if int(number) == last else f"dec.{int(number) - 1}.{rest}"
-        found[key] = tensor
-    return found
+def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pooling and output layer stand among the decoder's blocks in the authors' model: first and last."""
+    last = max((int(name.split(".")[1]) for name in state if re.match(r"dec\.\d+\.", name)), default=0)
+    blocks = {f"dec.{i}.{{name*}}": f"dec.{i - 1}.{{name}}" for i in range(1, last)}
+    ends = {"dec.0.{name*}": "pool.{name}", f"dec.{last}.{{name*}}": "out.{name}"}
+    return Names({"enc.{name*}": "enc.{name}", **blocks, **ends})(state)
 
 
 def _run_model(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -31,43 +26,52 @@ def _run_model(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> 
     return {"y": y, "pi": pi, "mean_log_likelihood": likelihood[None]}
 
 
+_NORM = {"ln": "layer_norm"}
+_SET = {"dim_in": "in_dim", "dim_out": "dim", "num_heads": "num_heads", **_NORM}
+
 PORTS = (
     AuthorsPort(
         "mab",
-        build=lambda a: MAB(a["dim_Q"], a["dim_K"], a["dim_V"], a["num_heads"], layer_norm=a.get("ln", False)),
+        build=Arguments(
+            MAB,
+            {"dim_Q": "query_dim", "dim_K": "key_dim", "dim_V": "dim", "num_heads": "num_heads", **_NORM},
+            needed=("num_heads",),
+        ),
         convert=dict,
-        run=lambda module, inputs, args: {"y": module(inputs["q"], inputs["k"])},
+        run=calls("q", "k"),
     ),
-    AuthorsPort(
-        "sab",
-        build=lambda a: SAB(a["dim_in"], a["dim_out"], a["num_heads"], layer_norm=a.get("ln", False)),
-        convert=dict,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
-    ),
+    AuthorsPort("sab", build=Arguments(SAB, _SET, needed=("num_heads",)), convert=dict, run=calls("x")),
     AuthorsPort(
         "isab",
-        build=lambda a: ISAB(a["dim_in"], a["dim_out"], a["num_heads"], a["num_inds"], layer_norm=a.get("ln", False)),
+        build=Arguments(ISAB, {**_SET, "num_inds": "num_inds"}, needed=("num_heads", "num_inds")),
         convert=dict,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        run=calls("x"),
     ),
     AuthorsPort(
         "pma",
-        build=lambda a: PMA(a["dim"], a["num_heads"], a["num_seeds"], layer_norm=a.get("ln", False)),
+        build=Arguments(
+            PMA,
+            {"dim": "dim", "num_heads": "num_heads", "num_seeds": "num_seeds", **_NORM},
+            needed=("num_heads", "num_seeds"),
+        ),
         convert=dict,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        run=calls("x"),
     ),
     AuthorsPort(
         "set_transformer",
-        build=lambda a: SetTransformer(
-            a["dim_input"],
-            a["num_outputs"],
-            a["dim_output"],
-            a.get("num_inds", 32),
-            a.get("dim_hidden", 128),
-            a.get("num_heads", 4),
-            layer_norm=a.get("ln", False),
+        build=Arguments(
+            SetTransformer,
+            {
+                "dim_input": "in_dim",
+                "num_outputs": "num_outputs",
+                "dim_output": "out_dim",
+                "num_inds": "num_inds",
+                "dim_hidden": "dim",
+                "num_heads": "num_heads",
+                **_NORM,
+            },
         ),
-        convert=_rename,
+        convert=_convert,
         run=_run_model,
     ),
 )

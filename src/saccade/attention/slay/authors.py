@@ -2,66 +2,39 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
-from torch import Tensor, nn
-
 from saccade.attention.slay.layer import SLAYAttention, YatAttention
 from saccade.attention.slay.operator import SMALL, Variant
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names, split
+from saccade.catalogue.ports import Arguments, calls
 
 #: arguments that do not change what a module computes at inference
 _INERT = ("chunk_size", "dropout", "max_seq_len", "context_len", "block_size", "causal", "bias")
-
-
-_NAMES = {
-    "out.weight": "out_proj.weight",
-    "quad_nodes": "nodes",
-    "quad_weights": "node_weights",
-    "anchor_vectors": "anchors",
-    "nystrom_anchors": "anchors",
-    "nystrom_W": "whitening",
-}
-
-
-def _build(args: dict[str, Any], variant: Variant | None) -> nn.Module:
-    names = {
-        "embed_dim": "dim",
-        "n_heads": "num_heads",
-        "epsilon": "epsilon",
-        "delta": "delta",
-        "num_quadrature_nodes": "num_nodes",
-        "num_features" if variant in SMALL else "num_prf_features": "num_features",
-        "poly_dim": "num_anchors",
-        "nystrom_reg": "ridge",
+_ARGUMENTS = {"embed_dim": "dim", "n_heads": "num_heads", "epsilon": "epsilon", "delta": "delta"}
+_FEATURES = {"num_quadrature_nodes": "num_nodes", "poly_dim": "num_anchors", "nystrom_reg": "ridge"}
+_NAMES = Names(
+    {
+        "qkv.weight": split("{part}_proj.weight", "q", "k", "v"),
+        "out.weight": "out_proj.weight",
+        "quad_nodes": "nodes",
+        "quad_weights": "node_weights",
+        "anchor_vectors": "anchors",
+        "nystrom_anchors": "anchors",
+        "nystrom_W": "whitening",
+        "{name*}": "{name}",
     }
-    strange = [name for name in args if name not in names and name not in _INERT]
-    if strange:
-        raise ValueError(f"the authors' arguments must be among {', '.join(names)}, got {strange[0]!r}")
-    given: dict[str, Any] = {names[name]: value for name, value in args.items() if name in names}
-    return YatAttention(**given) if variant is None else SLAYAttention(**given, variant=variant)
+)
+#: of the recordings
+_VARIANTS: tuple[Variant, ...] = ("anchor", "nystrom", "hadamard", "laplace")
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {_NAMES.get(name, name): tensor for name, tensor in state.items() if not name.startswith("qkv.")}
-    parts = state["qkv.weight"].chunk(3)
-    return ours | {f"{name}_proj.weight": part for name, part in zip("qkv", parts, strict=True)}
-
-
-def _port(module: str, variant: Variant | None) -> AuthorsPort:
-    return AuthorsPort(
-        module,
-        build=partial(_build, variant=variant),
-        convert=_convert,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
-    )
+def _build(variant: Variant) -> Arguments:
+    features = {"num_features" if variant in SMALL else "num_prf_features": "num_features"}
+    return Arguments(SLAYAttention, {**_ARGUMENTS, **_FEATURES, **features}, inert=_INERT, variant=variant)
 
 
 PORTS = (
-    _port("spherical_yat", None),
-    _port("slay_anchor", "anchor"),
-    _port("slay_nystrom", "nystrom"),
-    _port("slay_hadamard", "hadamard"),
-    _port("slay_laplace", "laplace"),
+    AuthorsPort(
+        "spherical_yat", build=Arguments(YatAttention, _ARGUMENTS, inert=_INERT), convert=_NAMES, run=calls("x")
+    ),
+    *(AuthorsPort(f"slay_{variant}", build=_build(variant), convert=_NAMES, run=calls("x")) for variant in _VARIANTS),
 )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.attention.spargeattn.operator import _per_head, block_statistics, sparge_block_map, spargeattn_attend
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue.ports import of_function
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 
 
@@ -52,16 +52,12 @@ def _run_int8(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> d
 
 
 PORTS = (
-    AuthorsPort(
-        module="block_map",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "block_map",
         run=_run_block_map,
     ),
-    AuthorsPort(
-        module="sparge_attention_int8",
-        build=lambda args: nn.Identity(),
-        convert=lambda state: state,
+    of_function(
+        "sparge_attention_int8",
         run=_run_int8,
         tolerance=3e-3,
         reason="the authors' kernel multiplies P and V in fp16, accumulates in fp16 and rounds its output to fp16",

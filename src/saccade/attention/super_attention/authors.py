@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from saccade.attention.super_attention.layer import SuperAttention, Variant
-from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue import AuthorsPort, Names, joined, laid
+from saccade.catalogue.ports import Arguments
 
 _VARIANTS: dict[str, Variant] = {
     "SDPA": "standard",
@@ -19,41 +20,35 @@ _VARIANTS: dict[str, Variant] = {
 }
 
 
-def _build(args: dict[str, Any]) -> SuperAttention:
-    """MultiHeadAttention(n_heads, d_model, d_k, d_v, max_len, layer_type) of the port; it has biases everywhere."""
-    heads, dim = int(args["n_heads"]), int(args["d_model"])
-    return SuperAttention(
-        dim,
-        heads,
-        variant=_VARIANTS[args["layer_type"]],
-        max_length=int(args.get("max_len") or 1),
-        head_dim=int(args.get("d_k") or dim // heads),
-        value_dim=int(args.get("d_v") or dim // heads),
-        kernel_bias=True,
-        qkv_bias=True,
-        proj_bias=True,
-    )
+def _width(name: str) -> Callable[[dict[str, Any]], int]:
+    return lambda args: int(args.get(name) or args["d_model"] // args["n_heads"])
 
 
-_NAMES = Names({
-    **{f"layers.Attention_Layer_{{i}}.W_{x}.{{leaf}}": f"heads.{{i}}.{x}_proj.{{leaf}}" for x in "qkv"},
-    "W_o.{leaf}": "out_proj.{leaf}",
-    "W_a.weight": "kernel",
-    "W_a.bias": "kernel_shift",
-})  # fmt: skip
-
-
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The port's layers, one a head, stacked."""
-    placed = _NAMES(state)
-    ours = {name: tensor for name, tensor in placed.items() if not name.startswith("heads.")}
-    ours |= {name: ours[name][None] for name in ("kernel", "kernel_shift") if name in ours}
-    heads = {int(name.split(".")[1]) for name in placed.keys() - ours.keys()}
-    for letter, kind in itertools.product("qkv", ("weight", "bias")):
-        names = [f"heads.{i}.{letter}_proj.{kind}" for i in range(len(heads))]
-        if any(name in placed for name in names):
-            ours[f"{letter}_proj.{kind}"] = torch.cat([placed.pop(name) for name in names])
-    return ours
+#: MultiHeadAttention(n_heads, d_model, d_k, d_v, max_len, layer_type) of the port; it has biases everywhere
+_BUILD = Arguments(
+    SuperAttention,
+    {
+        "d_model": "dim",
+        "n_heads": "num_heads",
+        "layer_type": ("variant", _VARIANTS),
+        "max_len": ("max_length", lambda length: length or 1),
+    },
+    needed=("n_heads", "layer_type"),
+    defaults={"max_len": 1},
+    derived={"head_dim": _width("d_k"), "value_dim": _width("d_v")},
+    kernel_bias=True,
+    qkv_bias=True,
+    proj_bias=True,
+)
+#: the port's layers are one a head
+_NAMES = Names(
+    {
+        **{f"layers.Attention_Layer_{{i}}.W_{x}.{{leaf}}": joined(f"{x}_proj.{{leaf}}", "i", torch.cat) for x in "qkv"},
+        "W_o.{leaf}": "out_proj.{leaf}",
+        "W_a.weight": laid("kernel", lambda weight: weight[None]),
+        "W_a.bias": laid("kernel_shift", lambda bias: bias[None]),
+    }
+)
 
 
 def _run(module: SuperAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -62,6 +57,6 @@ def _run(module: SuperAttention, inputs: dict[str, Tensor], args: dict[str, Any]
 
 
 PORTS = tuple(
-    AuthorsPort(module, build=_build, convert=_convert, run=_run)
+    AuthorsPort(module, build=_BUILD, convert=_NAMES, run=_run)
     for module in ("sdpa", "optimised", "efficient", "super")
 )

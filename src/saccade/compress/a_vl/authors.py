@@ -5,38 +5,64 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Argument, Arguments
 from saccade.compress.a_vl.compressor import AVLDecoder
 from saccade.compress.a_vl.operator import image_span
 
+_DECODER: dict[str, Argument] = {
+    "hidden_size": "dim",
+    "intermediate_size": "hidden",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "layers",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "rms_norm_eps": "eps",
+    "rope_theta": "rope_base",
+}
+_POLICY: dict[str, Argument] = {
+    "vision_adaptive_attention_rate": "rate",
+    "vision_adaptive_attention_compute_rate": "compute_rate",
+    "vision_adaptive_attention_update_interval": "update_interval",
+    "text_pruning_rate": "text_rate",
+    "text_init_cache": "text_init",
+    "text_h20_hh_rate_in_cache": "heavy_rate",
+    "text_use_h2o": ("text_policy", {True: "heavy-hitter", False: "direct"}),
+    "prefill_filter_rate": "prefill_rate",
+    "prefill_filter_layer": "prefill_layer",
+}
+#: whose rate counts only where it is switched on
+_SWITCHES = {
+    "vision_adaptive_attention": "vision_adaptive_attention_rate",
+    "text_pruning_flag": "text_pruning_rate",
+    "prefill_filter_flag": "prefill_filter_rate",
+}
+_BUILD = Arguments(
+    AVLDecoder,
+    {**_DECODER, **_POLICY},
+    defaults={
+        "vision_adaptive_attention_rate": 0.5,
+        "vision_adaptive_attention_compute_rate": 0.6,
+        "vision_adaptive_attention_update_interval": -1,
+        "text_pruning_rate": 0.5,
+        "text_init_cache": 20,
+        "text_h20_hh_rate_in_cache": 0.7,
+        "text_use_h2o": True,
+        "prefill_filter_rate": 0.5,
+        "prefill_filter_layer": 3,
+    },
+)
 
-def _build_authors(args: dict[str, Any]) -> AVLDecoder:
-    config, o = args["config"], args.get("options", {})
-    vision, text = o.get("vision_adaptive_attention", False), o.get("text_pruning_flag", False)
-    filtered = o.get("prefill_filter_flag", False)
-    theta = config.get("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
-    rate = o.get("vision_adaptive_attention_rate", 0.5)
-    return AVLDecoder(
-        config["hidden_size"],
-        config["intermediate_size"],
-        config["num_attention_heads"],
-        config["num_hidden_layers"],
-        num_kv_heads=config.get("num_key_value_heads"),
-        head_dim=config.get("head_dim"),
-        eps=config.get("rms_norm_eps", 1e-5),
-        rope_base=theta,
-        rate=rate if vision else None,
-        compute_rate=o.get("vision_adaptive_attention_compute_rate", 0.6),
-        update_interval=o.get("vision_adaptive_attention_update_interval", -1),
-        text_rate=o.get("text_pruning_rate", 0.5) if text else None,
-        text_init=o.get("text_init_cache", 20),
-        heavy_rate=o.get("text_h20_hh_rate_in_cache", 0.7),
-        text_policy="heavy-hitter" if o.get("text_use_h2o", True) else "direct",
-        prefill_rate=o.get("prefill_filter_rate", 0.5) if filtered else None,
-        prefill_layer=o.get("prefill_filter_layer", 3),
-    )
+
+def _build(args: dict[str, Any]) -> nn.Module:
+    config, options = args["config"], args.get("options", {})
+    off = {rate: None for switch, rate in _SWITCHES.items() if not options.get(switch, False)}
+    return _BUILD({**(config.get("rope_parameters") or {}), **config, **options, **off})
+
+
+_NAMES = Names({"{module*}.o_proj.{leaf}": "{module}.out_proj.{leaf}", "{name*}": "{name}"})
 
 
 def _run_authors(module: AVLDecoder, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -65,12 +91,4 @@ def _run_authors(module: AVLDecoder, inputs: dict[str, Tensor], args: dict[str, 
     return outputs
 
 
-PORTS = tuple(
-    AuthorsPort(
-        module=module,
-        build=_build_authors,
-        convert=lambda state: {name.replace(".o_proj.", ".out_proj."): x for name, x in state.items()},
-        run=_run_authors,
-    )
-    for module in ("vision", "full")
-)
+PORTS = tuple(AuthorsPort(module, build=_build, convert=_NAMES, run=_run_authors) for module in ("vision", "full"))

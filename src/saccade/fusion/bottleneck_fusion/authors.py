@@ -2,100 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names, laid
+from saccade.catalogue.names import Place
+from saccade.catalogue.ports import Arguments
 from saccade.fusion.bottleneck_fusion.fusion import MBT
 
-
-def _build(args: dict[str, Any]) -> MBT:
-    height, width, *frames = args["patches"]
-    return MBT(
-        args["num_classes"],
-        modalities=args.get("modality_fusion", ("spectrogram", "rgb")),
-        rgb_size=None,
-        spectrogram_size=None,
-        patch=(frames[0] if frames else 1, height, width),
-        dim=args["hidden_size"],
-        num_heads=args["num_heads"],
-        depth=args["num_layers"],
-        fusion_layer=args["fusion_layer"],
-        num_bottlenecks=args.get("n_bottlenecks", 4),
-        mlp_dim=args["mlp_dim"],
-        classifier=args.get("classifier", "token"),
-        share=args.get("share_encoder", False),
-        bottleneck=args.get("use_bottleneck", True),
-        test_with_bottlenecks=args.get("test_with_bottlenecks", True),
-        drop_path=args.get("stochastic_droplayer_rate") or 0.0,
-        dropout=args.get("dropout_rate", 0.0),
-        attn_drop=args.get("attention_dropout_rate", 0.0),
-    )
-
-
-_BLOCK_NAMES = {
-    "LayerNorm_0": "norm1",
-    "LayerNorm_1": "norm2",
-    "MlpBlock_0.Dense_0": "mlp.0",
-    "MlpBlock_0.Dense_1": "mlp.3",
-    "MultiHeadDotProductAttention_0.query": "attention.q_proj",
-    "MultiHeadDotProductAttention_0.key": "attention.k_proj",
-    "MultiHeadDotProductAttention_0.value": "attention.v_proj",
-    "MultiHeadDotProductAttention_0.out": "attention.out_proj",
-}
+_BUILD = Arguments(
+    MBT,
+    {
+        "num_classes": "num_classes",
+        "modality_fusion": "modalities",
+        "hidden_size": "dim",
+        "num_heads": "num_heads",
+        "num_layers": "depth",
+        "fusion_layer": "fusion_layer",
+        "n_bottlenecks": "num_bottlenecks",
+        "mlp_dim": "mlp_dim",
+        "classifier": "classifier",
+        "share_encoder": "share",
+        "use_bottleneck": "bottleneck",
+        "test_with_bottlenecks": "test_with_bottlenecks",
+        "stochastic_droplayer_rate": ("drop_path", lambda rate: rate or 0.0),
+        "dropout_rate": "dropout",
+        "attention_dropout_rate": "attn_drop",
+    },
+    needed=("hidden_size", "num_heads", "num_layers", "fusion_layer", "mlp_dim"),
+    defaults={"stochastic_droplayer_rate": 0.0},
+    derived={"patch": lambda args: _patch(*args["patches"])},
+    rgb_size=None,
+    spectrogram_size=None,
+)
 
 
-def _module_name(theirs: str) -> str:
-    """Our name of the module (or the parameter outside of one) that the authors call `theirs`."""
-
-    def modality(rest: str) -> str:
-        return rest.removeprefix("_") or "rgb"
-
-    outside = {"bottleneck": "encoder.bottleneck", "output_projection": "head", "Transformer.encoder_norm": "norm"}
-    if theirs in outside:
-        return outside[theirs]
-    if theirs.startswith("cls"):
-        return f"classes.{modality(theirs.removeprefix('cls'))}"
-    if theirs.startswith("embedding"):
-        return f"embeddings.{modality(theirs.removeprefix('embedding'))}"
-    if theirs.startswith("Transformer.posembed_input"):
-        return f"positions.{modality(theirs.removeprefix('Transformer.posembed_input'))}"
-    if theirs.startswith("Transformer.encoderblock_"):
-        block, _, inside = theirs.removeprefix("Transformer.encoderblock_").partition(".")
-        number, _, name = block.partition("_")
-        return f"encoder.layers.{number}.{modality(name)}.{_BLOCK_NAMES.get(inside, inside)}"
-    return theirs
+def _patch(height: int, width: int, frames: int = 1) -> tuple[int, int, int]:
+    return frames, height, width
 
 
-def _torch_layout(name: str, kernel: Tensor) -> Tensor:
-    """A Flax kernel as PyTorch's weight: Dense (in, out), Conv (spatial..., in, out), heads (C, H, d) or (H, d, C)."""
-    if name.startswith("embedding"):
-        kernel = kernel.movedim((-1, -2), (0, 1))
-        # frames one by one through a 2-D kernel are a 3-D kernel of one frame
-        return kernel[:, :, None] if name == "embedding" and kernel.ndim == 4 else kernel
-    if name.endswith(("query", "key", "value")):
-        return kernel.flatten(1).T
-    if name.endswith("MultiHeadDotProductAttention_0.out"):
-        return kernel.flatten(0, 1).T
-    return kernel.T
+# Flax's kernels: Dense (in, out), Conv (spatial..., in, out), into heads (C, H, d), out of heads (H, d, C)
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        module, _, leaf = name.rpartition(".")
-        if leaf == "kernel":
-            ours[f"{_module_name(module)}.weight"] = _torch_layout(module, tensor).contiguous()
-        elif leaf == "scale":
-            ours[f"{_module_name(module)}.weight"] = tensor
-        elif leaf == "bias":
-            ours[f"{_module_name(module)}.bias"] = tensor.flatten()
-        elif leaf == "pos_embedding":
-            ours[f"{_module_name(module)}.table"] = tensor
-        else:
-            ours[_module_name(name)] = tensor
-    return ours
+def _transposed(kernel: Tensor) -> Tensor:
+    return kernel.mT.contiguous()
+
+
+def _into_heads(kernel_CHD: Tensor) -> Tensor:
+    return kernel_CHD.flatten(1).mT.contiguous()
+
+
+def _out_of_heads(kernel_HDC: Tensor) -> Tensor:
+    return kernel_HDC.flatten(0, 1).mT.contiguous()
+
+
+def _convolution(kernel: Tensor) -> Tensor:
+    return kernel.movedim((-1, -2), (0, 1)).contiguous()
+
+
+def _of_frames(kernel: Tensor) -> Tensor:
+    """Frames one by one through a 2-D kernel are a 3-D kernel of one frame."""
+    return _convolution(kernel if kernel.ndim == 5 else kernel[None])
+
+
+def _layer(theirs: str, ours: str, layout: Callable[[Tensor], Tensor] = _transposed) -> dict[str, Place]:
+    return {f"{theirs}.kernel": laid(f"{ours}.weight", layout), f"{theirs}.bias": laid(f"{ours}.bias", torch.flatten)}
+
+
+def _norm(theirs: str, ours: str) -> dict[str, Place]:
+    return {f"{theirs}.scale": f"{ours}.weight", f"{theirs}.bias": f"{ours}.bias"}
+
+
+_ATTENTION = "MultiHeadDotProductAttention_0"
+_BLOCK = Names(
+    {
+        **_norm("LayerNorm_0", "norm1"),
+        **_norm("LayerNorm_1", "norm2"),
+        **_layer("MlpBlock_0.Dense_0", "mlp.0"),
+        **_layer("MlpBlock_0.Dense_1", "mlp.3"),
+        **_layer(f"{_ATTENTION}.query", "attention.q_proj", _into_heads),
+        **_layer(f"{_ATTENTION}.key", "attention.k_proj", _into_heads),
+        **_layer(f"{_ATTENTION}.value", "attention.v_proj", _into_heads),
+        **_layer(f"{_ATTENTION}.out", "attention.out_proj", _out_of_heads),
+    }
+)
+
+
+def _modality(theirs: str, ours: str, patches: Callable[[Tensor], Tensor]) -> dict[str, Place]:
+    """The names of what each modality has of its own; `theirs` ends them."""
+    return {
+        f"cls{theirs.removeprefix('_')}": f"classes.{ours}",
+        **_layer(f"embedding{theirs}", f"embeddings.{ours}", patches),
+        f"Transformer.posembed_input{theirs}.pos_embedding": f"positions.{ours}.table",
+        **_BLOCK.within(f"Transformer.encoderblock_{{i}}{theirs}.", f"encoder.layers.{{i}}.{ours}."),
+    }
+
+
+_NAMES = Names(
+    {
+        **_modality("", "rgb", _of_frames),
+        **_modality("_spectrogram", "spectrogram", _convolution),
+        "bottleneck": "encoder.bottleneck",
+        **_norm("Transformer.encoder_norm", "norm"),
+        **_layer("output_projection", "head"),
+    }
+)
 
 
 def _run(module: MBT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -108,6 +122,6 @@ def _run(module: MBT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[s
 
 
 PORTS = (
-    AuthorsPort("mbt", build=_build, convert=_convert, run=_run),
-    AuthorsPort("mbt_shared", build=_build, convert=_convert, run=_run),
+    AuthorsPort("mbt", build=_BUILD, convert=_NAMES, run=_run),
+    AuthorsPort("mbt_shared", build=_BUILD, convert=_NAMES, run=_run),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls
 from saccade.models.bevanet.model import BEVANet, BEVANetClassifier
 from saccade.models.bevanet.parts import BGAF, CKS, DLKPPM, EVA, SDLSKA, PagFM
 
@@ -154,36 +155,35 @@ def _convert_segmentation(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _SEGMENTATION(state)
 
 
-def _network_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    """What both networks have in common; what is not given is as in BEVANet-S."""
-    kernels, blocks = args.get("semantic_kernel_size", (0, 35, 35)), args.get("n_blocks", (2, 2, 3, 3, 2))
-    expand = args.get("mlp_expand", 4)
+def _one_expansion(expand: Any) -> int:
     widths = {expand} if isinstance(expand, int) else set(expand)
     if len(widths) != 1:
         raise ValueError(f"mlp_expand must be the same for all stages, got {expand}")
-    if not kernels[0] and blocks[2] < 2:
+    return widths.pop()
+
+
+def _blocks(args: dict[str, Any]) -> Sequence[int]:
+    blocks = args["n_blocks"]
+    if not args["semantic_kernel_size"][0] and blocks[2] < 2:
         raise ValueError(f"a plain third stage has two blocks or more, got n_blocks {blocks}")
-    return {
-        "planes": args.get("planes", 32),
-        "blocks": blocks,
-        "semantic_kernels": kernels,
-        "detail_kernels": args.get("detail_kernel_size", (0, 23)),
-        "expand": widths.pop(),
-    }
+    return blocks
 
 
-def _build_segmentation(args: dict[str, Any]) -> BEVANet:
-    return BEVANet(
-        args.get("num_classes", 19),
-        pyramid_channels=args.get("ppm_planes", 96),
-        head_channels=args.get("head_planes", 128),
-        **_network_arguments(args),
+def _network(module: type[nn.Module], **own: str) -> Arguments:
+    """What both networks have in common; what is not given is as in BEVANet-S."""
+    return Arguments(
+        module,
+        {
+            "planes": "planes",
+            "semantic_kernel_size": "semantic_kernels",
+            "detail_kernel_size": "detail_kernels",
+            "mlp_expand": ("expand", _one_expansion),
+            "num_classes": "num_classes",
+            **own,
+        },
+        defaults={"semantic_kernel_size": (0, 35, 35), "n_blocks": (2, 2, 3, 3, 2)},
+        derived={"blocks": _blocks},
     )
-
-
-def _build_classifier(args: dict[str, Any]) -> BEVANetClassifier:
-    last = args.get("last_planes", 2048)
-    return BEVANetClassifier(args.get("num_classes", 1000), last_channels=last, **_network_arguments(args))
 
 
 def _run_segmentation(module: BEVANet, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -191,50 +191,48 @@ def _run_segmentation(module: BEVANet, inputs: dict[str, Tensor], args: dict[str
     return {"logits": logits, "aux": auxiliary, "boundary": boundary}
 
 
-def _run(*names: str) -> Any:
-    def run(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-        return {"y": module(*(inputs[name] for name in names))}
-
-    return run
-
-
 PORTS = (
-    AuthorsPort("network", _build_segmentation, _convert_segmentation, _run_segmentation),
+    AuthorsPort(
+        "network",
+        build=_network(BEVANet, ppm_planes="pyramid_channels", head_planes="head_channels"),
+        convert=_convert_segmentation,
+        run=_run_segmentation,
+    ),
     AuthorsPort(
         "classifier",
-        _build_classifier,
-        _CLASSIFICATION,
-        lambda module, inputs, args: {"logits": module(inputs["x"])},
+        build=_network(BEVANetClassifier, last_planes="last_channels"),
+        convert=_CLASSIFICATION,
+        run=calls("x", gives="logits"),
     ),
     AuthorsPort(
         "sdlska",
-        build=lambda args: SDLSKA(args["dim"], args.get("kernel_size", 35)),
+        build=Arguments(SDLSKA, {"dim": "channels", "kernel_size": "kernel_size"}),
         convert=_SDLSKA,
-        run=_run("x"),
+        run=calls("x"),
     ),
-    AuthorsPort("cks", build=lambda args: CKS(args["dim"]), convert=_CKS, run=_run("small", "big_h", "big_v")),
+    AuthorsPort("cks", build=Arguments(CKS, {"dim": "channels"}), convert=_CKS, run=calls("small", "big_h", "big_v")),
     AuthorsPort(
         "evan",
-        build=lambda args: EVA(args["dim"], args.get("kernel_size", 35), args.get("mlp_expand", 4)),
+        build=Arguments(EVA, {"dim": "channels", "kernel_size": "kernel_size", "mlp_expand": "expand"}),
         convert=_EVA,
-        run=_run("x"),
+        run=calls("x"),
     ),
     AuthorsPort(
         "dlkppm",
-        build=lambda args: DLKPPM(args["inplanes"], args["branch_planes"], args["outplanes"]),
+        build=Arguments(DLKPPM, {"inplanes": "in_channels", "branch_planes": "channels", "outplanes": "out_channels"}),
         convert=_DLKPPM,
-        run=_run("x"),
+        run=calls("x"),
     ),
     AuthorsPort(
         "bgaf",
-        build=lambda args: BGAF(args["in_channels"], args.get("out_channels")),
+        build=Arguments(BGAF, {"in_channels": "channels", "out_channels": "out_channels"}),
         convert=_BGAF,
-        run=_run("p", "i", "d"),
+        run=calls("p", "i", "d"),
     ),
     AuthorsPort(
         "pagfm",
-        build=lambda args: PagFM(args["in_channels"], args["mid_channels"]),
+        build=Arguments(PagFM, {"in_channels": "channels", "mid_channels": "hidden"}),
         convert=_PAGFM,
-        run=_run("x", "y"),
+        run=calls("x", "y"),
     ),
 )

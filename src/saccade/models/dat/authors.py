@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Names, load_state
+from saccade.catalogue.ports import Argument, Arguments
 from saccade.models.dat.attention import DeformableAttention
 from saccade.models.dat.model import DAT, ConvMLP, Stage
 
@@ -29,48 +31,58 @@ def _size(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def build_attention(args: dict[str, Any]) -> DeformableAttention:
-    return DeformableAttention(
-        args["n_heads"] * args["n_head_channels"],
-        args["n_heads"],
-        _size(args["q_size"]),
-        groups=args["n_groups"],
-        stride=args["stride"],
-        kernel_size=args["ksize"],
-        offset_range=args["offset_range_factor"],
-        bias=_bias(args),
-        offsets=not args.get("no_off", False),
-        attn_drop=args.get("attn_drop", 0.0),
-        proj_drop=args.get("proj_drop", 0.0),
-    )
+_LAYER: dict[str, Argument] = {
+    "n_groups": "groups",
+    "stride": "stride",
+    "ksize": "kernel_size",
+    "offset_range_factor": "offset_range",
+    "no_off": ("offsets", operator.not_),
+    "attn_drop": "attn_drop",
+    "proj_drop": "proj_drop",
+}
+build_attention = Arguments(
+    DeformableAttention,
+    {**_LAYER, "n_heads": "num_heads", "q_size": ("map_size", _size)},
+    needed=("q_size", "n_groups", "stride", "ksize", "offset_range_factor"),
+    derived={"dim": lambda args: args["n_heads"] * args["n_head_channels"], "bias": _bias},
+)
 
 
-def build_stage(args: dict[str, Any]) -> Stage:
+def _drop_path(args: dict[str, Any]) -> list[float]:
     rates = args.get("drop_path_rate", 0.0)
-    depth = len(args["stage_spec"])
-    return Stage(
-        args["dim_embed"],
-        args["stage_spec"],
-        _size(args["fmap_size"]),
-        in_dim=args["dim_in"],
-        num_heads=args["heads"],
-        groups=args["n_groups"],
-        stride=args["stride"],
-        kernel_size=args["ksize"],
-        offset_range=args["offset_range_factor"],
-        bias=_bias(args),
-        offsets=not args.get("no_off", False),
-        window=args["window_size"],
-        neighborhood=args.get("nat_ksize", 7),
-        expansion=args["expansion"],
-        conv_mlp=args["use_dwc_mlp"],
-        local_perception=args["use_lpu"],
-        layer_scale=_scale(args.get("layer_scale_value", -1.0)),
-        attn_drop=args.get("attn_drop", 0.0),
-        proj_drop=args.get("proj_drop", 0.0),
-        drop=args.get("drop", 0.0),
-        drop_path=rates if isinstance(rates, (list, tuple)) else [rates] * depth,
-    )
+    return list(rates) if isinstance(rates, (list, tuple)) else [rates] * len(args["stage_spec"])
+
+
+build_stage = Arguments(
+    Stage,
+    {
+        **_LAYER,
+        "dim_embed": "dim",
+        "stage_spec": "pattern",
+        "fmap_size": ("map_size", _size),
+        "dim_in": "in_dim",
+        "heads": "num_heads",
+        "window_size": "window",
+        "nat_ksize": "neighborhood",
+        "expansion": "expansion",
+        "use_dwc_mlp": "conv_mlp",
+        "use_lpu": "local_perception",
+        "layer_scale_value": ("layer_scale", _scale),
+        "drop": "drop",
+    },
+    needed=(
+        "n_groups",
+        "stride",
+        "ksize",
+        "offset_range_factor",
+        "dim_in",
+        "window_size",
+        "expansion",
+        "use_dwc_mlp",
+        "use_lpu",
+    ),
+    derived={"bias": _bias, "drop_path": _drop_path},
+)
 
 
 def build_network(args: dict[str, Any]) -> DAT:
@@ -249,7 +261,7 @@ PORTS = (
     AuthorsPort("dattention_logcpb", build_attention, convert_deformable, _attention),
     AuthorsPort(
         "convmlp",
-        build=lambda args: ConvMLP(args["channels"], args["expansion"], drop=args.get("drop", 0.0)),
+        build=Arguments(ConvMLP, {"channels": "dim", "expansion": "expansion", "drop": "drop"}, needed=("expansion",)),
         convert=convert_mlp,
         run=_on_map,
     ),

@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names, laid
+from saccade.catalogue.ports import Arguments, calls
 from saccade.models.han.network import HAN, ChannelSpatialAttention, LayerAttention, layer_attention
 
-_NAMES = (
-    (r"^head\.0\.", "head."),
-    (r"^body\.(\d+)\.body\.(\d+)\.body\.0\.", r"groups.\1.blocks.\2.conv1."),
-    (r"^body\.(\d+)\.body\.(\d+)\.body\.2\.", r"groups.\1.blocks.\2.conv2."),
-    (r"^body\.(\d+)\.body\.(\d+)\.body\.3\.conv_du\.0\.", r"groups.\1.blocks.\2.down."),
-    (r"^body\.(\d+)\.body\.(\d+)\.body\.3\.conv_du\.2\.", r"groups.\1.blocks.\2.up."),
-    (r"^body\.(\d+)\.body\.\d+\.", r"groups.\1.conv."),
-    (r"^body\.\d+\.", "body_conv."),
-    (r"^csa\.", "channel_spatial."),
-    (r"^la\.", "layer_attention."),
-    (r"^last_conv\.", "layer_conv."),
-    (r"^last\.", "fuse."),
-    (r"^tail\.0\.", "upsample."),
-    (r"^tail\.1\.", "tail."),
+_NAMES = Names(
+    {
+        "head.0.{leaf}": "head.{leaf}",
+        "body.{i}.body.{j}.body.0.{leaf}": "groups.{i}.blocks.{j}.conv1.{leaf}",
+        "body.{i}.body.{j}.body.2.{leaf}": "groups.{i}.blocks.{j}.conv2.{leaf}",
+        "body.{i}.body.{j}.body.3.conv_du.0.{leaf}": "groups.{i}.blocks.{j}.down.{leaf}",
+        "body.{i}.body.{j}.body.3.conv_du.2.{leaf}": "groups.{i}.blocks.{j}.up.{leaf}",
+        "body.{i}.body.{last}.{leaf}": "groups.{i}.conv.{leaf}",
+        "body.{last}.{leaf}": "body_conv.{leaf}",
+        "csa.{name*}": "channel_spatial.{name}",
+        "la.{name*}": "layer_attention.{name}",
+        "last_conv.{leaf}": "layer_conv.{leaf}",
+        "last.{leaf}": "fuse.{leaf}",
+        "tail.0.{name*}": "upsample.{name}",
+        "tail.1.{leaf}": "tail.{leaf}",
+        "sub_mean.bias": laid("mean", lambda bias: -bias[:, None, None]),
+        "sub_mean.weight": None,
+        "add_mean.{leaf}": None,
+    }
 )
 
 
 def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The layers that take the mean off and add it do nothing else."""
     mean = -state["sub_mean.bias"]
     identity = torch.eye(len(mean))[:, :, None, None]
     for name in ("sub_mean.weight", "add_mean.weight", "add_mean.bias"):
         if name in state and not torch.equal(state[name], mean if name.endswith("bias") else identity):
             raise ValueError(f"{name} must only take the mean off or add it")
-    converted = {"mean": mean[:, None, None]}
-    for key, tensor in state.items():
-        if key.startswith(("sub_mean.", "add_mean.")):
-            continue
-        for pattern, name in _NAMES:
-            renamed, found = re.subn(pattern, name, key)
-            if found:
-                key = renamed
-                break
-        converted[key] = tensor
-    return converted
-
-
-def _build(args: dict[str, Any]) -> HAN:
-    scale = args.get("scale", 2)
-    return HAN(
-        scale[0] if isinstance(scale, (list, tuple)) else scale,
-        groups=args.get("n_resgroups", 10),
-        blocks=args.get("n_resblocks", 20),
-        channels=args.get("n_feats", 64),
-        reduction=args.get("reduction", 16),
-        value_range=args.get("rgb_range", 255),
-    )
+    return _NAMES(state)
 
 
 def _run_layers(module: LayerAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -64,17 +48,22 @@ def _run_layers(module: LayerAttention, inputs: dict[str, Tensor], args: dict[st
 
 
 PORTS = (
-    AuthorsPort("lam", build=lambda args: LayerAttention(), convert=dict, run=_run_layers),
-    AuthorsPort(
-        "csam",
-        build=lambda args: ChannelSpatialAttention(),
-        convert=dict,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
-    ),
+    AuthorsPort("lam", build=Arguments(LayerAttention, {}), convert=dict, run=_run_layers),
+    AuthorsPort("csam", build=Arguments(ChannelSpatialAttention, {}), convert=dict, run=calls("x")),
     AuthorsPort(
         "han",
-        build=_build,
+        build=Arguments(
+            HAN,
+            {
+                "scale": ("scale", lambda scale: scale[0] if isinstance(scale, (list, tuple)) else scale),
+                "n_resgroups": "groups",
+                "n_resblocks": "blocks",
+                "n_feats": "channels",
+                "reduction": "reduction",
+                "rgb_range": "value_range",
+            },
+        ),
         convert=_convert,
-        run=lambda module, inputs, args: {"y": module(inputs["x"]).image},
+        run=calls("x", gives={"y": "image"}),
     ),
 )

@@ -2,64 +2,68 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments
 from saccade.models.lit.network import LIT, DeformableTokenMerging
 
-_MERGING = (
-    (r"dconv\.conv_offset\.", "offset_conv."),
-    (r"dconv\.", "conv."),
-    (r"norm_layer\.", "norm."),
+_MERGING = Names(
+    {
+        "dconv.conv_offset.{leaf}": "offset_conv.{leaf}",
+        "dconv.{leaf}": "conv.{leaf}",
+        "norm_layer.{leaf}": "norm.{leaf}",
+    }
 )
-
-
-_NAMES = (
-    (r"^patch_embed\.proj\.", "embed."),
-    (r"^patch_embed\.norm\.", "embed_norm."),
-    (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.", r"stages.\1.\2.attention."),
-    (r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
-    (r"^layers\.(\d+)\.downsample\.", r"mergings.\1."),
+#: indices and masks are made anew from the map's size
+_MADE_ANEW = ("relative_position_index", "attn_mask")
+_NAMES = Names(
+    {
+        "patch_embed.proj.{leaf}": "embed.{leaf}",
+        "patch_embed.norm.{leaf}": "embed_norm.{leaf}",
+        "layers.{i}.blocks.{j}.attn.{name*}": "stages.{i}.{j}.attention.{name}",
+        "layers.{i}.blocks.{j}.{name*}": "stages.{i}.{j}.{name}",
+        **{f"layers.{{i}}.blocks.{{j}}.attn.{name}": None for name in _MADE_ANEW},
+        **{f"layers.{{i}}.blocks.{{j}}.{name}": None for name in _MADE_ANEW},
+        **_MERGING.within("layers.{i}.downsample.", "mergings.{i}."),
+        "{name*}": "{name}",
+    }
 )
-
-
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for key, tensor in state.items():
-        if key.endswith(("relative_position_index", "attn_mask")):
-            continue  # made anew from the map's size
-        for pattern, name in _NAMES:
-            key = re.sub(pattern, name, key)
-        for pattern, name in _MERGING:
-            key = re.sub(pattern, name, key)
-        converted[key] = tensor
-    return converted
 
 
 def _pair(value: Any) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
 
-def _build(args: dict[str, Any]) -> LIT:
-    depths = args.get("depths", (2, 2, 6, 2))
-    return LIT(
-        args.get("embed_dim", 96),
-        depths,
-        args.get("num_heads", (3, 6, 12, 24))[: len(depths)],
-        [bool(x) for x in args.get("has_msa", (0, 0, 1, 1))][: len(depths)],
-        mlp_ratio=args.get("mlp_ratio", 4.0),
-        image_size=_pair(args.get("img_size", 224)),
-        patch_size=_pair(args.get("patch_size", 4))[0],
-        in_channels=args.get("in_chans", 3),
-        num_classes=args.get("num_classes", 1000),
-        qkv_bias=args.get("qkv_bias", True),
-        scale=args.get("qk_scale"),
-        drop=args.get("drop_rate", 0.0),
-        drop_path=args.get("drop_path_rate", 0.0),
-    )
+def _of_stages(name: str, default: Sequence[int]) -> Callable[[dict[str, Any]], list[int]]:
+    """The authors' model reads as many entries as there are stages."""
+    return lambda args: list(args.get(name, default))[: len(args["depths"])]
+
+
+_BUILD = Arguments(
+    LIT,
+    {
+        "embed_dim": "dim",
+        "depths": "depths",
+        "mlp_ratio": "mlp_ratio",
+        "img_size": ("image_size", _pair),
+        "patch_size": ("patch_size", lambda size: _pair(size)[0]),
+        "in_chans": "in_channels",
+        "num_classes": "num_classes",
+        "qkv_bias": "qkv_bias",
+        "qk_scale": "scale",
+        "drop_rate": "drop",
+        "drop_path_rate": "drop_path",
+    },
+    defaults={"depths": (2, 2, 6, 2)},
+    derived={
+        "num_heads": _of_stages("num_heads", (3, 6, 12, 24)),
+        "attention": lambda args: [bool(has) for has in _of_stages("has_msa", (0, 0, 1, 1))(args)],
+    },
+)
 
 
 def _run_merging(module: DeformableTokenMerging, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -78,9 +82,9 @@ def _run_model(module: LIT, inputs: dict[str, Tensor], args: dict[str, Any]) -> 
 PORTS = (
     AuthorsPort(
         "deformable_token_merging",
-        build=lambda args: DeformableTokenMerging(args["dim"]),
-        convert=_convert,
+        build=Arguments(DeformableTokenMerging, {"dim": "dim"}),
+        convert=_MERGING,
         run=_run_merging,
     ),
-    AuthorsPort("lit", build=_build, convert=_convert, run=_run_model),
+    AuthorsPort("lit", build=_BUILD, convert=_NAMES, run=_run_model),
 )

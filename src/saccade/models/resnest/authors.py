@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls
 from saccade.models.resnest.network import DEPTHS, Bottleneck, ResNeSt, SplitAttention
 
 _SPLIT = Names({
@@ -66,29 +67,41 @@ def _with_pools(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {renamed(name) if "downsample." in name else name: tensor for name, tensor in state.items()}
 
 
-def _build_network(args: dict[str, Any]) -> ResNeSt:
-    """Their `ResNet`; what is not given is as in ResNeSt-50."""
+def _output_stride(args: dict[str, Any]) -> int:
+    strides = {1: 32, 2: 16, 4: 8}
+    if args["dilation"] not in strides:
+        raise ValueError(f"dilation must be 1, 2 or 4, got {args['dilation']}")
+    return 8 if args.get("dilated", False) else strides[args["dilation"]]
+
+
+#: their `ResNet`; what is not given is as in ResNeSt-50
+_BUILD_NETWORK = Arguments(
+    ResNeSt,
+    {
+        "layers": "depths",
+        "radix": "radix",
+        "groups": "groups",
+        "bottleneck_width": "bottleneck_width",
+        "avd": "avd",
+        "avd_first": "avd_first",
+        "deep_stem": "deep_stem",
+        "avg_down": "avg_down",
+        "final_drop": "drop",
+        "num_classes": "num_classes",
+    },
+    defaults={"layers": DEPTHS[50], "dilation": 1},
+    derived={
+        "stem_width": lambda args: args.get("stem_width", 32) if args.get("deep_stem", True) else 32,
+        "planes": lambda args: [width // args.get("planes_divided_by", 1) for width in (64, 128, 256, 512)],
+        "output_stride": _output_stride,
+    },
+)
+
+
+def _build_network(args: dict[str, Any]) -> nn.Module:
     if args.get("rectified_conv", False):
         raise ValueError("rectified_conv must be False, got True")
-    deep, divisor = args.get("deep_stem", True), args.get("planes_divided_by", 1)
-    dilation = args.get("dilation", 1)
-    if dilation not in (1, 2, 4):
-        raise ValueError(f"dilation must be 1, 2 or 4, got {dilation}")
-    return ResNeSt(
-        args.get("layers", DEPTHS[50]),
-        radix=args.get("radix", 2),
-        groups=args.get("groups", 1),
-        bottleneck_width=args.get("bottleneck_width", 64),
-        stem_width=args.get("stem_width", 32) if deep else 32,
-        planes=[width // divisor for width in (64, 128, 256, 512)],
-        avd=args.get("avd", True),
-        avd_first=args.get("avd_first", False),
-        deep_stem=deep,
-        avg_down=args.get("avg_down", True),
-        output_stride=8 if args.get("dilated", False) or dilation == 4 else 16 if dilation == 2 else 32,
-        drop=args.get("final_drop", 0.0),
-        num_classes=args.get("num_classes", 1000),
-    )
+    return _BUILD_NETWORK(args)
 
 
 def _run_network(module: ResNeSt, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -97,54 +110,60 @@ def _run_network(module: ResNeSt, inputs: dict[str, Tensor], args: dict[str, Any
     return {"logits": out.logits, "layer2": out.features[1], "layer4": out.features[3]}
 
 
-def _build_split(args: dict[str, Any]) -> SplitAttention:
-    return SplitAttention(
-        args["in_channels"],
-        args["channels"],
-        args["kernel_size"],
-        args.get("stride", 1),
-        args.get("padding", 0),
-        args.get("dilation", 1),
-        radix=args.get("radix", 2),
-        groups=args.get("groups", 1),
-        reduction=args.get("reduction_factor", 4),
-        bias=args.get("bias", True),
-        norm=args.get("norm_layer") not in (None, "None"),
-    )
+_BUILD_SPLIT = Arguments(
+    SplitAttention,
+    {
+        "in_channels": "in_channels",
+        "channels": "channels",
+        "kernel_size": "kernel_size",
+        "stride": "stride",
+        "padding": "padding",
+        "dilation": "dilation",
+        "radix": "radix",
+        "groups": "groups",
+        "reduction_factor": "reduction",
+        "bias": "bias",
+        "norm_layer": ("norm", lambda layer: layer not in (None, "None")),
+    },
+    needed=("kernel_size",),
+    defaults={"padding": 0, "bias": True, "norm_layer": None},
+)
 
 
 def _run_split(module: SplitAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     return {"attention": module.attention(module.branches(inputs["x"])).flatten(1), "y": module(inputs["x"])}
 
 
-def _build_bottleneck(args: dict[str, Any]) -> Bottleneck:
-    shortcut = args.get("downsample") or ""
-    pool = re.search(r"AvgPool2d\((?:kernel_size=)?(\d+)", shortcut)
-    return Bottleneck(
-        args["inplanes"],
-        args["planes"],
-        args.get("stride", 1),
-        radix=args.get("radix", 1),
-        groups=args.get("cardinality", 1),
-        bottleneck_width=args.get("bottleneck_width", 64),
-        dilation=args.get("dilation", 1),
-        avd=args.get("avd", False),
-        avd_first=args.get("avd_first", False),
-        is_first=args.get("is_first", False),
-        avg_down=pool is not None,
-        projected=bool(shortcut),
-        shortcut_pool=int(pool[1]) if pool else None,
-    )
+def _pool(args: dict[str, Any]) -> int | None:
+    """The kernel of the pool in a shortcut, that is given as it prints itself."""
+    pool = re.search(r"AvgPool2d\((?:kernel_size=)?(\d+)", args.get("downsample") or "")
+    return int(pool[1]) if pool else None
 
 
-def _y(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    return {"y": module(inputs["x"])}
+_BUILD_BOTTLENECK = Arguments(
+    Bottleneck,
+    {
+        "inplanes": "in_channels",
+        "planes": "planes",
+        "stride": "stride",
+        "radix": "radix",
+        "cardinality": "groups",
+        "bottleneck_width": "bottleneck_width",
+        "dilation": "dilation",
+        "avd": "avd",
+        "avd_first": "avd_first",
+        "is_first": "is_first",
+        "downsample": ("projected", bool),
+    },
+    defaults={"radix": 1, "avd": False},
+    derived={"shortcut_pool": _pool, "avg_down": lambda args: _pool(args) is not None},
+)
 
 
 PORTS = (
     AuthorsPort("network", build=_build_network, convert=_convert_network, run=_run_network),
     AuthorsPort("network_dilated", build=_build_network, convert=_convert_network, run=_run_network),
-    AuthorsPort("splat", build=_build_split, convert=_SPLIT, run=_run_split),
-    AuthorsPort("splat_radix1", build=_build_split, convert=_SPLIT, run=_y),
-    AuthorsPort("bottleneck", build=_build_bottleneck, convert=_convert, run=_y),
+    AuthorsPort("splat", build=_BUILD_SPLIT, convert=_SPLIT, run=_run_split),
+    AuthorsPort("splat_radix1", build=_BUILD_SPLIT, convert=_SPLIT, run=calls("x")),
+    AuthorsPort("bottleneck", build=_BUILD_BOTTLENECK, convert=_convert, run=calls("x")),
 )

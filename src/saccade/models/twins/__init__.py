@@ -30,9 +30,9 @@ import torch
 
 from saccade.catalogue import Published, register
 from saccade.models.twins.network import (
-    _PCPVT,
     DEPTHS,
     PADDINGS,
+    PCPVT,
     GlobalSubsampledAttention,
     LocallyGroupedAttention,
     PositionEncoding,
@@ -83,9 +83,9 @@ register(
     published=tuple(
         Published(f"Twins-{name}", arguments, parameters, flops, tolerance=0.05, note=_COUNTED)
         for name, arguments, parameters, flops in (
-            ("PCPVT-S", _PCPVT, 24.106216, 3.7),
-            ("PCPVT-B", {**_PCPVT, "depths": (3, 4, 18, 3)}, 43.828456, 6.4),
-            ("PCPVT-L", {**_PCPVT, "depths": (3, 8, 27, 3)}, 60.989672, 9.5),
+            ("PCPVT-S", PCPVT, 24.106216, 3.7),
+            ("PCPVT-B", {**PCPVT, "depths": (3, 4, 18, 3)}, 43.828456, 6.4),
+            ("PCPVT-L", {**PCPVT, "depths": (3, 8, 27, 3)}, 60.989672, 9.5),
             ("SVT-S", {"depths": DEPTHS}, 24.060776, 2.8),
             ("SVT-B", _B, 56.070952, 8.3),
             ("SVT-L", _L, 99.271400, 14.8),

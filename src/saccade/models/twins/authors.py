@@ -3,78 +3,67 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from saccade.catalogue import AuthorsPort
-from saccade.models.twins.network import _PCPVT, DEPTHS, GlobalSubsampledAttention, LocallyGroupedAttention, Twins
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments
+from saccade.models.twins.network import DEPTHS, PCPVT, GlobalSubsampledAttention, LocallyGroupedAttention, Twins
 
-_NAMES = (
-    (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.embed."),
-    (r"^patch_embeds\.(\d+)\.norm\.", r"stages.\1.embed_norm."),
-    (r"^pos_block\.(\d+)\.proj\.0\.", r"stages.\1.position."),
-    (r"^blocks\.(\d+)\.(\d+)\.attn\.sr\.", r"stages.\1.blocks.\2.attention.reduce."),
-    (r"^blocks\.(\d+)\.(\d+)\.attn\.", r"stages.\1.blocks.\2.attention."),
-    (r"^blocks\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^sr\.", "reduce."),
+_ATTENTION = Names({"sr.{leaf}": "reduce.{leaf}", "{name*}": "{name}"})
+_NAMES = Names(
+    {
+        "patch_embeds.{i}.proj.{leaf}": "stages.{i}.embed.{leaf}",
+        "patch_embeds.{i}.norm.{leaf}": "stages.{i}.embed_norm.{leaf}",
+        "pos_block.{i}.proj.0.{leaf}": "stages.{i}.position.{leaf}",
+        **_ATTENTION.within("blocks.{i}.{j}.attn.", "stages.{i}.blocks.{j}.attention."),
+        "blocks.{i}.{j}.{name*}": "stages.{i}.blocks.{j}.{name}",
+        "{name*}": "{name}",
+    }
 )
+_PROJECTIONS = {"qkv_bias": "qkv_bias", "qk_scale": "scale"}
+_LAYER = {"dim": "dim", "num_heads": "num_heads", "proj_drop": "proj_drop", **_PROJECTIONS}
+_BUILD_LOCAL = Arguments(
+    LocallyGroupedAttention, {**_LAYER, "ws": "window"}, needed=("ws",), defaults={"qkv_bias": False}
+)
+_BUILD_GLOBAL = Arguments(GlobalSubsampledAttention, {**_LAYER, "sr_ratio": "reduction"}, defaults={"qkv_bias": False})
+_MODEL = {
+    "embed_dims": "dims",
+    "num_heads": "num_heads",
+    "depths": "depths",
+    "mlp_ratios": "mlp_ratios",
+    "sr_ratios": "reductions",
+    "wss": "windows",
+    "patch_size": "patch_size",
+    "in_chans": "in_channels",
+    "num_classes": "num_classes",
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    **_PROJECTIONS,
+}
+#: of the authors' two constructors, under their names
+_SVT = {"qkv_bias": False, "depths": DEPTHS}
+_PCPVT_DEFAULTS = {"qkv_bias": False, **{theirs: PCPVT[ours] for theirs, ours in _MODEL.items() if ours in PCPVT}}
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for key, tensor in state.items():
-        for pattern, name in _NAMES:
-            renamed, found = re.subn(pattern, name, key)
-            if found:
-                key = renamed
-                break
-        converted[key] = tensor
-    return converted
+def _norm_eps(args: dict[str, Any]) -> float:
+    eps = re.search(r"eps\D*([\d.]+(?:e-?\d+)?)", str(args.get("norm_layer", "")))
+    return float(eps[1]) if eps else 1e-6
 
 
-def _shared(args: dict[str, Any]) -> dict[str, Any]:
-    return {"qkv_bias": args.get("qkv_bias", False), "scale": args.get("qk_scale")}
-
-
-def _build_local(args: dict[str, Any]) -> nn.Module:
-    drop = args.get("proj_drop", 0.0)
-    return LocallyGroupedAttention(args["dim"], args.get("num_heads", 8), args["ws"], **_shared(args), proj_drop=drop)
-
-
-def _build_global(args: dict[str, Any]) -> nn.Module:
-    drop = args.get("proj_drop", 0.0)
-    return GlobalSubsampledAttention(
-        args["dim"], args.get("num_heads", 8), args.get("sr_ratio", 1), **_shared(args), proj_drop=drop
-    )
+def _build_model(args: dict[str, Any], defaults: Mapping[str, Any]) -> nn.Module:
+    given = {**defaults, **args}
+    stages = len(given["depths"])
+    # the authors' models read as many entries as there are stages
+    given = {name: value[:stages] if isinstance(value, (list, tuple)) else value for name, value in given.items()}
+    return Arguments(Twins, _MODEL, derived={"norm_eps": _norm_eps})(given)
 
 
 def _run_attention(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     return {"y": module(inputs["x"].unflatten(1, (args["H"], args["W"]))).flatten(1, 2)}
-
-
-_SIZES = {
-    "dims": "embed_dims",
-    "num_heads": "num_heads",
-    "depths": "depths",
-    "mlp_ratios": "mlp_ratios",
-    "reductions": "sr_ratios",
-    "windows": "wss",
-    "patch_size": "patch_size",
-    "in_channels": "in_chans",
-    "num_classes": "num_classes",
-    "drop": "drop_rate",
-    "drop_path": "drop_path_rate",
-}
-
-
-def _build_model(args: dict[str, Any], **defaults: Any) -> Twins:
-    given = {ours: args[theirs] for ours, theirs in _SIZES.items() if theirs in args}
-    stages = len(given.get("depths", DEPTHS))
-    # the authors' models read as many entries as there are stages
-    given = {k: v[:stages] if isinstance(v, (list, tuple)) else v for k, v in {**defaults, **given}.items()}
-    eps = re.search(r"eps\D*([\d.]+(?:e-?\d+)?)", str(args.get("norm_layer", "")))
-    return Twins(**given, **_shared(args), norm_eps=float(eps[1]) if eps else 1e-6)
 
 
 def _run_model(module: Twins, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -84,8 +73,8 @@ def _run_model(module: Twins, inputs: dict[str, Tensor], args: dict[str, Any]) -
 
 
 PORTS = (
-    AuthorsPort("lsa", build=_build_local, convert=_convert, run=_run_attention),
-    AuthorsPort("gsa", build=_build_global, convert=_convert, run=_run_attention),
-    AuthorsPort("svt", build=_build_model, convert=_convert, run=_run_model),
-    AuthorsPort("pcpvt", build=lambda args: _build_model(args, **_PCPVT), convert=_convert, run=_run_model),
+    AuthorsPort("lsa", build=_BUILD_LOCAL, convert=_ATTENTION, run=_run_attention),
+    AuthorsPort("gsa", build=_BUILD_GLOBAL, convert=_ATTENTION, run=_run_attention),
+    AuthorsPort("svt", build=partial(_build_model, defaults=_SVT), convert=_NAMES, run=_run_model),
+    AuthorsPort("pcpvt", build=partial(_build_model, defaults=_PCPVT_DEFAULTS), convert=_NAMES, run=_run_model),
 )

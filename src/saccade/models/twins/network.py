@@ -299,7 +299,7 @@ def _initialise(module: nn.Module) -> None:
 DEPTHS = (2, 2, 10, 4)
 
 
-_PCPVT = {
+PCPVT = {
     "dims": (64, 128, 320, 512),
     "num_heads": (1, 2, 5, 8),
     "depths": (3, 4, 6, 3),

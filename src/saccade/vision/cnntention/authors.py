@@ -6,29 +6,28 @@ from typing import Any
 
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls
 from saccade.ops.maps import attention_map
 from saccade.vision.cnntention.gate import Form, MultiHeadAttention2d, ResidualCBAM, ResNet20, SelfAttention2d
 
-
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    names = (
-        ("val.", "value."), ("weights", "gamma"), ("channel_attention.mlp.0.", "down."),
-        ("channel_attention.mlp.2.", "up."), ("spatial_attention.conv.", "conv."),
-    )  # fmt: skip
-    converted = {}
-    for key, tensor in state.items():
-        head, _, rest = key.partition(".")
-        if head[:-1] in ("layer", "att"):
-            place = "stages" if head.startswith("layer") else "attentions"
-            key, prefix = rest, f"{place}.{int(head[-1]) - 1}."
-        else:
-            prefix = ""
-        for theirs, ours in names:
-            if key.startswith(theirs) and not prefix.startswith("stages"):
-                key = ours + key[len(theirs) :]
-        converted[prefix + key] = tensor
-    return converted
+_GATE = Names(
+    {
+        "val.{leaf}": "value.{leaf}",
+        "weights": "gamma",
+        "channel_attention.mlp.0.{leaf}": "down.{leaf}",
+        "channel_attention.mlp.2.{leaf}": "up.{leaf}",
+        "spatial_attention.conv.{leaf}": "conv.{leaf}",
+        "{name*}": "{name}",
+    }
+)
+_NETWORK = Names(
+    {
+        **{f"layer{i + 1}.{{name*}}": f"stages.{i}.{{name}}" for i in range(3)},
+        **{name: place for i in range(3) for name, place in _GATE.within(f"att{i + 1}.", f"attentions.{i}.").items()},
+        "{name*}": "{name}",
+    }
+)
 
 
 def _run_attention(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -37,35 +36,30 @@ def _run_attention(module: Any, inputs: dict[str, Tensor], args: dict[str, Any])
     return {"y": module(inputs["x"]), "attention": weights[:, 0] if isinstance(module, SelfAttention2d) else weights}
 
 
-def _network(form: Form, **fixed: Any) -> AuthorsPort:
-    return AuthorsPort(
-        f"resnet20_{'cbam' if form == 'cbam' else 'self_att'}",
-        build=lambda a: ResNet20(
-            a.get("num_classes", 10),
-            form,
-            in_channels=a.get("in_channels", 3),
-            blocks=tuple(a.get("layers", (3, 3, 3))),
-            **fixed,
-        ),
-        convert=_convert,
-        run=lambda module, inputs, args: {"logits": module(inputs["x"])},
+def _network(module: str, form: Form, **fixed: Any) -> AuthorsPort:
+    build = Arguments(
+        ResNet20,
+        {"num_classes": "num_classes", "in_channels": "in_channels", "layers": ("blocks", tuple)},
+        form=form,
+        **fixed,
     )
+    return AuthorsPort(module, build=build, convert=_NETWORK, run=calls("x", gives="logits"))
 
 
 PORTS = (
-    AuthorsPort("self_att", build=lambda a: SelfAttention2d(a["in_ch"]), convert=_convert, run=_run_attention),
+    AuthorsPort("self_att", build=Arguments(SelfAttention2d, {"in_ch": "channels"}), convert=_GATE, run=_run_attention),
     AuthorsPort(
         "mha",
-        build=lambda a: MultiHeadAttention2d(a["in_ch"], a.get("num_heads", 8)),
-        convert=_convert,
+        build=Arguments(MultiHeadAttention2d, {"in_ch": "channels", "num_heads": "num_heads"}),
+        convert=_GATE,
         run=_run_attention,
     ),
     AuthorsPort(
         "cbam",
-        build=lambda a: ResidualCBAM(a["c_in"], a.get("kernel_size", 7), a.get("reduction", 16)),
-        convert=_convert,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        build=Arguments(ResidualCBAM, {"c_in": "channels", "kernel_size": "kernel_size", "reduction": "reduction"}),
+        convert=_GATE,
+        run=calls("x"),
     ),
-    _network("self"),
-    _network("cbam", reduction=8),
+    _network("resnet20_self_att", "self"),
+    _network("resnet20_cbam", "cbam", reduction=8),
 )

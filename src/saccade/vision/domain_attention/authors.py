@@ -2,44 +2,38 @@
 
 from __future__ import annotations
 
-import re
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names, joined
+from saccade.catalogue.ports import Arguments, calls
 from saccade.vision.domain_attention.gate import DomainAttention, bottleneck
 
-_ADAPTER = re.compile(r"(.*)SE_Layers\.(\d+)\.fc\.([02])\.(weight|bias)")
+_GATE = Names(
+    {
+        "SE_Layers.{n}.fc.0.{leaf}": joined("reduce.{leaf}", "n", torch.cat),
+        "SE_Layers.{n}.fc.2.{leaf}": joined("expand_{leaf}", "n", torch.stack),
+        "fc_1.{leaf}": "assign.{leaf}",
+    }
+)
+_BLOCK = Names(
+    {
+        "conv{i}.{leaf}": "conv{i}.{leaf}",
+        "bn{i}.{leaf}": "norm{i}.{leaf}",
+        "downsample.{i}.{leaf}": "shortcut.{i}.{leaf}",
+        **_GATE.within("domain_attention.", "gate."),
+    }
+)
 
 
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
-    banks: dict[tuple[str, str, str], dict[int, Tensor]] = {}
-    for name, tensor in state.items():
-        found = _ADAPTER.fullmatch(name)
-        if found:
-            prefix, index, layer, kind = found.groups()
-            banks.setdefault((_renamed(prefix), layer, kind), {})[int(index)] = tensor
-        elif "fc_1." not in name:
-            ours[_renamed(name)] = tensor
-    for (prefix, layer, kind), adapters in banks.items():
-        bank = [adapters[i] for i in sorted(adapters)]
-        ours[prefix + (f"reduce.{kind}" if layer == "0" else f"expand_{kind}")] = (
-            torch.cat(bank) if layer == "0" else torch.stack(bank)
-        )
-    for name, tensor in state.items():
-        if "fc_1." in name:
-            prefix, kind = name.split("fc_1.")
-            if len(ours[_renamed(prefix) + "expand_bias"]) > 1:
-                ours[f"{_renamed(prefix)}assign.{kind}"] = tensor
-    return ours
-
-
-def _renamed(name: str) -> str:
-    name = re.sub(r"^bn(\d)\.", r"norm\1.", name)
-    return name.replace("domain_attention.", "gate.").replace("downsample.", "shortcut.")
+def _convert(names: Names, prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With one adapter there is nothing to assign, but the authors' weights for it are in the file."""
+    ours = names(state)
+    single = f"{prefix}expand_bias" in ours and len(ours[f"{prefix}expand_bias"]) == 1
+    return {name: tensor for name, tensor in ours.items() if not (single and name.startswith(f"{prefix}assign."))}
 
 
 def _adapters(args: dict[str, Any]) -> int:
@@ -59,21 +53,29 @@ def _run_gate(module: DomainAttention, inputs: dict[str, Tensor], args: dict[str
 PORTS = (
     AuthorsPort(
         "domain_attention",
-        build=lambda args: DomainAttention(args["planes"], _adapters(args), args.get("reduction", 16)),
-        convert=_convert,
+        build=Arguments(
+            DomainAttention,
+            {"planes": "channels", "reduction": "reduction"},
+            derived={"num_adapters": _adapters},
+        ),
+        convert=partial(_convert, _GATE, ""),
         run=_run_gate,
     ),
     AuthorsPort(
         "da_bottleneck",
-        build=lambda args: bottleneck(
-            args["inplanes"],
-            args["planes"],
-            args.get("stride", 1),
-            _adapters(args),
-            args.get("reduction", 16),
-            projected=bool(args.get("downsample")),
+        build=Arguments(
+            bottleneck,
+            {
+                "inplanes": "in_channels",
+                "planes": "width",
+                "stride": "stride",
+                "reduction": "reduction",
+                "downsample": ("projected", bool),
+            },
+            defaults={"stride": 1, "reduction": 16},
+            derived={"num_adapters": _adapters},
         ),
-        convert=_convert,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        convert=partial(_convert, _BLOCK, "gate."),
+        run=calls("x"),
     ),
 )

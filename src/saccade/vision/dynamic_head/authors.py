@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments, calls
 from saccade.vision.dynamic_head.gate import DyConv, DynamicHead, DyReLU
 
 _TASK = Names({"fc.0.{leaf}": "down.{leaf}", "fc.2.{leaf}": "up.{leaf}"})
@@ -39,17 +41,18 @@ def _convert_network(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return _TOWER(state)
 
 
-def _build_network(args: dict[str, Any]) -> DynamicHead:
-    channels = args.get("channels", 256)
-    _same_channels(args.get("in_channels", channels), channels)
-    return DynamicHead(channels, args.get("num_convs", 6), high_offset="prefix")
-
-
-def _same_channels(inputs: int, outputs: int) -> int:
+def _equal(theirs: str, default: int | None = None) -> Callable[[dict[str, Any]], int]:
     """The authors' modules take two numbers of channels, but their DyReLU runs only where they are equal."""
-    if inputs != outputs:
-        raise ValueError(f"input and output channels must be equal, got {inputs} and {outputs}")
-    return inputs
+    first, second = theirs.split()
+
+    def channels(args: dict[str, Any]) -> int:
+        outputs = args[second] if default is None else args.get(second, default)
+        inputs = args[first] if default is None else args.get(first, outputs)
+        if inputs != outputs:
+            raise ValueError(f"input and output channels must be equal, got {inputs} and {outputs}")
+        return inputs
+
+    return channels
 
 
 def _run_levels(module: DyConv | DynamicHead, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -59,22 +62,31 @@ def _run_levels(module: DyConv | DynamicHead, inputs: dict[str, Tensor], args: d
 
 
 PORTS = (
-    AuthorsPort("network", build=_build_network, convert=_convert_network, run=_run_levels),
+    AuthorsPort(
+        "network",
+        build=Arguments(
+            DynamicHead,
+            {"num_convs": "blocks"},
+            derived={"channels": _equal("in_channels channels", 256)},
+            high_offset="prefix",
+        ),
+        convert=_convert_network,
+        run=_run_levels,
+    ),
     AuthorsPort(
         "dyconv",
-        build=lambda args: DyConv(_same_channels(args["in_channels"], args["out_channels"]), high_offset="prefix"),
+        build=Arguments(DyConv, {}, derived={"channels": _equal("in_channels out_channels")}, high_offset="prefix"),
         convert=_BLOCK,
         run=_run_levels,
     ),
     AuthorsPort(
         "dyrelu",
-        build=lambda args: DyReLU(
-            _same_channels(args["inp"], args["oup"]),
-            args.get("reduction", 4),
-            slopes=tuple(args.get("init_a", (1.0, 0.0))),
-            intercepts=tuple(args.get("init_b", (0.0, 0.0))),
+        build=Arguments(
+            DyReLU,
+            {"reduction": "reduction", "init_a": ("slopes", tuple), "init_b": ("intercepts", tuple)},
+            derived={"channels": _equal("inp oup")},
         ),
         convert=_TASK,
-        run=lambda module, inputs, args: {"y": module(inputs["x"])},
+        run=calls("x"),
     ),
 )

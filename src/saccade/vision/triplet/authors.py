@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch import Tensor
 
-from saccade.catalogue import AuthorsPort
+from saccade.catalogue import AuthorsPort, Names
+from saccade.catalogue.ports import Arguments
 from saccade.vision.triplet.gate import TripletAttention
 
-
-def _build(args: dict[str, Any]) -> TripletAttention:
-    return TripletAttention(kernel_size=args.get("kernel_size", 7), spatial=not args.get("no_spatial", False))
-
-
-def _convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace(".conv.conv.", ".conv.").replace(".conv.bn.", ".norm."): t for name, t in state.items()}
+_BUILD = Arguments(TripletAttention, {"kernel_size": "kernel_size", "no_spatial": ("spatial", operator.not_)})
+_NAMES = Names(
+    {
+        "{gate}.conv.conv.{leaf}": "{gate}.conv.{leaf}",
+        "{gate}.conv.bn.{leaf}": "{gate}.norm.{leaf}",
+    }
+)
 
 
 def _run(module: TripletAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -24,4 +26,4 @@ def _run(module: TripletAttention, inputs: dict[str, Tensor], args: dict[str, An
     return {"branch_cw": x_BCHW * cw_BC1W, "branch_hc": x_BCHW * hc_BCH1, "y": module(x_BCHW)}
 
 
-PORTS = (AuthorsPort("triplet_attention", build=_build, convert=_convert, run=_run),)
+PORTS = (AuthorsPort("triplet_attention", build=_BUILD, convert=_NAMES, run=_run),)
