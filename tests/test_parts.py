@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from saccade import catalogue
+from saccade import catalogue, masks
 from saccade.catalogue.options import fits
 from saccade.integrations.mechanisms import MECHANISMS
 from saccade.report.sizes import count
@@ -377,6 +377,41 @@ def test_padding_at_the_end_changes_nothing(slug: str) -> None:
     assert relative(module(x, mask=mask)[:, :15], module(x[:, :15], mask=mask[:, :15])) <= 1e-5
     mask[:] = False
     assert module(x, mask=mask).isfinite().all()
+
+
+@pytest.mark.parametrize("slug", supporting("padding"))
+def test_padding_is_taken_in_every_form(slug: str) -> None:
+    """Bool (B, M), (B, 1, 1, M), and mask objects; another size is refused in words."""
+    for direction in directions(slug):
+        module = build(slug, **direction)
+        (x,) = call_arguments(slug, module, 12)
+        real = torch.ones(2, 12, dtype=torch.bool)
+        real[1, 9:] = False
+        expected = module(x, mask=real)
+        for given in (real[:, None, None], masks.padding(real), masks.dense(real[:, None, None])):
+            assert torch.equal(module(x, mask=given), expected)
+        for wrong in (real[:, 1:], real.float(), real[:, None], "padding"):
+            with pytest.raises(ValueError, match=r"mask|cu_seqlens"):
+                module(x, mask=wrong)
+
+
+@pytest.mark.parametrize("slug", SEQUENCES)
+def test_packed_sequences_are_attended_to_apart(slug: str) -> None:
+    """By `cu_seqlens` or by number, the same as one call each."""
+    for direction in directions(slug):
+        module = build(slug, **direction)
+        (x,) = call_arguments(slug, module, 21)
+        if "documents" not in getattr(module, "takes", ()):
+            continue
+        cu_seqlens = torch.tensor([0, 5, 13, 21], dtype=torch.int32)
+        out = module(x, mask=cu_seqlens)
+        ids = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 8, 8]))
+        assert relative(out, module(x, mask=masks.documents(ids))) <= 1e-6
+        if slug == "nats":  # its chunks, and the first of them that is always Global, are the row's
+            continue
+        module.rope = False  # not every score knows differences of positions only
+        apart = torch.cat([module(x[:, first:last]) for first, last in ((0, 5), (5, 13), (13, 21))], 1)
+        assert relative(module(x, mask=cu_seqlens), apart) <= 1e-5
 
 
 @pytest.mark.parametrize("slug", supporting("padding"))

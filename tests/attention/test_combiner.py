@@ -260,7 +260,7 @@ def test_bad_arguments() -> None:
         ({"pooling": "min"}, "pooling must be 'max', 'mean' or 'sum'"),
         ({"pooling": "deepset-max"}, "a transform belongs to"),
         ({"scale": -1.0}, "scale must be above 0"),
-        ({"mask": masks.causal()}, "mask must be padding"),
+        ({"mask": masks.causal(), "causal": False}, r"takes padding .* as its mask, got causality"),
         ({"mask": torch.ones(1, 9, dtype=torch.bool)}, "mask must be"),
     ):
         with pytest.raises(ValueError, match=message):

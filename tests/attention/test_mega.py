@@ -95,6 +95,14 @@ def test_simple_bias_takes_the_reach_of_a_checkpoint() -> None:
     torch.testing.assert_close(chunked(x), full(x))
 
 
+def test_each_querys_keys_are_counted_under_any_mask() -> None:
+    q = torch.randn(2, 2, 9, 4)
+    for mask in (masks.window(2), masks.documents(torch.arange(9) // 4) & masks.padding(torch.ones(2, 9).bool())):
+        out = mega_attend(q, q, q, attention="laplace", mask=mask)
+        dense = mask.dense(9, 9).expand(2, 1, 9, 9)
+        torch.testing.assert_close(out, mega_attend(q, q, q, attention="laplace", mask=dense))
+
+
 def test_laplace_and_squared_relu_touch_at_mu() -> None:
     mu = torch.tensor(math.sqrt(0.5), dtype=torch.float64, requires_grad=True)
     for function in (laplace, lambda x: x.relu().square()):
@@ -288,7 +296,7 @@ def test_bad_arguments() -> None:
         layer(x, x)
     with pytest.raises(ValueError, match="needs all tokens in one chunk"):
         layer(x, mask=torch.ones(1, 1, 9, 9, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"mask must be bool \(batch, tokens\)"):
+    with pytest.raises(ValueError, match=r"mask must be bool \(batch, keys\) = \(1, 9\), got .* \(1, 8\)"):
         layer(x, mask=torch.ones(1, 8, dtype=torch.bool))
     cache = layer.new_cache(1)
     layer(x, cache=cache)
@@ -299,5 +307,5 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="reaches 4 positions, got 9"):
         MegaAttention(8, position="simple", max_positions=4)(x)
     q = torch.randn(1, 1, 9, 4)
-    with pytest.raises(ValueError, match="count each query's keys"):
-        mega_attend(q, q, q, attention="laplace", mask=masks.window(2))
+    with pytest.raises(ValueError, match="the mask is for 2 heads, got 1"):
+        mega_attend(q, q, q, attention="laplace", mask=torch.ones(1, 2, 9, 9, dtype=torch.bool))

@@ -247,9 +247,12 @@ def test_bad_arguments() -> None:
         ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
         ({"top_k": 0}, "top_k must be an integer of at least 1, got 0"),
         ({"top_k": 1.5}, "top_k must be an integer"),
-        ({"mask": masks.window(3)}, "takes padding and documents"),
-        ({"mask": torch.ones(1, 9, dtype=torch.bool)}, "mask is for"),
-        ({"mask": torch.ones(16, 16, dtype=torch.bool)[None, None]}, "takes padding and documents"),
+        ({"mask": masks.window(3)}, r"takes padding .* and packed sequences as its mask"),
+        ({"mask": torch.ones(1, 9, dtype=torch.bool)}, "mask must be"),
+        (
+            {"mask": torch.ones(16, 16, dtype=torch.bool)[None, None]},
+            "takes padding .* and packed sequences as its mask",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             moba_attend(q, k, v, **{"block_size": 4, "top_k": 2, **bad})

@@ -218,7 +218,7 @@ def test_bad_arguments() -> None:
         ({"mode": "half"}, "mode must be 'full' or 'sparse'"),
         ({"released_ranking": True, "resolutions": (8, 2)}, "released_ranking is for two resolutions"),
         ({"first_blocks": -1}, "must be at least 0"),
-        ({"mask": masks.causal()}, "mask must be padding"),
+        ({"mask": masks.causal()}, "takes padding .* as its mask"),
         ({"mask": torch.ones(1, 9, dtype=torch.bool)}, "mask must be"),
     ):
         with pytest.raises(ValueError, match=message):

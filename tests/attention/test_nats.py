@@ -213,7 +213,7 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError):
             NAtS(16, 4, **wrong)
     layer = NAtS(16, 4)
-    with pytest.raises(ValueError, match="without a mask"):
+    with pytest.raises(ValueError, match="with a cache takes no mask"):
         layer(torch.randn(1, 3, 16), mask=torch.ones(1, 3, dtype=torch.bool), cache=layer.new_cache(1))
     with pytest.raises(ValueError, match="no token"):
         _ = layer.new_cache(1).kept_BK

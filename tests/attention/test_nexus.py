@@ -10,6 +10,7 @@ from saccade import attention_map, masks
 from saccade.attention.nexus import Nexus, nested, nexus_attend
 from saccade.attention.nexus.claim import two_hops
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.pattern import Pattern
 from saccade.ops.rope import rotate
 
 READINGS = [
@@ -187,7 +188,8 @@ def test_no_linear_map_of_the_tokens_gives_the_nested_queries() -> None:
     x = tokens(60, B=1)
 
     def residual(module: Nexus) -> float:
-        q, k = module._nested_queries_and_keys(x, None, torch.zeros(1, 4, 60, 4).double(), None, 0, lambda _, t: t)
+        raw = module.project(x, None, None)
+        q, k = module._nested(*raw[:3], Pattern.of(None, 1, 60, 60), *raw[3:], lambda _, t: t)
         assert torch.linalg.matrix_rank(q @ k.mT).max() <= module.head_dim
         flat = q[0].transpose(0, 1).flatten(1)
         return (x[0] @ torch.linalg.lstsq(x[0], flat).solution - flat).norm().item() / flat.norm().item()
@@ -198,7 +200,7 @@ def test_no_linear_map_of_the_tokens_gives_the_nested_queries() -> None:
 
 def test_function_equals_the_layer() -> None:
     module, x = layer(rope=False, order=3, num_kv_heads=2), tokens(11)
-    q, k, v = (module._heads(p(x), h) for p, h in ((module.q_proj, 4), (module.k_proj, 2), (module.v_proj, 2)))
+    q, k, v, *_ = module.project(x, None, None)
     out = nexus_attend(q, k, v, order=3, causal=True)
     torch.testing.assert_close(module.out_proj(out.transpose(1, 2).flatten(2)), module(x), atol=1e-13, rtol=0)
 
@@ -250,7 +252,7 @@ def test_map_shows_the_outer_weights() -> None:
     module = layer(num_kv_heads=2)
     weights = attention_map(module, tokens(9))
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 9).double())
-    v = module._heads(module.v_proj(tokens(9)), 2).repeat_interleave(2, 1)
+    v = module.split_heads(module.v_proj(tokens(9)), 2).repeat_interleave(2, 1)
     out = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(out, module(tokens(9)), atol=1e-12, rtol=0)
 
@@ -279,7 +281,7 @@ def test_bad_arguments() -> None:
     x = tokens(4)
     with pytest.raises(ValueError, match="takes no context"):
         layer(False, sharing="R")(x, x)
-    with pytest.raises(ValueError, match="must be its padding"):
+    with pytest.raises(ValueError, match="Nexus with a context takes padding"):
         layer(False)(x, x, mask=masks.window(2))
     q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
     with pytest.raises(ValueError, match="must be the same tokens"):

@@ -236,8 +236,8 @@ def test_bad_arguments() -> None:
         SLAYAttention(12, 3, num_features=0)
     with pytest.raises(ValueError, match=r"epsilon must be positive, got -1"):
         YatAttention(12, 3, epsilon=-1)
-    with pytest.raises(ValueError, match=r"takes padding masks"):
-        layer()(torch.randn(1, 4, 12, dtype=torch.float64), mask=masks.causal())
+    with pytest.raises(ValueError, match=r"takes padding .* as its mask, got a window"):
+        layer()(torch.randn(1, 4, 12, dtype=torch.float64), mask=masks.window(2))
     with pytest.raises(ValueError, match=r"a causal layer takes no context"):
         layer()(*torch.randn(2, 1, 4, 12, dtype=torch.float64))
     assert math.isfinite(layer()(torch.zeros(1, 3, 12, dtype=torch.float64)).sum().item())

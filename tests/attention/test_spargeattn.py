@@ -319,7 +319,7 @@ def test_bad_arguments() -> None:
         spargeattn_attend(q.requires_grad_(), k, v, quantize=True)
     with pytest.raises(ValueError, match="at most 32, got 40"):
         spargeattn_attend(heads(40)[0], k, v, causal=True)
-    with pytest.raises(ValueError, match="no mask but the causal one"):
+    with pytest.raises(ValueError, match="takes causality as its mask, got padding"):
         SpargeAttention(16, 2)(torch.randn(1, 5, 16), mask=torch.ones(1, 5, dtype=torch.bool))
     with pytest.raises(ValueError, match="top_k must be"):
         SpargeAttention(16, 2, top_k=2.0)

@@ -176,7 +176,7 @@ def test_masks_over_pairs_but_not_for_super() -> None:
         out = module(x, mask=masks.documents(ids))
         torch.testing.assert_close(out[:, :6], module(x[:, :6]))
         torch.testing.assert_close(module(x_2, mask=masks.documents(ids))[:, :6], out[:, :6])
-    with pytest.raises(ValueError, match="'super' takes a padding mask"):
+    with pytest.raises(ValueError, match="'super' takes padding"):
         layer()(x, mask=masks.documents(ids))
 
 

@@ -249,7 +249,7 @@ def test_bad_arguments() -> None:
     layer = AVL(16, 4)
     with pytest.raises(ValueError, match="must hold the image"):
         layer(torch.randn(1, 8, 16), cache=layer.new_cache(1, image=(3, 6)))
-    with pytest.raises(ValueError, match="without a mask"):
+    with pytest.raises(ValueError, match="with a cache takes no mask"):
         layer(torch.randn(1, 3, 16), mask=torch.ones(1, 3, dtype=torch.bool), cache=layer.new_cache(1))
     with pytest.raises(ValueError, match="causal"):
         AVL(16, 4, causal=False)

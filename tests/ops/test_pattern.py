@@ -56,7 +56,11 @@ def test_mask_objects_are_taken_apart(given: masks.Mask, says: tuple[str, ...]) 
     assert pattern.says == says
     assert torch.equal(allowed(pattern.mask), allowed(given))
     assert Pattern.of(pattern, 2, N, N) is pattern
+    for other in (masks.window(1, 1), masks.window(3, sinks=2), masks.padding(VALID), masks.documents(IDS)):
+        assert torch.equal(allowed(pattern.also(other, N, N).mask), allowed(given & other))
+        assert torch.equal(allowed(Pattern.of(other, 2, N, N).also(given, N, N).mask), allowed(given & other))
     causal = Pattern.of(given, 2, N, N, causal=True)
+    assert torch.equal(allowed(causal.rest) & allowed(masks.causal()), allowed(given & masks.causal()))
     assert torch.equal(allowed(causal.mask), allowed(given & masks.causal()))
     assert torch.equal(allowed(pattern.simplify(N, N).mask), allowed(given))
 
@@ -69,7 +73,7 @@ def test_queries_that_stand_later(offset: int) -> None:
     pattern = Pattern.of(given, 2, n, N, offset=offset)
     assert pattern.says == ("causal", "window", "padding", "documents") and pattern.sinks == 1
     assert torch.equal(allowed(pattern.mask, n), allowed(given, n))
-    assert torch.equal(pattern.real_queries(n), VALID[:, offset:])
+    assert torch.equal(pattern.real_queries(2, n), VALID[:, offset:])
     assert Pattern.of(given, 2, n, N, offset=offset, crosses=True).says[-1] == "pairs"
     later = Pattern.of(masks.padding(VALID) & own, 2, n, N, causal=True, offset=offset).from_key(offset)
     assert torch.equal(
@@ -112,7 +116,10 @@ def test_what_a_mechanism_cannot_take_is_refused_in_words() -> None:
     assert pattern.only(EVERYTHING, "x") is pattern
     with pytest.raises(ValueError, match=r"MoBA takes padding .* and packed sequences as its mask, got a window"):
         pattern.only(("padding", "documents"), "MoBA")
-    with pytest.raises(ValueError, match="SpargeAttn takes nothing as its mask, got a window and padding"):
+    with pytest.raises(ValueError, match=r"x takes padding .* as its mask, got causality"):
+        Pattern.of(masks.causal(), 2, N, N).only(("padding",), "x")
+    assert Pattern.of(masks.causal(), 2, N, N, causal=True).only(("padding",), "x").causal
+    with pytest.raises(ValueError, match=r"SpargeAttn takes no mask, got padding .* and a window"):
         pattern.only((), "SpargeAttn")
 
 

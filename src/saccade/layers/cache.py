@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+class Cache(Protocol):
+    """What every cache says of itself; how it is filled is between it and its layer."""
+
+    @property
+    def length(self) -> int:
+        """Tokens seen."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held."""
+        ...
 
 
 class KVCache:

@@ -2,6 +2,11 @@
 
     q, k, v = heads(x Wq), heads(c Wk), heads(c Wv);   y = concat(attend(q, k, v)) Wo,   c = context or x
 
+A call is four steps, of which a subclass gives `attend` and may replace any other: `project` makes queries, keys and
+values (and what else the mechanism reads off its tokens, which is handed on), `remember` joins them to what a cache
+holds, `attend` is the mechanism, `out` joins the heads. The mask is resolved once, before; `takes` says what it may
+be.
+
 Shape letters: B batch, N queries, M keys, C channels, H query heads, K key heads, D head dim, E width of given values.
 """
 
@@ -13,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from saccade.layers.cache import KVCache
+from saccade.layers.cache import Cache, KVCache
 from saccade.layers.pretrained import copy_affine, read_softmax
-from saccade.ops import masks
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import EVERYTHING, GivenMask, Pattern, Said
 from saccade.ops.rope import rotate
 
 if TYPE_CHECKING:
@@ -40,6 +44,11 @@ class QKVAttention(nn.Module):
     Raises:
         ValueError: if the head counts do not divide.
     """
+
+    #: what a mask may say, beside the layer's own causality
+    takes: tuple[Said, ...] = EVERYTHING
+    #: the same where there is a cache
+    takes_decoding: tuple[Said, ...] = EVERYTHING
 
     def __init__(
         self,
@@ -72,45 +81,117 @@ class QKVAttention(nn.Module):
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=qkv_bias)
         self.out_proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        """The mechanism. Query 0 stands at key `offset`; `mask` is the caller's, without causality."""
-        raise NotImplementedError
-
     def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
+        self, x_BNC: Tensor, context_BMC: Tensor | None = None, *, mask: GivenMask = None, cache: Any = None
     ) -> Tensor:
         """Attend from `x_BNC` to itself, to `context_BMC`, or to what `cache` holds followed by itself.
 
         Args:
-            mask: bool (B, M), True = real token; or a 4-axis bool tensor or mask object over query-key pairs. With a
-                cache, M counts all tokens so far.
+            mask: bool (B, M) or (B, 1, 1, M), True = real token; a 4-axis bool tensor or mask object over query-key
+                pairs; or the `cu_seqlens` of packed sequences. With a cache, M counts all tokens so far.
+            cache: of `new_cache`.
 
         Raises:
-            ValueError: if the arguments do not fit together.
+            ValueError: if the arguments do not fit together, or the mask says what this mechanism cannot take.
         """
-        self._check(x_BNC, context_BMC, cache)
-        q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, 0 if cache is None else cache.length)
-        v_BKMD = self._heads(self.v_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        offset = 0
-        if cache is not None:
-            offset = cache.length
-            k_BKMD, v_BKMD = cache.append(k_BKMD, v_BKMD)
-        causal = self.causal and context_BMC is None
-        out = self.attend(q_BHND, k_BKMD, v_BKMD, mask=as_mask(mask, k_BKMD), causal=causal, offset=offset)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        self.check(x_BNC, context_BMC, cache)
+        start = 0 if cache is None else cache.length
+        pattern = self.pattern(mask, x_BNC, context_BMC, cache)
+        projected = self.project(x_BNC, context_BMC, self.positions(x_BNC, context_BMC, start))
+        if cache is None:
+            return self.out(self.attend(*projected[:3], pattern, *projected[3:]))
+        return self.out(self.remember(cache, *projected[:3], pattern, *projected[3:]))
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def mix(
+        self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor | None = None, mask: GivenMask = None
+    ) -> Tensor:
         """This layer's weights on `x_BNC`, applied to given values (B, H, M, E); what `attention_map` calls."""
-        q_BHND, k_BKMD = self._queries_and_keys(x_BNC, None, 0)
-        k_BHMD = repeat_heads(k_BKMD, self.num_heads)
-        return self.attend(q_BHND, k_BHMD, values_BHME, mask=as_mask(mask, k_BHMD), causal=self.causal, offset=0)
+        self.check(x_BNC, context, None)
+        pattern = self.pattern(mask, x_BNC, context, None)
+        q_BHND, k_BKMD, _, *more = self.project(x_BNC, context, self.positions(x_BNC, context, 0))
+        return self.attend(q_BHND, repeat_heads(k_BKMD, self.num_heads), values_BHME, pattern, *more)
+
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries (B, H, N, D) of `x_BNC`, keys (B, K, M, D) and values (B, K, M, E) of the context or of `x_BNC`.
+
+        Whatever comes after these three is handed to `attend`.
+
+        Args:
+            positions: of the tokens, (N,); None where the layer has none.
+        """
+        source_BMC = x_BNC if context_BMC is None else context_BMC
+        q_BHND = self.split_heads(self.q_proj(x_BNC), self.num_heads)
+        k_BKMD = self.split_heads(self.k_proj(source_BMC), self.num_kv_heads)
+        v_BKMD = self.split_heads(self.v_proj(source_BMC), self.num_kv_heads)
+        if positions is not None:
+            q_BHND, k_BKMD = self.rotate(q_BHND, positions), self.rotate(k_BKMD, positions)
+        return q_BHND, k_BKMD, v_BKMD
+
+    def remember(
+        self,
+        cache: Any,
+        q_BHND: Tensor,
+        k_BKND: Tensor,
+        v_BKNE: Tensor,
+        pattern: Pattern,
+        *more: Any,
+        **named: Any,
+    ) -> Tensor:
+        """The mechanism on what `cache` holds followed by the new tokens, which it then holds too."""
+        k_BKMD, v_BKME = cache.append(k_BKND, v_BKNE)
+        return self.attend(q_BHND, k_BKMD, v_BKME, pattern, *more)
+
+    def attend(
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, *more: Any, **named: Any
+    ) -> Tensor:
+        """The mechanism, (B, H, N, E). Query 0 stands at key `pattern.offset`; what `project` adds has names here."""
+        raise NotImplementedError
+
+    def out(self, out_BHNE: Tensor) -> Tensor:
+        """The heads joined, (B, N, C)."""
+        return self.out_proj(out_BHNE.transpose(1, 2).flatten(2))
+
+    def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
+        """Raise ValueError if tokens, context and cache do not fit together, or not the layer."""
+        for name, tokens in (("x", x_BNC), ("context", context_BMC)):
+            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.dim):
+                raise ValueError(f"{name} must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}")
+        if context_BMC is not None and self.causal:
+            raise ValueError("a causal layer takes no context")
+        if context_BMC is not None and context_BMC.shape[0] != x_BNC.shape[0]:
+            raise ValueError(f"x and context must have one batch size, got {x_BNC.shape[0]} and {context_BMC.shape[0]}")
+        if cache is not None and not self.causal:
+            raise ValueError("only a causal layer decodes with a cache")
+
+    def pattern(self, mask: GivenMask, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> Pattern:
+        """A mask, and the layer's causality, as what is hidden from whom.
+
+        Raises:
+            ValueError: if the mask does not fit, or says what this mechanism cannot take.
+        """
+        batch, n, start = *x_BNC.shape[:2], 0 if cache is None else cache.length
+        m, crosses = (start + n, False) if context_BMC is None else (context_BMC.shape[1], True)
+        pattern = Pattern.of(mask, batch, n, m, heads=self.num_heads, causal=self.causal, offset=start, crosses=crosses)
+        if mask is not None:
+            name = type(self).__name__
+            pattern.only(self.takes, name)
+            if cache is not None:
+                pattern.only(self.takes_decoding, f"{name} with a cache")
+        return pattern
+
+    def positions(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> Tensor | None:
+        """Rotary positions (N,) of the tokens; None in a layer without, and where there is a context."""
+        if not self.rope or context_BMC is not None:
+            return None
+        return torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
+
+    def split_heads(self, x_BNC: Tensor, heads: int) -> Tensor:
+        """(B, N, heads D) -> (B, heads, N, D)."""
+        return x_BNC.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
+
+    def rotate(self, x_BHND: Tensor, positions: Tensor) -> Tensor:
+        """Queries or keys, turned by their positions."""
+        return rotate(x_BHND, positions, base=self.rope_base)
 
     @classmethod
     def from_softmax(cls, module: nn.Module, **arguments: Any) -> Self:
@@ -153,51 +234,9 @@ class QKVAttention(nn.Module):
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> KVCache:
+    ) -> Cache:
         """An empty cache for `forward(x, cache=cache)`, which consumes a prompt, then token after token."""
         return KVCache()
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, causal={self.causal}, rope={self.rope}"
-
-    def _queries_and_keys(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        q_BHND = self._heads(self.q_proj(x_BNC), self.num_heads)
-        k_BKMD = self._heads(self.k_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        if self.rope and context_BMC is None:
-            positions_N = torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
-            q_BHND, k_BKMD = (rotate(x, positions_N, base=self.rope_base) for x in (q_BHND, k_BKMD))
-        return q_BHND, k_BKMD
-
-    def _heads(self, x_BNC: Tensor, heads: int) -> Tensor:
-        return x_BNC.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
-
-    def _check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: KVCache | None) -> None:
-        for name, tokens in (("x", x_BNC), ("context", context_BMC)):
-            if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.dim):
-                raise ValueError(f"{name} must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}")
-        if context_BMC is not None and self.causal:
-            raise ValueError("a causal layer takes no context")
-        if context_BMC is not None and context_BMC.shape[0] != x_BNC.shape[0]:
-            raise ValueError(f"x and context must have one batch size, got {x_BNC.shape[0]} and {context_BMC.shape[0]}")
-        if cache is not None and not self.causal:
-            raise ValueError("only a causal layer decodes with a cache")
-
-
-def as_mask(mask: Tensor | Mask | None, keys_BKMD: Tensor) -> Mask | None:
-    """A module's `mask` argument as a mask object: (B, M) is padding, 4 axes are pairs.
-
-    Raises:
-        ValueError: if it is neither.
-    """
-    if mask is None or isinstance(mask, Mask):
-        return mask
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"mask must be a bool tensor or a mask of saccade.masks, got {type(mask).__name__}")
-    if mask.ndim == 2:
-        if mask.shape != (keys_BKMD.shape[0], keys_BKMD.shape[2]):
-            raise ValueError(
-                f"a padding mask must be (batch, keys) = {(keys_BKMD.shape[0], keys_BKMD.shape[2])}, "
-                f"got {tuple(mask.shape)}"
-            )
-        return masks.padding(mask)
-    return masks.dense(mask)

@@ -10,16 +10,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 
 class SoftmaxAttention(QKVAttention):
     """Multi-head or grouped-query softmax attention; arguments and call are `QKVAttention`'s."""
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        visible = masks.causal_where_needed(mask, causal, offset, q_BHND.shape[2])
-        return attend(q_BHND, k_BKMD, v_BKME, mask=visible)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask)

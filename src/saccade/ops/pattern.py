@@ -10,10 +10,8 @@ Shape letters: B batch, N queries, M keys.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,15 +32,20 @@ EVERYTHING: tuple[Said, ...] = ("causal", "window", "padding", "documents", "pai
 
 #: those in words, for a refusal
 _WORDS: dict[str, str] = {
-    "causal": "causality",
-    "window": "a window",
     "padding": "padding (batch, keys)",
     "documents": "packed sequences",
-    "pairs": "a mask of any pairs",
+    "window": "a window",
+    "causal": "causality",
+    "pairs": "any other pairs",
 }
 
 
-@dataclass(frozen=True, eq=False)
+#: a mask that nobody has asked for yet
+_NOT_MADE: Any = object()
+
+
+# not frozen, which would take three microseconds of every decoded token; nothing changes it
+@dataclass(eq=False)
 class Pattern:
     """Who may attend to whom in a layer: every field hides more.
 
@@ -54,6 +57,7 @@ class Pattern:
         ids_BM: sequences packed into one row, by number; B may be 1. The queries are the keys from `offset` to the end.
         pairs: any other mask.
         crosses: the queries are other tokens than the keys.
+        always_causal: the mechanism is, whatever its mask (also where that hides nothing, as from a single last query).
     """
 
     causal: bool = False
@@ -65,6 +69,8 @@ class Pattern:
     ids_BM: Tensor | None = None
     pairs: Mask | None = None
     crosses: bool = False
+    always_causal: bool = False
+    _mask: Mask | None = field(default=_NOT_MADE, init=False, repr=False)
 
     @classmethod
     def of(
@@ -74,6 +80,7 @@ class Pattern:
         n: int,
         m: int,
         *,
+        heads: int | None = None,
         causal: bool = False,
         offset: int = 0,
         crosses: bool = False,
@@ -84,16 +91,19 @@ class Pattern:
             mask: None; bool (B, M) or (B, 1, 1, M), True = real token; bool of 4 axes that broadcast to (B, H, N, M),
                 True = may attend; integers (S + 1,), the `cu_seqlens` of packed sequences; a mask object, which is
                 taken apart at its `&`; or a pattern, which is given back.
+            heads: H, where masks of another number are to be refused here.
             causal: queries see no later key, whatever the mask says.
+            offset: the key at which query 0 stands.
+            crosses: the queries are other tokens than the keys.
 
         Raises:
             ValueError: if the mask is nothing of this, or of another size.
         """
         if mask is None:
-            return cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses)
+            return cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses, always_causal=causal)
         if isinstance(mask, Pattern):
             return mask
-        plain = cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses)
+        plain = cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses, always_causal=causal)
         if not isinstance(mask, Mask):
             valid = _real_tokens(mask, batch, m)
             if valid is not None:
@@ -101,24 +111,22 @@ class Pattern:
             mask = masks.dense(mask) if mask.ndim == 4 else masks.packed(mask)
         if mask.batch not in (1, batch):
             raise ValueError(f"the mask is for {mask.batch} batch rows, got {batch}")
+        if heads is not None and mask.heads not in (1, heads):
+            raise ValueError(f"the mask is for {mask.heads} heads, got {heads}")
         mask.check(n, m)
-        return plain._and(mask, n, m)
+        return plain.also(mask, n, m)
 
-    @cached_property
+    @property
     def mask(self) -> Mask | None:
         """All of it as one mask object, the same for every layer of a pass; None where nothing is hidden."""
-        parts: list[Mask] = []
-        if self.left is not None or self.right is not None:
-            parts.append(self._window())
-        elif self.causal:
-            parts.append(masks.causal(self.offset))
-        if self.valid_BM is not None:
-            parts.append(masks.padding(self.valid_BM))
-        if self.ids_BM is not None:
-            parts.append(masks.documents(self.ids_BM[:, self.offset :] if self.offset else self.ids_BM, self.ids_BM))
-        if self.pairs is not None:
-            parts.append(self.pairs)
-        return _all_of(parts)
+        if self._mask is _NOT_MADE:
+            self._mask = self._joined()
+        return self._mask
+
+    @property
+    def rest(self) -> Mask | None:
+        """All but causality as one mask object."""
+        return replace(self, causal=False).mask if self.causal else self.mask
 
     @property
     def says(self) -> tuple[Said, ...]:
@@ -136,18 +144,19 @@ class Pattern:
             said.append("pairs")
         return tuple(said)
 
-    def only(self, takes: Collection[Said], who: str) -> Pattern:
-        """Itself, if it says nothing but what `takes` names.
+    def only(self, takes: tuple[Said, ...], who: str) -> Pattern:
+        """Itself, if it says nothing but what `takes` names, and causality where the mechanism has that anyway.
 
         Raises:
             ValueError: else; in the name of `who`.
         """
-        foreign = [part for part in self.says if part not in takes]
+        said = self.says
+        foreign = [part for part in said if part not in takes and not (part == "causal" and self.always_causal)]
         if foreign:
-            able = " and ".join(_WORDS[part] for part in EVERYTHING if part in takes)
-            got = " and ".join(_WORDS[part] for part in foreign)
+            able = " and ".join(words for part, words in _WORDS.items() if part in takes)
+            got = " and ".join(words for part, words in _WORDS.items() if part in foreign)
             detail = f", {self.pairs!r:.60}" if foreign == ["pairs"] else ""
-            raise ValueError(f"{who} takes {able or 'nothing'} as its mask, got {got}{detail}")
+            raise ValueError(f"{who} takes {f'{able} as its mask' if able else 'no mask'}, got {got}{detail}")
         return self
 
     def simplify(self, n: int, m: int) -> Pattern:
@@ -177,16 +186,32 @@ class Pattern:
         valid, ids = (None if x is None else x[:, first:] for x in (self.valid_BM, self.ids_BM))
         return replace(self, offset=self.offset - first, valid_BM=valid, ids_BM=ids)
 
-    def real_queries(self, n: int) -> Tensor | None:
+    def real_keys(self, batch: int) -> Tensor | None:
+        """Real tokens among the keys, (B, M); None where all are."""
+        return None if self.valid_BM is None else self.valid_BM.expand(batch, -1)
+
+    def real_queries(self, batch: int, n: int) -> Tensor | None:
         """Real tokens among the `n` queries, (B, N); None where all are, or where they are other tokens."""
         if self.valid_BM is None or self.crosses:
             return None
-        return self.valid_BM[:, self.offset : self.offset + n]
+        return self.valid_BM[:, self.offset : self.offset + n].expand(batch, -1)
 
     @property
     def is_whole_sequences(self) -> bool:
         """Nothing is hidden but the future, padding, and other sequences packed into the row."""
         return self.left is None and self.right is None and self.pairs is None
+
+    def _joined(self) -> Mask | None:
+        if self.left is not None or self.right is not None:
+            whole: Mask | None = self._window()
+        else:
+            whole = masks.causal(self.offset) if self.causal else None
+        if self.valid_BM is not None:
+            whole = _and(whole, masks.padding(self.valid_BM))
+        if self.ids_BM is not None:
+            own_BN = self.ids_BM[:, self.offset :] if self.offset else self.ids_BM
+            whole = _and(whole, masks.documents(own_BN, self.ids_BM))
+        return whole if self.pairs is None else _and(whole, self.pairs)
 
     def sequence_ids(self, batch: int, m: int) -> Tensor | None:
         """Which sequence each key belongs to, integers (B, M) from 0, -1 for padding; None where a row is one whole."""
@@ -197,28 +222,34 @@ class Pattern:
             return self.valid_BM.long().expand(batch, m) - 1
         return torch.where(self.valid_BM, ids, -1)
 
-    def _window(self) -> Mask:
-        low = None if self.left is None else self.offset - self.left
-        high = tighter(
-            self.offset if self.causal else None, None if self.right is None else self.offset + self.right, min
+    def _bounds(self) -> tuple[int | None, int | None]:
+        """First and last key of the window, and of causality, by how far it is from the query's number."""
+        high = None if self.right is None else self.offset + self.right
+        return (
+            None if self.left is None else self.offset - self.left,
+            tighter(self.offset, high, min) if self.causal else high,
         )
+
+    def _window(self) -> Mask:
+        low, high = self._bounds()
         near = Band(low, high, f"window({self.left}, {None if high is None else high - self.offset})")
         if not self.sinks or low is None:
             return near
         first = masks.prefix(self.sinks)
         return near | (first if high is None else first & Band(None, high, f"causal({high})"))
 
-    def _and(self, mask: Mask, n: int, m: int) -> Pattern:
-        """With what a mask object says besides, in the fields that there are for it."""
-        low, high, sinks = None, self.offset if self.causal else None, 0
-        valid, ids, pairs = self.valid_BM, self.ids_BM, list[Mask]()
+    def also(self, mask: Mask, n: int, m: int) -> Pattern:
+        """With what a mask object hides of `n` queries and `m` keys besides, in the fields that there are for it."""
+        (low, high), sinks = self._bounds(), self.sinks
+        valid, ids, pairs = self.valid_BM, self.ids_BM, self.pairs
         conjuncts = mask.conjuncts()
-        has_low = sum(isinstance(part, Band) and part.low is not None for part in conjuncts)
+        # windows join, but not those that leave the first keys to be seen
+        alone = low is None and not any(isinstance(part, Band) and part.low is not None for part in conjuncts)
         for part in conjuncts:
-            with_sinks = None if has_low or sinks else _with_sinks(part)
+            with_sinks = _with_sinks(part) if alone and not sinks else None
             if with_sinks is not None:
                 part, sinks = with_sinks
-            if isinstance(part, Band):
+            if isinstance(part, Band) and not (self.sinks and part.low is not None):
                 low, high = tighter(low, part.low, max), tighter(high, part.high, min)
             elif isinstance(part, masks.Padding):
                 valid = part.valid_BM if valid is None else valid & part.valid_BM
@@ -228,7 +259,7 @@ class Pattern:
             elif isinstance(part, masks.Documents) and self._numbers_tokens(part, n, m):
                 ids = part.key_BM if ids is None else _both(ids, part.key_BM)
             else:
-                pairs.append(part)
+                pairs = _and(pairs, part)
         low, high = Band(low, high, "").nearest(n, m)
         causal = high == self.offset
         return replace(
@@ -239,7 +270,7 @@ class Pattern:
             sinks=0 if low is None else sinks,
             valid_BM=valid,
             ids_BM=ids,
-            pairs=_all_of(pairs),
+            pairs=pairs,
         )
 
     def _numbers_tokens(self, part: masks.Documents, n: int, m: int) -> bool:
@@ -279,11 +310,8 @@ def _with_sinks(mask: Mask) -> tuple[Band, int] | None:
     return (near, first.length) if past.low is None and past.high == near.high and near.low is not None else None
 
 
-def _all_of(parts: list[Mask]) -> Mask | None:
-    whole = parts[0] if parts else None
-    for part in parts[1:]:
-        whole = part if whole is None else whole & part
-    return whole
+def _and(mask: Mask | None, other: Mask) -> Mask:
+    return other if mask is None else mask & other
 
 
 def _both(ids_BM: Tensor, more_BM: Tensor) -> Tensor:

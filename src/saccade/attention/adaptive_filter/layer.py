@@ -26,9 +26,8 @@ from saccade.attention.adaptive_filter.operator import (
 )
 from saccade.layers.cache import KVCache
 from saccade.layers.pretrained import read_softmax
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
-from saccade.ops.masks import Mask
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.pattern import GivenMask, Pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -222,13 +221,13 @@ class AdaptiveFilterAttention(QKVAttention):
         for parameter in self._unused():
             parameter.requires_grad_(False)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
+        mask: GivenMask = None,
+        cache: Any = None,
         times: Tensor | None = None,
         sample: bool = False,
     ) -> Tensor:
@@ -253,21 +252,20 @@ class AdaptiveFilterAttention(QKVAttention):
             variance = (-_both_parts(log_precision[:, :, -1:])).exp() + self._of_channels(values.query_noise)
             noise = (variance / 2).sqrt() * torch.randn_like(z_BHNE[:, :, -1:])
             z_BHNE = torch.cat([z_BHNE[:, :, :-1], z_BHNE[:, :, -1:] + noise], 2)
-        return self.out_proj(z_BHNE.transpose(1, 2).flatten(2).to(x_BNC.dtype))
+        return self.out(z_BHNE.to(x_BNC.dtype))
 
     def estimate(
         self,
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: KVCache | None = None,
         times: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """z before its norm and the prediction, e (B, H, N, E; halves real and imaginary), log P; as `forward`."""
-        if context_BMC is not None:
-            raise ValueError("a filter takes no context")
-        self._check(x_BNC, None, cache)
+        self.check(x_BNC, context_BMC, cache)
+        pattern = self.pattern(mask, x_BNC, None, cache)
         wide = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
         start = 0 if cache is None else cache.length
         v_BHNE = self._split(self.v_proj(x_BNC)).to(wide)
@@ -276,7 +274,7 @@ class AdaptiveFilterAttention(QKVAttention):
         v = common_frame(self.v_norm(v_BHNE), None if self.rotate_values is None else values.frequency, times_BN)
         if cache is not None:
             k, v = cache.append(k, v)
-        e, log_precision = self._filter(q, k, v, mask, start, times)
+        e, log_precision = self._filter(q, k, v, pattern, times)
         e = common_frame(e, values.frequency if self.rotate_values else None, times_BN, back=True)
         z = e
         if self.inner_residual == "sum":
@@ -291,14 +289,27 @@ class AdaptiveFilterAttention(QKVAttention):
             z = gate * e + (1.0 - gate) * v_BHNE
         return z, e, log_precision
 
+    def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
+        if context_BMC is not None:
+            raise ValueError("a filter takes no context")
+        super().check(x_BNC, context_BMC, cache)
+
     def mix(
-        self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None, decay: bool = True
+        self,
+        x_BNC: Tensor,
+        values_BHME: Tensor,
+        *,
+        context: Tensor | None = None,
+        mask: GivenMask = None,
+        decay: bool = True,
     ) -> Tensor:
         """A E applied to given values; with `decay=False` A alone. The tensor form has no one matrix for a head."""
         if self.form == "tensor":
             raise ValueError("in the tensor form each channel has its own weights: there is no matrix of a head")
+        self.check(x_BNC, context, None)
+        pattern = self.pattern(mask, x_BNC, None, None)
         q, k, _ = self._in_common_frame(x_BNC, 0, None)
-        return self._filter(q, k, values_BHME.to(q.dtype), mask, 0, None, decay_values=decay)[0].to(x_BNC.dtype)
+        return self._filter(q, k, values_BHME.to(q.dtype), pattern, None, decay_values=decay)[0].to(x_BNC.dtype)
 
     @classmethod
     def from_softmax(cls, module: nn.Module, *, rope: bool | None = None, **arguments: Any) -> Self:
@@ -345,14 +356,10 @@ class AdaptiveFilterAttention(QKVAttention):
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        mask: Tensor | Mask | None,
-        start: int,
+        pattern: Pattern,
         times: Tensor | None,
         decay_values: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        pairs = as_mask(mask, k)
-        if q.shape[2] > 1 or not start:
-            pairs = masks.causal(start) if pairs is None else pairs & masks.causal(start)
         values = self.dynamics()
         return filter_in_common_frame(
             q,
@@ -363,7 +370,7 @@ class AdaptiveFilterAttention(QKVAttention):
             self.temperature.to(q.dtype).square(),
             F.softplus(self.robustness.to(q.dtype)) + 1e-5,
             self.weighting,
-            pairs,
+            pattern.mask,
             decay_values=decay_values,
             separable=times is None and self.dynamics.largest_rate * k.shape[2] < -self.weighting.exponents[0],
         )

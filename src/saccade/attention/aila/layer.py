@@ -16,6 +16,7 @@ from saccade import catalogue
 from saccade.layers.cache import LayerCaches, StateCache
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern, Said
 
 Variant = Literal["attention", "gated", "concat", "scalar", "sum", "plain"]
 
@@ -319,7 +320,7 @@ class Recurrent(nn.Module):
             raise ValueError("a recurrent host must be batch_first=True, got False")
         self.cell = cell
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None, cache: StateCache | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None, cache: StateCache | None = None) -> Tensor:
         """`mask` (B, N), True = real: with padding behind, what stands before it is not touched.
 
         Raises:
@@ -328,9 +329,10 @@ class Recurrent(nn.Module):
         """
         if self.cell.bidirectional and (mask is not None or cache is not None):
             raise ValueError("a bidirectional recurrence takes neither a mask nor a cache")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 2):
-            raise ValueError("a recurrence takes a padding mask only, bool (batch, tokens)")
-        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+        (B, N), start = x_BNC.shape[:2], 0 if cache is None else cache.length
+        takes: tuple[Said, ...] = ("padding",) if self.cell.bidirectional else ("causal", "padding")
+        real_BM = Pattern.of(mask, B, N, start + N, offset=start).only(takes, "a recurrence").valid_BM
+        if real_BM is not None and bool((real_BM[:, 1:] > real_BM[:, :-1]).any()):
             raise ValueError("a recurrence takes padding at the end only")
         if 0 in x_BNC.shape[:2]:
             return x_BNC

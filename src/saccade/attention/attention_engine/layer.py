@@ -20,11 +20,10 @@ from saccade.attention.attention_engine.operator import (
 )
 from saccade.layers.constants import Constants
 from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.linear import retention_decay
-from saccade.ops.masks import Mask
 from saccade.ops.normalizers import Normalizer
+from saccade.ops.pattern import Pattern
 
 
 class EngineAttention(Constants, QKVAttention):
@@ -60,15 +59,12 @@ class EngineAttention(Constants, QKVAttention):
         self.bias = nn.Parameter(torch.tensor(float(bias))) if variant == "sigmoid" else None
         self.constant("decay", partial(retention_decay, num_heads) if variant == "retention" else None)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         if self.variant == "retention" and self.normalizer is None:
             assert isinstance(self.decay, Tensor)
-            where: dict[str, Any] = {"causal": causal, "offset": offset, "mask": mask}
+            where: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "mask": pattern.rest}
             return retention_attend(q_BHND, k_BKMD, v_BKME, self.decay, exact_gradient=self.exact_gradient, **where)
-        if causal:
-            mask = masks.and_causal(mask, offset)
+        mask = pattern.mask
         if self.normalizer is not None:
             return attend(q_BHND, k_BKMD, v_BKME, mask=mask, normalize=self.normalizer)
         if self.variant == "sigmoid":

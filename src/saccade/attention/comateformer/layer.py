@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from saccade.attention.comateformer.operator import Gate, Mode, check, check_share, comateformer_attend, shared_attend
-from saccade.layers.cache import KVCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 
 def _real_pairs(query_BN: Tensor, key_BM: Tensor) -> Mask:
@@ -69,24 +69,13 @@ class Comateformer(QKVAttention):
         self.share, self.mode = share, mode
         self.options: dict[str, Any] = {"alpha": alpha, "beta": beta, "gate": gate}
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        if causal and not (offset and q_BHND.shape[2] == 1):
-            mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        mask = pattern.mask
+        real_BN = pattern.real_queries(q_BHND.shape[0], q_BHND.shape[2])
+        if self.options["gate"] == "centred" and real_BN is not None and mask is not None:
+            # padding is no query either: it would count in the mean
+            mask = mask & _real_pairs(real_BN, real_BN)
         return shared_attend(q_BHND, k_BKMD, v_BKME, self.share, self.mode, mask=mask, **self.options)
-
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        if self.options["gate"] == "centred" and context_BMC is None and isinstance(mask, Tensor) and mask.ndim == 2:
-            mask = _real_pairs(mask, mask)  # padding is no query either: it would count in the mean
-        return super().forward(x_BNC, context_BMC, mask=mask, cache=cache)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, share={self.share}, mode={self.mode}, gate={self.options['gate']}"

@@ -15,7 +15,7 @@ from saccade.attention.combiner.operator import Map, combiner_attend
 from saccade.catalogue import Claim, ClaimResult
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class _Local(Combiner):
     """The direct part alone: the same pattern without abstractions."""
 
-    def _combine(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, row_keys: Map) -> Tensor:
+    def _combine(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, row_keys: Map) -> Tensor:
         segments = (torch.arange(q.shape[2], device=q.device) // (self.segment or 1))[None]
         return attend(q, k, v, mask=masks.documents(segments) & masks.causal())
 

@@ -26,10 +26,11 @@ from saccade.attention.combiner.operator import (
     in_rows,
 )
 from saccade.layers.cache import KVCache
-from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern, Said
 
 
 class CombinerCache:
@@ -161,6 +162,9 @@ class Combiner(QKVAttention):
         ValueError: if the options do not fit.
     """
 
+    takes: tuple[Said, ...] = ("padding",)
+    takes_decoding: tuple[Said, ...] = ()
+
     def __init__(
         self,
         dim: int,
@@ -184,37 +188,32 @@ class Combiner(QKVAttention):
             self.row_proj, self.row_key = nn.Linear(width, dim, bias=False), nn.Linear(dim, width, bias=False)
             self.row_norm = nn.LayerNorm(dim, eps=1e-6)
 
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: CombinerCache | None = None,  # type: ignore[override]
-    ) -> Tensor:
-        """Self-attention of `x_BNC`, or of the sequence of which `cache` holds the past (a prompt, then one by one).
-
-        Raises:
-            ValueError: if the arguments do not fit together; there is no cross-attention, and no mask with a cache.
-        """
-        self._check(x_BNC, None, None)
+    def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
         if context_BMC is not None:
             raise ValueError("Combiner has no cross-attention: its segments are those of one sequence")
-        if cache is not None and (mask is not None or not self.causal):
-            raise ValueError("only a causal layer decodes with a cache, and without a mask")
-        q, k, v = self._project(x_BNC, 0 if cache is None else cache.length)
-        if cache is None:
-            out = self._combine(q, k, v, as_mask(mask, k), lambda row_out: self._row_keys(row_out, x_BNC))
-            return self.out_proj(out.transpose(1, 2).flatten(2))
-        with torch.no_grad():
-            if cache.length == 0 and x_BNC.shape[1] > 1:
-                out = self._combine(q, k, v, None, lambda row_out: self._row_keys(row_out, x_BNC))
-                cache.append(q, k, v, x_BNC[:, None], self._row_keys)
-            else:
-                spans = [slice(t, t + 1) for t in range(x_BNC.shape[1])]
-                steps = [self._step(q[:, :, t], k[:, :, t], v[:, :, t], x_BNC[:, None, t], cache) for t in spans]
-                out = torch.cat(steps, 2) if steps else q
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        super().check(x_BNC, context_BMC, cache)
+
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries, keys and values of H heads, and the tokens, of which "rowmajor" makes further keys."""
+        q, k, v = super().project(x_BNC, context_BMC, positions)
+        return q, repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads), x_BNC
+
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, x_BNC: Tensor) -> Tensor:
+        return self._combine(q_BHND, k_BKMD, v_BKME, pattern, lambda row_out: self._row_keys(row_out, x_BNC))
+
+    @torch.no_grad()
+    def remember(
+        self, cache: CombinerCache, q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, pattern: Pattern, x_BNC: Tensor
+    ) -> Tensor:
+        """A prompt at once, then one token after the other."""
+        q, k, v = q_BHND, k_BKND, v_BKNE
+        if cache.length == 0 and x_BNC.shape[1] > 1:
+            out = self.attend(q, k, v, pattern, x_BNC)
+            cache.append(q, k, v, x_BNC[:, None], self._row_keys)
+            return out
+        spans = [slice(t, t + 1) for t in range(x_BNC.shape[1])]
+        steps = [self._step(q[:, :, t], k[:, :, t], v[:, :, t], x_BNC[:, None, t], cache) for t in spans]
+        return torch.cat(steps, 2) if steps else q
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, x: Tensor, cache: CombinerCache) -> Tensor:
         """One token: a softmax over all that it may read."""
@@ -224,10 +223,13 @@ class Combiner(QKVAttention):
         cache.append(q, k, v, x, self._row_keys)
         return out
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def mix(
+        self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor | None = None, mask: GivenMask = None
+    ) -> Tensor:
         """This layer's weights on `x_BNC`, applied to given values; "rowmajor" has the row keys of its own values."""
-        q, k, v = self._project(x_BNC, 0)
-        given = as_mask(mask, k)
+        self.check(x_BNC, context, None)
+        given = self.pattern(mask, x_BNC, context, None)
+        q, k, v, _ = self.project(x_BNC, context, self.positions(x_BNC, context, 0))
         found: list[Tensor] = []
 
         def of_own_values(row_out: Tensor) -> Tensor:
@@ -238,7 +240,7 @@ class Combiner(QKVAttention):
             self._combine(q, k, v, given, of_own_values)
         return self._combine(q, k, values_BHME, given, lambda row_out: found[0])
 
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> CombinerCache:
         """An empty cache.
@@ -259,16 +261,11 @@ class Combiner(QKVAttention):
         deepset = self.deepset
         return None if deepset is None else lambda x: F.relu(deepset(x))
 
-    def _project(self, x_BNC: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = self._queries_and_keys(x_BNC, None, start)
-        v = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
-        return q, repeat_heads(k, self.num_heads), repeat_heads(v, self.num_heads)
-
     def _row_keys(self, row_out_BHNE: Tensor, x_BNC: Tensor) -> Tensor:
         context = self.row_proj(row_out_BHNE.transpose(1, 2).flatten(2)) + x_BNC
-        return self._heads(self.row_key(self.row_norm(context)), self.num_heads)
+        return self.split_heads(self.row_key(self.row_norm(context)), self.num_heads)
 
-    def _combine(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, row_keys: Map) -> Tensor:
+    def _combine(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, row_keys: Map) -> Tensor:
         return combiner_attend(
             q,
             k,
@@ -280,7 +277,7 @@ class Combiner(QKVAttention):
             own_span=self.own_span,
             transform=self._transform,
             row_keys=row_keys if self.variant == "rowmajor" else None,
-            mask=mask,
+            mask=pattern,
         )
 
 

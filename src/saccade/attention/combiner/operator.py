@@ -20,6 +20,7 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import running_max
 
 Variant = Literal["fixed", "logn", "rowmajor", "mixture"]
@@ -52,7 +53,7 @@ def combiner_attend(
     own_span: bool = True,
     transform: Map | None = None,
     row_keys: Map | None = None,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     scale: float | None = None,
 ) -> Tensor:
     """sum_j p(j|i) v_j with p of the variant. One segment, or segments of one token: "fixed" is dense attention.
@@ -85,7 +86,7 @@ def combiner_attend(
     pool = _pooling(pooling, transform)
     if 0 in (B, N):
         return q_BHND.new_zeros(B, H, N, v_BKNE.shape[3]) + 0 * (q_BHND.sum() + k_BKND.sum() + v_BKNE.sum())
-    real_BN = None if mask is None else masks.real_keys(mask, B, N)
+    real_BN = Pattern.of(mask, B, N, N, causal=causal).only(("padding",), "Combiner").real_keys(B)
     s = 1 if variant == "logn" else _segment(N, segment)
     L = -(-N // s) * s if variant != "logn" else 1 << (N - 1).bit_length()
     q, k, v = (

@@ -6,18 +6,17 @@ H and W are height and width.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.efficient_attention.operator import Normalization, efficient_attend
-from saccade.layers.cache import StateCache
-from saccade.layers.qkv_attention import QKVAttention
+from saccade.layers.state_attention import StateAttention
 from saccade.ops.backends.sdpa import in_rows
-from saccade.ops.masks import Mask
 
 
-class EfficientAttention(QKVAttention):
+class EfficientAttention(StateAttention):
     """Efficient attention on token sequences; without positions, as in the paper.
 
     Args:
@@ -54,59 +53,20 @@ class EfficientAttention(QKVAttention):
         _check_normalization(normalization)
         self.normalization: Normalization = normalization
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return efficient_attend(q_BHND, k_BKMD, v_BKME, mask=mask, causal=causal, normalization=self.normalization)
-
-    def forward(  # type: ignore[override]
+    def aggregate(
         self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
+        q_BHND: Tensor,
+        k_BKMD: Tensor,
+        v_BKME: Tensor,
         *,
-        mask: Tensor | Mask | None = None,
-        cache: StateCache | None = None,
-    ) -> Tensor:
-        """Args:
-            mask: bool (B, M), True = real token. With a cache, M counts all tokens so far.
-            cache: of `new_cache`; the sequence goes on where it ended.
-
-        Raises:
-            ValueError: if the arguments do not fit together.
-        """
-        if cache is None:
-            return super().forward(x_BNC, context_BMC, mask=mask)
-        self._check(x_BNC, context_BMC, None)
-        if not self.causal or context_BMC is not None:
-            raise ValueError("only a causal layer decodes with a cache, and without context")
-        if cache.state is not None and cache.state.context.shape[0] != x_BNC.shape[0]:
-            raise ValueError(f"the cache is for {cache.state.context.shape[0]} sequences, got {x_BNC.shape[0]}")
-        total = cache.length + x_BNC.shape[1]
-        if mask is not None:
-            if not isinstance(mask, Tensor) or mask.shape != (x_BNC.shape[0], total):
-                raise ValueError(f"with a cache the mask must be (batch, all tokens) = {(x_BNC.shape[0], total)}")
-            mask = mask[:, cache.length :]
-        with torch.no_grad():
-            q_BHND, k_BKMD = self._queries_and_keys(x_BNC, None, 0)
-            v_BKME = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
-            out, cache.state = efficient_attend(
-                q_BHND,
-                k_BKMD,
-                v_BKME,
-                mask=mask,
-                causal=True,
-                normalization=self.normalization,
-                state=cache.state,
-                return_state=True,
-            )
-            cache.length = total
-            return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def new_cache(  # type: ignore[override]
-        self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> StateCache:
-        """An empty cache; its state comes with the first tokens, in float32 (float64 for a float64 layer)."""
-        return StateCache()
+        query_mask_BN: Tensor | None,
+        mask_BM: Tensor | None,
+        causal: bool,
+        state: Any = None,
+        return_state: bool = False,
+    ) -> Any:
+        options: dict[str, Any] = {"normalization": self.normalization, "state": state, "return_state": return_state}
+        return efficient_attend(q_BHND, k_BKMD, v_BKME, mask=mask_BM, causal=causal, **options)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, causal={self.causal}, normalization={self.normalization!r}"

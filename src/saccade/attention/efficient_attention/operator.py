@@ -14,8 +14,8 @@ from torch import Tensor
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
-from saccade.ops.masks import Dense, Mask, Padding
 from saccade.ops.memory import large_empty
+from saccade.ops.pattern import GivenMask, Pattern
 
 Normalization = Literal["softmax", "scaling"]
 
@@ -37,7 +37,7 @@ def efficient_attend(
     k_BKMD: Tensor,
     v_BKME: Tensor,
     *,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     normalization: Normalization = "softmax",
     state: EfficientState | None = None,
@@ -66,7 +66,9 @@ def efficient_attend(
         raise ValueError(f"normalization must be 'softmax' or 'scaling', got {normalization!r}")
     if not causal and (state is not None or return_state):
         raise ValueError("a state needs causal=True: otherwise every position sees all others")
-    valid_B1M1 = _valid(mask, k_BKMD)
+    B, N, M = q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2]
+    valid_BM = Pattern.of(mask, B, N, M, crosses=True).only(("padding",), "efficient attention").valid_BM
+    valid_B1M1 = None if valid_BM is None else valid_BM[:, None, :, None]
     if causal:
         out, after = _causal(q_BHND, k_BKMD, v_BKME, valid_B1M1, state, normalization)
         return (out, after) if return_state else out
@@ -182,20 +184,3 @@ def _causal_scaling(
     start = ones.new_zeros(k.shape[0], 1, 1, 1) if state is None else state.total
     after = torch.cat([start, counts], 2)[:, :, -1:]
     return (out / counts.clamp(min=1)).to(q.dtype), EfficientState(context, after)
-
-
-def _valid(mask: Tensor | Mask | None, k_BKMD: Tensor) -> Tensor | None:
-    """The real tokens, (B, 1, M, 1)."""
-    if mask is None:
-        return None
-    B, M = k_BKMD.shape[0], k_BKMD.shape[2]
-    valid = mask
-    if isinstance(mask, Padding):
-        valid = mask.valid_BM
-    elif isinstance(mask, Dense) and mask.mask_BHNM.shape[1:3] == (1, 1):
-        valid = mask.mask_BHNM[:, 0, 0]
-    if not isinstance(valid, Tensor):
-        raise ValueError(f"efficient attention takes padding masks only: its maps are one for all queries, got {mask}")
-    if valid.dtype != torch.bool or valid.ndim != 2 or valid.shape[0] not in (1, B) or valid.shape[1] != M:
-        raise ValueError(f"mask must be bool (batch, keys) = {(B, M)}, got {valid.dtype} {tuple(valid.shape)}")
-    return valid[:, None, :, None]

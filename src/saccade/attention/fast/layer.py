@@ -74,7 +74,7 @@ class FastmaxAttention(StateAttention):
         dropout = self.dropout if self.training and not call.get("return_state") else 0.0
         return fastmax_attend(q_BHND, k_BKMD, v_BKME, **call, **self.options, dropout=dropout)
 
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> StateCache:
         """An empty cache; its state has (1 + D + D (D + 1) / 2) (D + 1) numbers a head.

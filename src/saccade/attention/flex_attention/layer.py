@@ -15,6 +15,7 @@ from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 from saccade.ops.score_mods import ScoreMod
 
 
@@ -62,17 +63,13 @@ class FlexAttention(QKVAttention):
         self.distances = None if reach is None else nn.Parameter(torch.zeros(num_heads, 2 * reach + 1))
         self.use_alibi, self.cap = use_alibi, None if cap is None else score_mods.soft_cap(cap)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        parts = [masks.causal(offset)] if causal else []
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        N, M, offset = q_BHND.shape[2], k_BKMD.shape[2], pattern.offset
         if self.window is not None:
-            near = masks.window(self.window, 0 if causal else self.window, offset=offset)
-            parts.append(masks.prefix(self.global_tokens) | near if self.global_tokens else near)
-        parts += [part for part in (self.attend_mask, mask) if part is not None]
-        whole: Mask | None = None
-        for part in parts:
-            whole = part if whole is None else whole & part
+            near = masks.window(self.window, 0 if self.causal else self.window, offset=offset)
+            pattern = pattern.also(masks.prefix(self.global_tokens) | near if self.global_tokens else near, N, M)
+        if self.attend_mask is not None:
+            pattern = pattern.also(self.attend_mask, N, M)
         mods: list[ScoreMod] = [score_mods.alibi(self.num_heads, device=q_BHND.device)] if self.use_alibi else []
         if self.cap is not None:
             mods.append(self.cap)
@@ -81,4 +78,4 @@ class FlexAttention(QKVAttention):
         if self.score_mod is not None:
             mods.append(self.score_mod)
         mod = score_mods.shifted(score_mods.compose(*mods), offset) if mods else None
-        return attend(q_BHND, k_BKMD, v_BKME, mask=whole, score_mod=mod)
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, score_mod=mod)

@@ -18,9 +18,9 @@ from saccade.attention.layerwise_shortcuts.operator import Depths, depth_shares,
 from saccade.layers.cache import KVCache, LayerCaches
 from saccade.layers.mlp import FeedForward
 from saccade.layers.pre_norm import PreNormBlock
-from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.masks import Mask
-from saccade.ops.rope import rotate
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 class DepthFeature(nn.Module):
@@ -102,7 +102,7 @@ class ShortcutAttention(QKVAttention):
         x_BNC: Tensor,
         hidden: Sequence[Tensor],
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Attend from `x_BNC` to the hidden states (B, N, C) of the same tokens, and to what `cache` holds before them.
@@ -114,11 +114,14 @@ class ShortcutAttention(QKVAttention):
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        q, k, v, seen, offset = self._prepare(x_BNC, hidden, mask, cache)
-        out = shortcut_attend(q, k, v, mask=seen, causal=self.causal, offset=offset)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        q, k, v, pattern = self._prepare(x_BNC, hidden, mask, cache)
+        return self.out(self.attend(q, k, v, pattern))
 
-    def shares(self, x_BNC: Tensor, hidden: Sequence[Tensor], *, mask: Tensor | Mask | None = None) -> Tensor:
+    def attend(self, q_BHND: Tensor, k_BKMSD: Tensor, v_BKMSE: Tensor, pattern: Pattern) -> Tensor:
+        where: dict[str, Any] = {"mask": pattern.rest, "causal": pattern.causal, "offset": pattern.offset}
+        return shortcut_attend(q_BHND, k_BKMSD, v_BKMSE, **where)
+
+    def shares(self, x_BNC: Tensor, hidden: Sequence[Tensor], *, mask: GivenMask = None) -> Tensor:
         """The share of each depth in each token's attention, (B, H, N, S).
 
         Raises:
@@ -126,44 +129,43 @@ class ShortcutAttention(QKVAttention):
         """
         if self.combine == "features":
             raise ValueError("combine='features' has no attention over depths to show")
-        q, k, _, seen, _ = self._prepare(x_BNC, hidden, mask, None)
-        return depth_shares(q, k, mask=seen, causal=self.causal)
+        q, k, _, pattern = self._prepare(x_BNC, hidden, mask, None)
+        return depth_shares(q, k, mask=pattern.rest, causal=pattern.causal)
 
     def mix(  # type: ignore[override]
-        self, x_BNC: Tensor, values_BHME: Tensor, *, hidden: Sequence[Tensor], mask: Tensor | Mask | None = None
+        self, x_BNC: Tensor, values_BHME: Tensor, *, hidden: Sequence[Tensor], mask: GivenMask = None
     ) -> Tensor:
         """This layer's weights on given values: one a token, (B, H, M, E), or one a key, (B, H, M S, E).
 
         `attention_map(layer, x, hidden=hidden)` is the map over tokens, `attention_map(layer, x, hidden=hidden,
         values=(B, H, M * S)).unflatten(-1, (M, S))` the one by depth.
         """
-        q, k, _, seen, _ = self._prepare(x_BNC, hidden, mask, None)
+        q, k, _, pattern = self._prepare(x_BNC, hidden, mask, None)
         M, S = k.shape[2:4]
         per_key = values_BHME.shape[2] == M * S
         v = values_BHME.unflatten(2, (M, S)) if per_key else values_BHME[:, :, :, None].expand(-1, -1, -1, S, -1)
         k = k.repeat_interleave(self.num_heads // k.shape[1], 1)
-        return shortcut_attend(q, k, v, mask=seen, causal=self.causal)
+        return self.attend(q, k, v, pattern)
 
     def _prepare(
-        self, x_BNC: Tensor, hidden: Sequence[Tensor], mask: Tensor | Mask | None, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor, Tensor, Mask | None, int]:
-        self._check(x_BNC, None, cache)
+        self, x_BNC: Tensor, hidden: Sequence[Tensor], mask: GivenMask, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor, Tensor, Pattern]:
+        self.check(x_BNC, None, cache)
         shapes = [tuple(h.shape) for h in hidden]
         if shapes != [tuple(x_BNC.shape)] * self.depths:
             raise ValueError(f"hidden must be {self.depths} tensors of shape {tuple(x_BNC.shape)}, got {shapes}")
-        start = 0 if cache is None else cache.length
+        pattern = self.pattern(mask, x_BNC, None, cache)
         c_BMSC = self.features(hidden)
-        q = self._heads(self.q_proj(x_BNC), self.num_heads)
+        q = self.split_heads(self.q_proj(x_BNC), self.num_heads)
         k, v = (p(c_BMSC).unflatten(-1, (-1, self.head_dim)).permute(0, 3, 1, 2, 4) for p in (self.k_proj, self.v_proj))
-        if self.rope:
-            positions_N = torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
-            q = rotate(q, positions_N, base=self.rope_base)
-            k = rotate(k, positions_N[:, None], base=self.rope_base)
+        positions = self.positions(x_BNC, None, pattern.offset)
+        if positions is not None:
+            q, k = self.rotate(q, positions), self.rotate(k, positions[:, None])
         if cache is not None:
             # all depths of a token side by side: the cache counts tokens
             k, v = cache.append(k.flatten(3), v.flatten(3))
             k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
-        return q, k, v, as_mask(mask, k), start
+        return q, k, v, pattern
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, depths={self.depths}, combine={self.combine!r}"

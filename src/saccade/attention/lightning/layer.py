@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from saccade.attention.lightning.operator import Form, Norm, TransNormerOutput, decay_slopes
 from saccade.ops.linear import linear_attend, linear_step
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 class SRMSNorm(nn.Module):
@@ -133,7 +134,7 @@ class LightningAttention(nn.Module):
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: GivenMask = None,
         cache: LightningCache | None = None,
     ) -> Tensor:
         """Args:
@@ -162,7 +163,7 @@ class LightningAttention(nn.Module):
                 cache.length += x_BNC.shape[1]
         return self.out_proj(self.norm(out_BHNE.transpose(1, 2).flatten(2)) * u_BNI)
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: GivenMask = None) -> Tensor:
         """This layer's weights on `x_BNC`, applied to given values (B, H, M, E); what `attention_map` calls."""
         q_BHND, k_BHND, _, _ = self._project(x_BNC, 0)
         return self._mix(q_BHND, k_BHND, values_BHME, mask)
@@ -191,7 +192,7 @@ class LightningAttention(nn.Module):
             q, k = self.lrpe(q, start), self.lrpe(k, start)
         return q, k, v, u
 
-    def _mix(self, q_BHND: Tensor, k_BHND: Tensor, v_BHNE: Tensor, mask: Tensor | None) -> Tensor:
+    def _mix(self, q_BHND: Tensor, k_BHND: Tensor, v_BHNE: Tensor, mask: GivenMask) -> Tensor:
         return linear_attend(q_BHND, k_BHND, _without_padding(v_BHNE, mask, 0), decay=self._decay(q_BHND))
 
     def _decay(self, like: Tensor) -> Tensor:
@@ -212,14 +213,11 @@ def _parallel(q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, decay: Tensor) 
     return linear_attend(q, k, v, decay=decay, state=state, return_state=True)
 
 
-def _without_padding(v_BHNE: Tensor, mask_BM: Tensor | None, start: int) -> Tensor:
-    if mask_BM is None:
-        return v_BHNE
-    wanted = (v_BHNE.shape[0], start + v_BHNE.shape[2])
-    if not isinstance(mask_BM, Tensor) or mask_BM.dtype != torch.bool or tuple(mask_BM.shape) != wanted:
-        got = f"{mask_BM.dtype} {tuple(mask_BM.shape)}" if isinstance(mask_BM, Tensor) else type(mask_BM).__name__
-        raise ValueError(f"mask must be bool (batch, tokens) = {wanted}, True = real token, got {got}")
-    return v_BHNE.masked_fill(~mask_BM[:, None, start:, None], 0.0)
+def _without_padding(v_BHNE: Tensor, mask: GivenMask, start: int) -> Tensor:
+    B, N = v_BHNE.shape[0], v_BHNE.shape[2]
+    pattern = Pattern.of(mask, B, N, start + N, causal=True, offset=start)
+    real_BM = pattern.only(("padding",), "lightning attention").valid_BM
+    return v_BHNE if real_BM is None else v_BHNE.masked_fill(~real_BM[:, None, start:, None], 0.0)
 
 
 def _norm(kind: str, width: int) -> nn.Module:
@@ -259,7 +257,7 @@ class TransNormerBlock(nn.Module):
         self.glu = SGLU(dim, glu_dim, bias)
         self.glu.apply(_initialise)
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None, cache: LightningCache | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None, cache: LightningCache | None = None) -> Tensor:
         x_BNC = x_BNC + self.attention(self.attention_norm(x_BNC), mask=mask, cache=cache)
         return x_BNC + self.glu(self.glu_norm(x_BNC))
 
@@ -359,7 +357,7 @@ class TransNormerLM(nn.Module):
         return cls(**arguments)
 
     def forward(
-        self, tokens_BN: Tensor, *, mask: Tensor | None = None, cache: TransNormerCache | None = None
+        self, tokens_BN: Tensor, *, mask: GivenMask = None, cache: TransNormerCache | None = None
     ) -> TransNormerOutput:
         """tokens_BN: int64. mask and cache as in `LightningAttention`."""
         if tokens_BN.ndim != 2 or tokens_BN.is_floating_point():

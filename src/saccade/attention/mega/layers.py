@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from saccade.attention.mega.norms import _Dropout, _initialise, _norm
 from saccade.attention.mega.operator import _NORMALIZERS, Attention, _bias, laplace, mega_attend
 from saccade.layers.cache import KVCache
-from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
 from saccade.ops.ema import ema, ema_step
-from saccade.ops.masks import Mask, Padding
+from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 
 Norm = Literal["layer", "scale", "rms", "batch"]
 
@@ -188,7 +188,7 @@ class MegaAttention(nn.Module):
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: MegaCache | None = None,
     ) -> Tensor:
         """Args:
@@ -212,7 +212,7 @@ class MegaAttention(nn.Module):
         with torch.no_grad():
             return self._decode(x_BNC, mask, cache)
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: GivenMask = None) -> Tensor:
         """This layer's weights A on `x_BNC`, applied to given values (B, H, M, E); what `attention_map` calls."""
         valid_BN, pairs = self._split_mask(mask, x_BNC, 0)
         return self._weights(x_BNC, values_BHME, valid_BN, self.causal, pairs)
@@ -271,7 +271,7 @@ class MegaAttention(nn.Module):
         y_BNC = torch.lerp(x_BNC, candidate.to(x_BNC.dtype), update.sigmoid().to(x_BNC.dtype))
         return y_BNC if self.prenorm else self.norm(y_BNC)
 
-    def _decode(self, x_BNC: Tensor, mask: Tensor | Mask | None, cache: MegaCache) -> Tensor:
+    def _decode(self, x_BNC: Tensor, mask: GivenMask, cache: MegaCache) -> Tensor:
         if cache.average is not None and cache.average.shape[0] != x_BNC.shape[0]:
             raise ValueError(f"the cache is for {cache.average.shape[0]} sequences, got {x_BNC.shape[0]}")
         valid_BM, pairs = self._split_mask(mask, x_BNC, cache.length)
@@ -346,7 +346,7 @@ class MegaAttention(nn.Module):
     ) -> Tensor:
         mask = pairs
         if valid_BM is not None:
-            mask = masks.padding(valid_BM) if pairs is None else masks.dense(valid_BM[:, None, None]) & pairs
+            mask = masks.padding(valid_BM) if pairs is None else masks.padding(valid_BM) & pairs
         dropout = self.attn_drop if self.training else 0.0
         return mega_attend(
             q,
@@ -367,20 +367,16 @@ class MegaAttention(nn.Module):
         q, k = (z_BNZ * gamma + beta for gamma, beta in zip(self.gamma, self.beta, strict=True))
         return tuple(x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k))  # type: ignore[return-value]
 
-    def _split_mask(self, mask: Tensor | Mask | None, x_BNC: Tensor, start: int) -> tuple[Tensor | None, Mask | None]:
+    def _split_mask(self, mask: GivenMask, x_BNC: Tensor, start: int) -> tuple[Tensor | None, Mask | None]:
         """A caller's mask as padding (B, M), or as pairs."""
-        if mask is None:
-            return None, None
-        if isinstance(mask, Padding):
-            mask = mask.valid_BM
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            wanted = (x_BNC.shape[0], start + x_BNC.shape[1])
-            if mask.dtype != torch.bool or tuple(mask.shape) != wanted:
-                raise ValueError(f"mask must be bool (batch, tokens) = {wanted}, got {mask.dtype} {tuple(mask.shape)}")
-            return mask, None
-        if self.chunk_size is not None and x_BNC.shape[1] > self.chunk_size:
+        B, N = x_BNC.shape[:2]
+        pattern = Pattern.of(mask, B, N, start + N, heads=self.num_heads, causal=self.causal, offset=start)
+        pairs = (
+            None if mask is None else replace(pattern, causal=pattern.causal and not self.causal, valid_BM=None).mask
+        )
+        if pairs is not None and self.chunk_size is not None and x_BNC.shape[1] > self.chunk_size:
             raise ValueError(f"a mask of pairs needs all tokens in one chunk of {self.chunk_size}")
-        return None, as_mask(mask, x_BNC[:, None])
+        return pattern.real_keys(B), pairs
 
 
 class MegaCrossAttention(nn.Module):
@@ -421,9 +417,7 @@ class MegaCrossAttention(nn.Module):
         self.bias = _bias(position, max_positions, key_dim, num_heads)
         self.apply(_initialise)
 
-    def forward(
-        self, x_BNC: Tensor, context_BMC: Tensor, *, mask: Tensor | Mask | None = None, start: int = 0
-    ) -> Tensor:
+    def forward(self, x_BNC: Tensor, context_BMC: Tensor, *, mask: GivenMask = None, start: int = 0) -> Tensor:
         """Args:
             mask: bool (B, M) of the context, True = real token; or pairs.
             start: position of the first of `x_BNC`, where they are decoded piece by piece.
@@ -441,7 +435,7 @@ class MegaCrossAttention(nn.Module):
         y_BNC = torch.lerp(x_BNC, candidate.to(x_BNC.dtype), update.sigmoid().to(x_BNC.dtype))
         return y_BNC if self.prenorm else self.norm(y_BNC)
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor, mask: Tensor | Mask | None = None) -> Tensor:
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor, mask: GivenMask = None) -> Tensor:
         """The weights A applied to given values (B, H, M, E); what `attention_map` calls."""
         return self._weighted(self._project(x_BNC)[2], context, values_BHME, mask, 0)
 
@@ -449,7 +443,7 @@ class MegaCrossAttention(nn.Module):
         normed = self.norm(x_BNC) if self.prenorm else x_BNC
         return self.q_proj(normed).split([self.dim, self.dim, self.key_dim], -1)
 
-    def _weighted(self, q_BNZ: Tensor, context: Tensor, v: Tensor, mask: Tensor | Mask | None, start: int) -> Tensor:
+    def _weighted(self, q_BNZ: Tensor, context: Tensor, v: Tensor, mask: GivenMask, start: int) -> Tensor:
         k = self._heads(self.k_proj(context))
         return mega_attend(
             self._heads(q_BNZ),

@@ -11,11 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saccade.layers.qkv_attention import as_mask
-from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Dense, Mask, Padding
 from saccade.ops.normalizers import Normalizer, State
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.rope import rotate
 
 Attention = Literal["softmax", "laplace", "relu2"]
@@ -103,7 +101,7 @@ def mega_attend(
     *,
     attention: Attention = "softmax",
     bias: SimpleBias | RotaryBias | None = None,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     offset: int = 0,
     dropout: float = 0.0,
@@ -124,14 +122,11 @@ def mega_attend(
     if attention not in _NORMALIZERS:
         raise ValueError(f"attention must be one of {', '.join(_NORMALIZERS)}, got {attention!r}")
     (N, Z), M = q_BHNZ.shape[2:], k_BHMZ.shape[2]
-    given = as_mask(mask, k_BHMZ)
-    both = given
-    if causal and not (N == 1 and offset >= M - 1):
-        both = masks.and_causal(given, offset)
+    pattern = Pattern.of(mask, q_BHNZ.shape[0], N, M, heads=q_BHNZ.shape[1], causal=causal, offset=offset)
     if attention == "softmax":
         q_BHNZ = q_BHNZ * Z**-0.5
     else:
-        q_BHNZ = q_BHNZ / _keys_seen(given, both, q_BHNZ, M, causal, offset).to(q_BHNZ.dtype)
+        q_BHNZ = q_BHNZ / _keys_seen(pattern, q_BHNZ, M).to(q_BHNZ.dtype)
     score_mod = None
     if isinstance(bias, RotaryBias):
         q_BHNZ = _with_channels(q_BHNZ, bias.alpha, offset)
@@ -147,7 +142,7 @@ def mega_attend(
 
     normalize = _NORMALIZERS[attention]
     return attend(
-        q_BHNZ, k_BHMZ, v_BHME, mask=both, score_mod=score_mod, normalize=normalize, scale=1.0, dropout=dropout
+        q_BHNZ, k_BHMZ, v_BHME, mask=pattern.mask, score_mod=score_mod, normalize=normalize, scale=1.0, dropout=dropout
     )
 
 
@@ -159,21 +154,18 @@ def _with_channels(x_BHNZ: Tensor, vector_1Z: Tensor, start: int) -> Tensor:
     return torch.cat([x_BHNZ, rotated_HNZ.to(x_BHNZ.dtype).expand(B, -1, -1, -1)], -1)
 
 
-def _keys_seen(given: Mask | None, both: Mask | None, q_BHNZ: Tensor, M: int, causal: bool, offset: int) -> Tensor:
+def _keys_seen(pattern: Pattern, q_BHNZ: Tensor, M: int) -> Tensor:
     """n of each query, at least 1; broadcasts to (B, H, N, 1)."""
     N, device = q_BHNZ.shape[2], q_BHNZ.device
-    last_N = torch.arange(offset, offset + N, device=device).clamp(max=M - 1)
-    if given is None:
-        count = last_N + 1 if causal else torch.full_like(last_N, M)
+    if pattern.mask is not None and {*pattern.says} - {"causal", "padding"}:
+        return pattern.mask.keys_seen(N, M, device).clamp(min=1)[..., None]
+    last_N = torch.arange(pattern.offset, pattern.offset + N, device=device).clamp(max=M - 1)
+    if pattern.valid_BM is None:
+        count = last_N + 1 if pattern.causal else torch.full_like(last_N, M)
         return count.clamp(min=1)[:, None]
-    if isinstance(given, Padding):
-        running_BM = given.valid_BM.cumsum(1)
-        count_BN = running_BM[:, last_N] if causal else running_BM[:, -1:].expand(-1, N)
-        return count_BN.clamp(min=1)[:, None, :, None]
-    if not isinstance(given, Dense):
-        raise ValueError(f"laplace and relu2 count each query's keys: mask must be a bool tensor, got {given!r}")
-    assert both is not None
-    return both.dense(N, M, device).sum(-1, keepdim=True).clamp(min=1)
+    running_BM = pattern.valid_BM.cumsum(1)
+    count_BN = running_BM[:, last_N] if pattern.causal else running_BM[:, -1:].expand(-1, N)
+    return count_BN.clamp(min=1)[:, None, :, None]
 
 
 def _bias(position: str | None, reach: int, key_dim: int, num_heads: int) -> SimpleBias | RotaryBias | None:

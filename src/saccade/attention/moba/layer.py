@@ -15,7 +15,7 @@ from saccade.attention.moba.operator import attend_last, moba_attend
 from saccade.layers.cache import KVCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern, Said
 
 
 class MoBACache(KVCache):
@@ -68,6 +68,8 @@ class MoBA(QKVAttention):
         ValueError: if `causal` is False, or `block_size` or `top_k` is below 1.
     """
 
+    takes: tuple[Said, ...] = ("padding", "documents")
+
     def __init__(
         self,
         dim: int,
@@ -85,32 +87,19 @@ class MoBA(QKVAttention):
         super().__init__(dim, num_heads, causal, **projections)
         self.block_size, self.top_k = block_size, top_k
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return moba_attend(q_BHND, k_BKMD, v_BKME, block_size=self.block_size, top_k=self.top_k, mask=mask)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return moba_attend(q_BHND, k_BKMD, v_BKME, block_size=self.block_size, top_k=self.top_k, mask=pattern)
 
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """`QKVAttention.forward`; one token with a `MoBACache` and no mask reads the cached block means."""
-        if mask is not None or context_BMC is not None or not isinstance(cache, MoBACache) or x_BNC.shape[1] != 1:
-            return super().forward(x_BNC, context_BMC, mask=mask, cache=cache)
-        self._check(x_BNC, None, cache)
-        q_BH1D, k_BK1D = self._queries_and_keys(x_BNC, None, cache.length)
+    def remember(self, cache: Any, q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, pattern: Pattern) -> Tensor:
+        """One token with a `MoBACache` and no mask reads the cached block means."""
+        if pattern.mask is not None or not isinstance(cache, MoBACache) or q_BHND.shape[2] != 1:
+            return super().remember(cache, q_BHND, k_BKND, v_BKNE, pattern)
         # before the token itself is in: a block that it completes is its own, and no candidate
         means_BKnD = cache.means_BKnD
-        keys, values = cache.append(k_BK1D, self._heads(self.v_proj(x_BNC), self.num_kv_heads))
+        keys, values = cache.append(k_BKND, v_BKNE)
         if means_BKnD is None:
-            out = attend(q_BH1D, keys, values)
-        else:
-            out = attend_last(q_BH1D, keys, values, means_BKnD, self.block_size, self.top_k, None)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+            return attend(q_BHND, keys, values)
+        return attend_last(q_BHND, keys, values, means_BKnD, self.block_size, self.top_k, None)
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.routed import block_layout, routed_attend
 
 #: bytes of scores per piece of the gate, so that a piece stays in cache
@@ -31,7 +31,7 @@ def moba_attend(
     block_size: int = 512,
     top_k: int = 3,
     scale: float | None = None,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
 ) -> Tensor:
     """Causal attention of each query over its own block and its `top_k - 1` best past blocks, by query head.
 
@@ -44,9 +44,9 @@ def moba_attend(
         block_size: S.
         top_k: blocks per query, its own counted; at least 1.
         scale: factor of the dot product, D ** -0.5 where None; not applied in the gate.
-        mask: bool (B, M), True = real token (left or right padding); `masks.documents(ids)` for packed sequences;
-            or both, combined with `&`. Blocks are counted from each sequence's first real token. Queries that are
-            padding give zeros.
+        mask: bool (B, M), True = real token (left or right padding); `masks.documents(ids)` or `cu_seqlens` for
+            packed sequences; or both, combined with `&`. Blocks are counted from each sequence's first real token.
+            Queries that are padding give zeros.
 
     Returns:
         (B, H, N, E).
@@ -55,7 +55,8 @@ def moba_attend(
         ValueError: if `block_size` or `top_k` is below 1, N > M, or the mask is of another kind.
     """
     N, M = _check(q_BHND, k_BKMD, v_BKME, block_size, top_k)
-    ids_BM = _documents(mask, q_BHND.shape[0], N, M)
+    pattern = Pattern.of(mask, q_BHND.shape[0], N, M, causal=True, offset=M - N)
+    ids_BM = pattern.only(("padding", "documents"), "MoBA").sequence_ids(q_BHND.shape[0], M)
     n = -(-M // block_size)
     if ids_BM is None and top_k >= n:
         return attend(q_BHND, k_BKMD, v_BKME, mask=masks.causal(M - N), scale=scale)
@@ -73,8 +74,7 @@ def moba_attend(
             F.pad(v_BKME, (0, 0, 0, back)),
         )
     else:
-        packed = isinstance(mask, Mask) and any(isinstance(part, masks.Documents) for part in _conjuncts(mask))
-        layout, first = block_layout(ids_BM, block_size, blocks=None if packed else n), 0
+        layout, first = block_layout(ids_BM, block_size, blocks=n if pattern.ids_BM is None else None), 0
         q, k, v = layout.align(q_BHND, first=M - N), layout.align(k_BKMD), layout.align(v_BKME)
     chosen = moba_route(
         q,
@@ -248,34 +248,3 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> tupl
     if q.shape[2] > k.shape[2]:
         raise ValueError(f"the queries are the last of the tokens: at most {k.shape[2]}, got {q.shape[2]}")
     return q.shape[2], k.shape[2]
-
-
-def _conjuncts(mask: Mask) -> list[Mask]:
-    if isinstance(mask, masks._And):
-        return _conjuncts(mask.left) + _conjuncts(mask.right)
-    return [mask]
-
-
-def _documents(mask: Tensor | Mask | None, B: int, N: int, M: int) -> Tensor | None:
-    """Sequence ids (B, M) of the tokens, -1 for padding; None where every row is one whole sequence."""
-    if mask is None:
-        return None
-    if isinstance(mask, Tensor):
-        mask = masks.padding(mask) if mask.ndim == 2 else masks.dense(mask)
-    ids = None
-    for part in _conjuncts(mask):
-        if isinstance(part, masks.Band) and part.low is None and part.high == M - N:
-            continue
-        if isinstance(part, masks.Documents) and torch.equal(part.query_BN, part.key_BM[:, -N:]):
-            more = part.key_BM.unique(return_inverse=True)[1]
-        elif isinstance(part, masks.Padding):
-            more = part.valid_BM.long() - 1
-        elif isinstance(part, masks.Dense) and part.mask_BHNM.shape[1:3] == (1, 1):
-            more = part.mask_BHNM[:, 0, 0].long() - 1
-        else:
-            raise ValueError(f"MoBA takes padding and documents as its mask, got {part!r}")
-        if more.shape[0] not in (1, B) or more.shape[1] != M:
-            raise ValueError(f"the mask is for {tuple(more.shape)} tokens, got {(B, M)}")
-        more = more.expand(B, M)
-        ids = more if ids is None else torch.where((ids < 0) | (more < 0), -1, ids * (more.max() + 1) + more)
-    return ids

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from saccade.attention.moh.operator import (
@@ -23,12 +22,8 @@ from saccade.attention.moh.operator import (
     query_norm_routing,
     trained_routing,
 )
-from saccade.layers.cache import KVCache
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
-from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
-from saccade.ops.rope import rotate
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.pattern import Pattern
 
 
 class MoH(KeepsLoss, QKVAttention):
@@ -109,7 +104,7 @@ class MoH(KeepsLoss, QKVAttention):
         """Which heads each token of `x_BNC` uses, and how much; `q_BHND` are its queries without rotary positions."""
         if self.router == "query-norm":
             if q_BHND is None:
-                q_BHND = self._heads(self.q_proj(x_BNC), self.num_heads)
+                q_BHND = self.split_heads(self.q_proj(x_BNC), self.num_heads)
             return query_norm_routing(
                 q_BHND, shared_heads=self.shared_heads, top_k=self.routed_heads, straight_through=self.training
             )
@@ -117,43 +112,23 @@ class MoH(KeepsLoss, QKVAttention):
         routed_BNR = x_BNC[..., :0] if self.routed_gate is None else self.routed_gate(x_BNC)
         return trained_routing(routed_BNR, *logits, shared_heads=self.shared_heads, top_k=self.routed_heads)
 
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """`QKVAttention.forward`; the gates are those of the tokens of `x_BNC`."""
-        self._check(x_BNC, context_BMC, cache)
-        offset = 0 if cache is None else cache.length
-        q_BHND, k_BKMD, routing = self._project(x_BNC, context_BMC, offset)
-        v_BKMD = self._heads(self.v_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        if cache is not None:
-            k_BKMD, v_BKMD = cache.append(k_BKMD, v_BKMD)
-        pairs = as_mask(mask, k_BKMD)
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries, keys, values, and which heads each token of `x_BNC` uses."""
+        q_BHND, k_BKMD, v_BKMD = super().project(x_BNC, context_BMC, None)
+        routing = self.route(x_BNC, q_BHND)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHND, k_BKMD = self.q_norm(q_BHND), self.k_norm(k_BKMD)
+        if positions is not None:
+            q_BHND, k_BKMD = self.rotate(q_BHND, positions), self.rotate(k_BKMD, positions)
+        return q_BHND, k_BKMD, v_BKMD, routing
+
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, routing: Routing) -> Tensor:
         self.aux_loss = None
         if self.training and self.shared_heads < self.num_heads:
-            padded = type(pairs) is masks.Padding and context_BMC is None and cache is None
-            real_BN = pairs.valid_BM.expand(x_BNC.shape[0], -1) if padded else None  # type: ignore[union-attr]
+            real_BN = pattern.real_queries(q_BHND.shape[0], q_BHND.shape[2])
             self.aux_loss = load_balance_loss(routing.chances, routing.active, real_BN)
-        out = self._gated(q_BHND, k_BKMD, v_BKMD, routing, pairs, self.causal and context_BMC is None, offset)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def mix(
-        self,
-        x_BNC: Tensor,
-        values_BHME: Tensor,
-        *,
-        context: Tensor | None = None,
-        mask: Tensor | Mask | None = None,
-    ) -> Tensor:
-        """The heads' weights, gates included, applied to given values (B, H, M, E)."""
-        q_BHND, k_BKMD, routing = self._project(x_BNC, context, 0)
-        k_BHMD = repeat_heads(k_BKMD, self.num_heads)
-        causal = self.causal and context is None
-        return self._gated(q_BHND, k_BHMD, values_BHME, routing, as_mask(mask, k_BHMD), causal, 0)
+        options: dict[str, Any] = {"shared_heads": self.shared_heads, "form": self.form, "offset": pattern.offset}
+        return gated_attend(q_BHND, k_BKMD, v_BKME, routing.gates, mask=pattern, causal=self.causal, **options)
 
     def start_as_softmax(self) -> None:
         """Gates of 1 where every routed head is active; see the module's docstring."""
@@ -166,23 +141,6 @@ class MoH(KeepsLoss, QKVAttention):
     def extra_repr(self) -> str:
         own = f"shared_heads={self.shared_heads}, routed_heads={self.routed_heads}, router={self.router!r}"
         return f"{super().extra_repr()}, {own}"
-
-    def _project(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> tuple[Tensor, Tensor, Routing]:
-        q_BHND = self._heads(self.q_proj(x_BNC), self.num_heads)
-        k_BKMD = self._heads(self.k_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        routing = self.route(x_BNC, q_BHND)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BHND, k_BKMD = self.q_norm(q_BHND), self.k_norm(k_BKMD)
-        if self.rope and context_BMC is None:
-            position_N = torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
-            q_BHND, k_BKMD = (rotate(x, position_N, base=self.rope_base) for x in (q_BHND, k_BKMD))
-        return q_BHND, k_BKMD, routing
-
-    def _gated(
-        self, q: Tensor, k: Tensor, v: Tensor, routing: Routing, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        options: dict[str, Any] = {"shared_heads": self.shared_heads, "form": self.form}
-        return gated_attend(q, k, v, routing.gates, mask=mask, causal=causal, offset=offset, **options)
 
 
 class QueryNormGate(KeepsLoss, nn.Module):

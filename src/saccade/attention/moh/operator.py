@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
+from saccade.ops.pattern import GivenMask, Pattern
 
 Router = Literal["trained", "query-norm"]
 
@@ -118,7 +117,7 @@ def gated_attend(
     gates_BNH: Tensor,
     *,
     shared_heads: int = 0,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     offset: int = 0,
     scale: float | None = None,
@@ -137,11 +136,14 @@ def gated_attend(
     Raises:
         ValueError: if "gathered" is asked for under a mask other than padding, or causal with M other than offset + N.
     """
-    mask = as_mask(mask, k_BKMD)
-    H, N, M = q_BHND.shape[1], q_BHND.shape[2], k_BKMD.shape[2]
-    plain = (mask is None or type(mask) is masks.Padding) and (not causal or offset + N == M)
+    (B, H, N, _), M = q_BHND.shape, k_BKMD.shape[2]
+    pattern = Pattern.of(mask, B, N, M, heads=H, causal=causal, offset=offset)
+    plain = not {*pattern.says} - ({"causal", "padding"} if causal else {"padding"})
+    plain = plain and (not causal or offset + N == M)
     if form == "gathered" and not plain:
-        raise ValueError(f"the gathered form takes padding alone, over {offset + N} keys where causal, got {mask}")
+        raise ValueError(
+            f"the gathered form takes padding alone, over {offset + N} keys where causal, got {pattern.mask}"
+        )
     if form not in ("auto", "masked", "gathered"):
         raise ValueError(f"form must be 'auto', 'masked' or 'gathered', got {form!r}")
     gates_BHN = gates_BNH.transpose(1, 2).to(q_BHND.dtype)
@@ -149,21 +151,20 @@ def gated_attend(
     if form == "auto" and not (plain and _pays(active_BRN, H, causal)):
         form = "masked"
     if form == "masked" or 0 in (*q_BHND.shape, M) or shared_heads == H:
-        out = attend(q_BHND, k_BKMD, v_BKME, mask=masks.causal_where_needed(mask, causal, offset, N), scale=scale)
+        out = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale)
         return out * gates_BHN[..., None]
-    real_BM = mask.valid_BM.expand(q_BHND.shape[0], M) if type(mask) is masks.Padding else None
+    real_BM = pattern.real_keys(B)
     parts = []
     if shared_heads:
         k, v = (_key_heads(x, H, 0, shared_heads) for x in (k_BKMD, v_BKME))
-        every = masks.causal_where_needed(mask, causal, offset, N)
-        parts.append(attend(q_BHND[:, :shared_heads], k, v, mask=every, scale=scale))
+        parts.append(attend(q_BHND[:, :shared_heads], k, v, mask=pattern.mask, scale=scale))
     k, v = (_key_heads(x, H, shared_heads, H) for x in (k_BKMD, v_BKME))
     q = q_BHND[:, shared_heads:]
     if causal:
         parts.append(_gathered_causal(q, k, v, active_BRN, real_BM, offset, scale))
     else:
         order_BRL = _listed(active_BRN)
-        out = attend(_take(q, order_BRL), k, v, mask=mask, scale=scale)
+        out = attend(_take(q, order_BRL), k, v, mask=pattern.mask, scale=scale)
         parts.append(_put(out, order_BRL, out.new_zeros(*q.shape[:3], out.shape[3])))
     return torch.cat(parts, 1) * gates_BHN[..., None]
 

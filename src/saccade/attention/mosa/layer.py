@@ -16,6 +16,7 @@ from saccade.layers.cache import KVCache
 from saccade.ops import masks, tokens
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.rope import rotate
 
 
@@ -368,7 +369,7 @@ class MoSA(nn.Module):
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: GivenMask = None,
         cache: MoSACache | None = None,
     ) -> Tensor:
         """The layer's output (B, N, C).
@@ -380,10 +381,12 @@ class MoSA(nn.Module):
         Raises:
             ValueError: if the arguments do not fit; a context is not supported.
         """
-        self._check(x_BNC, context_BMC, mask, 0 if cache is None else cache.length)
+        if context_BMC is not None:
+            raise ValueError("MoSA attends within one sequence: context must be None")
+        real_BM = self._real_tokens(x_BNC, mask, 0 if cache is None else cache.length)
         if cache is not None:
-            return self._decode(x_BNC, mask, cache)
-        parts = [heads(x_BNC, mask) for heads in (self.sparse, self.other) if heads is not None]
+            return self._decode(x_BNC, real_BM, cache)
+        parts = [heads(x_BNC, real_BM) for heads in (self.sparse, self.other) if heads is not None]
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     @torch.no_grad()
@@ -422,16 +425,16 @@ class MoSA(nn.Module):
             raise ValueError("decoding needs routing='learned', got 'fixed'")
         return MoSACache(max(max_length // self.sparsity, 2), None if self.other is None else self.other.window)
 
-    def mix(self, x_BNC: Tensor, values_BHNF: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def mix(self, x_BNC: Tensor, values_BHNF: Tensor, *, mask: GivenMask = None) -> Tensor:
         """This layer's weights on `x_BNC` (gates included), applied to given values (B, H, N, F); sparse heads first.
 
         What `attention_map` calls; H is `num_heads`.
         """
-        self._check(x_BNC, None, mask, 0)
+        real_BN = self._real_tokens(x_BNC, mask, 0)
         parts_BHNF = values_BHNF.split([self.num_sparse_heads, self.num_other_heads], 1)
         return torch.cat(
             [
-                heads.mix(x_BNC, part_BHNF, mask)
+                heads.mix(x_BNC, part_BHNF, real_BN)
                 for heads, part_BHNF in zip((self.sparse, self.other), parts_BHNF, strict=True)
                 if heads is not None
             ],
@@ -463,14 +466,9 @@ class MoSA(nn.Module):
             f"causal={self.causal}"
         )
 
-    def _check(self, x_BNC: Tensor, context_BMC: Tensor | None, mask: Tensor | None, before: int) -> None:
+    def _real_tokens(self, x_BNC: Tensor, mask: GivenMask, start: int) -> Tensor | None:
         if x_BNC.ndim != 3 or x_BNC.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x_BNC.shape)}")
-        if context_BMC is not None:
-            raise ValueError("MoSA attends within one sequence: context must be None")
-        expected = (x_BNC.shape[0], before + x_BNC.shape[1])
-        if mask is not None and not (
-            isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == expected
-        ):
-            got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"mask must be a bool tensor (batch, tokens) = {expected}, got {got}")
+        B, N = x_BNC.shape[:2]
+        pattern = Pattern.of(mask, B, N, start + N, causal=self.causal, offset=start)
+        return pattern.only(("padding",), "MoSA").real_keys(B)

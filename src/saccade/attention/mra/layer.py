@@ -14,11 +14,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from saccade.attention.mra.operator import _attend, _scales, patch_order
-from saccade.layers.cache import KVCache
 from saccade.layers.constants import Constants
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
-from saccade.ops.masks import Mask
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.pattern import Pattern, Said
 
 
 class MRA(Constants, QKVAttention):
@@ -33,6 +31,8 @@ class MRA(Constants, QKVAttention):
     Raises:
         ValueError: if `causal`, or the options do not fit.
     """
+
+    takes: tuple[Said, ...] = ("padding",)
 
     def __init__(
         self,
@@ -67,38 +67,15 @@ class MRA(Constants, QKVAttention):
         self.order_N: Tensor | None
         self.constant("order_N", None if grid is None else partial(patch_order, grid, (rows, scales[0] // rows)))
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        valid = None if mask is None else masks.real_keys(mask, q_BHND.shape[0], k_BKMD.shape[2])
-        return self._mix(q_BHND, k_BKMD, v_BKME, valid, valid)
-
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """`QKVAttention.forward`; with a context, the mask is of its tokens and all queries are real."""
-        if context_BMC is None:
-            return super().forward(x_BNC, mask=mask, cache=cache)
-        self._check(x_BNC, context_BMC, cache)
-        q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, 0)
-        v_BKMD = self._heads(self.v_proj(context_BMC), self.num_kv_heads)
-        given = as_mask(mask, k_BKMD)
-        valid = None if given is None else masks.real_keys(given, k_BKMD.shape[0], k_BKMD.shape[2])
-        return self.out_proj(self._mix(q_BHND, k_BKMD, v_BKMD, None, valid).transpose(1, 2).flatten(2))
-
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, query_valid: Tensor | None, key_valid: Tensor | None) -> Tensor:
-        order = self.order_N
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        order, (B, _, N, _), M = self.order_N, q_BHND.shape, k_BKMD.shape[2]
+        queries, keys = pattern.real_queries(B, N), pattern.real_keys(B)
         if order is not None:
-            if not q.shape[2] == k.shape[2] == len(order):
-                raise ValueError(f"the grid has {len(order)} tokens, got {q.shape[2]} queries and {k.shape[2]} keys")
-            q, k, v = q[:, :, order], k[:, :, order], v[:, :, order]
-            query_valid = key_valid = None if key_valid is None else key_valid[:, order]
-        out, _ = _attend(q, k, v, query_valid, key_valid, scale=None, **self.options)
+            if not N == M == len(order):
+                raise ValueError(f"the grid has {len(order)} tokens, got {N} queries and {M} keys")
+            q_BHND, k_BKMD, v_BKME = (x[:, :, order] for x in (q_BHND, k_BKMD, v_BKME))
+            queries = keys = None if keys is None else keys[:, order]
+        out, _ = _attend(q_BHND, k_BKMD, v_BKME, queries, keys, scale=None, **self.options)
         return out if order is None else out[:, :, order.argsort()]
 
     def extra_repr(self) -> str:

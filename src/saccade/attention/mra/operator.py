@@ -19,8 +19,8 @@ from saccade.ops.attend import attend
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.constants import at_home
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks
 
 #: block scores that are ranked at once; more are ranked in pieces, which bounds the memory
@@ -41,7 +41,7 @@ def mra_attend(
     mode: Literal["full", "sparse"] = "full",
     first_blocks: int = 0,
     diagonal_blocks: int = 0,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     scale: float | None = None,
     released_ranking: bool = False,
     return_map: bool = False,
@@ -70,10 +70,11 @@ def mra_attend(
     Raises:
         ValueError: if shapes or options do not fit, or the mask is of another kind.
     """
-    valid_BM = None if mask is None else masks.real_keys(mask, q_BHND.shape[0], k_BKMD.shape[2])
-    query_valid_BN = valid_BM if q_BHND.shape[2] == k_BKMD.shape[2] else None
+    B, N, M = q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2]
+    pattern = Pattern.of(mask, B, N, M, crosses=N != M).only(("padding",), "MRA")
     out, chosen = _attend(
-        q_BHND, k_BKMD, v_BKME, query_valid_BN, valid_BM, resolutions=resolutions, num_blocks=num_blocks,
+        q_BHND, k_BKMD, v_BKME, pattern.real_queries(B, N), pattern.real_keys(B),
+        resolutions=resolutions, num_blocks=num_blocks,
         blocks_per_row=blocks_per_row, mode=mode, first_blocks=first_blocks, diagonal_blocks=diagonal_blocks,
         scale=scale, released_ranking=released_ranking,
     )  # fmt: skip

@@ -7,6 +7,7 @@ a block, D head dim, E width of values, P heads that a kernel reads, Q and T siz
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor, nn
 
 from saccade.attention.multi_token.operator import Kernels, PadKey, _attend, key_origin
 from saccade.layers.cache import KVCache
-from saccade.layers.qkv_attention import QKVAttention, as_mask
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
-from saccade.ops.masks import Mask
-from saccade.ops.rope import rotate
+from saccade.ops.pattern import Pattern, Said
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -71,6 +71,8 @@ class MultiTokenAttention(QKVAttention):
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    takes_decoding: tuple[Said, ...] = ("padding",)
 
     def __init__(
         self,
@@ -148,67 +150,46 @@ class MultiTokenAttention(QKVAttention):
     def kernels(self) -> Kernels:
         return Kernels(self.kernel, self.kernel_after, self.mixing, self.head_mixing, self.pad_key)
 
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: Any = None,
+    def remember(
+        self, cache: MultiTokenCache, q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, pattern: Pattern
     ) -> Tensor:
-        """`QKVAttention.forward` with a cache of `new_cache`; with a cache, `mask` is padding (B, M).
+        if not q_BHND.shape[2]:
+            return q_BHND
+        k_BKMD, v_BKME = cache.append(k_BKND, v_BKNE)
+        extended = cache.extend(q_BHND)
+        held = extended.shape[2] - q_BHND.shape[2]
+        # queries that are held stand before other keys
+        pattern = replace(pattern, causal=True, offset=pattern.offset - held)
+        return _attend(extended, k_BKMD, v_BKME, self.kernels, pattern, held, dropout=self._dropout)
 
-        Raises:
-            ValueError: if the arguments do not fit together.
-        """
-        self._check(x_BNC, context_BMC, cache)
-        if cache is not None and x_BNC.shape[1] == 0:
-            return x_BNC
-        start = 0 if cache is None else cache.length
-        q_BHND, k_BKMD = self._queries_and_keys(x_BNC, context_BMC, start)
-        v_BKMD = self._heads(self.v_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        held = 0
-        if cache is not None:
-            k_BKMD, v_BKMD = cache.append(k_BKMD, v_BKMD)
-            held = -q_BHND.shape[2]
-            q_BHND = cache.extend(q_BHND)
-            held += q_BHND.shape[2]
-        pairs = as_mask(mask, k_BKMD)
-        if cache is not None and not (pairs is None or isinstance(pairs, masks.Padding)):
-            raise ValueError(f"with a cache the mask must be padding (batch, tokens so far), got {pairs!r}")
-        if isinstance(pairs, masks.Padding) and context_BMC is None and not self.causal:
-            # a padded query sees real keys, and must not reach the next row; a causal one at the left sees none
-            valid_BN = pairs.valid_BM
-            pairs = pairs & masks.function(lambda b, h, q, k: valid_BN[b, q] & (k >= 0), batch=valid_BN.shape[0])
-        causal = self.causal and context_BMC is None
-        dropout = self.dropout if self.training else 0.0
-        if pairs is not None and cache is None:
-            pairs.check(q_BHND.shape[2], k_BKMD.shape[2])
-        out_BHND = _attend(q_BHND, k_BKMD, v_BKMD, self.kernels, pairs, causal, start - held, held, dropout=dropout)
-        if self.norm is not None:
-            out_BHND = self.norm(out_BHND) * self.norm_factor
-        if self.gate is not None:
-            out_BHND = out_BHND * self.gate(out_BHND).sigmoid()
-        return self.out_proj(out_BHND.transpose(1, 2).flatten(2))
-
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         """A'' v, before norm and gate."""
-        return _attend(q_BHND, k_BKMD, v_BKME, self.kernels, mask, causal, offset, 0)
+        B, N = q_BHND.shape[0], q_BHND.shape[2]
+        real_BN = pattern.real_queries(B, N)
+        if real_BN is not None and not self.causal and pattern.says == ("padding",):
+            # a padded query sees real keys, and must not reach the next row; a causal one at the left sees none
+            pairs = masks.function(lambda b, h, q, k: real_BN[b, q] & (k >= 0), batch=B)
+            pattern = replace(pattern, pairs=pairs)
+        return _attend(q_BHND, k_BKMD, v_BKME, self.kernels, pattern, 0, dropout=self._dropout)
+
+    def out(self, out_BHNE: Tensor) -> Tensor:
+        if self.norm is not None:
+            out_BHNE = self.norm(out_BHNE) * self.norm_factor
+        if self.gate is not None:
+            out_BHNE = out_BHNE * self.gate(out_BHNE).sigmoid()
+        return super().out(out_BHNE)
+
+    def rotate(self, x_BHND: Tensor, positions: Tensor) -> Tensor:
+        if self.rope_pairs == "neighbours":
+            # to halves: the same order in queries and keys leaves their products as they are
+            x_BHND = x_BHND.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return super().rotate(x_BHND, positions)
+
+    @property
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> MultiTokenCache:
         return MultiTokenCache(self.kernels.reach)
-
-    def _queries_and_keys(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        if self.rope_pairs == "halves" or not self.rope or context_BMC is not None:
-            return super()._queries_and_keys(x_BNC, context_BMC, start)
-        positions_N = torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
-        tensors = []
-        for projection, heads in ((self.q_proj, self.num_heads), (self.k_proj, self.num_kv_heads)):
-            # neighbours to halves: the same order in queries and keys leaves their products as they are
-            pairs = self._heads(projection(x_BNC), heads).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-            tensors.append(rotate(pairs, positions_N, base=self.rope_base))
-        return tensors[0], tensors[1]

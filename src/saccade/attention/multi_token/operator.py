@@ -16,10 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from saccade.layers.qkv_attention import as_mask
-from saccade.ops import masks
 from saccade.ops.autocast import exact, one_type
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 
 PadKey = Literal["both", "left", "right"]
 
@@ -174,7 +172,7 @@ def multi_token_attend(
     v_BKME: Tensor,
     kernels: Kernels,
     *,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     scale: float | None = None,
     dropout: float = 0.0,
@@ -201,10 +199,8 @@ def multi_token_attend(
     if memory_mb <= 0:
         raise ValueError(f"memory_mb must be positive, got {memory_mb}")
     kernels.check(H)
-    pairs = as_mask(mask, k_BKMD)
-    if pairs is not None:
-        pairs.check(q_BHND.shape[2], k_BKMD.shape[2])
-    return _attend(q_BHND, k_BKMD, v_BKME, kernels, pairs, causal, 0, 0, scale, dropout, memory_mb)
+    pattern = Pattern.of(mask, q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2], heads=H, causal=causal)
+    return _attend(q_BHND, k_BKMD, v_BKME, kernels, pattern, 0, scale, dropout, memory_mb)
 
 
 def _attend(
@@ -212,15 +208,13 @@ def _attend(
     k_BKMD: Tensor,
     v_BKME: Tensor,
     kernels: Kernels,
-    mask: Mask | None,
-    causal: bool,
-    offset: int,
+    pattern: Pattern,
     skip: int,
     scale: float | None = None,
     dropout: float = 0.0,
     memory_mb: float = 64.0,
 ) -> Tensor:
-    """Query 0 stands at key `offset`; the first `skip` queries are only there for those after them."""
+    """Query 0 stands at key `pattern.offset`; the first `skip` queries are only there for those after them."""
     (B, H, N, D), M = q_BHND.shape, k_BKMD.shape[2]
     q_BHND = q_BHND * (D**-0.5 if scale is None else scale)
     grad = torch.is_grad_enabled()
@@ -228,19 +222,17 @@ def _attend(
     row_bytes = max(1, B * H * M) * q_BHND.element_size() * _ARRAYS[grad]
     size = max(16, int(memory_mb * 2**20 / row_bytes) - kernels.reach)
     if size >= N - skip:
-        return _block(q_BHND, k_BKMD, v_BKME, kernels, mask, causal, 0, offset, skip, dropout)
+        return _block(q_BHND, k_BKMD, v_BKME, kernels, pattern, 0, skip, dropout)
     outs = []
     for start in range(skip, N, size):
         first, end = max(0, start - kernels.reach), min(start + size, N)
-        keys = min(M, offset + end) if causal else M
+        keys = min(M, pattern.offset + end) if pattern.causal else M
         arguments = (q_BHND[:, :, first:end], k_BKMD[:, :, :keys], v_BKME[:, :, :keys])
         block = partial(
             _block,
             kernels=kernels,
-            mask=mask,
-            causal=causal,
+            pattern=pattern,
             first=first,
-            offset=offset,
             skip=start - first,
             dropout=dropout,
         )
@@ -253,16 +245,14 @@ def _block(
     k_BKmD: Tensor,
     v_BKmE: Tensor,
     kernels: Kernels,
-    mask: Mask | None,
-    causal: bool,
+    pattern: Pattern,
     first: int,
-    offset: int,
     skip: int,
     dropout: float,
 ) -> Tensor:
     """Rows `first` on of the queries, all heads; the first `skip` outputs are left out."""
     (B, H, R, D), (K, m) = q_BHRD.shape, k_BKmD.shape[1:3]
-    hidden = _hidden(mask, causal, first, offset, (B, H, R, m), q_BHRD.device)
+    hidden = _hidden(pattern, first, (B, H, R, m), q_BHRD.device)
     scores = (q_BHRD.reshape(B, K, H // K * R, D) @ k_BKmD.mT).view(B, H, R, m)
     if kernels.before is not None:
         scores = _convolved(hidden.fill_(scores, 0.0), kernels.before, kernels.pad_key, hidden, first == 0)
@@ -305,30 +295,22 @@ def _convolved(x_BHRm: Tensor, kernel: Tensor, pad_key: PadKey, hidden: _Hidden,
     )
 
 
-def _hidden(
-    mask: Mask | None,
-    causal: bool,
-    first: int,
-    offset: int,
-    shape: tuple[int, int, int, int],
-    device: torch.device,
-) -> _Hidden:
-    B, H, R, m = shape
-    start = min(m, first + offset + 1) if causal and mask is None else 0
+def _hidden(pattern: Pattern, first: int, shape: tuple[int, int, int, int], device: torch.device) -> _Hidden:
+    (B, H, R, m), mask = shape, pattern.rest
+    start = min(m, first + pattern.offset + 1) if pattern.causal and mask is None else 0
     pairs = None
     row = torch.arange(first, first + R, device=device)[:, None]
     key = torch.arange(start, m, device=device)
-    if causal and start < m:
-        pairs = (key > row + offset)[None, None]
+    if pattern.causal and start < m:
+        pairs = (key > row + pattern.offset)[None, None]
     if mask is None:
         return _Hidden(pairs, start, foreign=False, empty=False)
     b, h = (torch.arange(size, device=device) for size in (B, H))
     banned = ~mask.allowed(b[:, None, None, None], h[:, None, None], row, key)
     banned = banned[(None,) * (4 - banned.ndim)]
     banned = banned.expand(*banned.shape[:2], R, m)
-    return _Hidden(
-        banned if pairs is None else banned | pairs, 0, foreign=not isinstance(mask, masks.Padding), empty=True
-    )
+    foreign = {*pattern.says} - {"causal", "padding"}
+    return _Hidden(banned if pairs is None else banned | pairs, 0, foreign=bool(foreign), empty=True)
 
 
 #: the toy task: letters 0 to 7, then the end of a block and the start of the question

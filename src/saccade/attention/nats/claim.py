@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -24,9 +24,7 @@ class _Window(QKVAttention):
 
     left = 0
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         return attend(q_BHND, k_BKMD, v_BKME, mask=masks.window(self.left))
 
 

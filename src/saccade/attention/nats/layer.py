@@ -23,12 +23,11 @@ from saccade.attention.nats.operator import (
     nats_attend,
     nats_mask,
 )
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern, Said
 
 
 class _Penalised(torch.autograd.Function):
@@ -188,6 +187,8 @@ class NAtS(QKVAttention):
         ValueError: if `causal` is False or an option is out of range.
     """
 
+    takes_decoding: tuple[Said, ...] = ()
+
     def __init__(
         self,
         dim: int,
@@ -221,17 +222,18 @@ class NAtS(QKVAttention):
         x_BNC = x_BNC.detach() if self.detach_roles else x_BNC
         return self.role_proj(x_BNC).unflatten(-1, (self.num_kv_heads, 3)).transpose(1, 2)
 
-    def roles(self, x_BNC: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def roles(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
         """One-hot roles (B, K, n, 3): sampled with straight-through gradients in training, else the arg-max.
 
         Args:
-            mask: as in `forward`; what a padding mask hides has no say in its chunk.
+            mask: as in `forward`; padding has no say in its chunk.
         """
-        logits = self.role_logits(x_BNC)
-        mask = as_mask(mask, logits)
-        real_B1N = x_BNC.new_ones(1, 1, x_BNC.shape[1], dtype=torch.bool)
-        if isinstance(mask, masks.Padding):
-            real_B1N = mask.valid_BM[:, None]
+        return self._roles(self.role_logits(x_BNC), self.pattern(mask, x_BNC, None, None))
+
+    def _roles(self, logits: Tensor, pattern: Pattern) -> Tensor:
+        real_B1N = logits.new_ones(1, 1, logits.shape[2], dtype=torch.bool)
+        if pattern.valid_BM is not None:
+            real_B1N = pattern.valid_BM[:, None]
             logits = torch.where(real_B1N[..., None], logits, 0.0)
         tokens_B1n1 = chunk_sum(real_B1N.to(logits.dtype), self.chunk_size)[..., None]
         logits = chunk_sum(logits.mT, self.chunk_size).mT / tokens_B1n1.clamp(min=1)
@@ -252,43 +254,33 @@ class NAtS(QKVAttention):
         options = {"window": self.window, "chunk_size": self.chunk_size, "group": group}
         return nats_mask(self.roles(x_BNC), x_BNC.shape[1], **options)
 
-    def forward(
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries, keys, values, and the logits of the roles."""
+        return *super().project(x_BNC, context_BMC, positions), self.role_logits(x_BNC)
+
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, logits_BKNR: Tensor) -> Tensor:
+        roles = repeat_heads(self._roles(logits_BKNR, pattern), k_BKMD.shape[1])
+        options: dict[str, Any] = {"window": self.window, "chunk_size": self.chunk_size, "mask": pattern}
+        return nats_attend(q_BHND, k_BKMD, v_BKME, roles, **options)
+
+    def remember(
         self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: NAtSCache | None = None,  # type: ignore[override]
+        cache: NAtSCache,
+        q_BHND: Tensor,
+        k_BKND: Tensor,
+        v_BKNE: Tensor,
+        pattern: Pattern,
+        logits_BKNR: Tensor,
     ) -> Tensor:
-        """Attend from `x_BNC` to itself, or to what is alive in `cache` and itself.
+        """Attend to what is alive in `cache`, and forget what is not."""
+        if not q_BHND.shape[2]:
+            return q_BHND
+        keys, values, living = cache.extend(k_BKND, v_BKNE, logits_BKNR)
+        out = _attend_cached(q_BHND, keys, values, living)
+        cache.forget(q_BHND.shape[2])
+        return out
 
-        Raises:
-            ValueError: if there is a context, or a mask beside a cache.
-        """
-        self._check(x_BNC, context_BMC, cache)  # type: ignore[arg-type]
-        if cache is not None and mask is not None:
-            raise ValueError("NAtS decodes without a mask: its cache holds no padding")
-        if cache is not None and x_BNC.shape[1] == 0:
-            return x_BNC
-        q_BHND, k_BKND = self._queries_and_keys(x_BNC, None, 0 if cache is None else cache.length)
-        v_BKND = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
-        if cache is None:
-            out = self._living(q_BHND, k_BKND, v_BKND, self.roles(x_BNC, mask=mask), mask)
-        else:
-            keys, values, living = cache.extend(k_BKND, v_BKND, self.role_logits(x_BNC))
-            out = _attend_cached(q_BHND, keys, values, living)
-            cache.forget(x_BNC.shape[1])
-        return self.out_proj(out.transpose(1, 2).flatten(2))
-
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
-        q_BHND, k_BKND = self._queries_and_keys(x_BNC, None, 0)
-        k_BHND, roles = (repeat_heads(x, self.num_heads) for x in (k_BKND, self.roles(x_BNC, mask=mask)))
-        return self._living(q_BHND, k_BHND, values_BHME, roles, mask)
-
-    def _living(self, q: Tensor, k: Tensor, v: Tensor, roles: Tensor, mask: Tensor | Mask | None) -> Tensor:
-        return nats_attend(q, k, v, roles, window=self.window, chunk_size=self.chunk_size, mask=mask)
-
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> NAtSCache:
         return NAtSCache(self.window, self.chunk_size)

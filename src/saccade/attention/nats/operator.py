@@ -7,19 +7,19 @@ n chunks, R the 3 roles, r queries of a piece, c tokens of a chunk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.layers.qkv_attention import as_mask
-from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
+from saccade.ops.masks.block_states import as_states, block_range, block_sums, edges, size_pair
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import running_max
 
 GLOBAL, LOCAL, SLIDING = 0, 1, 2
@@ -76,13 +76,13 @@ class Lifetimes(Mask):
         return (time >= self.born_BKM[row, head, k]) & (time <= self.until_BKM[row, head, k])
 
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        block_q, block_k = masks._pair(block_size, "block_size")
-        first_q, last_q = (edge[:, None] + self.offset for edge in masks._edges(n, block_q, device))
-        low_born, high_born = masks._block_range(self.born_BKM.to(device), block_k)
-        low_until, high_until = masks._block_range(self.until_BKM.to(device), block_k)
+        block_q, block_k = size_pair(block_size, "block_size")
+        first_q, last_q = (edge[:, None] + self.offset for edge in edges(n, block_q, device))
+        low_born, high_born = block_range(self.born_BKM.to(device), block_k)
+        low_until, high_until = block_range(self.until_BKM.to(device), block_k)
         some = (last_q >= low_born[:, :, None]) & (first_q <= high_until[:, :, None])
         every = (first_q >= high_born[:, :, None]) & (last_q <= low_until[:, :, None])
-        return masks._state(some, every & some).repeat_interleave(self.group, 1)
+        return as_states(some, every & some).repeat_interleave(self.group, 1)
 
     def key_limits(self) -> tuple[Tensor, Tensor]:
         return self.born_BKM - self.offset, self.until_BKM - self.offset
@@ -133,7 +133,7 @@ def nats_attend(
     *,
     window: int,
     chunk_size: int = 1,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     scale: float | None = None,
     clamp: bool = True,
 ) -> Tensor:
@@ -163,20 +163,21 @@ def nats_attend(
     if roles_BKnR.shape != (B, K, -(-N // chunk_size), 3):
         expected = (B, K, -(-N // chunk_size), 3)
         raise ValueError(f"roles must be one-hot of shape {expected}, got {tuple(roles_BKnR.shape)}")
-    mask = as_mask(mask, k_BKND)
+    pattern = Pattern.of(mask, B, N, N, heads=H, causal=True)
+    real_BN = pattern.valid_BM
     role_BKn = roles_BKnR.argmax(-1)
-    if isinstance(mask, masks.Padding):
-        some_Bn = chunk_sum(mask.valid_BM[:, None].float(), chunk_size) > 0
+    if real_BN is not None:
+        some_Bn = chunk_sum(real_BN[:, None].float(), chunk_size) > 0
         role_BKn = torch.where((role_BKn == GLOBAL) & ~some_Bn, SLIDING, role_BKn)
     until_BKN = lifetimes(role_BKn, N, window=window, chunk_size=chunk_size)
-    if isinstance(mask, masks.Padding):
-        until_BKN = until_BKN.masked_fill(~mask.valid_BM[:, None], -1)
-        mask = None
+    if real_BN is not None:
+        until_BKN = until_BKN.masked_fill(~real_BN[:, None], -1)
+    pairs = replace(pattern, causal=False, valid_BM=None).mask
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and roles_BKnR.requires_grad:
-        job = _Job(role_BKn, until_BKN, mask, window, chunk_size, scale, clamp)
+        job = _Job(role_BKn, until_BKN, pairs, window, chunk_size, scale, clamp)
         return _WithRoles.apply(q_BHND, k_BKND, v_BKNE, roles_BKnR, job)
-    return _attend_living(q_BHND, k_BKND, v_BKNE, until_BKN, mask, scale)[0]
+    return _attend_living(q_BHND, k_BKND, v_BKNE, until_BKN, pairs, scale)[0]
 
 
 def nats_attend_reference(
@@ -214,7 +215,7 @@ def live_share(roles_BKnR: Tensor, length: int, *, window: int, chunk_size: int 
 
 def chunk_sum(x: Tensor, size: int) -> Tensor:
     """Sums over consecutive pieces of `size` along the last axis; the last may be short."""
-    return x if size == 1 else masks._block_sums(x, size)
+    return x if size == 1 else block_sums(x, size)
 
 
 def _attend_living(

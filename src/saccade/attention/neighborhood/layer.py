@@ -20,6 +20,7 @@ from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
+from saccade.ops.pattern import GivenMask, Said
 
 
 class RollingCache(KVCache):
@@ -71,6 +72,8 @@ class NeighborhoodAttention(QKVAttention):
         ValueError: if an option is out of its range.
     """
 
+    takes: tuple[Said, ...] = ("padding",)
+
     def __init__(
         self,
         dim: int,
@@ -114,20 +117,20 @@ class NeighborhoodAttention(QKVAttention):
             self.bias = nn.Parameter(torch.zeros(num_heads, *(2 * w - 1 for w in kernel_size)))
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
-        x: Tensor,
-        context_BLC: Tensor | None = None,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None = None,
         *,
+        mask: GivenMask = None,
+        cache: Any = None,
         size: Axes | None = None,
-        mask: Tensor | None = None,
-        cache: KVCache | None = None,
     ) -> Tensor:
         """Attend from every token to its neighbours.
 
         Args:
-            x: (B, N, C), or a grid (B, H, W, C) or (B, T, H, W, C).
-            context_BLC: tokens that every query attends to besides its neighbours (the authors' additional keys).
+            x_BNC: (B, N, C), or a grid (B, H, W, C) or (B, T, H, W, C).
+            context_BMC: tokens that every query attends to besides its neighbours (the authors' additional keys).
             size: the grid of a (B, N, C) input, row-major; one axis of N where None.
             mask: bool (B, N), True = real token. With a cache, of all tokens so far.
             cache: of `new_cache`; 1-D, causal and stride 1 only.
@@ -135,34 +138,46 @@ class NeighborhoodAttention(QKVAttention):
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        if x.ndim in (4, 5) and size is None and cache is None:
-            grid = tuple(x.shape[1:-1])
-            if mask is not None:
-                mask = mask.reshape(x.shape[0], -1)
-            return self.forward(x.flatten(1, -2), context_BLC, size=grid, mask=mask).unflatten(1, grid)
-        self._check(x, None, None)
-        grid = self._grid(x, size)
-        self._check_context(x, context_BLC, cache)
-        q, k = self._queries_and_keys(x, None, 0 if cache is None else cache.length)
-        v = self._heads(self.v_proj(x), self.num_kv_heads)
+        if x_BNC.ndim in (4, 5) and size is None and cache is None:
+            grid = tuple(x_BNC.shape[1:-1])
+            if isinstance(mask, Tensor) and mask.shape == x_BNC.shape[:-1]:
+                mask = mask.flatten(1)
+            return self.forward(x_BNC.flatten(1, -2), context_BMC, size=grid, mask=mask).unflatten(1, grid)
+        self.check(x_BNC, None, None)
+        grid = self._grid(x_BNC, size)
+        self._check_context(x_BNC, context_BMC, cache)
+        pattern = self.pattern(mask, x_BNC, None, cache)
+        q, k, v = self.project(x_BNC, None, self.positions(x_BNC, None, pattern.offset))
         extra = None
-        if context_BLC is not None:
-            extra = tuple(self._heads(p(context_BLC), self.num_kv_heads) for p in (self.k_proj, self.v_proj))
+        if context_BMC is not None:
+            extra = tuple(self.split_heads(p(context_BMC), self.num_kv_heads) for p in (self.k_proj, self.v_proj))
         if cache is None:
-            out = self._mixed(q, k, v, grid, mask, extra)
-        else:
-            k, v = cache.append(k, v)
-            out = self._step(q, k, v, None if mask is None else mask[:, -k.shape[2] :], extra)
-        return self.proj_drop(self.out_proj(out.transpose(1, 2).flatten(2)))
+            return self.out(self._mixed(q, k, v, grid, pattern.valid_BM, extra))
+        k, v = cache.append(k, v)
+        real_BM = pattern.real_keys(x_BNC.shape[0])
+        return self.out(self._step(q, k, v, None if real_BM is None else real_BM[:, -k.shape[2] :], extra))
 
-    def mix(  # type: ignore[override]
-        self, x: Tensor, values_BHME: Tensor, *, size: Axes | None = None, mask: Tensor | None = None
+    def out(self, out_BHNE: Tensor) -> Tensor:
+        return self.proj_drop(super().out(out_BHNE))
+
+    def mix(
+        self,
+        x_BNC: Tensor,
+        values_BHME: Tensor,
+        *,
+        context: Tensor | None = None,
+        mask: GivenMask = None,
+        size: Axes | None = None,
     ) -> Tensor:
-        """This layer's weights on `x`, applied to given values (B, H, M, E); what `attention_map` calls."""
-        if x.ndim in (4, 5):
-            x, size = x.flatten(1, -2), x.shape[1:-1]
-        q, k = self._queries_and_keys(x, None, 0)
-        return self._mixed(q, repeat_heads(k, self.num_heads), values_BHME, self._grid(x, size), mask, None)
+        """This layer's weights on its own tokens, applied to given values (B, H, M, E); what `attention_map` calls."""
+        if context is not None:
+            raise ValueError("the weights on further keys are not those of the neighbours: there is no map of both")
+        if x_BNC.ndim in (4, 5):
+            x_BNC, size = x_BNC.flatten(1, -2), x_BNC.shape[1:-1]
+        valid_BM = self.pattern(mask, x_BNC, None, None).valid_BM
+        q, k, _ = self.project(x_BNC, None, self.positions(x_BNC, None, 0))
+        k = repeat_heads(k, self.num_heads)
+        return self._mixed(q, k, values_BHME, self._grid(x_BNC, size), valid_BM, None)
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

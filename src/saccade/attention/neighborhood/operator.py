@@ -19,6 +19,7 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask, Neighborhood
 from saccade.ops.merge import merge
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.score_mods import grid_bias
 
 Axes = int | Sequence[int]
@@ -28,7 +29,7 @@ Axes = int | Sequence[int]
 @overload
 def neighborhood_attend(
     q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, size: Axes, kernel_size: Axes, *, dilation: Axes = ...,
-    stride: Axes = ..., causal: bool | Sequence[bool] = ..., bias: Tensor | None = ..., mask: Tensor | None = ...,
+    stride: Axes = ..., causal: bool | Sequence[bool] = ..., bias: Tensor | None = ..., mask: GivenMask = ...,
     extra: tuple[Tensor, Tensor] | None = ..., scale: float | None = ..., return_lse: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -36,7 +37,7 @@ def neighborhood_attend(
 @overload
 def neighborhood_attend(
     q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, size: Axes, kernel_size: Axes, *, dilation: Axes = ...,
-    stride: Axes = ..., causal: bool | Sequence[bool] = ..., bias: Tensor | None = ..., mask: Tensor | None = ...,
+    stride: Axes = ..., causal: bool | Sequence[bool] = ..., bias: Tensor | None = ..., mask: GivenMask = ...,
     extra: tuple[Tensor, Tensor] | None = ..., scale: float | None = ..., return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -52,7 +53,7 @@ def neighborhood_attend(
     stride: Axes = 1,
     causal: bool | Sequence[bool] = False,
     bias: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: GivenMask = None,
     extra: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     return_lse: bool = False,
@@ -88,14 +89,14 @@ def neighborhood_attend(
                 f"{name} must be (batch, heads, {prod(grid)} tokens, head_dim) for a grid of {grid}, "
                 f"got shape {tuple(x.shape)}"
             )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != (k_BKND.shape[0], prod(grid))):
-        raise ValueError(f"mask must be bool (batch, {prod(grid)} tokens), got {mask.dtype} of {tuple(mask.shape)}")
+    B, N = k_BKND.shape[0], prod(grid)
+    real_BN = Pattern.of(mask, B, N, N).only(("padding",), "neighborhood attention").real_keys(B)
     # what is added to a causal axis that is too short stands after every token
     pad = [longer - n for longer, n in zip(windows.size, grid)]
     q, k, v = (_pad(x, grid, pad) for x in (q_BHND, k_BKND, v_BKNE))
     pairs: Mask = windows if len(grid) > 1 or bias is not None else _band(windows)
-    if mask is not None:
-        pairs = pairs & masks.padding(_pad(mask[:, None, :, None], grid, pad)[:, 0, :, 0])
+    if real_BN is not None:
+        pairs = pairs & masks.padding(_pad(real_BN[:, None, :, None], grid, pad)[:, 0, :, 0])
     add = None if bias is None else _bias(bias, windows, q.shape[1])
     if extra is None and not return_lse:
         return _crop(attend(q, k, v, mask=pairs, score_mod=add, scale=scale), windows.size, grid)

@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 class PairNetwork(nn.Module):
@@ -64,7 +63,7 @@ def neural_attend(
     v_BKME: Tensor,
     network: PairNetwork,
     *,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     backend: str | None = None,
 ) -> Tensor:
@@ -80,23 +79,9 @@ def neural_attend(
     Raises:
         ValueError: if shapes do not fit, or the backend computes dot products only.
     """
-    pairs = as_mask(mask, k_BKMD)
-    return _attend(network.queries(q_BHND), network.keys(k_BKMD), v_BKME, network, pairs, causal, 0, backend)
-
-
-def _attend(
-    q_BHNP: Tensor,
-    k_BKMP: Tensor,
-    v_BKME: Tensor,
-    network: PairNetwork,
-    mask: Mask | None,
-    causal: bool,
-    offset: int,
-    backend: str | None = None,
-) -> Tensor:
-    if causal and not (offset and q_BHNP.shape[2] == 1):
-        mask = masks.causal(offset) if mask is None else mask & masks.causal(offset)
-    return attend(q_BHNP, k_BKMP, v_BKME, mask=mask, score=network, backend=backend)
+    pattern = Pattern.of(mask, q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2], causal=causal)
+    queries, keys = network.queries(q_BHND), network.keys(k_BKMD)
+    return attend(queries, keys, v_BKME, mask=pattern.mask, score=network, backend=backend)
 
 
 class NeuralAttention(QKVAttention):
@@ -123,12 +108,10 @@ class NeuralAttention(QKVAttention):
         width = max(2, self.head_dim // 32) if projection_dim is None else projection_dim
         self.network = PairNetwork(self.head_dim, width)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return _attend(q_BHND, k_BKMD, v_BKME, self.network, mask, causal, offset)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, score=self.network)
 
-    def _queries_and_keys(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        """What meets in the network, `projection_dim` wide."""
-        q_BHND, k_BKMD = super()._queries_and_keys(x_BNC, context_BMC, start)
-        return self.network.queries(q_BHND), self.network.keys(k_BKMD)
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries and keys as they meet in the network, `projection_dim` wide, and values."""
+        q_BHND, k_BKMD, v_BKMD = super().project(x_BNC, context_BMC, positions)
+        return self.network.queries(q_BHND), self.network.keys(k_BKMD), v_BKMD

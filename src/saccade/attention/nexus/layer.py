@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.nexus.operator import Branches, Inner, Keep, _attention, check_options, keep_nothing, nested
+from saccade.attention.nexus.operator import Branches, Inner, Keep, check_options, keep_nothing, nested
 from saccade.layers.cache import NamedCache
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
+from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.rope import rotate
 
 
@@ -81,48 +82,51 @@ class Nexus(QKVAttention):
         self.q_gate = nn.Parameter(torch.zeros(())) if gate and self.nests_queries else None
         self.k_gate = nn.Parameter(torch.zeros(())) if gate and self.nests_keys else None
 
-    def forward(
-        self,
-        x_BNC: Tensor,
-        context_BMC: Tensor | None = None,
-        *,
-        mask: Tensor | Mask | None = None,
-        cache: Any = None,
-    ) -> Tensor:
-        """`QKVAttention.forward` with a cache of `new_cache`; with a context, `mask` is its padding.
-
-        Raises:
-            ValueError: if the arguments do not fit together, or a context is given in reading R.
-        """
-        self._check(x_BNC, context_BMC, cache)
+    def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
+        super().check(x_BNC, context_BMC, cache)
         if context_BMC is not None and self.sharing == "R":
             raise ValueError("sharing 'R' refines one sequence and takes no context")
-        start = 0 if cache is None else cache.length
-        keep = keep_nothing if cache is None else cache.append
-        tokens = x_BNC if context_BMC is None else context_BMC
-        v_BKMD = keep("value", self._heads(self.v_proj(tokens), self.num_kv_heads))
-        pairs = as_mask(mask, v_BKMD)
-        if context_BMC is not None and not (pairs is None or isinstance(pairs, masks.Padding)):
-            raise ValueError(f"with a context the mask must be its padding (batch, keys), got {pairs!r}")
-        q_BHND, k_BKMD = self._nested_queries_and_keys(x_BNC, context_BMC, v_BKMD, pairs, start, keep)
-        causal = self.causal and context_BMC is None
-        out_BHND = self.attend(q_BHND, k_BKMD, v_BKMD, mask=pairs, causal=causal, offset=start)
-        return self.out_proj(out_BHND.transpose(1, 2).flatten(2))
+
+    def pattern(self, mask: GivenMask, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> Pattern:
+        found = super().pattern(mask, x_BNC, context_BMC, cache)
+        return found if context_BMC is None else found.only(("padding",), "Nexus with a context")
+
+    def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
+        """Queries, keys and values without positions, which depend on the level; and the tokens that they are of."""
+        projected = super().project(x_BNC, context_BMC, None)
+        return *projected, x_BNC, x_BNC if context_BMC is None else context_BMC
 
     def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
+        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, x_BNC: Tensor, tokens_BMC: Tensor
     ) -> Tensor:
-        return _attention(q_BHND, k_BKMD, v_BKME, mask, causal, offset)
+        q, k = self._nested(q_BHND, k_BKMD, v_BKME, pattern, x_BNC, tokens_BMC, keep_nothing)
+        return attend(q, k, v_BKME, mask=pattern.mask)
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def remember(
+        self,
+        cache: NamedCache,
+        q_BHND: Tensor,
+        k_BKND: Tensor,
+        v_BKNE: Tensor,
+        pattern: Pattern,
+        x_BNC: Tensor,
+        tokens_BNC: Tensor,
+    ) -> Tensor:
+        v_BKME = cache.append("value", v_BKNE)
+        q, k = self._nested(q_BHND, k_BKND, v_BKME, pattern, x_BNC, tokens_BNC, cache.append)
+        return attend(q, k, v_BKME, mask=pattern.mask)
+
+    def mix(
+        self, x_BNC: Tensor, values_BHME: Tensor, *, context: Tensor | None = None, mask: GivenMask = None
+    ) -> Tensor:
         """The outer weights on given values."""
-        v_BKMD = self._heads(self.v_proj(x_BNC), self.num_kv_heads)
-        pairs = as_mask(mask, v_BKMD)
-        q_BHND, k_BKMD = self._nested_queries_and_keys(x_BNC, None, v_BKMD, pairs, 0, keep_nothing)
-        k_BHMD = repeat_heads(k_BKMD, self.num_heads)
-        return self.attend(q_BHND, k_BHMD, values_BHME, mask=pairs, causal=self.causal, offset=0)
+        self.check(x_BNC, context, None)
+        pattern = self.pattern(mask, x_BNC, context, None)
+        q, k, v, *tokens = self.project(x_BNC, context, None)
+        q, k = self._nested(q, k, v, pattern, tokens[0], tokens[1], keep_nothing)
+        return attend(q, repeat_heads(k, self.num_heads), values_BHME, mask=pattern.mask)
 
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> NamedCache:
         return NamedCache()
@@ -140,13 +144,11 @@ class Nexus(QKVAttention):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, order={self.order}, branches={self.branches}, sharing={self.sharing}"
 
-    def _nested_queries_and_keys(
-        self, x_BNC: Tensor, context_BMC: Tensor | None, v_BKMD: Tensor, pairs: Mask | None, start: int, keep: Keep
+    def _nested(
+        self, q: Tensor, k: Tensor, v_BKMD: Tensor, pattern: Pattern, x_BNC: Tensor, tokens_BMC: Tensor, keep: Keep
     ) -> tuple[Tensor, Tensor]:
         """Q_m of the new tokens and K_m of all, rotated for the outer attention."""
-        tokens = x_BNC if context_BMC is None else context_BMC
-        positioned, causal = self.rope and context_BMC is None, self.causal and context_BMC is None
-        q, k = self._heads(self.q_proj(x_BNC), self.num_heads), self._heads(self.k_proj(tokens), self.num_kv_heads)
+        start, positioned = pattern.offset, self.rope and not pattern.crosses
 
         def place(x: Tensor, first: int, really: bool = positioned) -> Tensor:
             if not really:
@@ -157,22 +159,22 @@ class Nexus(QKVAttention):
         inside = positioned and self.inner_positions
 
         def inner(mask: Mask | None) -> Inner:
-            return lambda q, k, v: _attention(place(q, start, inside), place(k, 0, inside), v, mask, causal, start)
+            return lambda q, k, v: attend(place(q, start, inside), place(k, 0, inside), v, mask=mask)
 
         q2, k2 = q, k
         if self.sharing == "R":
             for level in range(self.order - 1):
                 keys = keep(f"key {level}", place(k2, start, inside))
-                out = _attention(place(q2, start, inside), keys, v_BKMD, pairs, causal, start)
+                out = attend(place(q2, start, inside), keys, v_BKMD, mask=pattern.mask)
                 refined_BNC = out.transpose(1, 2).flatten(2)
-                q2 = self._heads(self.q_proj(refined_BNC), self.num_heads)
-                k2 = self._heads(self.k_proj(refined_BNC), self.num_kv_heads)
+                q2 = self.split_heads(self.q_proj(refined_BNC), self.num_heads)
+                k2 = self.split_heads(self.k_proj(refined_BNC), self.num_kv_heads)
         else:
             # padding of a context says nothing of the queries' own tokens
             if self.nests_queries:
-                q2 = self._nest(q, x_BNC, "q", inner(pairs if context_BMC is None else None), keep)
+                q2 = self._nest(q, x_BNC, "q", inner(None if pattern.crosses else pattern.mask), keep)
             if self.nests_keys:
-                k2 = self._nest(k, tokens, "k", inner(pairs), keep)
+                k2 = self._nest(k, tokens_BMC, "k", inner(pattern.mask), keep)
         q2, k2 = q2 if self.nests_queries else q, k2 if self.nests_keys else k
         if self.norm_inner and self.nests_keys:
             k2 = F.rms_norm(k2, k2.shape[-1:])
@@ -184,7 +186,7 @@ class Nexus(QKVAttention):
         if self.sharing == "S":
             return nested(z, self.order - 1, inner, recurse_values=self.recurse_values, keep=keep, name=name)
         maps = self.q_inner if name == "q" else self.k_inner
-        keys, values = (keep(f"{name} {part}", self._heads(maps[part](tokens_BNC), z.shape[1])) for part in maps)
+        keys, values = (keep(f"{name} {part}", self.split_heads(maps[part](tokens_BNC), z.shape[1])) for part in maps)
         phi = inner(z, keys, values)
         for level in range(1, self.order - 1):
             keys = keep(f"{name} {level}", phi)

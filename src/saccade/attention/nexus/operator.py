@@ -10,10 +10,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from saccade.layers.qkv_attention import as_mask
-from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 
 Branches = Literal["both", "query", "key"]
 
@@ -60,7 +59,7 @@ def nexus_attend(
     order: int = 2,
     branches: Branches = "both",
     recurse_values: bool = False,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
@@ -79,27 +78,19 @@ def nexus_attend(
         ValueError: if an argument is out of range, or the mask is of pairs and N is not M.
     """
     check_options(order, branches)
-    pairs = as_mask(mask, k_BKMD)
-    crossing = q_BHND.shape[2] != k_BKMD.shape[2]
-    if crossing and (causal or not (pairs is None or isinstance(pairs, masks.Padding))):
-        raise ValueError(f"queries ({q_BHND.shape[2]}) and keys ({k_BKMD.shape[2]}) must be the same tokens here")
+    N, M = q_BHND.shape[2], k_BKMD.shape[2]
+    pattern = Pattern.of(mask, q_BHND.shape[0], N, M, causal=causal, crosses=N != M)
+    if N != M and (causal or {*pattern.says} - {"padding"}):
+        raise ValueError(f"queries ({N}) and keys ({M}) must be the same tokens here")
 
     def inner(inside: Mask | None) -> Inner:
-        return lambda q, k, v: _attention(q, k, v, inside, causal, 0, scale)
+        return lambda q, k, v: attend(q, k, v, mask=inside, scale=scale)
 
     if branches != "key":
-        q_BHND = nested(q_BHND, order - 1, inner(None if crossing else pairs), recurse_values=recurse_values)
+        q_BHND = nested(q_BHND, order - 1, inner(None if N != M else pattern.mask), recurse_values=recurse_values)
     if branches != "query":
-        k_BKMD = nested(k_BKMD, order - 1, inner(pairs), recurse_values=recurse_values)
-    return _attention(q_BHND, k_BKMD, v_BKME, pairs, causal, 0, scale)
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask | None, causal: bool, offset: int, scale: float | None = None
-) -> Tensor:
-    if causal and not (offset and q.shape[2] == 1):
-        mask = masks.and_causal(mask, offset)
-    return attend(q, k, v, mask=mask, scale=scale)
+        k_BKMD = nested(k_BKMD, order - 1, inner(pattern.mask), recurse_values=recurse_values)
+    return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale)
 
 
 def check_options(order: int, branches: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saccade.attention.prism.operator import prism_attend
 from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern, Said
 
 
 class PrismAttention(QKVAttention):
@@ -28,6 +28,8 @@ class PrismAttention(QKVAttention):
     Raises:
         ValueError: if `causal` is False or an option is out of range.
     """
+
+    takes: tuple[Said, ...] = ("padding",)
 
     def __init__(
         self,
@@ -64,7 +66,5 @@ class PrismAttention(QKVAttention):
         token = torch.zeros(1, num_heads, 1, self.head_dim)
         prism_attend(token, token, token, causal=causal, **self.options)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return prism_attend(q_BHND, k_BKMD, v_BKME, mask=mask, **self.options)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return prism_attend(q_BHND, k_BKMD, v_BKME, mask=pattern, **self.options)

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.layers.qkv_attention import as_mask
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import block_causal, block_sparsity, own_blocks, pool_blocks, top_blocks
 
 
@@ -36,7 +35,7 @@ def prism_attend(
     high_freq_temperature: float = 1.0,
     force_sink: bool = True,
     force_recent: bool = True,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     causal: bool = True,
     scale: float | None = None,
     return_map: bool = False,
@@ -87,7 +86,8 @@ def prism_attend(
         scale=scale,
     )
     N, M = q_BHND.shape[2], k_BKMD.shape[2]
-    padding = _padding(mask, k_BKMD)
+    valid_BM = _real_keys(mask, q_BHND, k_BKMD)
+    padding = None if valid_BM is None else masks.padding(valid_BM)
     if N == 1 < M:
         out, keep_BHnm = attend(q_BHND, k_BKMD, v_BKME, mask=padding, scale=scale), torch.ones_like(keep_BHnm)
         return (out, keep_BHnm) if return_map else out
@@ -115,7 +115,7 @@ def prism_blocks(
     high_freq_temperature: float = 1.0,
     force_sink: bool = True,
     force_recent: bool = True,
-    mask: Tensor | Mask | None = None,
+    mask: GivenMask = None,
     scale: float | None = None,
 ) -> Tensor:
     """Which blocks matter: bool (B, H, n, m), lower triangular, m = ceil(M / block_size); n = m where N = M.
@@ -148,7 +148,8 @@ def prism_blocks(
         return torch.ones(B, H, n, m, dtype=torch.bool, device=q_BHND.device)
     bands = _bands(
         q_BHND, k_BKMD, block_size, low_freq_dim, high_freq_dim,
-        (low_freq_temperature, high_freq_temperature) if not calibrate else None, _padding(mask, k_BKMD), scale,
+        (low_freq_temperature, high_freq_temperature) if not calibrate else None,
+        _real_keys(mask, q_BHND, k_BKMD), scale,
     )  # fmt: skip
     where: dict[str, Any] = {"offset": first * block_size, "device": q_BHND.device}
     keep = torch.zeros(B, H, n, m, dtype=torch.bool, device=q_BHND.device)
@@ -213,14 +214,13 @@ def _bands(
     low_freq_dim: int | None,
     high_freq_dim: int | None,
     temperatures: tuple[float, float] | None,
-    padding: masks.Padding | None,
+    valid_BM: Tensor | None,
     scale: float | None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Temperature (B, H, 1, 1) and shares (B, H, n, m) of the high and of the low band."""
     (_, H, N, D), M = q_BHND.shape, k_BKMD.shape[2]
     channels = frequency_bands(D, low_freq_dim, high_freq_dim, device=q_BHND.device)
     front = (M - N) % block_size
-    valid_BM = None if padding is None else padding.valid_BM
     valid_BN = None if valid_BM is None else F.pad(valid_BM[:, M - N :], (front, 0))
     q_BHLD = F.pad(q_BHND, (0, 0, front, 0)) if front else q_BHND
     q_BHnD = pool_blocks(q_BHLD, block_size, tail="zeros", valid_BN=valid_BN)
@@ -273,8 +273,6 @@ def _check(q: Tensor, k: Tensor, block_size: int) -> None:
         raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
 
 
-def _padding(mask: Tensor | Mask | None, k_BKMD: Tensor) -> masks.Padding | None:
-    mask = as_mask(mask, k_BKMD)
-    if mask is None or isinstance(mask, masks.Padding):
-        return mask
-    raise ValueError(f"Prism takes padding as its mask, and the causal one, got {mask!r}")
+def _real_keys(mask: GivenMask, q_BHND: Tensor, k_BKMD: Tensor) -> Tensor | None:
+    B, N, M = q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2]
+    return Pattern.of(mask, B, N, M, causal=True, offset=M - N).only(("padding",), "Prism").valid_BM

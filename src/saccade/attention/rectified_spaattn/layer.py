@@ -16,7 +16,7 @@ from saccade.attention.rectified_spaattn.operator import Tail, rectified_spaattn
 from saccade.layers.constants import Constants
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.hilbert import gilbert_order, neighbor_blocks
-from saccade.ops.masks import Mask, Padding
+from saccade.ops.pattern import Pattern, Said
 
 
 def _neighbors(grid: tuple[int, int, int], block_size: tuple[int, int]) -> Tensor:
@@ -40,6 +40,7 @@ class RectifiedSpaAttention(Constants, QKVAttention):
 
     order: Tensor | None
     neighbors: Tensor | None
+    takes: tuple[Said, ...] = ("padding",)
 
     def __init__(
         self,
@@ -82,12 +83,8 @@ class RectifiedSpaAttention(Constants, QKVAttention):
         self.constant("order", None if grid is None else partial(gilbert_order, grid))
         self.constant("neighbors", None if grid is None else partial(_neighbors, grid, (block_q, block_k)))
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        if mask is not None and not isinstance(mask, Padding):
-            raise ValueError(f"rectified block-sparse attention takes a padding mask only, got {mask!r}")
-        valid = None if mask is None else mask.valid_BM
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        valid = pattern.valid_BM
         if self.order is None:
             return rectified_spaattn_attend(q_BHND, k_BKMD, v_BKME, mask=valid, **self.options)
         visual, text = self.order.shape[0], q_BHND.shape[2] - self.order.shape[0]
@@ -103,7 +100,7 @@ class RectifiedSpaAttention(Constants, QKVAttention):
         )
         return out.index_select(2, order.argsort())
 
-    def _check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
+    def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
         if context_BMC is not None:
             raise ValueError("rectified block-sparse attention is self-attention: it takes no context")
-        super()._check(x_BNC, context_BMC, cache)
+        super().check(x_BNC, context_BMC, cache)

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 from saccade.attention.relational.operator import ACTIVATIONS, _relations, relational_attend
 from saccade.attention.relational.symbols import RETRIEVERS, RelationalSymbolicAttention
 from saccade.layers.cache import KVCache, NamedCache
-from saccade.layers.qkv_attention import QKVAttention, as_mask
-from saccade.ops import masks
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
-from saccade.ops.rope import rotate
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 class SensoryAttention(QKVAttention):
@@ -55,28 +53,18 @@ class SensoryAttention(QKVAttention):
             self.k_proj, self.v_proj = (nn.Linear(dim, p.out_features) for p in (self.k_proj, self.v_proj))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BNC: Tensor, context_BMC: Tensor | None = None, **arguments: Any) -> Tensor:
-        return self.dropout(super().forward(x_BNC, context_BMC, **arguments))
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=self.head_dim**-0.5)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        if causal and not (offset and q_BHND.shape[2] == 1):
-            mask = masks.and_causal(mask, offset)
-        return attend(q_BHND, k_BKMD, v_BKME, mask=mask, scale=self.head_dim**-0.5)
+    def out(self, out_BHNE: Tensor) -> Tensor:
+        return self.dropout(super().out(out_BHNE))
 
-    def _heads(self, x_BNC: Tensor, heads: int) -> Tensor:
+    def split_heads(self, x_BNC: Tensor, heads: int) -> Tensor:
         return x_BNC.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-    def _queries_and_keys(self, x_BNC: Tensor, context_BMC: Tensor | None, start: int) -> tuple[Tensor, Tensor]:
-        q_BHND = self._heads(self.q_proj(x_BNC), self.num_heads)
-        k_BKMD = self._heads(self.k_proj(x_BNC if context_BMC is None else context_BMC), self.num_kv_heads)
-        if self.rope and context_BMC is None:
-            place_N = torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
-            # pairs to halves: products do not see in which order the channels stand
-            halves = (x.unflatten(-1, (-1, 2)).mT.flatten(-2) for x in (q_BHND, k_BKMD))
-            q_BHND, k_BKMD = (rotate(x, place_N, base=self.rope_base) for x in halves)
-        return q_BHND, k_BKMD
+    def rotate(self, x_BHND: Tensor, positions: Tensor) -> Tensor:
+        # pairs to halves: products do not see in which order the channels stand
+        return super().rotate(x_BHND.unflatten(-1, (-1, 2)).mT.flatten(-2), positions)
 
 
 class RelationalAttention(SensoryAttention):
@@ -129,7 +117,7 @@ class RelationalAttention(SensoryAttention):
         symbols: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: NamedCache | None = None,
     ) -> Tensor:
         """(B, N, num_heads * head_dim).
@@ -142,14 +130,14 @@ class RelationalAttention(SensoryAttention):
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        self._check(x_BNC, context_BMC, cache)  # type: ignore[arg-type]
+        self.check(x_BNC, context_BMC, cache)
         if symbols.ndim not in (2, 3, 4) or symbols.shape[-1] != self.dim:
             raise ValueError(
                 f"symbols must be (B, M, {self.dim}), a table (2 m + 1, {self.dim}) or pairs (B, N, M, {self.dim}), "
                 f"got {tuple(symbols.shape)}"
             )
-        start = 0 if cache is None else cache.length
-        q, k = self._queries_and_keys(x_BNC, context_BMC, start)
+        pattern = self.pattern(mask, x_BNC, context_BMC, cache)
+        q, k, _ = self.project(x_BNC, context_BMC, self.positions(x_BNC, context_BMC, pattern.offset))
         source = x_BNC if context_BMC is None else context_BMC
         q_rel, k_rel = self._relation_heads(self.q_rel_proj(x_BNC)), self._relation_heads(self.k_rel_proj(source))
         values = self.v_proj(symbols).unflatten(-1, (self.num_kv_heads, -1))
@@ -165,12 +153,12 @@ class RelationalAttention(SensoryAttention):
             values,
             self.relation_weights,
             activation=self.relation_activation,
-            mask=as_mask(mask, k),
-            causal=self.causal and context_BMC is None,
-            offset=start,
+            mask=pattern.rest,
+            causal=pattern.causal,
+            offset=pattern.offset,
             scale=self.head_dim**-0.5,
         )
-        return self.dropout(self.out_proj(out.transpose(1, 2).flatten(2)))
+        return self.out(out)
 
     def relations(self, x_BNC: Tensor, context_BMC: Tensor | None = None) -> Tensor:
         """r (B, N, M, R), for looking inside; quadratic."""
@@ -178,7 +166,7 @@ class RelationalAttention(SensoryAttention):
         pair = self._relation_heads(self.q_rel_proj(x_BNC)), self._relation_heads(keys)
         return _relations(*pair, self.relation_activation).permute(0, 2, 3, 1)
 
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> NamedCache:
         return NamedCache()
@@ -313,7 +301,7 @@ class DualAttention(nn.Module):
         context_BMC: Tensor | None = None,
         *,
         symbols: Tensor | None = None,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: DualCache | None = None,
     ) -> Tensor:
         """concat(sensory heads, relational heads), (B, N, C).
@@ -325,23 +313,24 @@ class DualAttention(nn.Module):
         Raises:
             ValueError: if the arguments do not fit together, or there are no symbols.
         """
-        QKVAttention._check(self, x_BNC, context_BMC, cache)  # type: ignore[arg-type]
-        start = 0 if cache is None else cache.length
-        by_head = mask.heads if isinstance(mask, Mask) else mask.shape[1] if mask is not None and mask.ndim == 4 else 1
-        if by_head != 1:
+        QKVAttention.check(self, x_BNC, context_BMC, cache)  # type: ignore[arg-type]
+        (B, N), start, crosses = x_BNC.shape[:2], 0 if cache is None else cache.length, context_BMC is not None
+        M = start + N if context_BMC is None else context_BMC.shape[1]
+        pattern = Pattern.of(mask, B, N, M, causal=self.causal, offset=start, crosses=crosses)
+        if pattern.pairs is not None and pattern.pairs.heads != 1:
             raise ValueError("the mask must be the same for every head, got one by head")
         parts = []
         if self.relational is not None and symbols is None:
-            symbols = self._symbols(x_BNC if context_BMC is None else context_BMC, start, mask, cache)
+            symbols = self._symbols(x_BNC if context_BMC is None else context_BMC, pattern, cache)
         if self.sensory is not None:
             inner = None if cache is None else cache.sensory
-            parts.append(self.sensory(x_BNC, context_BMC, mask=mask, cache=inner))
+            parts.append(self.sensory(x_BNC, context_BMC, mask=pattern, cache=inner))
         if self.relational is not None:
             store = None if cache is None else cache.relational
-            parts.append(self.relational(x_BNC, symbols, context_BMC, mask=mask, cache=store))
+            parts.append(self.relational(x_BNC, symbols, context_BMC, mask=pattern, cache=store))
         return torch.cat(parts, -1)
 
-    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
+    def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: GivenMask = None) -> Tensor:
         """The heads' weights alpha, the sensory heads first, on given values."""
         branches = [branch for branch in (self.sensory, self.relational) if branch is not None]
         split = values_BHME.split([branch.num_heads for branch in branches], 1)
@@ -356,12 +345,13 @@ class DualAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, relational_heads={self.relational_heads}, causal={self.causal}"
 
-    def _symbols(self, tokens: Tensor, start: int, mask: Tensor | Mask | None, cache: DualCache | None) -> Tensor:
+    def _symbols(self, tokens: Tensor, pattern: Pattern, cache: DualCache | None) -> Tensor:
         if self.retriever is None:
             raise ValueError("this layer has no symbols of its own: give forward(symbols=...)")
-        if mask is not None and isinstance(self.retriever, RelationalSymbolicAttention) and not self.retriever.causal:
+        looks_right = isinstance(self.retriever, RelationalSymbolicAttention) and not self.retriever.causal
+        if looks_right and pattern.rest is not None:
             raise ValueError("relational symbols that look to the right take no mask: neighbours would be padding")
-        return retrieve(self.retriever, tokens, start, cache)
+        return retrieve(self.retriever, tokens, pattern.offset, cache)
 
 
 def retrieve(retriever: nn.Module, x_BNC: Tensor, start: int, cache: DualCache | None) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.pattern import GivenMask, Pattern
 
 Scale = Literal["width", "head"]
 
@@ -53,7 +53,7 @@ class MAB(nn.Module):
         self.ln0 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
         self.ln1 = nn.LayerNorm(dim) if layer_norm else nn.Identity()
 
-    def forward(self, x_BNC: Tensor, y_BMC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, y_BMC: Tensor, *, mask: GivenMask = None) -> Tensor:
         """MAB(x, y); `mask` (B, M), True = a real element of `y`. A set without any gives no attention.
 
         Raises:
@@ -62,11 +62,8 @@ class MAB(nn.Module):
         for name, tokens, width in (("x", x_BNC, self.query_dim), ("y", y_BMC, self.key_dim)):
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise ValueError(f"{name} must be (batch, elements, {width}), got {tuple(tokens.shape)}")
-        real = None
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != y_BMC.shape[:2]:
-                raise ValueError(f"mask must be bool {tuple(y_BMC.shape[:2])}, got {mask.dtype} {tuple(mask.shape)}")
-            real = masks.padding(mask)
+        (B, N), M = x_BNC.shape[:2], y_BMC.shape[1]
+        real = Pattern.of(mask, B, N, M, crosses=True).only(("padding",), "a set").mask
         q, k, v = (
             p(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for p, z in ((self.fc_q, x_BNC), (self.fc_k, y_BMC), (self.fc_v, y_BMC))
@@ -83,7 +80,7 @@ class SAB(nn.Module):
         super().__init__()
         self.mab = MAB(in_dim, in_dim, dim, num_heads, **block)
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
         return self.mab(x_BNC, x_BNC, mask=mask)
 
 
@@ -98,7 +95,7 @@ class ISAB(nn.Module):
         self.mab0 = MAB(dim, in_dim, dim, num_heads, **block)
         self.mab1 = MAB(in_dim, dim, dim, num_heads, **block)
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
         return self.mab1(x_BNC, self.mab0(self.I.expand(x_BNC.shape[0], -1, -1), x_BNC, mask=mask))
 
 
@@ -112,7 +109,7 @@ class PMA(nn.Module):
         self.S = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, num_seeds, dim)))
         self.mab = MAB(dim, dim, dim, num_heads, **block)
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
         return self.mab(self.S.expand(x_BNC.shape[0], -1, -1), x_BNC, mask=mask)
 
 
@@ -154,7 +151,7 @@ class SetTransformer(nn.Module):
         self.dec = nn.ModuleList(SAB(dim, dim, num_heads, **block) for _ in range(decoder_blocks))
         self.out = nn.Linear(dim, out_dim)
 
-    def forward(self, x_BNC: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
         """(B, N, in_dim) -> (B, K, out_dim); `mask` (B, N), True = a real element."""
         for block in self.enc:
             x_BNC = block(x_BNC, mask=mask)
@@ -228,7 +225,7 @@ class SetAttention(nn.Module):
         self.block = SAB(dim, dim, num_heads, **block) if whole else ISAB(dim, dim, num_heads, num_inds or 0, **block)
 
     def forward(
-        self, x_BNC: Tensor, context_BMC: Tensor | None = None, *, mask: Tensor | None = None, cache: None = None
+        self, x_BNC: Tensor, context_BMC: Tensor | None = None, *, mask: GivenMask = None, cache: None = None
     ) -> Tensor:
         """Attend within `x_BNC`, or to the set `context_BMC` (MAB; through the inducing points where there are any)."""
         if cache is not None:

@@ -15,7 +15,7 @@ from saccade.attention.slay.layer import SLAYAttention, YatAttention
 from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.linear import linear_attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class _ELULinear(QKVAttention):
     """Linear attention with elu(x) + 1 as its feature map, the rival."""
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return linear_attend(q_BHND, k_BKMD, v_BKME, feature_map=lambda x: F.elu(x) + 1, causal=causal, normalize=True)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return linear_attend(
+            q_BHND, k_BKMD, v_BKME, feature_map=lambda x: F.elu(x) + 1, causal=self.causal, normalize=True
+        )
 
 
 class _AttentionOnly(nn.Module):

@@ -26,11 +26,10 @@ from saccade.attention.slay.operator import (
 )
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.layers.state_attention import StateAttention
-from saccade.ops import masks
 from saccade.ops.expansion import Outer, expanded_attend, in_segments
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 
 class YatAttention(QKVAttention):
@@ -62,13 +61,9 @@ class YatAttention(QKVAttention):
         self.score_scale: Tensor
         self.register_buffer("score_scale", torch.tensor(1.0))
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        if causal:
-            mask = masks.and_causal(mask, offset)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         options: dict[str, Any] = {"epsilon": self.epsilon, "delta": self.delta, "score_scale": self.score_scale}
-        return yat_attend(q_BHND, k_BKMD, v_BKME, mask=mask, **options)
+        return yat_attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **options)
 
 
 class SLAYAttention(StateAttention):

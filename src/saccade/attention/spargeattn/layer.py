@@ -14,7 +14,7 @@ from torch import Tensor
 from saccade.attention.spargeattn.operator import SpargeThresholds, spargeattn_attend
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.hilbert import hilbert_order as hilbert_order
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern, Said
 
 
 class SpargeAttention(QKVAttention):
@@ -29,6 +29,8 @@ class SpargeAttention(QKVAttention):
     Raises:
         ValueError: if a threshold is out of range; on a call, for a mask (the paper has none but the causal one).
     """
+
+    takes: tuple[Said, ...] = ("causal",)
 
     def __init__(
         self,
@@ -69,9 +71,5 @@ class SpargeAttention(QKVAttention):
         empty = torch.zeros(1, num_heads, 0, self.head_dim)
         spargeattn_attend(empty, empty, empty, **self.options)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        if mask is not None:
-            raise ValueError(f"SpargeAttn takes no mask but the causal one, got {mask!r}")
-        return spargeattn_attend(q_BHND, k_BKMD, v_BKME, causal=causal, **self.options)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return spargeattn_attend(q_BHND, k_BKMD, v_BKME, causal=self.causal or pattern.causal, **self.options)

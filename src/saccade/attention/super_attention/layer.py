@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from saccade.layers.cache import KVCache
 from saccade.layers.pretrained import copy_affine, read_softmax
-from saccade.layers.qkv_attention import as_mask
-from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import GivenMask, Pattern
 
 Variant = Literal["standard", "optimised", "efficient", "super"]
 
@@ -138,7 +136,7 @@ class SuperAttention(nn.Module):
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Attend from `x_BNC` to itself, to `context_BMC`, or to what `cache` holds followed by itself.
@@ -163,7 +161,7 @@ class SuperAttention(nn.Module):
         key_BMC: Tensor,
         value_BMC: Tensor,
         *,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """The paper's call f(q, k, v), with keys and values from different inputs; arguments as `forward`."""
@@ -173,13 +171,12 @@ class SuperAttention(nn.Module):
         if cache is not None:
             offset = cache.length
             self._check_length(offset + k_BHMD.shape[2])
-            k_BHMD, v_BHME = self._remember(cache, k_BHMD, v_BHME, mask)
-        pairs = self._mask(mask, k_BHMD)
-        if self.kernel is not None and cache is None:
-            v_BHME = self._align(v_BHME, pairs)
-        out_BHNE = attend(
-            q_BHND, k_BHMD, v_BHME, mask=masks.causal_where_needed(pairs, self.causal, offset, q_BHND.shape[2])
-        )
+        pattern = self._pattern(mask, query_BNC, key_BMC, offset)
+        if cache is not None:
+            k_BHMD, v_BHME = self._remember(cache, k_BHMD, v_BHME, pattern.valid_BM)
+        elif self.kernel is not None:
+            v_BHME = self._align(v_BHME, pattern.valid_BM)
+        out_BHNE = attend(q_BHND, k_BHMD, v_BHME, mask=pattern.mask)
         return self.out_proj(out_BHNE.transpose(1, 2).flatten(2))
 
     def mix(
@@ -188,19 +185,16 @@ class SuperAttention(nn.Module):
         values_BHME: Tensor,
         *,
         context: Tensor | None = None,
-        mask: Tensor | Mask | None = None,
+        mask: GivenMask = None,
     ) -> Tensor:
         """The weights, W_A among them, applied to given values (B, H, M, E); without W_A's bias, which takes none."""
         source = x_BNC if context is None else context
         self._check(x_BNC, source, source)
         q_BHND, k_BHMD, _ = self._heads_of(x_BNC, source, source)
-        pairs = self._mask(mask, k_BHMD)
+        pattern = self._pattern(mask, x_BNC, source, 0)
         if self.kernel is not None:
-            real_BM = pairs.valid_BM if isinstance(pairs, masks.Padding) else None
-            values_BHME = align(values_BHME, self.kernel, causal=self.causal, real_BM=real_BM)
-        return attend(
-            q_BHND, k_BHMD, values_BHME, mask=masks.causal_where_needed(pairs, self.causal, 0, q_BHND.shape[2])
-        )
+            values_BHME = align(values_BHME, self.kernel, causal=self.causal, real_BM=pattern.valid_BM)
+        return attend(q_BHND, k_BHMD, values_BHME, mask=pattern.mask)
 
     @classmethod
     def from_softmax(cls, module: nn.Module, **arguments: Any) -> Self:
@@ -267,13 +261,12 @@ class SuperAttention(nn.Module):
         )
         return q_BHND, k_BHMD, v_BHME
 
-    def _align(self, v_BHME: Tensor, pairs: Mask | None) -> Tensor:
+    def _align(self, v_BHME: Tensor, real_BM: Tensor | None) -> Tensor:
         assert self.kernel is not None
-        real_BM = pairs.valid_BM if isinstance(pairs, masks.Padding) else None
         return align(v_BHME, self.kernel, self.kernel_shift, causal=self.causal, real_BM=real_BM)
 
     def _remember(
-        self, cache: KVCache, k_BHND: Tensor, v_BHNE: Tensor, mask: Tensor | Mask | None
+        self, cache: KVCache, k_BHND: Tensor, v_BHNE: Tensor, real_BM: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """All keys and all (aligned) values so far."""
         once = self.k_proj is None and self.head_dim == self.value_dim
@@ -284,17 +277,20 @@ class SuperAttention(nn.Module):
         start = cache.length
         keys, raw = cache.append(k_BHND, v_BHNE[..., :0] if once else v_BHNE)
         raw = keys if once else raw
-        pairs = self._mask(mask, keys)
-        real_BM = pairs.valid_BM if isinstance(pairs, masks.Padding) else None
         rows = align(raw, self.kernel, self.kernel_shift, causal=True, start=start, real_BM=real_BM)
         aligned, _ = cache.aligned.append(rows, rows[..., :0])
         return keys, aligned
 
-    def _mask(self, mask: Tensor | Mask | None, keys_BHMD: Tensor) -> Mask | None:
-        pairs = as_mask(mask, keys_BHMD)
-        if self.kernel is not None and pairs is not None and type(pairs) is not masks.Padding:
-            raise ValueError(f"W_A mixes the values of all positions: 'super' takes a padding mask (B, M), got {pairs}")
-        return pairs
+    def _pattern(self, mask: GivenMask, query: Tensor, key: Tensor, offset: int) -> Pattern:
+        pattern = Pattern.of(
+            *(mask, query.shape[0], query.shape[1], offset + key.shape[1]),
+            heads=self.num_heads,
+            causal=self.causal,
+            offset=offset,
+            crosses=query is not key,
+        )
+        # W_A mixes the values of all positions
+        return pattern if self.kernel is None else pattern.only(("padding",), "'super'")
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         for name, tokens in (("x", query), ("key", key), ("value", value)):

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from saccade.compress.a_vl.operator import AVLCache, AVLLayerCache, AVLOptions
 from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
-from saccade.ops.rope import rotate
+from saccade.ops.pattern import GivenMask, Pattern, Said
 
 
 class AVL(QKVAttention):
@@ -40,6 +38,8 @@ class AVL(QKVAttention):
         ValueError: if `causal` is False or an option is out of range.
     """
 
+    takes_decoding: tuple[Said, ...] = ()
+
     def __init__(self, dim: int, num_heads: int = 8, causal: bool = True, **arguments: Any) -> None:
         if not causal:
             raise ValueError("A-VL is a policy for decoding, which is causal; got causal=False")
@@ -47,19 +47,21 @@ class AVL(QKVAttention):
         super().__init__(dim, num_heads, causal, **arguments)
         self.options = AVLOptions(**policy)
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        past = masks.causal(offset)
-        return attend(q_BHND, k_BKMD, v_BKME, mask=past if mask is None else past & mask)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask)
 
-    def forward(  # type: ignore[override]
+    def remember(
+        self, cache: AVLLayerCache, q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, pattern: Pattern
+    ) -> Tensor:
+        return cache.attend(q_BHND, k_BKND, v_BKNE) if q_BHND.shape[2] else q_BHND
+
+    def forward(
         self,
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | Mask | None = None,
-        cache: AVLLayerCache | None = None,
+        mask: GivenMask = None,
+        cache: Any = None,
         positions_BN: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
@@ -71,29 +73,16 @@ class AVL(QKVAttention):
         Raises:
             ValueError: if there is a mask beside a cache.
         """
-        if cache is None:
-            return super().forward(x_BNC, context_BMC, mask=mask)
-        self._check(x_BNC, context_BMC, None)
-        if mask is not None:
-            raise ValueError("A-VL decodes without a mask: its cache holds no padding")
-        if x_BNC.shape[1] == 0:
-            return x_BNC
-        if positions_BN is None:
-            positions_BN = torch.arange(cache.length, cache.length + x_BNC.shape[1], device=x_BNC.device)[None]
-        q, k, v = (
-            self._heads(proj(x_BNC), heads)
-            for proj, heads in (
-                (self.q_proj, self.num_heads),
-                (self.k_proj, self.num_kv_heads),
-                (self.v_proj, self.num_kv_heads),
-            )
-        )
-        if self.rope:
-            q, k = (rotate(x, positions_BN[:, None], base=self.rope_base) for x in (q, k))
-        out = cache.attend(q, k, v, length=length)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        if cache is None or (positions_BN is None and length is None):
+            return super().forward(x_BNC, context_BMC, mask=mask, cache=cache)
+        self.check(x_BNC, context_BMC, cache)
+        self.pattern(mask, x_BNC, context_BMC, cache)
+        positions = self.positions(x_BNC, context_BMC, cache.length)
+        if positions is not None and positions_BN is not None:
+            positions = positions_BN[:, None]
+        return self.out(cache.attend(*self.project(x_BNC, context_BMC, positions), length=length))
 
-    def new_cache(  # type: ignore[override]
+    def new_cache(
         self,
         batch_size: int,
         *,

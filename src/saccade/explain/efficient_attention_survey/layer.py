@@ -16,6 +16,7 @@ from saccade.explain.efficient_attention_survey.operator import Update, delta_at
 from saccade.layers.cache import StateCache
 from saccade.layers.constants import Constants
 from saccade.ops.linear import linear_attend, retention_decay
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 class RecurrentAttention(Constants):
@@ -64,7 +65,7 @@ class RecurrentAttention(Constants):
         x_BNC: Tensor,
         context_BMC: Tensor | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: GivenMask = None,
         cache: StateCache | None = None,
     ) -> Tensor:
         """`x_BNC` after what `cache` has seen; `mask` (B, N), True = real token: padding is not written.
@@ -76,11 +77,11 @@ class RecurrentAttention(Constants):
             raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x_BNC.shape)}")
         if context_BMC is not None:
             raise ValueError("a recurrence takes no context")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x_BNC.shape[:2]):
-            raise ValueError(f"mask must be bool {tuple(x_BNC.shape[:2])}, got {mask.dtype} of {tuple(mask.shape)}")
+        B, N = x_BNC.shape[:2]
+        real_BN = Pattern.of(mask, B, N, N, causal=True).only(("padding",), "a recurrence").real_keys(B)
         q, k, v = (self._heads(p(x_BNC)) for p in (self.q_proj, self.k_proj, self.v_proj))
         state = None if cache is None else cache.state
-        out, state = self._run(x_BNC, q, k, v, mask, state)
+        out, state = self._run(x_BNC, q, k, v, real_BN, state)
         if cache is not None:
             cache.state, cache.length = _detached(state), cache.length + x_BNC.shape[1]
         return self.out_proj(out.transpose(1, 2).flatten(2))

@@ -17,7 +17,7 @@ from saccade.fusion.bottleneck_fusion.operator import MBTOutput, across, jointly
 from saccade.layers.drop_path import DropPath
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.masks import Mask
+from saccade.ops.pattern import Pattern
 
 
 class _SelfAttention(QKVAttention):
@@ -27,10 +27,8 @@ class _SelfAttention(QKVAttention):
         super().__init__(dim, num_heads, rope=False, qkv_bias=True, proj_bias=True)
         self.dropout = dropout
 
-    def attend(
-        self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None, causal: bool, offset: int
-    ) -> Tensor:
-        return attend(q_BHND, k_BKMD, v_BKME, mask=mask, dropout=self.dropout if self.training else 0.0)
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, dropout=self.dropout if self.training else 0.0)
 
 
 class Block(nn.Module):

@@ -65,12 +65,3 @@ __all__ = [
     "real_keys",
     "window",
 ]
-
-# the names by which two rooms still call these
-from saccade.ops.masks.block_states import as_states as _state  # noqa: F401
-from saccade.ops.masks.block_states import block_range as _block_range  # noqa: F401
-from saccade.ops.masks.block_states import block_sums as _block_sums  # noqa: F401
-from saccade.ops.masks.block_states import edges as _edges  # noqa: F401
-from saccade.ops.masks.block_states import size_pair as _pair  # noqa: F401
-
-_And = And

@@ -82,6 +82,19 @@ class Mask:
         mask = self.to(device).allowed(b, h, q, k)
         return mask.expand(self.batch, self.heads, n, m)
 
+    def keys_seen(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
+        """How many of `m` keys each of `n` queries sees, (B', H', n), asked a million pairs at a time."""
+        mask = self.to(device)
+        b = torch.arange(self.batch, device=device)[:, None, None, None]
+        h = torch.arange(self.heads, device=device)[:, None, None]
+        k = torch.arange(m, device=device)
+        rows = max(1, 2**20 // max(1, m * self.batch * self.heads))
+        counts = [torch.zeros(self.batch, self.heads, 0, dtype=torch.long, device=device)]
+        for q in torch.arange(n, device=device).split(rows):
+            allowed = mask.allowed(b, h, q[:, None], k)
+            counts.append(allowed.expand(self.batch, self.heads, len(q), m).sum(-1))
+        return torch.cat(counts, -1)
+
     def density(self, n: int, m: int, block_size: int | Sequence[int] = 64) -> float:
         """Share of the n x m pairs that lie in blocks with work to do."""
         block_q, block_k = size_pair(block_size, "block_size")
