@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention, AdaptiveFilterNetwork
 from saccade.catalogue import Claim, ClaimResult
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def simulate(
@@ -48,41 +49,33 @@ def _claim(lab: Lab) -> ClaimResult:
     length = round(duration * 10) + 1
     transition = torch.tensor([[-0.1, -2.0], [2.0, -0.1]])  # eigenvalues -0.1 +- 2i
 
-    def systems(generator: torch.Generator, number: int) -> tuple[Tensor, Tensor]:
+    def systems(generator: torch.Generator, number: int = batch) -> tuple[Tensor, Tensor]:
         start = 2.0 * torch.randn(number, 2, generator=generator)
         return simulate(transition, start, process_noise=0.1, key_noise=1.0, generator=generator, duration=duration)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield systems(generator, batch)
 
     def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
         return F.mse_loss(model(pair[1][:, :-1]), pair[1][:, 1:])
 
-    from saccade.layers.softmax_attention import SoftmaxAttention
+    states, measurements = systems(lab.held_out(), lab.size(256, 2))
 
-    ways: dict[str, Callable[[int], nn.Module]] = {
-        "filter": lambda dim: AdaptiveFilterAttention(dim, 2, seq_len=length),
-        "softmax": lambda dim: SoftmaxAttention(dim, 2, causal=True, qkv_bias=True, proj_bias=True),
+    def measure(trial: Trial) -> dict[str, float]:
+        return {"error": F.mse_loss(trial.model(measurements[:, :-1]), states[:, 1:]).item()}
+
+    def network(attention: Callable[[int], nn.Module]) -> Callable[[], nn.Module]:
+        return lambda: AdaptiveFilterNetwork(2, dim, attention=attention)
+
+    forms = {
+        "filter": network(lambda dim: AdaptiveFilterAttention(dim, 2, seq_len=length)),
+        "softmax": network(lambda dim: SoftmaxAttention(dim, 2, causal=True, qkv_bias=True, proj_bias=True)),
     }
-    states, measurements = systems(torch.Generator().manual_seed(10**6 + lab.seed), lab.size(256, 2))
-    errors: dict[str, float] = {}
-    for name, attention in ways.items():
-        with lab.seeded():
-            model = AdaptiveFilterNetwork(2, dim, attention=attention)
-        lab.train(model, batches(), loss, 300, lr=3e-3, description=name)
-        with torch.no_grad():
-            errors[name] = F.mse_loss(model.eval()(measurements[:, :-1]), states[:, 1:]).item()
+    trials = lab.forms(forms, systems, measure, 300, loss=loss, lr=3e-3)
+    measured = trials.means("{form}_error_of_next_state_mse")
     last = F.mse_loss(measurements[:, :-1], states[:, 1:]).item()
+    found, softmax = measured.values()
     return ClaimResult(
-        {
-            "filter_error_of_next_state_mse": errors["filter"],
-            "softmax_error_of_next_state_mse": errors["softmax"],
-            "last_measurement_error_of_next_state_mse": last,
-        },
-        holds=errors["filter"] < errors["softmax"] < last,
-        note=f"error of the filter over softmax's: {errors['filter'] / errors['softmax']:.2f}",
+        {**measured, "last_measurement_error_of_next_state_mse": last},
+        holds=found < softmax < last,
+        note=f"error of the filter over softmax's: {found / softmax:.2f}",
     )
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
+from statistics import pstdev
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from saccade.attention.aila.layer import AILA, AILAStack, Variant
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -48,62 +49,47 @@ def _claim(lab: Lab) -> ClaimResult:
 def _digits(lab: Lab, rows: Mapping[str, Variant]) -> dict[str, float]:
     layers, dim, examples = 8, lab.size(32, 8), 150
     data = lab.data.digits()
-    test_images, test_labels = data.test_images.flatten(1), data.test_labels
-    measured: dict[str, float] = {}
 
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(examples, (64,), generator=generator)
-            yield data.train_images[chosen].flatten(1), data.train_labels[chosen]
+    def network(variant: Variant) -> nn.Module:
+        hosts = [nn.Sequential(nn.Linear(dim, dim), nn.ReLU()) for _ in range(layers)]
+        stack = AILAStack(dim, hosts, variant=variant)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, dim), stack, nn.Linear(dim, 10))
 
-    for name, variant in rows.items():
-        right = []
-        for seed in range(lab.seed, lab.seed + lab.size(4, 1)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                hosts = [nn.Sequential(nn.Linear(dim, dim), nn.ReLU()) for _ in range(layers)]
-                stack = AILAStack(dim, hosts, variant=variant)
-                model = nn.Sequential(nn.Linear(64, dim), stack, nn.Linear(dim, 10))
-            lab.train(model, batches(seed), _loss, 150, lr=3e-3, description=f"digits, {name}")
-            with torch.no_grad():
-                right.append((model.eval()(test_images).argmax(-1) == test_labels).float().mean())
-        measured[f"digits_{name}_accuracy"] = torch.stack(right).mean().item()
-        measured[f"digits_{name}_accuracy_std"] = torch.stack(right).std(correction=0).item()
-    return measured
+    few = data.train_images[:examples], data.train_labels[:examples]
+    trials = lab.forms(
+        {name: partial(network, variant) for name, variant in rows.items()},
+        lambda generator: lab.data.rows(64, generator, *few),
+        lambda trial: {"accuracy": lab.accuracy(trial.model, (data.test_images, data.test_labels))},
+        150, lr=3e-3, seeds=4, task="digits",
+    )  # fmt: skip
+    return trials.means("digits_{form}_accuracy") | trials.over_seeds(pstdev, "digits_{form}_accuracy_std")
 
 
 def _text(lab: Lab, rows: Mapping[str, Variant]) -> dict[str, float]:
     dim, length, batch = lab.size(64, 8), lab.size(64, 8), lab.size(16, 2)
     train, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
-    tokens, targets = lab.data.windows(held_out, lab.size(256, 2), length, torch.Generator().manual_seed(10**6))
-    measured: dict[str, float] = {}
+    test = lab.data.windows(held_out, lab.size(256, 2), length, torch.Generator().manual_seed(10**6))
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield lab.data.windows(train, batch, length, generator)
+    def network(variant: Variant) -> nn.Module:
+        stack = AILA(dim, 4, causal=True, variant=variant, dropout=0.0)
+        return nn.Sequential(nn.Embedding(256, dim), stack, nn.Linear(dim, 256))
 
-    for name, variant in rows.items():
-        with lab.seeded():
-            stack = AILA(dim, 4, causal=True, variant=variant, dropout=0.0)
-            model = nn.Sequential(nn.Embedding(256, dim), stack, nn.Linear(dim, 256))
-        lab.train(model, batches(), _loss, 200, lr=3e-3, description=f"text, {name}")
-        with torch.no_grad():
-            measured[f"text_{name}_held_out_nats_per_byte"] = _loss(model.eval(), (tokens, targets)).item()
-            measured[f"text_{name}_parameters"] = float(sum(p.numel() for p in model.parameters()))
-            if variant in ("gated", "attention"):
-                weights_BNH = stack.depth_weights(model[0](tokens))[-1][..., 0]
-                measured[f"text_{name}_last_layer_weight_of_input"] = weights_BNH.mean().item()
-                measured[f"text_{name}_last_layer_weight_of_input_std_between_tokens"] = (
-                    weights_BNH.mean(-1).std().item()
-                )
-    return measured
+    def measure(trial: Trial) -> dict[str, float]:
+        found = {"held_out_nats_per_byte": lab.loss(trial.model, test).item(), "parameters": trial.parameters}
+        if trial.form in ("gated", "attention"):
+            embedding, stack, _ = trial.model  # type: ignore[misc]
+            weights_BNH = stack.depth_weights(embedding(test[0]))[-1][..., 0]
+            found["last_layer_weight_of_input"] = weights_BNH.mean().item()
+            found["last_layer_weight_of_input_std_between_tokens"] = weights_BNH.mean(-1).std().item()
+        return found
 
-
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    logits = model(batch[0])
-    return F.cross_entropy(logits.flatten(0, -2), batch[1].flatten())
+    trials = lab.forms(
+        {name: partial(network, variant) for name, variant in rows.items()},
+        lambda generator: lab.data.windows(train, batch, length, generator),
+        measure,
+        200, lr=3e-3, task="text",
+    )  # fmt: skip
+    return trials.means("text_{form}_{figure}")
 
 
 CLAIM = Claim(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.comateformer.layer import Comateformer
 from saccade.catalogue import Claim, ClaimResult
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 class _Matcher(nn.Module):
@@ -49,40 +49,31 @@ def _pairs(batch: int, length: int, vocabulary: int, generator: torch.Generator)
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.layers.softmax_attention import SoftmaxAttention
-
     length, vocabulary, dim, batch = lab.size((4, 16, 32, 128), (4, 8, 16, 2))
-    ways: dict[str, Callable[[], nn.Module]] = {
-        "combined": lambda: Comateformer(dim, 4),
-        "softmax": lambda: SoftmaxAttention(dim, 4, rope=False, qkv_bias=True, proj_bias=True),
-    }
-    held_out = _pairs(lab.size(1024, 4), length, vocabulary, torch.Generator().manual_seed(10**6 + lab.seed))
-    measured: dict[str, float] = {}
-    for name, attention in ways.items():
-        with lab.seeded():
-            model = _Matcher(attention(), vocabulary, length, dim)
+    held_out = _pairs(lab.size(1024, 4), length, vocabulary, lab.held_out())
 
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            generator = lab.generator()
-            while True:
-                yield _pairs(batch, length, vocabulary, generator)
-
-        def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
-            return F.cross_entropy(model(pair[0]), pair[1])
-
-        losses = lab.train(model, batches(), loss, 700, lr=4e-3, description=name)
-        with torch.no_grad():
-            model.eval()
-            accuracy = (model(held_out[0]).argmax(-1) == held_out[1]).float().mean().item()
-            same = held_out[0][:, :length].repeat(1, 2)
-            other = held_out[0][held_out[1] == 1]
-            moved = model.features(same[held_out[1] == 1]) - model.features(other)
-            features = model.features(same)
-            sensitivity = moved.norm(dim=-1).mean() / (features - features.mean(0)).norm(dim=-1).mean()
+    def measure(trial: Trial) -> dict[str, float]:
+        model, losses = cast(_Matcher, trial.model), trial.losses
+        same, changed = held_out[0][:, :length].repeat(1, 2), held_out[1] == 1
+        moved = model.features(same[changed]) - model.features(held_out[0][changed])
+        features = model.features(same)
+        sensitivity = moved.norm(dim=-1).mean() / (features - features.mean(0)).norm(dim=-1).mean()
         below = [i for i in range(len(losses)) if sum(losses[max(0, i - 19) : i + 1]) / min(i + 1, 20) < 0.35]
-        measured[f"{name}_accuracy"] = accuracy
-        measured[f"{name}_steps_to_loss_0.35"] = float(below[0] if below else math.inf)
-        measured[f"{name}_sensitivity_to_one_token"] = float(sensitivity)
+        return {
+            "accuracy": lab.accuracy(model, held_out),
+            "steps_to_loss_0.35": float(below[0] if below else math.inf),
+            "sensitivity_to_one_token": float(sensitivity),
+        }
+
+    def matcher(attention: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+        return lambda: _Matcher(attention(), vocabulary, length, dim)
+
+    forms = {
+        "combined": matcher(lambda: Comateformer(dim, 4)),
+        "softmax": matcher(lambda: SoftmaxAttention(dim, 4, rope=False, qkv_bias=True, proj_bias=True)),
+    }
+    trials = lab.forms(forms, lambda generator: _pairs(batch, length, vocabulary, generator), measure, 700, lr=4e-3)
+    measured = trials.means()
     sooner = measured["combined_steps_to_loss_0.35"] < measured["softmax_steps_to_loss_0.35"]
     keener = measured["combined_sensitivity_to_one_token"] > measured["softmax_sensitivity_to_one_token"]
     return ClaimResult(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,29 +51,22 @@ def _claim(lab: Lab) -> ClaimResult:
     length, dim, batch = lab.size(256, 32), 64, lab.size(16, 2)
     segment = lab.size(16, 4)
     train, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
-    test = lab.data.windows(held_out, lab.size(128, 2), length, torch.Generator().manual_seed(10**6 + lab.seed))
-    measured: dict[str, float] = {}
+    test = lab.data.windows(held_out, lab.size(128, 2), length, lab.held_out())
 
-    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(pair[0]).flatten(0, 1), pair[1].flatten())
+    def bytes_model(name: str) -> nn.Module:
+        model = _Bytes(length, dim, lambda: CombinerLayer(dim, 4))
+        for layer in model.layers:
+            kind = _Local if name == "local" else Combiner
+            layer.attention = kind(dim, 4, segment=length if name == "dense" else segment)
+        return model
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield lab.data.windows(train, batch, length, generator)
-
-    def attention(name: str) -> Combiner:
-        kind = _Local if name == "local" else Combiner
-        return kind(dim, 4, segment=length if name == "dense" else segment)
-
-    for name in ("dense", "local", "combiner"):
-        with lab.seeded():
-            model = _Bytes(length, dim, lambda: CombinerLayer(dim, 4))
-            for layer in model.layers:
-                layer.attention = attention(name)  # type: ignore[assignment]
-        lab.train(model, batches(), loss, 150, lr=3e-3, description=f"{name} bytes")
-        with torch.no_grad():
-            measured[f"{name}_bits_per_byte"] = float(loss(model.eval(), test)) / math.log(2)
+    trials = lab.forms(
+        {name: partial(bytes_model, name) for name in ("dense", "local", "combiner")},
+        lambda generator: lab.data.windows(train, batch, length, generator),
+        lambda trial: {"bits_per_byte": lab.loss(trial.model, test).item() / math.log(2)},
+        150, lr=3e-3, task="bytes",
+    )  # fmt: skip
+    measured = trials.means()
     for name, kind in (("local", _Local), ("combiner", Combiner)):
         _, nats, accuracy = lab.recall(
             lambda width, kind=kind: kind(width, 4, segment=segment),  # type: ignore[misc]

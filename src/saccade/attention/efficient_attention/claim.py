@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from saccade.attention.efficient_attention.operator import efficient_attend
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _far_lookup(batch: int, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def _claim(lab: Lab) -> ClaimResult:
         "dot_product": lambda: DotProduct2d(32, key_channels=32, value_channels=32),
         "no_attention": nn.Identity,
     }
-    measured = {f"{name}_accuracy": _learn(lab, block, name) for name, block in blocks.items()}
+    measured = _learn(lab, blocks)
     ratios = []
     for n in lab.progress(lab.size((4096, 16384), (64, 256)), "time by positions"):
         q, k, v = torch.randn(3, 1, 1, n, 64, generator=lab.generator())
@@ -53,26 +53,25 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(measured, holds=holds, note="chance is 0.25; four times the positions in the last two figures")
 
 
-def _learn(lab: Lab, block: Callable[[], nn.Module], name: str) -> float:
-    """Held-out accuracy at the places asked for, of a small network around the block."""
+def _learn(lab: Lab, blocks: Mapping[str, Callable[[], nn.Module]]) -> dict[str, float]:
+    """Held-out accuracy at the places asked for, of a small network around each block."""
     side, batch = lab.size(12, 8), lab.size(32, 2)
-    with lab.seeded():
+    x, label = _far_lookup(lab.size(256, 2), side, lab.held_out())
+
+    def network(block: Callable[[], nn.Module]) -> nn.Module:
         first, second = nn.Conv2d(8, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
-        model = nn.Sequential(first, nn.ReLU(), block(), second, nn.ReLU(), nn.Conv2d(32, 4, 1))
+        return nn.Sequential(first, nn.ReLU(), block(), second, nn.ReLU(), nn.Conv2d(32, 4, 1))
 
     def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(pair[0]), pair[1], ignore_index=-1)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield _far_lookup(batch, side, generator)
+    def measure(trial: Trial) -> dict[str, float]:
+        right = trial.model(x).argmax(1) == label
+        return {"accuracy": right[label >= 0].float().mean().item()}
 
-    lab.train(model, batches(), loss, 1000, lr=1e-2, description=name)
-    x, label = _far_lookup(lab.size(256, 2), side, torch.Generator().manual_seed(10**6 + lab.seed))
-    with torch.no_grad():
-        right = model.eval()(x).argmax(1) == label
-    return right[label >= 0].float().mean().item()
+    forms = {name: partial(network, block) for name, block in blocks.items()}
+    draw = partial(_far_lookup, batch, side)
+    return lab.forms(forms, draw, measure, 1000, loss=loss, lr=1e-2).means()
 
 
 CLAIM = Claim(

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from saccade.attention.fast.layer import FastmaxAttention
 from saccade.attention.fast.operator import fastmax_attend
 from saccade.catalogue import Claim, ClaimResult
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.layers.softmax_attention import SoftmaxAttention
-
     measured: dict[str, float] = {}
     lengths = lab.size((4096, 16384), (64, 128))
     for width in lab.progress((32, 64), "speed by head dim"):
@@ -34,14 +33,13 @@ def _claim(lab: Lab) -> ClaimResult:
             measured[f"times_as_fast_as_sdpa_at_{length}_head_dim_{width}"] = lab.seconds(dense, 1) / times[-1]
         exponent = math.log(times[1] / times[0]) / math.log(lengths[1] / lengths[0])
         measured[f"exponent_of_time_head_dim_{width}"] = exponent
-    ways = {
+    ways: dict[str, Callable[[], nn.Module]] = {
         "softmax": lambda: SoftmaxAttention(64, 4),
         "fastmax2": lambda: FastmaxAttention(64, 4, normalization="standardized"),
         "fastmax2_centered": lambda: FastmaxAttention(64, 4),
         "fastmax1": lambda: FastmaxAttention(64, 4, degree=1),
     }
-    for name, way in ways.items():
-        measured[f"{name}_accuracy"] = _accuracy(lab, name, way)
+    measured |= _accuracies(lab, ways)
     softmax, second, centered, first = (measured[f"{name}_accuracy"] for name in ways)
     linear = max(measured[f"exponent_of_time_head_dim_{width}"] for width in (32, 64)) < 1.1
     return ClaimResult(
@@ -52,24 +50,21 @@ def _claim(lab: Lab) -> ClaimResult:
     )
 
 
-def _accuracy(lab: Lab, name: str, mixer: Any) -> float:
+def _accuracies(lab: Lab, ways: Mapping[str, Callable[[], nn.Module]]) -> dict[str, float]:
     """On held-out digits, read as 64 tokens of grey."""
     digits, batch = lab.data.digits(), lab.size(64, 4)
     tokens, test = ((images.flatten(1) * 16).long() for images in (digits.train_images, digits.test_images))
-    model = lab.sequence_model(lambda _: mixer(), vocab=17, dim=64, layers=2, classes=10)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            rows = torch.randint(len(tokens), (batch,), generator=generator)
-            yield tokens[rows], digits.train_labels[rows]
+    def model(way: Callable[[], nn.Module]) -> nn.Module:
+        return lab.sequence_model(lambda _: way(), vocab=17, dim=64, layers=2, classes=10)
 
-    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(pair[0]), pair[1])
-
-    lab.train(model, batches(), loss, 200, lr=2e-3, description=name)
-    with torch.no_grad():
-        return (model.eval()(test).argmax(-1) == digits.test_labels).float().mean().item()
+    trials = lab.forms(
+        {name: partial(model, way) for name, way in ways.items()},
+        lambda generator: lab.data.rows(batch, generator, tokens, digits.train_labels),
+        lambda trial: {"accuracy": lab.accuracy(trial.model, (test, digits.test_labels))},
+        200, lr=2e-3,
+    )  # fmt: skip
+    return trials.means()
 
 
 CLAIM = Claim(

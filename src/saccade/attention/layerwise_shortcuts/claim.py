@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from saccade.attention.layerwise_shortcuts.layer import ShortcutDecoder
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -28,43 +28,39 @@ def _claim(lab: Lab) -> ClaimResult:
     }
 
     def build(options: Mapping[str, Any]) -> ShortcutDecoder:
-        with lab.seeded():
-            return ShortcutDecoder(256, dim, 4, layers=layers, **options)
+        return ShortcutDecoder(256, dim, 4, layers=layers, **options)
 
-    def parameters(model: nn.Module) -> int:
-        return sum(p.numel() for p in model.parameters())
+    def parameters(options: Mapping[str, Any]) -> int:
+        return sum(parameter.numel() for parameter in build(options).parameters())
 
-    missing = parameters(build(rows["shortcuts_added"])) - parameters(build({"depths": None}))
+    with lab.seeded():
+        missing = parameters(rows["shortcuts_added"]) - parameters({"depths": None})
     # a feed-forward layer of width F has 2 C F + F + C parameters
     rows = {"plain": {"depths": None, "ffn_dim": 4 * dim + round(missing / (layers * (2 * dim + 1)))}, **rows}
     text, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
     tokens, targets = lab.data.windows(held_out, lab.size(256, 2), length, torch.Generator().manual_seed(10**6))
-    measured: dict[str, float] = {}
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield lab.data.windows(text, batch, length, generator)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-    for name, options in rows.items():
-        model = build(options)
-        lab.train(model, batches(), loss, 200, lr=3e-3, description=name)
-        with torch.no_grad():
-            losses_BN = F.cross_entropy(model.eval()(tokens).mT, targets, reduction="none")
-            measured[f"{name}_held_out_nats_per_byte"] = losses_BN.mean().item()
-            measured[f"{name}_parameters"] = float(parameters(model))
-            if model.stack.depths != depths:
-                continue
+    def measure(trial: Trial) -> dict[str, float]:
+        model = cast(ShortcutDecoder, trial.model)
+        losses_BN = F.cross_entropy(model(tokens).mT, targets, reduction="none")
+        found = {"held_out_nats_per_byte": losses_BN.mean().item(), "parameters": trial.parameters}
+        if model.stack.depths == depths:
             shares_BNS = model.depth_shares(tokens).mean(1)
-        for i, depth in enumerate(depths):
-            measured[f"{name}_share_of_depth_{depth}"] = shares_BNS[..., i].mean().item()
-        measured[f"{name}_share_std_between_tokens"] = shares_BNS.std((0, 1)).mean().item()
-        easy = losses_BN <= losses_BN.median()
-        gap = shares_BNS[..., -1][~easy].mean() - shares_BNS[..., -1][easy].mean()
-        measured[f"{name}_share_of_deepest_hard_less_easy_tokens"] = gap.item()
+            for i, depth in enumerate(depths):
+                found[f"share_of_depth_{depth}"] = shares_BNS[..., i].mean().item()
+            found["share_std_between_tokens"] = shares_BNS.std((0, 1)).mean().item()
+            easy = losses_BN <= losses_BN.median()
+            gap = shares_BNS[..., -1][~easy].mean() - shares_BNS[..., -1][easy].mean()
+            found["share_of_deepest_hard_less_easy_tokens"] = gap.item()
+        return found
+
+    trials = lab.forms(
+        {name: partial(build, options) for name, options in rows.items()},
+        lambda generator: lab.data.windows(text, batch, length, generator),
+        measure,
+        200, lr=3e-3,
+    )  # fmt: skip
+    measured = trials.means()
     plain = measured["plain_held_out_nats_per_byte"]
     replaced = measured["shortcuts_residual_held_out_nats_per_byte"]
     return ClaimResult(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,35 +34,31 @@ def _claim(lab: Lab) -> ClaimResult:
         for name, way in ways.items():
             rates[name].append(length / lab.seconds(way, 3))
             measured[f"{name}_tokens_per_second_at_{length}"] = rates[name][-1]
-    losses = {name: _train(lab, given) for name, given in (("decay", None), ("no_decay", [0.0] * heads))}
-    measured |= {f"{name}_bits_per_byte": loss / math.log(2) for name, loss in losses.items()}
+    bits = _train(lab, {"decay": None, "no_decay": [0.0] * heads})
     flat, falling = (rates[name][-1] / rates[name][0] for name in ("lightning", "softmax"))
     return ClaimResult(
-        measured,
-        holds=flat > 0.8 and falling < 0.5 and losses["decay"] < losses["no_decay"],
+        {**measured, **bits},
+        holds=flat > 0.8 and falling < 0.5 and bits["decay_bits_per_byte"] < bits["no_decay_bits_per_byte"],
         note=f"rate at {lengths[-1]} over that at {lengths[0]} tokens: lightning {flat:.2f}, softmax {falling:.2f}",
     )
 
 
-def _train(lab: Lab, slopes: list[float] | None) -> float:
-    """Held-out loss (nats per byte) of a two-layer byte-level TransNormerLLM."""
+def _train(lab: Lab, slopes: Mapping[str, list[float] | None]) -> dict[str, float]:
+    """Held-out bits per byte of a two-layer byte-level TransNormerLLM."""
     batch, length = lab.size((16, 256), (2, 32))
-    with lab.seeded():
-        model = TransNormerLM(256, 96, 2, 4, glu_dim=192, slopes=slopes)
+    text, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
+    test = lab.data.windows(held_out, lab.size(64, 2), length, lab.held_out())
 
     def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(pair[0]).logits_BNV.flatten(0, 1), pair[1].flatten())
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator, text = lab.generator(), lab.data.text_bytes("train")
-        while True:
-            yield lab.data.windows(text, batch, length, generator)
-
-    lab.train(model, batches(), loss, 300, lr=4e-3, description="decay" if slopes is None else "no decay")
-    generator = torch.Generator().manual_seed(10**6 + lab.seed)
-    test = lab.data.windows(lab.data.text_bytes("held-out"), lab.size(64, 2), length, generator)
-    with torch.no_grad():
-        return float(loss(model.eval(), test))
+    trials = lab.forms(
+        {name: partial(TransNormerLM, 256, 96, 2, 4, glu_dim=192, slopes=given) for name, given in slopes.items()},
+        lambda generator: lab.data.windows(text, batch, length, generator),
+        lambda trial: {"bits_per_byte": loss(trial.model, test).item() / math.log(2)},
+        300, loss=loss, lr=4e-3,
+    )  # fmt: skip
+    return trials.means()
 
 
 CLAIM = Claim(

@@ -6,7 +6,6 @@ Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +49,16 @@ def _claim(lab: Lab) -> ClaimResult:
         "without_average": {"average": False},
         "without_average_and_position": {"average": False, "position": None},
     }
-    bits = {name: _train(lab, name, arguments) for name, arguments in models.items()}
-    measured = {f"{name}_bits_per_byte": value for name, value in bits.items()}
+    batch, width = lab.size((16, 128), (2, 32))
+    text, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
+    test = lab.data.windows(held_out, lab.size(64, 2), width, lab.held_out())
+    trials = lab.forms(
+        {name: partial(_ByteModel, **arguments) for name, arguments in models.items()},
+        lambda generator: lab.data.windows(text, batch, width, generator),
+        lambda trial: {"bits_per_byte": lab.loss(trial.model, test).item() / math.log(2)},
+        300, lr=4e-3,
+    )  # fmt: skip
+    bits, measured = trials.means("{form}"), trials.means()
     times: dict[str, list[float]] = {"chunk": [], "full": []}
     for length in lab.progress(lab.size((2048, 8192), (64, 128)), "time by length"):
         x = torch.randn(1, length, 64, generator=lab.generator())
@@ -67,27 +74,6 @@ def _claim(lab: Lab) -> ClaimResult:
         and times["chunk"][1] < 6 * times["chunk"][0]
     )
     return ClaimResult(measured, holds=holds)
-
-
-def _train(lab: Lab, name: str, arguments: dict[str, Any]) -> float:
-    """Held-out bits per byte of a two-layer byte-level model."""
-    batch, length = lab.size((16, 128), (2, 32))
-    with lab.seeded():
-        model = _ByteModel(**arguments)
-
-    def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(pair[0]).flatten(0, 1), pair[1].flatten())
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        generator, text = lab.generator(), lab.data.text_bytes("train")
-        while True:
-            yield lab.data.windows(text, batch, length, generator)
-
-    lab.train(model, batches(), loss, 300, lr=4e-3, description=name)
-    generator = torch.Generator().manual_seed(10**6 + lab.seed)
-    test = lab.data.windows(lab.data.text_bytes("held-out"), lab.size(64, 2), length, generator)
-    with torch.no_grad():
-        return float(loss(model.eval(), test)) / math.log(2)
 
 
 CLAIM = Claim(
