@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from statistics import pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -77,8 +77,8 @@ def _text(lab: Lab, rows: Mapping[str, Variant]) -> dict[str, float]:
     def measure(trial: Trial) -> dict[str, float]:
         found = {"held_out_nats_per_byte": lab.loss(trial.model, test).item(), "parameters": trial.parameters}
         if trial.form in ("gated", "attention"):
-            embedding, stack, _ = trial.model  # type: ignore[misc]
-            weights_BNH = stack.depth_weights(embedding(test[0]))[-1][..., 0]
+            embedding, stack, _ = cast(nn.Sequential, trial.model)
+            weights_BNH = cast(AILA, stack).depth_weights(embedding(test[0]))[-1][..., 0]
             found["last_layer_weight_of_input"] = weights_BNH.mean().item()
             found["last_layer_weight_of_input_std_between_tokens"] = weights_BNH.mean(-1).std().item()
         return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.cbam.gate import CBAM, BasicBlock, initialize
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def shapes(count: int, generator: torch.Generator, size: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,44 +46,32 @@ def _network(gate: Callable[[int], nn.Module] | None) -> nn.Sequential:
 
 def _claim(lab: Lab) -> ClaimResult:
     """A three-stage residual network with and without CBAM, same seeds and steps; error on fresh images, and M_s."""
-    seeds = lab.size(2, 1)
-    errors: dict[str, list[float]] = {"with": [], "without": []}
-    ratios = []
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        test, label_B, where_B1HW = shapes(lab.size(512, 8), torch.Generator().manual_seed(1000 + seed))
-        for name, gate in (("with", CBAM), ("without", None)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                network = _network(gate)
-                initialize(network)
-            lab.train(network, _batches(seed, lab.size(32, 4)), _loss, 300, lr=1e-2, description=f"{name} CBAM")
-            network.eval()
-            with torch.no_grad():
-                errors[name].append((network(test).argmax(1) != label_B).float().mean().item())
-                if gate is not None:
-                    ratios.append(_on_shape(network, test, where_B1HW))
-    mean = {name: 100 * sum(values) / seeds for name, values in errors.items()}
-    ratio = sum(ratios) / seeds
+
+    def network(gate: Callable[[int], nn.Module] | None) -> nn.Module:
+        made = _network(gate)
+        initialize(made)
+        return made
+
+    def measure(trial: Trial) -> dict[str, float]:
+        test, label_B, where_B1HW = shapes(lab.size(512, 8), torch.Generator().manual_seed(1000 + trial.seed))
+        found = {"error": 100 * (trial.model(test).argmax(1) != label_B).float().mean().item()}
+        if trial.form == "with_cbam":
+            found["ratio"] = _on_shape(cast(nn.Sequential, trial.model), test, where_B1HW)
+        return found
+
+    trials = lab.forms(
+        {"with_cbam": lambda: network(CBAM), "without": lambda: network(None)},
+        lambda generator: shapes(lab.size(32, 4), generator)[:2],
+        measure,
+        300, lr=1e-2, seeds=2,
+    )  # fmt: skip
+    error = trials.means("error_{form}_percent", "error")
+    ratio = trials.means("spatial_gate_on_shape_over_off_ratio", "ratio")
     return ClaimResult(
-        {
-            "error_with_cbam_percent": mean["with"],
-            "error_without_percent": mean["without"],
-            "spatial_gate_on_shape_over_off_ratio": ratio,
-        },
-        holds=mean["with"] < mean["without"] and ratio > 1,
-        note=f"means of {seeds} seeds; the verdict depends on learning rate and steps, at others CBAM can be behind",
+        {**error, **ratio},
+        holds=error["error_with_cbam_percent"] < error["error_without_percent"] and all(r > 1 for r in ratio.values()),
+        note="means of 2 seeds; the verdict depends on learning rate and steps, at others CBAM can be behind",
     )
-
-
-def _batches(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        image, label, _ = shapes(size, generator)
-        yield image, label
-
-
-def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(network(batch[0]), batch[1])
 
 
 def _on_shape(network: nn.Sequential, image_B1HW: Tensor, where_B1HW: Tensor) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.cnntention.gate import Form, ResNet20
@@ -33,39 +33,32 @@ def _claim(lab: Lab) -> ClaimResult:
         images[:, 0, 17:19, 17:19] += shapes[second] * 2 - 1
         return images, same
 
-    def digit_batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            chosen = torch.randint(len(data.train_labels), (lab.size(64, 4),), generator=generator)
-            yield data.train_images[chosen], data.train_labels[chosen]
-
-    def mark_batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield marks(generator, lab.size(32, 4))
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
     held_out = marks(torch.Generator().manual_seed(10**6), lab.size(400, 4))
-    tests = {"digits": (data.test_images, data.test_labels), "far_marks": held_out}
     forms: dict[str, tuple[Form | None, dict[str, Any]]] = {
         "plain": (None, {}),
         "self": ("self", {}),
         "multi_head": ("multi-head", {}),
         "cbam": ("cbam", {"reduction": 8}),
     }
-    for task, batches in (("digits", digit_batches), ("far_marks", mark_batches)):
-        for name, (form, arguments) in forms.items():
-            right = []
-            for seed in range(lab.seed, lab.seed + 2):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    model = ResNet20(10, form, in_channels=1, blocks=blocks, **arguments)
-                generator = torch.Generator().manual_seed(seed)
-                lab.train(model, batches(generator), loss, 120, lr=3e-3, description=f"{task}, {name}")
-                with torch.no_grad():
-                    right.append((model.eval()(tests[task][0]).argmax(-1) == tests[task][1]).float().mean().item())
-            measured[f"{task}_{name}_accuracy"] = sum(right) / len(right)
-            measured[f"{task}_{name}_spread"] = max(right) - min(right)
+    networks = {
+        name: partial(ResNet20, 10, form, in_channels=1, blocks=blocks, **arguments)
+        for name, (form, arguments) in forms.items()
+    }
+    tasks: dict[str, tuple[Callable[[torch.Generator], tuple[Tensor, ...]], tuple[Tensor, ...]]] = {
+        "digits": (
+            lambda generator: lab.data.rows(lab.size(64, 4), generator, data.train_images, data.train_labels),
+            (data.test_images, data.test_labels),
+        ),
+        "far_marks": (lambda generator: marks(generator, lab.size(32, 4)), held_out),
+    }
+    for task, (draw, test) in tasks.items():
+        trials = lab.forms(
+            networks,
+            draw,
+            lambda trial, test=test: {"accuracy": lab.accuracy(trial.model, test)},  # type: ignore[misc]
+            120, lr=3e-3, seeds=2, task=task,
+        )  # fmt: skip
+        measured |= trials.means(f"{task}_{{form}}_accuracy") | trials.spreads(f"{task}_{{form}}_spread")
     best = max(measured["far_marks_self_accuracy"], measured["far_marks_multi_head_accuracy"])
     return ClaimResult(measured, holds=best > max(measured[f"far_marks_{n}_accuracy"] for n in ("plain", "cbam")))
 

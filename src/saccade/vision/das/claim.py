@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.das.gate import DAS, beside
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 class _Reader(nn.Module):
@@ -31,46 +31,45 @@ class _Reader(nn.Module):
 
 def _claim(lab: Lab) -> ClaimResult:
     """The same reader with DAS and with DAS whose offsets are held at zero; error by seeds, offsets, time by pixels."""
-    seeds = lab.size(2, 1)
-    errors: dict[str, list[float]] = {"das": [], "plain_convolution": []}
-    moved = []
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        test, label_B, mark_B2 = beside(lab.size(500, 8), torch.Generator().manual_seed(1000 + seed))
-        for name in errors:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                gate = DAS(16, alpha=0.5)
-                network = _Reader(gate)
-            gate.offset.requires_grad_(name == "das")
-            lab.train(network, _batches(seed, lab.size(32, 4)), _loss, 400, lr=1e-2, description=name)
-            with torch.no_grad():
-                errors[name].append(100 * (network.eval()(test, mark_B2).argmax(1) != label_B).float().mean().item())
-                if name == "das":
-                    moved.append(gate.offset(gate.bottleneck(network.body[:2](test))).abs().mean().item())
+
+    def reader(moves: bool) -> nn.Module:
+        gate = DAS(16, alpha=0.5)
+        gate.offset.requires_grad_(moves)
+        return _Reader(gate)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        test, label_B, mark_B2 = beside(lab.size(500, 8), torch.Generator().manual_seed(1000 + trial.seed))
+        found = {"error": 100 * (trial.model(test, mark_B2).argmax(1) != label_B).float().mean().item()}
+        if trial.form == "das":
+            body = cast(_Reader, trial.model).body
+            gate = cast(DAS, body[2])
+            found["moved"] = gate.offset(gate.bottleneck(body[:2](test))).abs().mean().item()
+        return found
+
+    trials = lab.forms(
+        {"das": lambda: reader(True), "plain_convolution": lambda: reader(False)},
+        partial(beside, lab.size(32, 4)),
+        measure,
+        400, loss=_loss, lr=1e-2, seeds=2,
+    )  # fmt: skip
     gate = DAS(64).eval()
     times = []
     for side in lab.size((32, 64), (4, 8)):
         x_BCHW = torch.randn(1, 64, side, side)
         with torch.no_grad():
             times.append(lab.seconds(lambda x_BCHW=x_BCHW: gate(x_BCHW)))  # type: ignore[misc]
-    mean = {name: sum(values) / seeds for name, values in errors.items()}
-    spread = {f"spread_{name}_percent": max(values) - min(values) for name, values in errors.items()}
+    error = trials.means("error_{form}_percent", "error")
+    growth = times[1] / times[0]
     return ClaimResult(
         {
-            **{f"error_{name}_percent": value for name, value in mean.items()},
-            **spread,
-            "mean_offset_pixels": sum(moved) / seeds,
-            "time_at_four_times_the_pixels_ratio": times[1] / times[0],
+            **error,
+            **trials.spreads("spread_{form}_percent", "error"),
+            **trials.means("mean_offset_pixels", "moved"),
+            "time_at_four_times_the_pixels_ratio": growth,
         },
-        holds=mean["das"] < mean["plain_convolution"] and times[1] / times[0] < 8,
-        note=f"means of {seeds} seeds; three quarters is chance; offsets start at 0; 16 would be quadratic time",
+        holds=error["error_das_percent"] < error["error_plain_convolution_percent"] and growth < 8,
+        note="means of 2 seeds; three quarters is chance; offsets start at 0; 16 would be quadratic time",
     )
-
-
-def _batches(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield beside(size, generator)
 
 
 def _loss(network: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:

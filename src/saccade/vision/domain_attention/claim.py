@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
+from saccade.catalogue.lab import Trials
 from saccade.vision.domain_attention.gate import DomainAttention
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def drawn(images_B1HW: Tensor, labels_B: Tensor, count: int, domain: int, generator: torch.Generator) -> Any:
@@ -37,38 +39,48 @@ def _network(num_adapters: int) -> nn.Sequential:
 def _claim(lab: Lab) -> ClaimResult:
     """One network for three domains: one adapter, three mixed, and three networks of one domain each; two seeds."""
     data = lab.data.digits()
-    batch, seeds = lab.size(48, 6), lab.size(2, 1)
+    batch = lab.size(48, 6)
 
-    def batches(domains: Sequence[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            parts = [drawn(data.train_images, data.train_labels, batch // len(domains), d, generator) for d in domains]
-            yield torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
+    def draw(domains: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        parts = [drawn(data.train_images, data.train_labels, batch // len(domains), d, generator) for d in domains]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     generator = torch.Generator().manual_seed(10**6)
     tests = [drawn(data.test_images, data.test_labels, lab.size(500, 6), d, generator) for d in range(3)]
-    errors: dict[str, list[float]] = {"one_adapter": [], "three_adapters": [], "three_networks": []}
-    alike = []
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        for name, adapters in (("one_adapter", 1), ("three_adapters", 3), ("three_networks", 1)):
-            wrong = []
-            for domains in [[0], [1], [2]] if name == "three_networks" else [[0, 1, 2]]:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    model = _network(adapters)
-                lab.train(model, batches(domains, seed), loss, 240 // (3 if len(domains) == 1 else 1), lr=1e-2)
-                model.eval()
-                with torch.no_grad():
-                    wrong += [100 * (model(tests[d][0]).argmax(1) != tests[d][1]).float().mean() for d in domains]
-            errors[name].append(float(sum(wrong) / 3))
-            if adapters == 3:
-                alike.append(_likeness(model, [image for image, _ in tests]))
-    measured = {f"{name}_error_percent": sum(values) / seeds for name, values in errors.items()}
-    measured |= {f"{name}_spread_percent": max(values) - min(values) for name, values in errors.items()}
-    measured["assignment_cosine"] = sum(alike) / seeds
+
+    def error(model: nn.Module, domains: Sequence[int]) -> float:
+        return sum(100 * (1 - lab.accuracy(model, tests[d])) for d in domains) / len(domains)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        found = {"error_percent": error(trial.model, range(3))}
+        if trial.form == "three_adapters":
+            found["assignment"] = _likeness(trial.model, [image for image, _ in tests])
+        return found
+
+    trials = lab.forms(
+        {"one_adapter": lambda: _network(1), "three_adapters": lambda: _network(3)},
+        partial(draw, range(3)),
+        measure,
+        240, lr=1e-2, seeds=2,
+    )  # fmt: skip
+    alone = [
+        lab.forms(
+            {"three_networks": lambda: _network(1)},
+            partial(draw, (d,)),
+            lambda trial, d=d: {"error_percent": error(trial.model, (d,))},  # type: ignore[misc]
+            80, lr=1e-2, seeds=2, task=f"domain {d}",
+        )
+        for d in range(3)
+    ]  # fmt: skip
+    by_seed = [sum(errors) / 3 for errors in zip(*(each.values["three_networks"]["error_percent"] for each in alone))]
+    networks = Trials({"three_networks": {"error_percent": by_seed}})
+    measured = {
+        **trials.means("{form}_error_percent", "error_percent"),
+        **networks.means("{form}_error_percent"),
+        **trials.spreads("{form}_spread_percent", "error_percent"),
+        **networks.spreads("{form}_spread_percent"),
+        **trials.means("assignment_cosine", "assignment"),
+    }
     gain = measured["one_adapter_error_percent"] - measured["three_adapters_error_percent"]
     return ClaimResult(
         measured,
@@ -78,7 +90,6 @@ def _claim(lab: Lab) -> ClaimResult:
     )
 
 
-@torch.no_grad()
 def _likeness(model: nn.Module, images: Sequence[Tensor]) -> float:
     """Cosine of the mean assignments of two domains: the most alike two, in the layer that tells them apart best."""
     cosines = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.dynamic_head.gate import DyConv
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _scene(count: int, channels: int, size: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor]:
@@ -62,32 +62,26 @@ def _claim(lab: Lab) -> ClaimResult:
         return F.binary_cross_entropy_with_logits(model(batch[0]), batch[1])
 
     maps, truth = _scene(lab.size(128, 2), channels, size, torch.Generator().manual_seed(10**6))
-    areas: dict[str, list[float]] = {"block": [], "convolutions": []}
-    gates: dict[str, list[float]] = {"coarser": [], "own": []}
-    measured = {}
-    for seed in range(lab.seed, lab.seed + 2):
-        for name in areas:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = Reader(DyConv(channels) if name == "block" else convolutions())
-            measured[f"{name}_parameters"] = float(sum(p.numel() for p in model.block.parameters()))
-            generator = torch.Generator().manual_seed(seed)
 
-            def batches(generator: torch.Generator = generator) -> Iterator[tuple[list[Tensor], Tensor]]:
-                while True:
-                    yield _scene(lab.size(16, 2), channels, size, generator)
+    def measure(trial: Trial) -> dict[str, float]:
+        model = cast(Reader, trial.model)
+        found = {"auc": _area(model(maps), truth), "parameters": sum(p.numel() for p in model.block.parameters())}
+        if isinstance(model.block, DyConv):
+            gates = model.block.scales(maps)[0]
+            found |= {f"{branch}_gate": gates[branch].mean().item() for branch in ("coarser", "own")}
+        return found
 
-            lab.train(model, batches(), loss, 150, lr=3e-3, description=f"{name}, seed {seed}")
-            with torch.no_grad():
-                areas[name].append(_area(model.eval()(maps), truth))
-                if isinstance(model.block, DyConv):
-                    for branch, weight in model.block.scales(maps)[0].items():
-                        gates[branch].append(weight.mean().item())
-    for name, found in areas.items():
-        measured[f"{name}_auc"] = sum(found) / len(found)
-        measured[f"{name}_auc_spread"] = max(found) - min(found)
-    for name, found in gates.items():
-        measured[f"{name}_gate"] = sum(found) / len(found)
+    trials = lab.forms(
+        {"block": lambda: Reader(DyConv(channels)), "convolutions": lambda: Reader(convolutions())},
+        partial(_scene, lab.size(16, 2), channels, size),
+        measure,
+        150, loss=loss, lr=3e-3, seeds=2,
+    )  # fmt: skip
+    measured = {
+        **trials.means("{form}_{figure}", "parameters", "auc"),
+        **trials.spreads("{form}_auc_spread", "auc"),
+        **trials.means("{figure}", "coarser_gate", "own_gate"),
+    }
     gain = measured["block_auc"] - measured["convolutions_auc"]
     note = ""
     if measured["coarser_gate"] <= measured["own_gate"]:

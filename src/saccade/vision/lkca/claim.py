@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.lkca.gate import LKCA
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 class _Attention(nn.Module):
@@ -62,55 +62,50 @@ def _claim(lab: Lab) -> ClaimResult:
     source = lab.data.digits()
     channels, depth, size, count = 32, lab.size(4, 1), 8, lab.size(400, 8)
     test_images, test_labels = source.test_images[: lab.size(360, 8)], source.test_labels[: lab.size(360, 8)]
-    seeds = lab.size(2, 1)
 
-    def train(seed: int, steps: int, name: str, mixer: Callable[[], nn.Module]) -> tuple[nn.Module, list[float]]:
-        def batches() -> Iterator[tuple[Tensor, Tensor]]:
-            drawn = torch.Generator().manual_seed(seed)
-            while True:
-                chosen = torch.randint(count, (lab.size(32, 4),), generator=drawn)
-                yield source.train_images[chosen], source.train_labels[chosen]
+    def network(mixer: Callable[[], nn.Module]) -> nn.Module:
+        return _Transformer([mixer() for _ in range(depth)], channels)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = _Transformer([mixer() for _ in range(depth)], channels)
-        return network, lab.train(network, batches(), _loss, steps, lr=2e-3, description=name)
+    few = source.train_images[:count], source.train_labels[:count]
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return lab.data.rows(lab.size(32, 4), generator, *few)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        wrong = trial.model(test_images).argmax(1) != test_labels
+        return {"error": 100 * wrong.float().mean().item(), "parameters": trial.parameters}
 
     kinds: dict[str, Callable[[], nn.Module]] = {
         "msa": lambda: _Attention(channels, size),
         "lkca_one_kernel": lambda: LKCA(channels, size),
         "lkca_kernel_a_head": lambda: LKCA(channels, size, num_heads=4),
     }
-    errors: dict[str, list[float]] = {name: [] for name in kinds}
-    measured: dict[str, float] = {}
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        for name, mixer in kinds.items():
-            network, _ = train(seed, 300, name, mixer)
-            measured[f"parameters_{name}"] = float(sum(p.numel() for p in network.parameters()))
-            with torch.no_grad():
-                wrong = network.eval()(test_images).argmax(1) != test_labels
-            errors[name].append(100 * wrong.float().mean().item())
-    views = [
-        train(lab.seed, 10, view, lambda view=view: LKCA(channels, size, implementation=view))[1]  # type: ignore[misc]
-        for view in ("conv", "attention")
-    ]
-    apart = max(abs(a - b) for a, b in zip(*views, strict=True))
-    mean = {name: sum(values) / seeds for name, values in errors.items()}
+    forms = {name: partial(network, mixer) for name, mixer in kinds.items()}
+    trials = lab.forms(forms, draw, measure, 300, lr=2e-3, seeds=2)
+
+    curves: dict[str, list[float]] = {}
+
+    def keep(trial: Trial) -> dict[str, float]:
+        curves[trial.form] = trial.losses
+        return {}
+
+    views = {
+        view: partial(network, partial(LKCA, channels, size, implementation=view)) for view in ("conv", "attention")
+    }
+    lab.forms(views, draw, keep, 10, lr=2e-3)
+    apart = max(abs(a - b) for a, b in zip(*curves.values(), strict=True))
+    error = trials.means("error_{form}_percent", "error")
     return ClaimResult(
         {
-            **{f"error_{name}_percent": value for name, value in mean.items()},
-            **{f"spread_{name}_percent": max(values) - min(values) for name, values in errors.items()},
-            **measured,
+            **error,
+            **trials.spreads("spread_{form}_percent", "error"),
+            **trials.means("parameters_{form}", "parameters"),
             "largest_difference_of_the_views_losses": apart,
         },
-        holds=mean["lkca_one_kernel"] < mean["msa"] and apart < 1e-3,
-        note=f"means of {seeds} seeds; views compared over 10 steps; the verdict hangs on attention's position "
+        holds=error["error_lkca_one_kernel_percent"] < error["error_msa_percent"] and apart < 1e-3,
+        note="means of 2 seeds; views compared over 10 steps; the verdict hangs on attention's position "
         "embedding: with a standard deviation of 0.02 instead of 1 it learns too slowly for these steps and is behind",
     )
-
-
-def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(network(batch[0]), batch[1])
 
 
 CLAIM = Claim(

@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.vision.triplet.gate import TripletAttention
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def digits_on_noise(
@@ -55,42 +55,34 @@ def _network(gate: Callable[[int], nn.Module]) -> nn.Sequential:
 def _claim(lab: Lab) -> ClaimResult:
     """A residual network of three blocks plain and with triplet attention, same seeds, steps and images."""
     source = lab.data.digits()
-    kinds: dict[str, Callable[[int], nn.Module]] = {
-        "plain": lambda channels: nn.Identity(),
-        "triplet": TripletAttention,
-    }
-    seeds = lab.size(3, 1)
-    errors: dict[str, list[float]] = {name: [] for name in kinds}
-    parameters = {}
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        held_out = torch.Generator().manual_seed(1000 + seed)
-        test, label_B = digits_on_noise(source.test_images, source.test_labels, lab.size(1000, 8), held_out)
-        for name, gate in kinds.items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                network = _network(gate)
-            parameters[name] = sum(p.numel() for p in network.parameters())
-            drawn = torch.Generator().manual_seed(seed)
 
-            def batches(drawn: torch.Generator = drawn) -> Iterator[tuple[Tensor, Tensor]]:
-                while True:
-                    yield digits_on_noise(source.train_images, source.train_labels, lab.size(32, 4), drawn)
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return digits_on_noise(source.train_images, source.train_labels, lab.size(32, 4), generator)
 
-            lab.train(network, batches(), _loss, 250, lr=5e-3, description=name)
-            _refresh(network, batches(), lab.steps(20))
-            with torch.no_grad():
-                errors[name].append(100 * (network.eval()(test).argmax(1) != label_B).float().mean().item())
-    measured = {f"error_{name}_percent": sum(values) / seeds for name, values in errors.items()}
-    measured |= {f"spread_{name}_percent": max(values) - min(values) for name, values in errors.items()}
-    added = 100 * (parameters["triplet"] / parameters["plain"] - 1)
+    def measure(trial: Trial) -> dict[str, float]:
+        held_out = torch.Generator().manual_seed(1000 + trial.seed)
+        test = digits_on_noise(source.test_images, source.test_labels, lab.size(1000, 8), held_out)
+        _refresh(trial.model, trial.batches, lab.steps(20))
+        return {"error": 100 * (1 - lab.accuracy(trial.model.eval(), test)), "parameters": trial.parameters}
+
+    trials = lab.forms(
+        {"plain": lambda: _network(lambda channels: nn.Identity()), "triplet": lambda: _network(TripletAttention)},
+        draw,
+        measure,
+        250, lr=5e-3, seeds=3,
+    )  # fmt: skip
+    error, parameters = trials.means("error_{form}_percent", "error"), trials.means("{form}", "parameters")
     return ClaimResult(
-        {**measured, "added_parameters_triplet_percent": added},
-        holds=measured["error_triplet_percent"] < measured["error_plain_percent"],
-        note=f"means of {seeds} seeds and their spread (largest less smallest)",
+        {
+            **error,
+            **trials.spreads("spread_{form}_percent", "error"),
+            "added_parameters_triplet_percent": 100 * (parameters["triplet"] / parameters["plain"] - 1),
+        },
+        holds=error["error_triplet_percent"] < error["error_plain_percent"],
+        note="means of 3 seeds and their spread (largest less smallest)",
     )
 
 
-@torch.no_grad()
 def _refresh(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> None:
     """Running statistics of the trained network: the gates' norms, of momentum 0.01, are still on their way."""
     for norm in network.modules():
@@ -100,10 +92,6 @@ def _refresh(network: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], count
     network.train()
     for _ in range(count):
         network(next(batches)[0])
-
-
-def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(network(batch[0]), batch[1])
 
 
 CLAIM = Claim(
