@@ -282,7 +282,7 @@ def test_hosts() -> None:
     changed[:, -1] += 1
     assert not torch.allclose(both(x)[:, 0], both(changed)[:, 0])
     other = AILA(16, 4, True, mechanism="moba", mechanism_options={"block_size": 4, "top_k": 2})
-    assert isinstance(other.hosts[0], PreNormBlock) and type(other.hosts[0].mixer).__name__ == "MoBA"
+    assert isinstance(other.hosts[0], PreNormBlock) and type(other.hosts[0].attention).__name__ == "MoBA"
 
 
 def test_padding_behind_changes_nothing_in_a_recurrence() -> None:

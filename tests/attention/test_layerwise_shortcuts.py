@@ -65,22 +65,22 @@ def naive(model: ShortcutStack, x: Tensor) -> Tensor:
     for number, block in enumerate(model.blocks, start=1):
         h = states[-1]
         if number < len(model.blocks) or model.depths is None:
-            u = h + attention(block.mixer, block.norm1(h), [block.norm1(h)])
+            u = h + attention(block.attention, block.norm1(h), [block.norm1(h)])
         else:
             if block.before is not None:
                 h = h + attention(block.before, block.norm0(h), [block.norm0(h)])
-            cross, features = block.mixer, []
+            cross, features = block.attention, []
             for i, depth in enumerate(model.depths):
                 part = cross.feature_of[i % len(cross.feature_of)]
                 f = part.norm(states[depth])
                 if part.mlp is not None:
-                    out = part.mlp.down(nn.functional.gelu(part.mlp.up(f)))
+                    out = part.mlp.fc2(nn.functional.gelu(part.mlp.fc1(f)))
                     f = f + out if part.residual else out
                 features.append(f if cross.embedding is None else f + cross.embedding[i])
             if cross.join is not None:
                 features = [cross.join(torch.cat(features, -1))]
             u = h + attention(cross, block.norm1(h), features)
-        states.append(u + block.ffn(block.norm2(u)))
+        states.append(u + block.mlp(block.norm2(u)))
     return states[-1]
 
 
@@ -127,7 +127,7 @@ def test_the_layer_below_alone_is_the_plain_decoder(options: dict) -> None:
     missing, unexpected = ours.load_state_dict(plain.state_dict(), strict=False)
     assert all("feature_of" in name for name in missing) and not unexpected
     last = ours.blocks[-1]
-    feature = last.mixer.feature_of[0]
+    feature = last.attention.feature_of[0]
     feature.norm = last.norm1  # the one LayerNorm
     feature.start()
     torch.testing.assert_close(ours(tokens(11)), plain(tokens(11)), atol=1e-13, rtol=1e-13)
@@ -136,7 +136,7 @@ def test_the_layer_below_alone_is_the_plain_decoder(options: dict) -> None:
 def test_residual_features_start_at_the_layers_themselves() -> None:
     model = ShortcutStack(16, 4, layers=3, residual_mlp=True)
     x = torch.randn(2, 5, 16)
-    for feature in model.blocks[-1].mixer.feature_of:
+    for feature in model.blocks[-1].attention.feature_of:
         assert torch.equal(feature(x), nn.functional.layer_norm(x, (16,)))
 
 
@@ -281,7 +281,7 @@ def test_the_papers_depths_are_the_default() -> None:
     model = ShortcutDecoder(20, 16, 4, include_below=False)
     assert model.stack.depths == (2, 4, 8) and len(model.stack.blocks) == 10
     assert ShortcutStack(16, 4, layers=5).depths == (1, 2, 3, 4)
-    features = sum(p.numel() for p in model.stack.blocks[-1].mixer.feature_of.parameters())
+    features = sum(p.numel() for p in model.stack.blocks[-1].attention.feature_of.parameters())
     assert features == 3 * (2 * 16 * 16 + 2 * 16 + 2 * 16)  # weights, biases, norm
 
 

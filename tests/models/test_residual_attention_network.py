@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from saccade import catalogue
+from saccade.layers.residual import Bottleneck
 from saccade.models.residual_attention_network import (
     AttentionModule,
-    GroupedUnit,
     ResidualAttentionNetwork,
-    ResidualUnit,
-    enlarge,
     mask_of,
     pool,
 )
@@ -83,23 +80,6 @@ def test_pooling_has_no_padding_and_rounds_up() -> None:
         assert pool(torch.zeros(1, 1, size, size)).shape[-2:] == (expected, expected)
 
 
-def test_enlarging_puts_corners_on_corners() -> None:
-    small, large = torch.tensor([[[[0.0, 3.0]]]]), torch.zeros(1, 1, 1, 4)
-    torch.testing.assert_close(enlarge(small, large), torch.tensor([[[[0.0, 1.0, 2.0, 3.0]]]]))
-
-
-def test_the_unit() -> None:
-    torch.manual_seed(0)
-    for inputs, outputs, stride in ((8, 8, 1), (8, 12, 1), (8, 8, 2)):
-        unit = ResidualUnit(inputs, outputs, stride)
-        x = torch.randn(2, inputs, 5, 6)
-        assert unit(x).shape == (2, outputs, -(-5 // stride), -(-6 // stride))
-        nn.init.zeros_(unit.conv3.weight)
-        shortcut = x if unit.shortcut is None else unit.shortcut(F.relu(unit.norm(x)))
-        torch.testing.assert_close(unit(x), shortcut)
-        assert (unit.shortcut is None) == (inputs == outputs and stride == 1)
-
-
 @pytest.mark.parametrize("depth", [0, 1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (5, 13), (16, 8)])
 def test_any_size(depth: int, size: tuple[int, int]) -> None:
@@ -149,15 +129,10 @@ def test_pyramid(small: bool) -> None:
 
 def test_resnext_units() -> None:
     torch.manual_seed(0)
-    unit = GroupedUnit(8, 16, 2, groups=4).eval()
     x = torch.randn(2, 8, 5, 6)
-    assert unit(x).shape == (2, 16, 3, 3) and (unit(x) >= 0).all()
-    assert unit.conv2.weight.shape == (8, 2, 3, 3)
-    same = GroupedUnit(8, 8, groups=4).eval()
-    nn.init.zeros_(same.norm3.weight)
-    assert torch.equal(same(x), F.relu(x))
     module = AttentionModule(8, 2, groups=4)
-    assert not any(isinstance(layer, ResidualUnit) for layer in module.modules())
+    assert {type(unit) for unit in (*module.before, *module.trunk, *module.mask.down[0])} == {Bottleneck}
+    assert module.trunk[0].conv2.weight.shape == (4, 1, 3, 3)
     assert module(x).shape == x.shape
     model = ResidualAttentionNetwork((1, 1, 1), channels=(8, 8, 16, 16), groups=4, stem_width=4, num_classes=5).eval()
     assert model(torch.randn(1, 3, 64, 32)).logits.shape == (1, 5)

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import saccade
 from saccade import catalogue
+from saccade.layers.positions import ConditionalPosition
 from saccade.models.twins import (
     GlobalSubsampledAttention,
     LocallyGroupedAttention,
-    PositionEncoding,
     Twins,
 )
 
@@ -110,7 +110,7 @@ def test_averaging_representatives() -> None:
 
 def test_position_encoding() -> None:
     torch.manual_seed(0)
-    module, x = PositionEncoding(6), torch.randn(2, 7, 8, 6)
+    module, x = ConditionalPosition(6), torch.randn(2, 7, 8, 6)
     moved = module(x.roll((1, 2), (1, 2)))
     torch.testing.assert_close(moved[:, 2:-1, 3:-1], module(x).roll((1, 2), (1, 2))[:, 2:-1, 3:-1])
     nn.init.zeros_(module.weight)

@@ -6,6 +6,17 @@ import torch
 from torch import Tensor, nn
 
 
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rates of `depth` blocks, rising linearly from 0 to `last`; a single block has 0.
+
+    Raises:
+        ValueError: if `last` is not at least 0 and below 1.
+    """
+    if not 0 <= last < 1:
+        raise ValueError(f"drop_path must be at least 0 and below 1, got {last}")
+    return [last * block / max(depth - 1, 1) for block in range(depth)]
+
+
 class DropPath(nn.Module):
     """In training, zero a branch for a row of the batch with probability `rate`; scale the others by 1 / (1 - rate).
 

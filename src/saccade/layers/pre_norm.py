@@ -1,32 +1,64 @@
-"""The pre-norm transformer block around any sequence mechanism.
+"""The pre-norm transformer block around any attention, on tokens or on maps with channels last.
 
-Shape letters: B batch, N tokens, C channels.
+    u = x + s1 attention(norm(x)),     y = u + s2 mlp(norm(u))
+
+Norm before the branches: Xiong et al., arXiv 2002.04745; s1 and s2, a learned factor per channel where there is one
+(layer scale): Touvron et al., arXiv 2103.17239.
+
+Shape letters: B batch, N tokens, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from saccade.layers.mlp import FeedForward
+from saccade.layers.drop_path import DropPath
+from saccade.layers.mlp import MLP
 
 
 class PreNormBlock(nn.Module):
-    """u = x + mixer(norm(x)),   y = u + ffn(norm(u)).
+    """x (B, N, C) or (B, H, W, C) to the same shape.
 
     Args:
-        mixer: any sequence mechanism of width `dim`.
-        ffn_dim: inner width of the feed-forward layer, 4 dim where None.
+        attention: a module of width `dim`, or None: the block is its MLP alone then.
+        dim: C.
+        hidden: inner width of the MLP, 4 dim where None.
+        mlp: another module in the MLP's place.
+        drop: dropout of the MLP.
+        drop_path: probability that a branch is left out, row by row of the batch.
+        layer_scale: of s1 and s2 at the start; None has none.
+        norm_eps: of both norms.
     """
 
-    def __init__(self, mixer: nn.Module, dim: int, ffn_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        attention: nn.Module | None,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        mlp: nn.Module | None = None,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
-        self.norm2, self.ffn = nn.LayerNorm(dim), FeedForward(dim, ffn_dim)
+        self.norm1 = None if attention is None else nn.LayerNorm(dim, norm_eps)
+        self.attention, self.norm2 = attention, nn.LayerNorm(dim, norm_eps)
+        self.mlp = MLP(dim, hidden, drop=drop) if mlp is None else mlp
+        self.scale1, self.scale2 = (
+            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
+        )
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x_BNC: Tensor, *, mask: Any = None, cache: Any = None) -> Tensor:
-        """`mask` and `cache` are the mixer's."""
-        given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-        x_BNC = x_BNC + self.mixer(self.norm1(x_BNC), **given)
-        return x_BNC + self.ffn(self.norm2(x_BNC))
+    def forward(self, x: Tensor, *, mask: Any = None, cache: Any = None, **arguments: Any) -> Tensor:
+        """`mask`, `cache` and the other arguments are the attention's."""
+        if self.attention is not None and self.norm1 is not None:
+            given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
+            y = self.attention(self.norm1(x), **given, **arguments)
+            x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
+        y = self.mlp(self.norm2(x))
+        return x + self.drop_path(y if self.scale2 is None else y * self.scale2)

@@ -1,4 +1,4 @@
-"""What image backbones share: the pyramid that `features` gives, the head on its last level and what it says, a block.
+"""What image backbones share: the pyramid that `features` gives, the head on its last level and what it says.
 
 Shape letters: B batch, C channels, H height, W width, K classes.
 """
@@ -10,11 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade import catalogue
-from saccade.layers.drop_path import DropPath
 from saccade.models.complete import Complete, labels
 from saccade.models.images import middle, normalised, stacked, to_picture, with_bars
 from saccade.ops.export import output
@@ -105,50 +103,6 @@ class Backbone(Complete):
             shown = shown.resize((max(1, round(shown.width * _HEIGHT / shown.height)), _HEIGHT))
             pictures.append(with_bars(shown, list(said.items())))
         return stacked(pictures)
-
-
-class MLP(nn.Module):
-    """Two layers with GELU between them."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """x + attention(LN(x)) where there is attention, then x + MLP(LN(x)), on (B, H, W, C).
-
-    Args:
-        dim: C.
-        attention: a module on (B, H, W, C), or None.
-        mlp_ratio: width of the MLP over C.
-        drop: dropout of the MLP.
-        drop_path: probability that a branch is left out, image by image.
-        norm_eps: of both norms.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attention: nn.Module | None,
-        mlp_ratio: float = 4.0,
-        *,
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__()
-        self.norm1 = None if attention is None else nn.LayerNorm(dim, norm_eps)
-        self.attention, self.norm2 = attention, nn.LayerNorm(dim, norm_eps)
-        self.mlp, self.drop_path = MLP(dim, int(dim * mlp_ratio), drop), DropPath(drop_path)
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        if self.attention is not None and self.norm1 is not None:
-            x_BHWC = x_BHWC + self.drop_path(self.attention(self.norm1(x_BHWC)))
-        return x_BHWC + self.drop_path(self.mlp(self.norm2(x_BHWC)))
 
 
 def check_images(x_BCHW: Tensor, channels: int) -> None:

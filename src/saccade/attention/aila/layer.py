@@ -256,7 +256,7 @@ class AILAStack(nn.Module):
         """
         caches: list[Any] = []
         for host, takes in zip(self.hosts, self._takes):
-            maker: Any = host.mixer if isinstance(host, PreNormBlock) else host
+            maker: Any = host.attention if isinstance(host, PreNormBlock) else host
             if "cache" in takes and not hasattr(maker, "new_cache"):
                 raise ValueError(f"{type(maker).__name__} has no cache to decode with")
             caches.append(maker.new_cache(batch_size, device=device, dtype=dtype) if "cache" in takes else None)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saccade import catalogue
 from saccade.attention.layerwise_shortcuts.operator import Depths, depth_shares, shortcut_attend
 from saccade.layers.cache import KVCache, LayerCaches
-from saccade.layers.mlp import FeedForward
+from saccade.layers.mlp import MLP
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.masks import Mask
@@ -29,14 +29,14 @@ class DepthFeature(nn.Module):
     def __init__(self, dim: int, hidden: int, *, residual: bool = False) -> None:
         super().__init__()
         self.norm, self.residual = nn.LayerNorm(dim), residual
-        self.mlp = FeedForward(dim, hidden) if hidden else None
+        self.mlp = MLP(dim, hidden) if hidden else None
         self.start()
 
     def start(self) -> None:
         """With `residual`, set the MLP's last layer to 0."""
         if self.residual and self.mlp is not None:
-            nn.init.zeros_(self.mlp.down.weight)
-            nn.init.zeros_(self.mlp.down.bias)
+            nn.init.zeros_(self.mlp.fc2.weight)
+            nn.init.zeros_(self.mlp.fc2.bias)
 
     def forward(self, h_BMC: Tensor) -> Tensor:
         u_BMC = self.norm(h_BMC)
@@ -171,22 +171,20 @@ class ShortcutAttention(QKVAttention):
         return f"{super().extra_repr()}, depths={self.depths}, combine={self.combine!r}"
 
 
-class ShortcutBlock(nn.Module):
+class ShortcutBlock(PreNormBlock):
     """The last layer: a pre-norm block whose attention is `ShortcutAttention`, with `before` after a self-attention."""
 
-    def __init__(self, mixer: ShortcutAttention, ffn_dim: int | None, before: nn.Module | None) -> None:
-        super().__init__()
-        dim = mixer.dim
-        self.norm0 = None if before is None else nn.LayerNorm(dim)
+    def __init__(self, attention: ShortcutAttention, ffn_dim: int | None, before: nn.Module | None) -> None:
+        super().__init__(attention, attention.dim, ffn_dim)
+        self.norm0 = None if before is None else nn.LayerNorm(attention.dim)
         self.before = before
-        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
-        self.norm2, self.ffn = nn.LayerNorm(dim), FeedForward(dim, ffn_dim)
 
-    def forward(self, x_BNC: Tensor, hidden: Sequence[Tensor], *, mask: Any = None, cache: Any = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x_BNC: Tensor, hidden: Sequence[Tensor], *, mask: Any = None, cache: Any = None
+    ) -> Tensor:
         x_BNC = self.below(x_BNC, mask=mask, cache=None if cache is None else cache.layers[0])
         last = None if cache is None else cache.layers[1]
-        x_BNC = x_BNC + self.mixer(self.norm1(x_BNC), hidden, mask=mask, cache=last)
-        return x_BNC + self.ffn(self.norm2(x_BNC))
+        return super().forward(x_BNC, hidden=hidden, mask=mask, cache=last)
 
     def below(self, x_BNC: Tensor, *, mask: Any = None, cache: Any = None) -> Tensor:
         """What the cross-attention is added to."""
@@ -307,9 +305,9 @@ class ShortcutStack(nn.Module):
         for block in self.blocks:
             if isinstance(block, ShortcutBlock):
                 before = None if block.before is None else cache_of(block.before)
-                caches.append(LayerCaches([before, cache_of(block.mixer)]))
+                caches.append(LayerCaches([before, cache_of(block.attention)]))
             else:
-                caches.append(cache_of(block.mixer))
+                caches.append(cache_of(block.attention))
         return LayerCaches(caches)
 
     def depth_shares(self, x_BNC: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
@@ -319,12 +317,12 @@ class ShortcutStack(nn.Module):
             ValueError: if there are no shortcuts, or features are joined.
         """
         last, query_BNC, hidden = self._at_last(x_BNC, mask)
-        return last.mixer.shares(query_BNC, hidden, mask=mask)
+        return last.attention.shares(query_BNC, hidden, mask=mask)
 
     def mix(self, x_BNC: Tensor, values_BHME: Tensor, *, mask: Tensor | Mask | None = None) -> Tensor:
         """The last layer's weights on given values, as `ShortcutAttention.mix`."""
         last, query_BNC, hidden = self._at_last(x_BNC, mask)
-        return last.mixer.mix(query_BNC, values_BHME, hidden=hidden, mask=mask)
+        return last.attention.mix(query_BNC, values_BHME, hidden=hidden, mask=mask)
 
     def extra_repr(self) -> str:
         return f"depths={self.depths}"

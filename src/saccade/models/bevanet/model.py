@@ -11,52 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.convolution import conv_norm_relu, norm_relu_conv
+from saccade.layers.norms import ChannelNorm
+from saccade.layers.residual import BasicBlock, Bottleneck
+from saccade.layers.resize import resize
 from saccade.models.backbone import check_images
-from saccade.models.bevanet.parts import BGAF, DLKPPM, EVA, PagFM, before, resize
+from saccade.models.bevanet.parts import BGAF, DLKPPM, EVA, PagFM
 from saccade.models.segmentation import Segmentation, Segmenter
 
 #: label of pixels that are not scored
 IGNORE = -100
-
-
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut; `relu` at the end or not."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, relu: bool = True) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.shortcut = _shortcut(inputs, outputs, stride)
-        self.relu = relu
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))) + self.shortcut(x_BCHW)
-        return _relu(y_BCHW, self.relu)
-
-
-class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3, 1 x 1 to twice the width, and a shortcut; `relu` at the end or not."""
-
-    def __init__(self, inputs: int, width: int, stride: int = 1, relu: bool = False) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False)
-        self.norm1, self.norm2, self.norm3 = (nn.BatchNorm2d(c) for c in (width, width, 2 * width))
-        self.shortcut = _shortcut(inputs, 2 * width, stride)
-        self.relu = relu
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW))))))
-        return _relu(self.norm3(self.conv3(y_BCHW)) + self.shortcut(x_BCHW), self.relu)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of a map (B, C, H, W)."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return super().forward(x_BCHW.movedim(1, -1)).movedim(-1, 1)
 
 
 class _Branches(nn.Module):
@@ -88,9 +52,8 @@ class _Branches(nn.Module):
         self.in_channels = in_channels
         self.plain_semantic, self.plain_detail = ([not k for k in ks] for ks in (semantic_kernels, detail_kernels))
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
-            nn.Conv2d(p, p, 3, 2, padding=1), nn.BatchNorm2d(p), nn.ReLU(),
-        )  # fmt: skip
+            *conv_norm_relu(in_channels, p, 3, 2, bias=True), *conv_norm_relu(p, p, 3, 2, bias=True)
+        )
         self.layer1, self.layer2 = _plain(p, p, blocks[0], 1), _plain(p, 2 * p, blocks[1], 2)
         self.semantic = nn.ModuleList(
             _stage(2 * p * 2**i, 4 * p * 2**i, blocks[2 + i], 2, semantic_kernels[i], 1 + i, expand) for i in range(2)
@@ -100,7 +63,7 @@ class _Branches(nn.Module):
             nn.Sequential(nn.Conv2d(c, 2 * p, 1, bias=False), nn.BatchNorm2d(2 * p)) for c in (4 * p, 8 * p)
         )
         self.exchange = nn.ModuleList(PagFM(2 * p, p) for _ in range(2))
-        self.to_detail = Bottleneck(2 * p, 2 * p)
+        self.to_detail = _double(2 * p, 2 * p)
 
     def _branches(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """Semantic maps, and the detail branch after its first and its second exchange."""
@@ -160,7 +123,7 @@ class BEVANet(_Branches, Segmenter):
         self.channels = (p, 2 * p, 4 * p, 8 * p, 16 * p)
         self.semantic.append(_stage(8 * p, 16 * p, blocks[4], 2, semantic_kernels[2], 2, expand))
         self.pyramid = DLKPPM(16 * p, pyramid_channels, 4 * p)
-        self.to_boundary = Bottleneck(2 * p, 2 * p)
+        self.to_boundary = _double(2 * p, 2 * p)
         self.fuse = BGAF(4 * p)
         self.head = _head(4 * p, head_channels, num_classes)
         self.auxiliary_head = _head(2 * p, head_channels, num_classes)
@@ -221,21 +184,19 @@ class BEVANetClassifier(_Branches):
         if min(num_classes, last_channels) < 1:
             raise ValueError(f"num_classes and last_channels must be positive, got {num_classes} and {last_channels}")
         p, kernel = planes, semantic_kernels[2]
-        last: list[nn.Module] = [Bottleneck(8 * p, 8 * p)]
+        last: list[nn.Module] = [_double(8 * p, 8 * p)]
         if kernel:
             for _ in range(2):
                 last += [EVA(16 * p, kernel, expand), ChannelNorm(16 * p)]
-            last.append(Bottleneck(16 * p, 8 * p))
+            last.append(_double(16 * p, 8 * p))
         else:
-            last += [Bottleneck(16 * p, 8 * p, relu=i < blocks[4] - 1) for i in range(1, blocks[4])]
+            last += [_double(16 * p, 8 * p, relu=i < blocks[4] - 1) for i in range(1, blocks[4])]
         self.semantic.append(nn.Sequential(*last))
         self.down = nn.Sequential(
-            nn.Conv2d(4 * p, 8 * p, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8 * p), nn.ReLU(),
+            *conv_norm_relu(4 * p, 8 * p, 3, 2),
             nn.Conv2d(8 * p, 16 * p, 3, 2, padding=1, bias=False), nn.BatchNorm2d(16 * p),
         )  # fmt: skip
-        self.last = nn.Sequential(
-            nn.Conv2d(16 * p, last_channels, 1, bias=False), nn.BatchNorm2d(last_channels), nn.ReLU()
-        )
+        self.last = conv_norm_relu(16 * p, last_channels, 1)
         self.head = nn.Linear(last_channels, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -299,10 +260,9 @@ def _relu(x_BCHW: Tensor, wanted: bool) -> Tensor:
     return F.relu(x_BCHW) if wanted else x_BCHW
 
 
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    if stride == 1 and inputs == outputs:
-        return nn.Identity()
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+def _double(inputs: int, width: int, relu: bool = False) -> Bottleneck:
+    """A bottleneck to twice the width."""
+    return Bottleneck(inputs, width, expansion=2, relu=relu)
 
 
 def _plain(inputs: int, outputs: int, count: int, stride: int) -> nn.Sequential:
@@ -328,4 +288,6 @@ def _stage(
 
 
 def _head(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(*before(inputs, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, outputs, 1))
+    return nn.Sequential(
+        *norm_relu_conv(inputs, hidden, 3), nn.BatchNorm2d(hidden), nn.ReLU(), nn.Conv2d(hidden, outputs, 1)
+    )

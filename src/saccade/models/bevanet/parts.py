@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.convolution import depthwise, norm_relu_conv
+from saccade.layers.resize import resize
+
 
 class Kernel(NamedTuple):
     """How a large kernel is made up: a small one, then strips that step over pixels."""
@@ -22,23 +25,6 @@ class Kernel(NamedTuple):
 
 #: by the size that they stand for
 KERNELS = {7: Kernel(3, 3, 2), 11: Kernel(3, 5, 2), 23: Kernel(5, 7, 3), 35: Kernel(5, 11, 3)}
-
-
-def depthwise(channels: int, height: int, width: int, dilation: int = 1) -> nn.Conv2d:
-    """A kernel per channel, with bias; the map keeps its size."""
-    padding = (height // 2 * dilation, width // 2 * dilation)
-    return nn.Conv2d(channels, channels, (height, width), padding=padding, dilation=dilation, groups=channels)
-
-
-def before(inputs: int, outputs: int, size: int = 1, dilation: int = 1) -> nn.Sequential:
-    """Norm, ReLU, then a convolution without bias."""
-    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2 * dilation, dilation=dilation, bias=False)
-    return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), convolution)
-
-
-def resize(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Bilinear to the size of another map."""
-    return F.interpolate(x_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=False)
 
 
 class CKS(nn.Module):
@@ -88,9 +74,9 @@ class SDLSKA(nn.Module):
     def __init__(self, channels: int, kernel_size: int = 35, *, identity_init: bool = False) -> None:
         super().__init__()
         kernel = _kernel(kernel_size)
-        self.small = depthwise(channels, kernel.small, kernel.small)
-        self.across = depthwise(channels, 1, kernel.strip, kernel.dilation)
-        self.down = depthwise(channels, kernel.strip, 1, kernel.dilation)
+        self.small = depthwise(channels, kernel.small)
+        self.across = depthwise(channels, (1, kernel.strip), kernel.dilation)
+        self.down = depthwise(channels, (kernel.strip, 1), kernel.dilation)
         self.select = CKS(channels)
         self.project = nn.Conv2d(channels, channels, 1)
         self.identity_init = identity_init
@@ -113,9 +99,12 @@ class LSKA(nn.Module):
     def __init__(self, channels: int, kernel_size: int = 35) -> None:
         super().__init__()
         kernel = _kernel(kernel_size)
-        self.small_across, self.small_down = depthwise(channels, 1, kernel.small), depthwise(channels, kernel.small, 1)
-        self.across = depthwise(channels, 1, kernel.strip, kernel.dilation)
-        self.down = depthwise(channels, kernel.strip, 1, kernel.dilation)
+        self.small_across, self.small_down = (
+            depthwise(channels, (1, kernel.small)),
+            depthwise(channels, (kernel.small, 1)),
+        )
+        self.across = depthwise(channels, (1, kernel.strip), kernel.dilation)
+        self.down = depthwise(channels, (kernel.strip, 1), kernel.dilation)
         self.project = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -155,7 +144,7 @@ class EVA(nn.Module):
         self.norm1, self.norm2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
         self.attention = GatedAttention(channels, SDLSKA(channels, kernel_size))
         self.fc1 = nn.Conv2d(channels, expand * channels, 1)
-        self.mix = depthwise(expand * channels, 3, 3)
+        self.mix = depthwise(expand * channels, 3)
         self.fc2 = nn.Conv2d(expand * channels, channels, 1)
         self.scale1, self.scale2 = (nn.Parameter(torch.full((channels,), 1e-2)) for _ in range(2))
         for module in self.modules():
@@ -205,13 +194,13 @@ class DLKPPM(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, out_channels: int, kernel_size: int = 35) -> None:
         super().__init__()
-        self.reduce = nn.ModuleList(before(in_channels, channels) for _ in range(5))
+        self.reduce = nn.ModuleList(norm_relu_conv(in_channels, channels) for _ in range(5))
         self.norm = nn.BatchNorm2d(channels)
         self.attention = GatedAttention(channels, LSKA(channels, kernel_size))
         self.scale = nn.Parameter(torch.full((channels,), 1e-2))
-        self.process = nn.ModuleList(before(channels, channels, 3, dilation) for dilation in (2, 2, 1, 1, 1))
-        self.compression = before(6 * channels, out_channels)
-        self.shortcut = before(in_channels, out_channels)
+        self.process = nn.ModuleList(norm_relu_conv(channels, channels, 3, dilation) for dilation in (2, 2, 1, 1, 1))
+        self.compression = norm_relu_conv(6 * channels, out_channels)
+        self.shortcut = norm_relu_conv(in_channels, out_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         first = self.reduce[0](x_BCHW)
@@ -241,8 +230,8 @@ class BGAF(nn.Module):
 
     def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.detail, self.semantic = before(channels, channels, 3), before(channels, channels, 3)
-        self.out = before(channels, out_channels or channels, 3)
+        self.detail, self.semantic = norm_relu_conv(channels, channels, 3), norm_relu_conv(channels, channels, 3)
+        self.out = norm_relu_conv(channels, out_channels or channels, 3)
 
     def fuse(self, detail_BCHW: Tensor, semantic_BCHW: Tensor, boundary_BCHW: Tensor) -> Tensor:
         """f."""
@@ -256,7 +245,7 @@ class BGAF(nn.Module):
 
 def _gate(inputs: int, outputs: int) -> nn.Sequential:
     """On maps of one position; of the depthwise kernel only the centre counts there."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1), depthwise(outputs, 3, 3), nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1), depthwise(outputs, 3), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 def _kernel(size: int) -> Kernel:

@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.layers.drop_path import DropPath
+from saccade.layers.drop_path import drop_path_rates
+from saccade.layers.initialization import start_transformer
+from saccade.layers.norms import ChannelNorm
+from saccade.layers.patches import PatchMerging, filled
+from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, check_images
 from saccade.ops.shifted import packed_window_attend, relative_bias
 
@@ -45,13 +48,6 @@ def to_map(x_BNC: Tensor, size: tuple[int, int]) -> Tensor:
 def to_tokens(x_BChw: Tensor) -> Tensor:
     """The inverse of `to_map`."""
     return x_BChw.flatten(2).transpose(1, 2)
-
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position of a map."""
-
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        return super().forward(x_BChw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class LocalBranch(nn.Sequential):
@@ -142,8 +138,8 @@ class FusedAttention(nn.Module):
         return global_BNC + (local_BNC if self.gate is None else self.gate * local_BNC)
 
 
-class CoSwinBlock(nn.Module):
-    """Fused attention and MLP, each after a LayerNorm and with a residual; x (B, N, C) -> (B, N, C).
+class CoSwinBlock(PreNormBlock):
+    """Fused attention and MLP, each after a layer norm and with a residual; x (B, N, C) -> (B, N, C), with `size=`.
 
     Args:
         mlp_ratio: hidden units of the MLP over C.
@@ -154,29 +150,7 @@ class CoSwinBlock(nn.Module):
     def __init__(
         self, dim: int, num_heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0, **arguments: Any
     ) -> None:
-        super().__init__()
-        self.drop_path = DropPath(drop_path)
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention = FusedAttention(dim, num_heads, **arguments)
-        hidden = int(mlp_ratio * dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
-
-    def forward(self, x_BNC: Tensor, size: tuple[int, int]) -> Tensor:
-        x_BNC = x_BNC + self.drop_path(self.attention(self.norm1(x_BNC), size))
-        return x_BNC + self.drop_path(self.mlp(self.norm2(x_BNC)))
-
-
-class PatchMerging(nn.Module):
-    """Half the resolution, twice the channels: 2 x 2 neighbours side by side, LayerNorm, linear; (B, C, h, w) maps."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.norm, self.reduction = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def forward(self, x_BChw: Tensor) -> Tensor:
-        x_BhwC = _pad(x_BChw, 2).permute(0, 2, 3, 1)
-        quarters = [x_BhwC[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]  # Swin's order
-        return self.reduction(self.norm(torch.cat(quarters, 3))).permute(0, 3, 1, 2)
+        super().__init__(FusedAttention(dim, num_heads, **arguments), dim, int(mlp_ratio * dim), drop_path=drop_path)
 
 
 class CoSwin(Backbone):
@@ -226,14 +200,12 @@ class CoSwin(Backbone):
             )
         if not depths or min(depths) < 1 or len(depths) != len(num_heads):
             raise ValueError(f"depths and num_heads must have one positive entry per stage, got {depths}, {num_heads}")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         self.in_channels = in_channels
         self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.strides = tuple(patch_size * 2**stage for stage in range(len(depths)))
         self.patches = nn.Conv2d(in_channels, embed_dim, patch_size, patch_size)
         self.merges = nn.ModuleList(PatchMerging(dim) for dim in self.channels[:-1])
-        rates = iter(drop_path * i / max(1, sum(depths) - 1) for i in range(sum(depths)))
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         self.stages = nn.ModuleList(
             nn.ModuleList(
                 CoSwinBlock(
@@ -255,12 +227,14 @@ class CoSwin(Backbone):
         )
         self.norm = nn.LayerNorm(self.channels[-1])
         self.head = nn.Linear(self.channels[-1], num_classes) if num_classes else None
+        self.apply(start_transformer)
         for module in self.modules():
-            _initialise(module)
+            if isinstance(module, FusedAttention):
+                nn.init.trunc_normal_(module.bias_table, std=0.02)
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         check_images(x_BCHW, self.in_channels)
-        map_BChw = self.patches(_pad(x_BCHW, self.strides[0]))
+        map_BChw = self.patches(filled(x_BCHW, self.strides[0]))
         maps: list[Tensor] = []
         for index, blocks in enumerate(self.stages):
             if index:
@@ -268,7 +242,7 @@ class CoSwin(Backbone):
             height, width = map_BChw.shape[2:]
             x_BNC = to_tokens(map_BChw)
             for block in blocks:  # type: ignore[attr-defined]
-                x_BNC = block(x_BNC, (height, width))
+                x_BNC = block(x_BNC, size=(height, width))
             map_BChw = to_map(x_BNC, (height, width))
             maps.append(map_BChw)
         return maps
@@ -290,21 +264,3 @@ class CoSwin(Backbone):
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _pad(x_BCHW: Tensor, multiple: int) -> Tensor:
-    """Zeros at the right and lower border, to multiples."""
-    height, width = x_BCHW.shape[2:]
-    return F.pad(x_BCHW, (0, -width % multiple, 0, -height % multiple))
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.weight[0, 0].numel() * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    elif isinstance(module, FusedAttention):
-        nn.init.trunc_normal_(module.bias_table, std=0.02)
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.models.backbone import Backbone, Block, ImageOutput, check_images
+from saccade.layers.drop_path import drop_path_rates
+from saccade.layers.patches import filled
+from saccade.layers.pre_norm import PreNormBlock
+from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.ops.deformable import deformable_conv
 from saccade.ops.shifted import packed_window_attend, relative_bias
 
@@ -45,7 +48,7 @@ class DeformableTokenMerging(nn.Module):
 
     def offsets(self, x_BCHW: Tensor) -> Tensor | None:
         """(B, 8, H / 2, W / 2): dy, then dx, of the taps in row-major order; None where not deformable."""
-        return None if self.offset_conv is None else self.offset_conv(_even(x_BCHW, 2))
+        return None if self.offset_conv is None else self.offset_conv(filled(x_BCHW, 2))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / 2, W / 2).
@@ -54,7 +57,7 @@ class DeformableTokenMerging(nn.Module):
             ValueError: if `x` is no map of C channels.
         """
         check_images(x_BCHW, self.dim)
-        x_BCHW = _even(x_BCHW, 2)
+        x_BCHW = filled(x_BCHW, 2)
         offset = self.offsets(x_BCHW)
         if offset is None:
             y_BCHW = self.conv(x_BCHW)
@@ -193,8 +196,6 @@ class LIT(Backbone):
             raise ValueError(f"positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
         if class_token and positions != "absolute":
             raise ValueError("class_token has no place in tables of relative positions: positions must be 'absolute'")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         self.channels = tuple(dims)
         self.strides = tuple(patch_size * 2**i for i in range(len(depths)))
         self.in_channels, self.patch_size = in_channels, patch_size
@@ -207,7 +208,7 @@ class LIT(Backbone):
             nn.LayerNorm(dims[0], norm_eps),
         )
         self.drop = nn.Dropout(drop)
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         stages = []
         for i, (depth, width) in enumerate(zip(depths, dims)):
             size = self.map_sizes[i] if positions == "relative" else None
@@ -218,7 +219,8 @@ class LIT(Backbone):
                     if attention[i]
                     else None
                 )
-                blocks.append(Block(width, layer, ratios[i], drop=drop, drop_path=next(rates), norm_eps=norm_eps))
+                hidden = int(width * ratios[i])
+                blocks.append(PreNormBlock(layer, width, hidden, drop=drop, drop_path=next(rates), norm_eps=norm_eps))
             stages.append(nn.Sequential(*blocks))
         self.stages = nn.ModuleList(stages)
         self.mergings = nn.ModuleList(
@@ -244,7 +246,7 @@ class LIT(Backbone):
     def pyramid(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """`features`, and the class token (B, C) where there is one."""
         check_images(x_BCHW, self.in_channels)
-        x_BHWC = self.embed(_even(x_BCHW, self.patch_size)).permute(0, 2, 3, 1)
+        x_BHWC = self.embed(filled(x_BCHW, self.patch_size)).permute(0, 2, 3, 1)
         x_BHWC = self.drop(self.embed_norm(x_BHWC))
         maps: list[Tensor] = []
         token_BC: Tensor | None = None
@@ -306,9 +308,3 @@ class LIT(Backbone):
     def offset_parameters(self) -> list[nn.Parameter]:
         """Those of the offsets, which the authors train at a hundredth of the learning rate."""
         return [p for name, p in self.named_parameters() if ".offset_conv." in name]
-
-
-def _even(x_BCHW: Tensor, multiple: int) -> Tensor:
-    """The map, filled up with zeros, right and below, to a multiple."""
-    down, right = (-n % multiple for n in x_BCHW.shape[2:])
-    return F.pad(x_BCHW, (0, right, 0, down)) if down or right else x_BCHW

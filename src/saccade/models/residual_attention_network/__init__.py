@@ -31,11 +31,8 @@ from saccade.catalogue import Published, register
 from saccade.models.residual_attention_network.network import (
     ACTIVATIONS,
     AttentionModule,
-    GroupedUnit,
     ResidualAttentionNetwork,
-    ResidualUnit,
     SoftMask,
-    enlarge,
     mask_of,
     pool,
 )
@@ -43,11 +40,8 @@ from saccade.models.residual_attention_network.network import (
 __all__ = [
     "ACTIVATIONS",
     "AttentionModule",
-    "GroupedUnit",
     "ResidualAttentionNetwork",
-    "ResidualUnit",
     "SoftMask",
-    "enlarge",
     "mask_of",
     "pool",
 ]

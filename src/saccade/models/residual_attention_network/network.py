@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.initialization import start_convolution
+from saccade.layers.residual import Bottleneck, PreActivationBottleneck
+from saccade.layers.resize import resize
 from saccade.models.backbone import Backbone, check_images
 
 ACTIVATIONS = ("mixed", "channel", "spatial")
@@ -31,57 +34,6 @@ def pool(x_BCHW: Tensor) -> Tensor:
     """3x3 maximum with stride 2, no padding, rounded up; H -> max(1, ceil((H - 1) / 2))."""
     height, width = x_BCHW.shape[2:]
     return F.max_pool2d(x_BCHW, (min(3, height), min(3, width)), 2, ceil_mode=True)
-
-
-def enlarge(x_BCHW: Tensor, like_BCHW: Tensor) -> Tensor:
-    """Bilinear interpolation to the size of another map, corners on corners."""
-    return F.interpolate(x_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=True)
-
-
-class ResidualUnit(nn.Module):
-    """t = ReLU(norm(x)); 1x1, 3x3 and 1x1 convolutions of t at a quarter of the channels; plus x, or a 1x1 of t."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
-        super().__init__()
-        inner = channels // 4
-        self.norm = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
-        changed = stride > 1 or in_channels != channels
-        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False) if changed else None
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        t_BCHW = F.relu(self.norm(x_BCHW))
-        y_BCHW = F.relu(self.norm1(self.conv1(t_BCHW)))
-        y_BCHW = self.conv3(F.relu(self.norm2(self.conv2(y_BCHW))))
-        return (x_BCHW if self.shortcut is None else self.shortcut(t_BCHW)) + y_BCHW
-
-
-class GroupedUnit(nn.Module):
-    """ResNeXt's unit: 1x1, grouped 3x3 and 1x1 convolutions at half of the channels, each with a norm; plus x; ReLU."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, *, groups: int = 32) -> None:
-        super().__init__()
-        inner = channels // 2
-        self.conv1 = nn.Conv2d(in_channels, inner, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, groups=groups, bias=False)
-        self.norm2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, channels, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
-        y_BCHW = self.norm3(self.conv3(F.relu(self.norm2(self.conv2(y_BCHW)))))
-        return F.relu(self.shortcut(x_BCHW) + y_BCHW)
 
 
 class SoftMask(nn.Module):
@@ -114,9 +66,9 @@ class SoftMask(nn.Module):
             u_BCHW = stage(pool(u_BCHW) if self.depth else u_BCHW)
             maps.append(u_BCHW)
         for i in range(len(self.skip) - 1, -1, -1):
-            u_BCHW = self.up[i](enlarge(u_BCHW, maps[i]) + self.skip[i](maps[i]))
+            u_BCHW = self.up[i](resize(u_BCHW, maps[i], align_corners=True) + self.skip[i](maps[i]))
         if self.depth:
-            u_BCHW = enlarge(u_BCHW, h_BCHW)
+            u_BCHW = resize(u_BCHW, h_BCHW, align_corners=True)
         return self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(u_BCHW))))))
 
     def forward(self, h_BCHW: Tensor) -> Tensor:
@@ -275,9 +227,7 @@ class ResidualAttentionNetwork(Backbone):
         self.norm = nn.Identity() if groups else nn.BatchNorm2d(current)
         self.drop = nn.Dropout(drop)
         self.head = nn.Linear(current, num_classes) if num_classes else None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(start_convolution)
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         """As `Backbone.features`; the maps of pre-activation units are sums before the next norm and ReLU."""
@@ -298,9 +248,10 @@ class ResidualAttentionNetwork(Backbone):
 
 
 def _unit(in_channels: int, channels: int, stride: int, groups: int) -> nn.Module:
+    """A pre-activation bottleneck, or with `groups` ResNeXt's unit, at half of the channels."""
     if groups:
-        return GroupedUnit(in_channels, channels, stride, groups=groups)
-    return ResidualUnit(in_channels, channels, stride)
+        return Bottleneck(in_channels, channels // 2, stride, groups=groups, expansion=2)
+    return PreActivationBottleneck(in_channels, channels, stride)
 
 
 def _units(channels: int, count: int, groups: int = 0) -> nn.Sequential:

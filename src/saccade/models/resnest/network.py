@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.convolution import conv_norm_relu
+from saccade.layers.residual import ResidualBlock
 from saccade.models.backbone import Backbone, check_images
 
 #: blocks of each stage, by the depth of the network in layers (three for each block, the stem's and the head's)
@@ -135,7 +137,7 @@ class SplitAttention(nn.Module):
         return mixed
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ResidualBlock):
     """1x1 convolution, split attention, 1x1 convolution to four times `planes`, plus the shortcut; then ReLU.
 
     Args:
@@ -178,7 +180,6 @@ class Bottleneck(nn.Module):
         projected: bool = False,
         shortcut_pool: int | None = None,
     ) -> None:
-        super().__init__()
         if min(in_channels, planes, stride, groups, dilation) < 1 or radix < 0:
             raise ValueError(
                 "in_channels, planes, stride, groups and dilation must be positive and radix not negative, got "
@@ -188,6 +189,15 @@ class Bottleneck(nn.Module):
         if width < 1:
             raise ValueError(f"planes * bottleneck_width must be at least 64, got {planes} * {bottleneck_width}")
         _check_rate("drop_block", drop_block)
+        shortcut: nn.Module = nn.Identity()
+        if projected or stride > 1 or in_channels != channels:
+            pool = stride if shortcut_pool is None else shortcut_pool
+            shortcut = nn.Sequential(
+                nn.AvgPool2d(pool, pool, ceil_mode=True, count_include_pad=False) if avg_down else nn.Identity(),
+                nn.Conv2d(in_channels, channels, 1, 1 if avg_down else stride, bias=False),
+                nn.BatchNorm2d(channels),
+            )
+        super().__init__(in_channels, channels, stride, shortcut=shortcut)
         pooled = avd and (stride > 1 or is_first)
         self.drop_block = drop_block
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
@@ -209,19 +219,11 @@ class Bottleneck(nn.Module):
         self.pool_after = nn.AvgPool2d(3, stride, 1) if pooled and not avd_first else nn.Identity()
         self.conv3 = nn.Conv2d(width, channels, 1, bias=False)
         self.norm3 = nn.BatchNorm2d(channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if projected or stride > 1 or in_channels != channels:
-            pool = stride if shortcut_pool is None else shortcut_pool
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(pool, pool, ceil_mode=True, count_include_pad=False) if avg_down else nn.Identity(),
-                nn.Conv2d(in_channels, channels, 1, 1 if avg_down else stride, bias=False),
-                nn.BatchNorm2d(channels),
-            )
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def branch(self, x_BCHW: Tensor) -> Tensor:
         y_BCHW = F.relu(self._drop(self.norm1(self.conv1(x_BCHW))))
         y_BCHW = self.pool_after(self.conv2(self.pool_before(y_BCHW)))
-        return F.relu(self._drop(self.norm3(self.conv3(y_BCHW))) + self.shortcut(x_BCHW))
+        return self._drop(self.norm3(self.conv3(y_BCHW)))
 
     def _drop(self, x_BCHW: Tensor) -> Tensor:
         return drop_block(x_BCHW, self.drop_block) if self.training and self.drop_block else x_BCHW
@@ -297,9 +299,13 @@ class ResNeSt(Backbone):
         current = 2 * stem_width
         self.stem = nn.Sequential(
             *(
-                (*_conv(in_channels, stem_width, 2), *_conv(stem_width, stem_width), *_conv(stem_width, current))
+                (
+                    *conv_norm_relu(in_channels, stem_width, 3, 2),
+                    *conv_norm_relu(stem_width, stem_width),
+                    *conv_norm_relu(stem_width, current),
+                )
                 if deep_stem
-                else (nn.Conv2d(in_channels, current, 7, 2, 3, bias=False), nn.BatchNorm2d(current), nn.ReLU())
+                else conv_norm_relu(in_channels, current, 7, 2)
             ),
             nn.MaxPool2d(3, 2, 1),
         )
@@ -344,10 +350,6 @@ class ResNeSt(Backbone):
 
     def classify(self, x_BCHW: Tensor) -> Tensor | None:
         return None if self.head is None else self.head(self.drop(x_BCHW.mean((2, 3))))
-
-
-def _conv(inputs: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:
-    return nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -35,12 +35,11 @@ from saccade.models.twins.network import (
     PCPVT,
     GlobalSubsampledAttention,
     LocallyGroupedAttention,
-    PositionEncoding,
     Stage,
     Twins,
 )
 
-__all__ = ["PADDINGS", "GlobalSubsampledAttention", "LocallyGroupedAttention", "PositionEncoding", "Stage", "Twins"]
+__all__ = ["PADDINGS", "GlobalSubsampledAttention", "LocallyGroupedAttention", "Stage", "Twins"]
 
 
 _B = {"dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 18, 2)}

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
-from saccade.models.backbone import Block
+from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.twins.network import GlobalSubsampledAttention, LocallyGroupedAttention, Twins
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ def _growth(lab: Lab) -> dict[str, float]:
     dim, heads = lab.size((64, 2), (8, 1))
     with lab.seeded():
         twins = nn.Sequential(
-            Block(dim, LocallyGroupedAttention(dim, heads, 7)), Block(dim, GlobalSubsampledAttention(dim, heads, 8))
+            PreNormBlock(LocallyGroupedAttention(dim, heads, 7), dim),
+            PreNormBlock(GlobalSubsampledAttention(dim, heads, 8), dim),
         ).eval()
-        plain = nn.Sequential(*(Block(dim, GlobalSubsampledAttention(dim, heads, 1)) for _ in range(2))).eval()
+        plain = nn.Sequential(*(PreNormBlock(GlobalSubsampledAttention(dim, heads, 1), dim) for _ in range(2))).eval()
         sides = lab.size((28, 56, 112), (7, 14))
         maps = [torch.randn(1, side, side, dim) for side in sides]
     measured = {}

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.models.backbone import Backbone, Block, check_images
+from saccade.layers.drop_path import drop_path_rates
+from saccade.layers.initialization import start_transformer
+from saccade.layers.patches import filled_to
+from saccade.layers.positions import ConditionalPosition
+from saccade.layers.pre_norm import PreNormBlock
+from saccade.models.backbone import Backbone, check_images
 from saccade.ops.attend import attend
 from saccade.ops.shifted import packed_window_attend
 
@@ -117,7 +121,7 @@ class GlobalSubsampledAttention(nn.Module):
         """What keys and values are made of, (B, M, C)."""
         if self.reduce is None or self.norm is None:
             return x_BHWC.flatten(1, 2)
-        reduced_BCHW = self.reduce(_at_least(x_BHWC.permute(0, 3, 1, 2), self.reduction))
+        reduced_BCHW = self.reduce(filled_to(x_BHWC.permute(0, 3, 1, 2), self.reduction))
         return self.norm(reduced_BCHW.flatten(2).mT)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -137,28 +141,20 @@ class GlobalSubsampledAttention(nn.Module):
         return f"dim={self.dim}, num_heads={self.num_heads}, reduction={self.reduction}"
 
 
-class PositionEncoding(nn.Conv2d):
-    """PEG, the conditional position encoding: a map plus its depthwise 3 x 3 convolution, (B, H, W, C)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        return x_BHWC + super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
 class Stage(nn.Module):
     """An embedding, a block, the position encoding, the other blocks: (B, C', H, W) to (B, H / patch, W / patch, C)."""
 
-    def __init__(self, inputs: int, dim: int, patch: int, blocks: Sequence[Block], drop: float, norm: bool) -> None:
+    def __init__(
+        self, inputs: int, dim: int, patch: int, blocks: Sequence[PreNormBlock], drop: float, norm: bool
+    ) -> None:
         super().__init__()
         self.embed, self.embed_norm = nn.Conv2d(inputs, dim, patch, patch), nn.LayerNorm(dim)
         self.drop = nn.Dropout(drop)
-        self.blocks, self.position = nn.ModuleList(blocks), PositionEncoding(dim)
+        self.blocks, self.position = nn.ModuleList(blocks), ConditionalPosition(dim)
         self.norm = nn.LayerNorm(dim) if norm else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BHWC = self.embed(_at_least(x_BCHW, self.embed.kernel_size[0])).permute(0, 2, 3, 1)
+        x_BHWC = self.embed(filled_to(x_BCHW, self.embed.kernel_size[0])).permute(0, 2, 3, 1)
         x_BHWC = self.drop(self.embed_norm(x_BHWC))
         for i, block in enumerate(self.blocks):
             x_BHWC = block(x_BHWC)
@@ -224,12 +220,10 @@ class Twins(Backbone):
                 "depths, patch_size and in_channels must be positive and num_classes at least 0, got "
                 f"{tuple(depths)}, {patch_size}, {in_channels} and {num_classes}"
             )
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path}")
         self.channels = tuple(dims)
         self.strides = tuple(patch_size * 2**i for i in range(len(dims)))
         self.in_channels = in_channels
-        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        rates = iter(drop_path_rates(drop_path, sum(depths)))
         shared: dict[str, Any] = {"qkv_bias": qkv_bias, "scale": scale, "proj_drop": drop}
         self.stages = nn.ModuleList()
         for i, dim in enumerate(dims):
@@ -240,12 +234,14 @@ class Twins(Backbone):
                     attention = GlobalSubsampledAttention(dim, num_heads[i], reductions[i], **shared)
                 else:
                     attention = LocallyGroupedAttention(dim, num_heads[i], windows[i], padding=padding, **shared)
-                blocks.append(Block(dim, attention, mlp_ratios[i], drop=drop, drop_path=next(rates), norm_eps=norm_eps))
+                hidden = int(dim * mlp_ratios[i])
+                block = PreNormBlock(attention, dim, hidden, drop=drop, drop_path=next(rates), norm_eps=norm_eps)
+                blocks.append(block)
             inputs, patch = (dims[i - 1], 2) if i else (in_channels, patch_size)
             self.stages.append(Stage(inputs, dim, patch, blocks, drop, stage_norm))
         self.norm = nn.LayerNorm(dims[-1], norm_eps) if num_classes else None
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else None
-        self.apply(_initialise)
+        self.apply(start_transformer)
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         check_images(x_BCHW, self.in_channels)
@@ -278,22 +274,6 @@ def _check_heads(dim: int, num_heads: int) -> None:
 def _check_map(x_BHWC: Tensor, dim: int) -> None:
     if x_BHWC.ndim != 4 or x_BHWC.shape[3] != dim or 0 in x_BHWC.shape[1:3]:
         raise ValueError(f"x must be (batch, height, width, {dim}), got {tuple(x_BHWC.shape)}")
-
-
-def _at_least(x_BCHW: Tensor, size: int) -> Tensor:
-    """The map, filled up with zeros, right and below, to one patch."""
-    down, right = (max(0, size - n) for n in x_BCHW.shape[2:])
-    return F.pad(x_BCHW, (0, right, 0, down)) if down or right else x_BCHW
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=(2 / fan_out) ** 0.5)
-    if isinstance(module, (nn.Linear, nn.Conv2d)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 DEPTHS = (2, 2, 10, 4)

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers import residual
+from saccade.layers.initialization import start_convolution
+
 #: descriptors (B, C) of a map (B, C, H, W); "lp" and "lse" are sums over positions, as in the authors' code
 POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x_BCHW: x_BCHW.mean((2, 3)),
@@ -100,38 +103,12 @@ class CBAM(nn.Module):
         return f"channels={self.channels}, pool_types={self.pool_types}"
 
 
-class _ResidualBlock(nn.Module):
-    """y = ReLU( gate(branch(x)) + shortcut(x) ); the shortcut is a 1x1 convolution and norm where shapes change."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, gate: Callable[[int], nn.Module] | None, projected: bool
-    ) -> None:
-        super().__init__()
-        if in_channels < 1 or out_channels < 1 or stride < 1:
-            raise ValueError(f"channels and stride must be positive, got {in_channels}, {out_channels} and {stride}")
-        self.gate = nn.Identity() if gate is None else gate(out_channels)
-        self.shortcut: nn.Module = nn.Identity()
-        if projected or stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def branch(self, x_BCHW: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return F.relu(self.gate(self.branch(x_BCHW)) + self.shortcut(x_BCHW))
-
-
-class BasicBlock(_ResidualBlock):
-    """ResNet's block of two 3x3 convolutions, with a gate on its residual branch.
+class BasicBlock(residual.BasicBlock):
+    """ResNet's block of two 3x3 convolutions with CBAM, or another `gate`, on its residual branch.
 
     Args:
-        in_channels: of the input.
-        channels: of the output.
-        stride: of the first convolution.
+        in_channels, channels, stride, projected: see `saccade.layers.residual.BasicBlock`.
         gate: called with the number of gated channels; None is a plain block.
-        projected: a projection on the shortcut also where the shapes would fit without.
     """
 
     def __init__(
@@ -140,31 +117,19 @@ class BasicBlock(_ResidualBlock):
         channels: int,
         stride: int = 1,
         *,
-        gate: Callable[[int], nn.Module] | None = CBAM,
+        gate: residual.Gate | None = CBAM,
         projected: bool = False,
     ) -> None:
-        super().__init__(in_channels, channels, stride, gate, projected)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(channels)
-
-    def branch(self, x_BCHW: Tensor) -> Tensor:
-        return self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW)))))
+        super().__init__(in_channels, channels, stride, gate=gate, projected=projected)
 
 
-class Bottleneck(_ResidualBlock):
-    """ResNet's 1x1, 3x3, 1x1 block, with a gate on its residual branch; the output has `4 * width` channels.
+class Bottleneck(residual.Bottleneck):
+    """ResNet's 1x1, 3x3, 1x1 block with CBAM, or another `gate`, on its residual branch.
 
     Args:
-        in_channels: of the input.
-        width: channels of the 3x3 convolution.
-        stride: of the 3x3 convolution.
+        in_channels, width, stride, projected: see `saccade.layers.residual.Bottleneck`; `4 * width` channels come out.
         gate: called with the number of gated channels; None is a plain block.
-        projected: a projection on the shortcut also where the shapes would fit without.
     """
-
-    expansion = 4
 
     def __init__(
         self,
@@ -172,21 +137,10 @@ class Bottleneck(_ResidualBlock):
         width: int,
         stride: int = 1,
         *,
-        gate: Callable[[int], nn.Module] | None = CBAM,
+        gate: residual.Gate | None = CBAM,
         projected: bool = False,
     ) -> None:
-        super().__init__(in_channels, width * self.expansion, stride, gate, projected)
-        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, width * self.expansion, 1, bias=False)
-        self.norm3 = nn.BatchNorm2d(width * self.expansion)
-
-    def branch(self, x_BCHW: Tensor) -> Tensor:
-        x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
-        x_BCHW = F.relu(self.norm2(self.conv2(x_BCHW)))
-        return self.norm3(self.conv3(x_BCHW))
+        super().__init__(in_channels, width, stride, gate=gate, projected=projected)
 
 
 @torch.no_grad()
@@ -197,9 +151,8 @@ def initialize(network: nn.Module) -> nn.Module:
     Linear layers keep PyTorch's weights.
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(module, nn.BatchNorm2d) and module.affine:
+        start_convolution(module)
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.ones_(module.weight)
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from saccade.catalogue import register
 from saccade.vision.cnntention.gate import (
-    BasicBlock,
     Form,
     MultiHeadAttention2d,
     ResidualCBAM,
@@ -23,7 +22,7 @@ from saccade.vision.cnntention.gate import (
     cnntention,
 )
 
-__all__ = ["BasicBlock", "Form", "MultiHeadAttention2d", "ResNet20", "ResidualCBAM", "SelfAttention2d", "cnntention"]
+__all__ = ["Form", "MultiHeadAttention2d", "ResNet20", "ResidualCBAM", "SelfAttention2d", "cnntention"]
 
 
 register(

@@ -23,6 +23,10 @@ _GATE = Names(
 )
 _NETWORK = Names(
     {
+        "bn1.{leaf}": "norm1.{leaf}",
+        **{
+            f"layer{i + 1}.{{j}}.bn{k}.{{leaf}}": f"stages.{i}.{{j}}.norm{k}.{{leaf}}" for i in range(3) for k in (1, 2)
+        },
         **{f"layer{i + 1}.{{name*}}": f"stages.{i}.{{name}}" for i in range(3)},
         **{name: place for i in range(3) for name, place in _GATE.within(f"att{i + 1}.", f"attentions.{i}.").items()},
         "{name*}": "{name}",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.residual import BasicBlock, PaddedShortcut
 from saccade.ops.attend import attend
 
 Form = Literal["self", "multi-head", "cbam"]
@@ -133,22 +134,6 @@ def cnntention(channels: int, form: Form = "self", **arguments: Any) -> nn.Modul
     return forms[form](channels, **arguments)
 
 
-class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; the shortcut skips positions and pads channels with zeros (option A, no parameters)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.stride, self.pad = stride, (outputs - inputs) // 2
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x_BCHW)))))
-        shortcut = x_BCHW[:, :, :: self.stride, :: self.stride]
-        return F.relu(y_BCHW + F.pad(shortcut, (0, 0, 0, 0, self.pad, self.pad)))
-
-
 class ResNet20(nn.Module):
     """The CIFAR ResNet of 16, 32 and 64 channels, with a module after each stage.
 
@@ -170,14 +155,16 @@ class ResNet20(nn.Module):
         **arguments: Any,
     ) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.norm1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
         self.stages, self.attentions = nn.ModuleList(), nn.ModuleList()
         width = 16
         for stage, count in enumerate(blocks):
             outputs = 16 * 2**stage
             layers = []
             for index in range(count):
-                layers.append(BasicBlock(width, outputs, 2 if stage and index == 0 else 1))
+                stride = 2 if stage and index == 0 else 1
+                shortcut = PaddedShortcut(width, outputs, stride)
+                layers.append(BasicBlock(width, outputs, stride, shortcut=shortcut))
                 width = outputs
             self.stages.append(nn.Sequential(*layers))
             self.attentions.append(nn.Identity() if form is None else cnntention(outputs, form, **arguments))
@@ -188,7 +175,7 @@ class ResNet20(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) -> logits (B, num_classes)."""
-        x_BCHW = F.relu(self.bn1(self.conv1(x_BCHW)))
+        x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
         for stage, attention in zip(self.stages, self.attentions):
             x_BCHW = attention(stage(x_BCHW))
         return self.fc(x_BCHW.mean((2, 3)))

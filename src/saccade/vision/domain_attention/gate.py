@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.vision.cbam import Bottleneck
+from saccade.layers.convolution import conv_norm_relu
+from saccade.layers.initialization import start_convolution
+from saccade.layers.residual import Bottleneck
 
 
 class DomainAttention(nn.Module):
@@ -121,9 +123,7 @@ class DomainAttentionResNet(nn.Module):
         super().__init__()
         if len(counts) != 4 or min(counts) < 1:
             raise ValueError(f"counts must be the blocks of four stages, got {tuple(counts)}")
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 7, 2, padding=3, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        self.stem = conv_norm_relu(in_channels, width, 7, 2)
         self.stages = nn.ModuleList()
         channels = width
         plan = adapters_of_blocks(counts, num_adapters, less_blocks=less_blocks, fixed_stages=fixed_stages)
@@ -134,9 +134,7 @@ class DomainAttentionResNet(nn.Module):
                 blocks.append(bottleneck(channels, width * 2**stage, stride, number, reduction))
                 channels = width * 2**stage * Bottleneck.expansion
             self.stages.append(nn.Sequential(*blocks))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.apply(start_convolution)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images to the map that proposals and regions are taken from, (B, 16 width, H / 16, W / 16)."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
+from saccade.layers.residual import BasicBlock, Gate
 from saccade.vision.triplet.gate import TripletAttention
 
 if TYPE_CHECKING:
@@ -30,25 +30,13 @@ def digits_on_noise(
     return image_BHW[:, None], labels_N[chosen_B]
 
 
-class _Block(nn.Module):
-    def __init__(self, in_channels: int, channels: int, stride: int, gate: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            gate(channels),
-        )
-        self.shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return F.relu(self.branch(x_BCHW) + self.shortcut(x_BCHW))
+def _block(in_channels: int, channels: int, stride: int, gate: Gate) -> BasicBlock:
+    shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+    return BasicBlock(in_channels, channels, stride, gate=gate, shortcut=shortcut)
 
 
-def _network(gate: Callable[[int], nn.Module]) -> nn.Sequential:
-    blocks = [_Block(i, o, s, gate) for i, o, s in ((1, 16, 1), (16, 32, 2), (32, 64, 2))]
+def _network(gate: Gate) -> nn.Sequential:
+    blocks = [_block(i, o, s, gate) for i, o, s in ((1, 16, 1), (16, 32, 2), (32, 64, 2))]
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
