@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -48,16 +48,6 @@ class _Recaller(nn.Module):
         return self.head(x_BNC)
 
 
-def _recall_batches(lab: Lab, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = lab.generator()
-    while True:
-        yield lab.data.recall(lab.size(16, 2), length, 8, vocab=32, generator=generator)
-
-
-def _recall_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
 def _claim(lab: Lab) -> ClaimResult:
     """Two-layer models on associative recall: 4 dense heads; 1 dense with sparse heads, learned or fixed; it alone."""
     length, dim = lab.size(256, 48), 64
@@ -69,18 +59,17 @@ def _claim(lab: Lab) -> ClaimResult:
         "fixed": equal_flops(dense, length, "fixed"),
         "one_dense_head": lambda: MoSA(dim, 1, num_other_heads=1, head_dim=16),
     }
-    held_out = torch.Generator().manual_seed(10**6 + lab.seed)
-    test = lab.data.recall(lab.size(128, 2), length, 8, vocab=32, generator=held_out)
-    losses = {}
-    for name, layer in layers.items():
-        with lab.seeded():
-            model = _Recaller(32, dim, layer)
-        lab.train(model, _recall_batches(lab, length), _recall_loss, 150, lr=1e-2, description=name)
-        with torch.no_grad():
-            losses[name] = _recall_loss(model.eval(), test).item()
+    test = lab.data.recall(lab.size(128, 2), length, 8, vocab=32, generator=lab.held_out())
+    trials = lab.forms(
+        {name: partial(_Recaller, 32, dim, layer) for name, layer in layers.items()},
+        lambda generator: lab.data.recall(lab.size(16, 2), length, 8, vocab=32, generator=generator),
+        lambda trial: {"loss_nats": lab.loss(trial.model, test).item()},
+        150, lr=1e-2,
+    )  # fmt: skip
+    losses = trials.means("{form}")
     return ClaimResult(
         {
-            **{f"{name}_loss_nats": loss for name, loss in losses.items()},
+            **trials.means(),
             "mosa_flops_over_dense_ratio": learned().flops(length) / dense.flops(length),
             "mosa_sparse_heads": float(learned().num_sparse_heads),
         },

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -41,53 +41,42 @@ def _nearest(batch: int, generator: torch.Generator, items: int = 16, values: in
     return query_BN, items_BMV, value_BM.gather(1, nearest_BN)
 
 
-def _nearest_accuracy(lab: Lab, mixer: type[QKVAttention], steps: int, **options: Any) -> float:
-    with lab.seeded():
-        model = _Lookup(mixer(16, 1, rope=False, **options), 16, 4)
-    generator = lab.generator()
-
-    def batches() -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            yield _nearest(lab.size(64, 2), generator)
-
-    def loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
-        return F.cross_entropy(model(*batch[:2]).flatten(0, 1), batch[2].flatten())
-
-    lab.train(model, batches(), loss, steps, lr=1e-2, description=f"nearest item, {mixer.__name__}")
-    *inputs, values_BN = _nearest(lab.size(1024, 2), torch.Generator().manual_seed(10**6 + lab.seed))
-    with torch.no_grad():
-        return (model(*inputs).argmax(-1) == values_BN).float().mean().item()
+def _nearest_accuracies(lab: Lab) -> dict[str, float]:
+    test = _nearest(lab.size(1024, 2), lab.held_out())
+    trials = lab.forms(
+        {
+            "neural": lambda: _Lookup(NeuralAttention(16, 1, rope=False, projection_dim=4), 16, 4),
+            "dot_product": lambda: _Lookup(SoftmaxAttention(16, 1, rope=False), 16, 4),
+        },
+        partial(_nearest, lab.size(64, 2)),
+        lambda trial: {"accuracy": lab.accuracy(trial.model, test)},
+        600, lr=1e-2, task="nearest item",
+    )  # fmt: skip
+    return trials.means("nearest_{form}_accuracy")
 
 
-def _perplexity(lab: Lab, first: type[QKVAttention], steps: int) -> float:
-    """Held-out perplexity per byte of a small causal model with `first` in its first layer; positions as the paper."""
+def _perplexities(lab: Lab) -> dict[str, float]:
+    """Held-out perplexity per byte of a small causal model, by its first layer; positions as the paper."""
     length, batch, dim = lab.size(128, 16), lab.size(16, 2), 64
-    kinds = (first, SoftmaxAttention)
-    model = lab.sequence_model(lambda layer: kinds[layer](dim, 4, True, rope=False), vocab=256, dim=dim, layers=2)
-    generator = lab.generator()
+    train, held_out = lab.data.text_bytes("train"), lab.data.text_bytes("held-out")
+    test = lab.data.windows(held_out, lab.size(128, 2), length, lab.held_out())
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield lab.data.windows(lab.data.text_bytes("train"), batch, length, generator)
+    def model(first: type[QKVAttention]) -> nn.Module:
+        kinds = (first, SoftmaxAttention)
+        return lab.sequence_model(lambda layer: kinds[layer](dim, 4, True, rope=False), vocab=256, dim=dim, layers=2)
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-    lab.train(model, batches(), loss, steps, lr=3e-3, description=f"text, {first.__name__} first")
-    held_out = torch.Generator().manual_seed(10**6 + lab.seed)
-    with torch.no_grad():
-        pairs = lab.data.windows(lab.data.text_bytes("held-out"), lab.size(128, 2), length, held_out)
-        return math.exp(loss(model.eval(), pairs).item())
+    trials = lab.forms(
+        {"neural": partial(model, NeuralAttention), "dot_product": partial(model, SoftmaxAttention)},
+        lambda generator: lab.data.windows(train, batch, length, generator),
+        lambda trial: {"perplexity": math.exp(lab.loss(trial.model, test).item())},
+        300, lr=3e-3, task="text",
+    )  # fmt: skip
+    return trials.means("text_{form}_perplexity")
 
 
 def _claim(lab: Lab) -> ClaimResult:
     """The item nearest on a line, which no bilinear score can express; and text with the first layer replaced."""
-    measured = {
-        "nearest_neural_accuracy": _nearest_accuracy(lab, NeuralAttention, 600, projection_dim=4),
-        "nearest_dot_product_accuracy": _nearest_accuracy(lab, SoftmaxAttention, 600),
-        "text_neural_perplexity": _perplexity(lab, NeuralAttention, 300),
-        "text_dot_product_perplexity": _perplexity(lab, SoftmaxAttention, 300),
-    }
+    measured = _nearest_accuracies(lab) | _perplexities(lab)
     expressive = measured["nearest_neural_accuracy"] > measured["nearest_dot_product_accuracy"] + 0.3
     return ClaimResult(
         measured,

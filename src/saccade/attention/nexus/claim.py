@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from saccade.attention.nexus.layer import Nexus
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def two_hops(batch: int, chains: int, entities: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,26 +57,26 @@ def _claim(lab: Lab) -> ClaimResult:
         "order_2_S": {"sharing": "S"},
         "order_2_R": {"sharing": "R"},
     }
-    measured: dict[str, float] = {}
+    tokens, labels, twice = two_hops(lab.size(512, 2), chains, entities, lab.held_out())
 
-    def batches(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield two_hops(batch, chains, entities, generator)[:2]
+    def measure(trial: Trial) -> dict[str, float]:
+        right = trial.model(tokens).argmax(-1) == labels
+        return {
+            "two_hop_accuracy": right[twice].float().mean().item(),
+            "one_hop_accuracy": right[(labels >= 0) & ~twice].float().mean().item(),
+            "parameters": trial.parameters,
+        }
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), ignore_index=-100)
+    def layer(options: dict[str, Any]) -> nn.Module:
+        return _OneLayer(Nexus(dim, 4, True, rope=False, **options), dim, entities)
 
-    for name, options in rows.items():
-        with lab.seeded():
-            model = _OneLayer(Nexus(dim, 4, True, rope=False, **options), dim, entities)
-        lab.train(model, batches(lab.generator()), loss, 1300, lr=1e-2, description=name)
-        held_out = torch.Generator().manual_seed(10**6 + lab.seed)
-        tokens, labels, twice = two_hops(lab.size(512, 2), chains, entities, held_out)
-        with torch.no_grad():
-            right = model.eval()(tokens).argmax(-1) == labels
-        measured[f"{name}_two_hop_accuracy"] = right[twice].float().mean().item()
-        measured[f"{name}_one_hop_accuracy"] = right[(labels >= 0) & ~twice].float().mean().item()
-        measured[f"{name}_parameters"] = float(sum(p.numel() for p in model.parameters()))
+    trials = lab.forms(
+        {name: partial(layer, options) for name, options in rows.items()},
+        lambda generator: two_hops(batch, chains, entities, generator)[:2],
+        measure,
+        1300, lr=1e-2,
+    )  # fmt: skip
+    measured = trials.means()
     standard = measured["order_1_two_hop_accuracy"]
     return ClaimResult(
         measured,

@@ -6,7 +6,7 @@ values (the paper's d), R relations, P relation dim (its p), W neighbours, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from saccade.attention.relational.symbols import PositionalSymbols
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def patterns(batch: int, objects_OC: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -49,38 +49,36 @@ class _Classifier(nn.Module):
 
 def _claim(lab: Lab) -> ClaimResult:
     """The pattern of a triple of objects never seen, by the number of examples, at equal parameters; three seeds."""
+    sizes = lab.size((250, 500, 1000), (16,))
+
+    @cache
+    def data(seed: int) -> tuple[tuple[Tensor, Tensor], dict[int, tuple[Tensor, Tensor]]]:
+        """Triples of objects never seen, and of each size those that are learned from."""
+        generator = torch.Generator().manual_seed(lab.seed * 1000 + seed - lab.seed)
+        objects = 4 * F.normalize(torch.randn(96, 16, generator=generator), dim=-1)
+        held_out = patterns(lab.size(1000, 16), objects[64:], generator)
+        return held_out, {size: patterns(size, objects[:64], generator) for size in sizes}
+
+    def measure(trial: Trial) -> dict[str, float]:
+        return {"accuracy": lab.accuracy(trial.model, data(trial.seed)[0]), "parameters": trial.parameters}
+
     # the standard model's hidden width makes up for the further parameters of relational heads
     models = {"transformer": (130, 0), "dual_attention": (128, 2)}
-    sizes, seeds = lab.size((250, 500, 1000), (16,)), lab.size(3, 1)
-    accuracies: dict[tuple[str, int], list[float]] = {(name, size): [] for size in sizes for name in models}
     measured: dict[str, float] = {}
-    for seed in lab.progress(range(seeds), "seeds"):
-        generator = torch.Generator().manual_seed(lab.seed * 1000 + seed)
-        objects = 4 * F.normalize(torch.randn(96, 16, generator=generator), dim=-1)
-        held_out, kind = patterns(lab.size(1000, 16), objects[64:], generator)
-        for size in sizes:
-            examples, labels = patterns(size, objects[:64], generator)
-            for name, (hidden, relational_heads) in models.items():
-                with lab.seeded():
-                    torch.manual_seed(lab.seed * 1000 + seed)
-                    model = _Classifier(16, 64, hidden, relational_heads)
-                draw = torch.Generator().manual_seed(seed)
-
-                def batches(
-                    examples: Tensor = examples, labels: Tensor = labels, draw: torch.Generator = draw
-                ) -> Iterator[tuple[Tensor, Tensor]]:
-                    while True:
-                        chosen = torch.randint(len(labels), (64,), generator=draw)
-                        yield examples[chosen], labels[chosen]
-
-                lab.train(model, batches(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), 400, lr=2e-3, description=name)
-                with torch.no_grad():
-                    right = model.eval()(held_out).argmax(-1) == kind
-                accuracies[name, size].append(right.float().mean().item())
-                measured[f"{name}_parameters"] = float(sum(p.numel() for p in model.parameters()))
-    means = {key: sum(values) / len(values) for key, values in accuracies.items()}
-    measured |= {f"{name}_unseen_accuracy_from_{size}_examples": mean for (name, size), mean in means.items()}
-    ahead = [means["dual_attention", size] - means["transformer", size] for size in sizes]
+    ahead = []
+    for size in sizes:
+        trials = lab.forms(
+            {name: partial(_Classifier, 16, 64, *widths) for name, widths in models.items()},
+            lambda generator, size=size: lab.data.rows(  # type: ignore[misc]
+                64, generator, *data(generator.initial_seed())[1][size]
+            ),
+            measure,
+            400, lr=2e-3, seeds=3, task=f"{size} examples",
+        )  # fmt: skip
+        accuracy = trials.means("{form}", "accuracy")
+        measured |= trials.means("{form}_parameters", "parameters")
+        measured |= {f"{name}_unseen_accuracy_from_{size}_examples": share for name, share in accuracy.items()}
+        ahead.append(accuracy["dual_attention"] - accuracy["transformer"])
     return ClaimResult(measured, holds=min(ahead) > 0.03)
 
 

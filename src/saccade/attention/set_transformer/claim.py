@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from saccade.attention.set_transformer.layer import DeepSet, SetAttention, SetTr
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def mixture_sets(
@@ -35,55 +34,49 @@ def mixture_sets(
 
 def _claim(lab: Lab) -> ClaimResult:
     """The largest of 1 to 10 numbers (only attention pooling finds it), and mixtures of Gaussians."""
-    measured: dict[str, float] = {}
     dim = lab.size(64, 8)
 
-    def numbers() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            n = int(torch.randint(1, 11, (1,), generator=generator))
-            x = torch.rand(lab.size(128, 4), n, 1, generator=generator) * 100
-            yield x, x.amax(1, keepdim=True)
+    def numbers(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        n = int(torch.randint(1, 11, (1,), generator=generator))
+        x = torch.rand(lab.size(128, 4), n, 1, generator=generator) * 100
+        return x, x.amax(1, keepdim=True)
 
     def distance(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (model(batch[0]) - batch[1]).abs().mean()
 
-    held_out = torch.Generator().manual_seed(10**6 + lab.seed)
-    tests = [torch.rand(256, n, 1, generator=held_out) * 100 for n in range(1, 11)]
-    models: dict[str, Any] = {
-        "attention": lambda: SetTransformer(1, 1, 1, None, dim),
-        "mean": lambda: DeepSet(1, 1, 1, dim),
-        "max": lambda: DeepSet(1, 1, 1, dim, pool="max"),
-    }
-    for name, build in models.items():
-        with lab.seeded():
-            model = build()
-        lab.train(model, numbers(), distance, 1200, lr=1e-3, description=f"largest number, {name}")
-        with torch.no_grad():
-            errors = [distance(model.eval(), (x, x.amax(1, keepdim=True))) for x in tests]
-        measured[f"largest_number_error_{name}"] = torch.stack(errors).mean().item()
-
-    def mixtures() -> Iterator[tuple[Tensor, Tensor]]:
-        generator = lab.generator()
-        while True:
-            yield mixture_sets(lab.size(10, 2), 3, sizes=lab.size((100, 200), (10, 20)), generator=generator)
-
     def likelihood(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return -mixture_log_likelihood(batch[0], model(batch[0]))[0]
 
+    held_out = lab.held_out()
+    tests = [torch.rand(256, n, 1, generator=held_out) * 100 for n in range(1, 11)]
     points, truth = mixture_sets(lab.size(200, 2), 3, generator=held_out)
-    measured["mixture_log_likelihood_truth"] = mixture_log_likelihood(points, truth)[0].item()
-    clusterers: dict[str, Any] = {
-        "attention": lambda: SetTransformer(2, 3, 4, 16, dim),
-        "mean": lambda: DeepSet(2, 3, 4, dim),
+
+    def error(trial: Trial) -> dict[str, float]:
+        errors = [distance(trial.model, (x, x.amax(1, keepdim=True))) for x in tests]
+        return {"error": torch.stack(errors).mean().item()}
+
+    largest = lab.forms(
+        {
+            "attention": lambda: SetTransformer(1, 1, 1, None, dim),
+            "mean": lambda: DeepSet(1, 1, 1, dim),
+            "max": lambda: DeepSet(1, 1, 1, dim, pool="max"),
+        },
+        numbers,
+        error,
+        1200, loss=distance, task="largest number",
+    )  # fmt: skip
+    sizes = lab.size((100, 200), (10, 20))
+    mixtures = lab.forms(
+        {"attention": lambda: SetTransformer(2, 3, 4, 16, dim), "mean": lambda: DeepSet(2, 3, 4, dim)},
+        lambda generator: mixture_sets(lab.size(10, 2), 3, sizes=sizes, generator=generator),
+        lambda trial: {"found": -likelihood(trial.model, (points, truth)).item()},
+        1000, loss=likelihood, task="mixtures",
+    )  # fmt: skip
+    measured = {
+        **largest.means("largest_number_error_{form}"),
+        "mixture_log_likelihood_truth": mixture_log_likelihood(points, truth)[0].item(),
+        **mixtures.means("mixture_log_likelihood_{form}"),
     }
-    for name, build in clusterers.items():
-        with lab.seeded():
-            model = build()
-        lab.train(model, mixtures(), likelihood, 1000, lr=1e-3, description=f"mixtures, {name}")
-        with torch.no_grad():
-            found = mixture_log_likelihood(points, model.eval()(points))[0].item()
-        measured[f"mixture_log_likelihood_{name}"] = found
     x = torch.randn(1, lab.size(8192, 64), dim, generator=lab.generator())
     full, induced = SetAttention(dim, 4, num_inds=None), SetAttention(dim, 4, num_inds=16)
     with torch.no_grad():

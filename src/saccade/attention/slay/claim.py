@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from saccade.attention.slay.layer import SLAYAttention, YatAttention
 from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.qkv_attention import QKVAttention
+from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.linear import linear_attend
 from saccade.ops.pattern import Pattern
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 class _ELULinear(QKVAttention):
@@ -46,17 +47,15 @@ class _AttentionOnly(nn.Module):
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    from saccade.layers.softmax_attention import SoftmaxAttention
-
     features: dict[str, Any] = {"num_nodes": 2, "num_features": 16, "num_anchors": 8, "epsilon": 1e-3}
-    ways = {
+    ways: dict[str, Callable[[int], nn.Module]] = {
         "softmax": lambda dim: SoftmaxAttention(dim, 4, causal=True, rope=False),
         "exact": lambda dim: YatAttention(dim, 4, epsilon=1e-3),
         "anchor": lambda dim: SLAYAttention(dim, 4, **features),
         "hadamard": lambda dim: SLAYAttention(dim, 4, variant="hadamard", epsilon=1e-3),
         "elu_linear": lambda dim: _ELULinear(dim, 4, causal=True, rope=False),
     }
-    measured = {f"{name}_accuracy": _reverse(lab, name, way) for name, way in ways.items()}
+    measured = _reverse(lab, ways)
     times: list[float] = []
     lengths = lab.size((4096, 16384), (64, 128))
     with lab.seeded():
@@ -77,28 +76,28 @@ def _claim(lab: Lab) -> ClaimResult:
     )
 
 
-def _reverse(lab: Lab, name: str, mixer: Any) -> float:
+def _reverse(lab: Lab, ways: Mapping[str, Callable[[int], nn.Module]]) -> dict[str, float]:
     """Held-out accuracy of writing a sequence backwards; two layers, nothing but attention."""
     symbols, length, dim = 32, lab.size(32, 4), 64
-    with lab.seeded():
-        model = _AttentionOnly([mixer(dim) for _ in range(2)], symbols + 1, dim, 2 * length)
+
+    def model(mixer: Callable[[int], nn.Module]) -> nn.Module:
+        return _AttentionOnly([mixer(dim) for _ in range(2)], symbols + 1, dim, 2 * length)
 
     def draw(batch: int, generator: torch.Generator) -> Tensor:
         there = torch.randint(symbols, (batch, length), generator=generator)
         return torch.cat([there, torch.full((batch, 1), symbols), there.flip(1)], 1)
 
-    def batches() -> Iterator[Tensor]:
-        generator = lab.generator()
-        while True:
-            yield draw(lab.size(32, 4), generator)
-
     def loss(model: nn.Module, tokens: Tensor) -> Tensor:
         return F.cross_entropy(model(tokens[:, :-1])[:, length:].flatten(0, 1), tokens[:, length + 1 :].flatten())
 
-    lab.train(model, batches(), loss, 150, lr=3e-3, description=name)
-    test = draw(lab.size(256, 4), torch.Generator().manual_seed(10**6 + lab.seed))
-    with torch.no_grad():
-        return (model.eval()(test[:, :-1])[:, length:].argmax(-1) == test[:, length + 1 :]).float().mean().item()
+    test = draw(lab.size(256, 4), lab.held_out())
+
+    def measure(trial: Trial) -> dict[str, float]:
+        right = trial.model(test[:, :-1])[:, length:].argmax(-1) == test[:, length + 1 :]
+        return {"accuracy": right.float().mean().item()}
+
+    forms = {name: partial(model, way) for name, way in ways.items()}
+    return lab.forms(forms, partial(draw, lab.size(32, 4)), measure, 150, loss=loss, lr=3e-3).means()
 
 
 CLAIM = Claim(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, get_args
 
@@ -38,43 +37,34 @@ class _Digits(nn.Module):
         return self.head(self.norms[2](x_BNC).mean(1))
 
 
-def _digits(lab: Lab, variant: Variant, positions: bool) -> float:
+def _digits(lab: Lab) -> dict[str, float]:
     data = lab.data.digits()
-    with lab.seeded():
-        model = _Digits(32, variant, positions)
-    generator = lab.generator()
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            chosen = torch.randint(len(data.train_labels), (lab.size(64, 4),), generator=generator)
-            yield data.train_images[chosen], data.train_labels[chosen]
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    lab.train(model, batches(), loss, 600, lr=3e-3, description=f"{variant}, positions: {positions}")
-    with torch.no_grad():
-        right = model.eval()(data.test_images).argmax(-1) == data.test_labels
-    return right.float().mean().item()
+    measured: dict[str, float] = {}
+    for name, positions in (("{form}_accuracy", True), ("{form}_accuracy_without_positions", False)):
+        trials = lab.forms(
+            {variant: partial(_Digits, 32, variant, positions) for variant in get_args(Variant)},
+            lambda generator: lab.data.rows(lab.size(64, 4), generator, data.train_images, data.train_labels),
+            lambda trial: {"accuracy": lab.accuracy(trial.model, (data.test_images, data.test_labels))},
+            600, lr=3e-3, task=f"digits, positions: {positions}",
+        )  # fmt: skip
+        measured |= trials.means(name)
+    return measured
 
 
-def _shift(lab: Lab, variant: Variant) -> float:
+def _shift(lab: Lab) -> dict[str, float]:
     """Share of the variance of "the value three places before" that a trained layer without positions leaves."""
-    with lab.seeded():
-        layer = SuperAttention(16, 4, variant=variant, max_length=16)
-    generator = lab.generator()
-
-    def batches() -> Iterator[Tensor]:
-        while True:
-            yield torch.randn(32, 16, 16, generator=generator)
 
     def loss(layer: nn.Module, x_BNC: Tensor) -> Tensor:
         return F.mse_loss(layer(x_BNC), x_BNC.roll(3, 1))
 
-    lab.train(layer, batches(), loss, 600, lr=1e-2, description=f"{variant}, shift")
-    x_BNC = torch.randn(lab.size(256, 2), 16, 16, generator=torch.Generator().manual_seed(10**6 + lab.seed))
-    with torch.no_grad():
-        return float(loss(layer, x_BNC))
+    test = torch.randn(lab.size(256, 2), 16, 16, generator=lab.held_out())
+    trials = lab.forms(
+        {variant: partial(SuperAttention, 16, 4, variant=variant, max_length=16) for variant in get_args(Variant)},
+        lambda generator: torch.randn(32, 16, 16, generator=generator),
+        lambda trial: {"shift_error": float(loss(trial.model, test))},
+        600, loss=loss, lr=1e-2, task="shift",
+    )  # fmt: skip
+    return trials.means()
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -87,10 +77,7 @@ def _claim(lab: Lab) -> ClaimResult:
             measured[f"{variant}_seconds"] = lab.seconds(partial(layer, x), repeats=3)
             weights = sum(p.numel() for name, p in layer.named_parameters() if name != "kernel")
             measured[f"{variant}_weights_of_standard_without_kernel"] = weights / (4 * 512**2)
-    for variant in get_args(Variant):
-        measured[f"{variant}_accuracy"] = _digits(lab, variant, True)
-        measured[f"{variant}_accuracy_without_positions"] = _digits(lab, variant, False)
-        measured[f"{variant}_shift_error"] = _shift(lab, variant)
+    measured |= _digits(lab) | _shift(lab)
     par = min(measured[f"{variant}_accuracy"] for variant in ("optimised", "efficient", "super"))
     blind = max(measured[f"{variant}_accuracy_without_positions"] for variant in get_args(Variant)[:3])
     holds = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.fusion.bottleneck_fusion.fusion import MBT, BottleneckFusion
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def xor_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,11 +30,6 @@ def xor_clips(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, T
     return spectrogram, clip, high_B ^ right_B
 
 
-def _xor_batches(size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    while True:
-        yield xor_clips(size, generator)
-
-
 def _xor_loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(spectrogram_BCHW=batch[0], rgb_BCFHW=batch[1]).logits, batch[2])
 
@@ -44,27 +40,30 @@ def _claim(lab: Lab) -> ClaimResult:
         "late": {"fusion_layer": 4},
         "bottleneck": {"fusion_layer": 0},
     }
-    accuracy = {}
-    test = xor_clips(lab.size(1000, 8), torch.Generator().manual_seed(10**6 + lab.seed))
-    for name, arguments in ways.items():
-        with lab.seeded():
-            model = MBT(
-                2,
-                rgb_size=(2, 8, 8),
-                spectrogram_size=(8, 8),
-                patch=(2, 4, 4),
-                in_channels=1,
-                dim=32,
-                num_heads=4,
-                depth=4,
-                num_bottlenecks=4,
-                drop_path=0.0,
-                **arguments,
-            )
-        lab.train(model, _xor_batches(lab.size(256, 4), lab.generator()), _xor_loss, 300, lr=3e-3, description=name)
-        with torch.no_grad():
-            logits_BK = model.eval()(spectrogram_BCHW=test[0], rgb_BCFHW=test[1]).logits
-        accuracy[name] = 100 * (logits_BK.argmax(-1) == test[2]).float().mean().item()
+    test = xor_clips(lab.size(1000, 8), lab.held_out())
+
+    def fused(arguments: dict[str, Any]) -> nn.Module:
+        return MBT(
+            2,
+            rgb_size=(2, 8, 8),
+            spectrogram_size=(8, 8),
+            patch=(2, 4, 4),
+            in_channels=1,
+            dim=32,
+            num_heads=4,
+            depth=4,
+            num_bottlenecks=4,
+            drop_path=0.0,
+            **arguments,
+        )
+
+    def measure(trial: Trial) -> dict[str, float]:
+        logits_BK = trial.model(spectrogram_BCHW=test[0], rgb_BCFHW=test[1]).logits
+        return {"accuracy": 100 * (logits_BK.argmax(-1) == test[2]).float().mean().item()}
+
+    forms = {name: partial(fused, arguments) for name, arguments in ways.items()}
+    trials = lab.forms(forms, partial(xor_clips, lab.size(256, 4)), measure, 300, loss=_xor_loss, lr=3e-3)
+    accuracy = trials.means("{form}")
 
     def step(bottleneck: bool) -> Callable[[], None]:
         with lab.seeded():

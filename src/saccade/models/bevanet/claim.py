@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from saccade.extras import need
 from saccade.models.bevanet.model import BEVANet, Segmentation, segmentation_loss
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def coins() -> tuple[Tensor, Tensor]:
@@ -45,31 +45,31 @@ def _claim(lab: Lab) -> ClaimResult:
     """
     image_HW, label_HW = coins()
     side, count, edge = lab.size(128, 64), lab.size(4, 2), 256
-    seeds = lab.size(2, 1)
     tops = (0, (image_HW.shape[0] - side) // 2, image_HW.shape[0] - side)
     windows = [(slice(top, top + side), slice(edge, edge + side)) for top in tops]
     held_out, truth = (torch.stack([whole[w] for w in windows]) for whole in (image_HW, label_HW))
 
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-
-        def upto(n: int) -> int:
-            return int(torch.randint(n, (1,), generator=generator))
-
-        while True:
-            images, labels = [], []
-            for _ in range(count):
-                top, left, turns = upto(image_HW.shape[0] - side), upto(edge - side), upto(4)
-                window = (slice(top, top + side), slice(left, left + side))
-                bright = 0.5 * torch.randn(1, generator=generator)
-                images.append(image_HW[window].rot90(turns) + bright)
-                labels.append(label_HW[window].rot90(turns))
-            yield torch.stack(images)[:, None], torch.stack(labels)
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images, labels = [], []
+        for _ in range(count):
+            image, label = lab.data.crops([(image_HW, label_HW)], 1, side, generator, turned=True, within=edge)
+            images.append(image + 0.5 * torch.randn(1, generator=generator))  # brighter or darker
+            labels.append(label)
+        return torch.stack(images), torch.cat(labels)
 
     def loss(model: torch.nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         output = model(batch[0])
         assert isinstance(output, Segmentation)
         return segmentation_loss(output, batch[1], keep=count * side * side // 8)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        guess = trial.model(held_out[:, None]).logits.argmax(1)
+        guess_HW = trial.model(image_HW[None, None]).logits[0].argmax(0)
+        return {
+            "iou_percent": intersection_over_union(guess, truth, 2),
+            "at_once_iou_percent": intersection_over_union(guess_HW[:, edge:], label_HW[:, edge:], 2),
+            "parameters": trial.parameters,
+        }
 
     small: dict[str, Any] = {
         "planes": 8,
@@ -78,32 +78,16 @@ def _claim(lab: Lab) -> ClaimResult:
         "head_channels": 16,
         "in_channels": 1,
     }
-    forms: dict[str, dict[str, Any]] = {
-        "large_kernels": {},
-        "plain": {"semantic_kernels": (0, 0, 0), "detail_kernels": (0, 0)},
+    forms = {
+        "large_kernels": partial(BEVANet, 2, **small),
+        "plain": partial(BEVANet, 2, **small, semantic_kernels=(0, 0, 0), detail_kernels=(0, 0)),
     }
-    measured: dict[str, float] = {}
-    for name, kernels in forms.items():
-        found, at_once = [], []
-        for seed in range(lab.seed, lab.seed + seeds):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = BEVANet(2, **small, **kernels)
-            lab.train(model, batches(seed), loss, 60, lr=5e-3, description=f"{name}, seed {seed}")
-            model.eval()
-            with torch.no_grad():
-                guess = model(held_out[:, None]).logits.argmax(1)
-                guess_HW = model(image_HW[None, None]).logits[0].argmax(0)
-            found.append(intersection_over_union(guess, truth, 2))
-            at_once.append(intersection_over_union(guess_HW[:, edge:], label_HW[:, edge:], 2))
-        measured[f"{name}_iou_percent"] = sum(found) / seeds
-        measured[f"{name}_spread_percent"] = max(found) - min(found)
-        measured[f"{name}_at_once_iou_percent"] = sum(at_once) / seeds
-        measured[f"{name}_parameters"] = float(sum(p.numel() for p in model.parameters()))
+    trials = lab.forms(forms, draw, measure, 60, loss=loss, lr=5e-3, seeds=2)
+    measured = trials.means() | trials.spreads("{form}_spread_percent", "iou_percent")
     return ClaimResult(
         measured,
         holds=measured["large_kernels_iou_percent"] > measured["plain_iou_percent"],
-        note=f"means of {seeds} seeds; labels are a watershed of the photograph",
+        note="means of 2 seeds; labels are a watershed of the photograph",
     )
 
 

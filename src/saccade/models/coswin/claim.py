@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
@@ -38,50 +37,42 @@ def textured_shapes(count: int, generator: torch.Generator, size: int = 32) -> t
 
 def _claim(lab: Lab) -> ClaimResult:
     """Textured shapes, few and ten times as many: plain Swin and CoSwin, equal steps, two seeds."""
-    few, many = lab.size(300, 8), lab.size(3000, 16)
-    test_images, test_labels = textured_shapes(lab.size(500, 8), torch.Generator().manual_seed(10**6))
+    test = textured_shapes(lab.size(500, 8), torch.Generator().manual_seed(10**6))
+
+    def network(local: bool) -> nn.Module:
+        return CoSwin(
+            8,
+            in_channels=1,
+            patch_size=4,
+            embed_dim=32,
+            depths=(2, 2),
+            num_heads=(2, 4),
+            mlp_ratio=2.0,
+            drop_path=0.0,
+            local=local,
+        )
+
     measured: dict[str, float] = {}
-
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).logits, batch[1])
-
-    for count in (few, many):
-        for name in ("swin", "coswin"):
-            right = []
-            for seed in range(lab.seed, lab.seed + 2):
-                images, labels = textured_shapes(count, torch.Generator().manual_seed(seed))
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(seed)
-                    model = CoSwin(
-                        8,
-                        in_channels=1,
-                        patch_size=4,
-                        embed_dim=32,
-                        depths=(2, 2),
-                        num_heads=(2, 4),
-                        mlp_ratio=2.0,
-                        drop_path=0.0,
-                        local=name == "coswin",
-                    )
-                generator = torch.Generator().manual_seed(seed)
-
-                def batches(
-                    images: Tensor = images, labels: Tensor = labels, generator: torch.Generator = generator
-                ) -> Iterator[tuple[Tensor, Tensor]]:
-                    while True:
-                        chosen = torch.randint(len(labels), (lab.size(32, 4),), generator=generator)
-                        yield images[chosen], labels[chosen]
-
-                lab.train(model, batches(), loss, 120, lr=3e-3, description=f"{name}, {count} images, seed {seed}")
-                with torch.no_grad():
-                    right.append((model.eval()(test_images).logits.argmax(1) == test_labels).float().mean().item())
-            label = f"{name}_{'few' if count == few else 'many'}"
-            measured[f"{label}_accuracy"] = sum(right) / len(right)
-            measured[f"{label}_spread"] = max(right) - min(right)
+    for name, count in (("few", lab.size(300, 8)), ("many", lab.size(3000, 16))):
+        examples = cache(partial(_examples, count))
+        trials = lab.forms(
+            {"swin": lambda: network(False), "coswin": lambda: network(True)},
+            lambda generator, examples=examples: lab.data.rows(  # type: ignore[misc]
+                lab.size(32, 4), generator, *examples(generator.initial_seed())
+            ),
+            lambda trial: {"accuracy": lab.accuracy(trial.model, test)},
+            120, lr=3e-3, seeds=2, task=f"{count} images",
+        )  # fmt: skip
+        measured |= trials.means(f"{{form}}_{name}_accuracy") | trials.spreads(f"{{form}}_{name}_spread")
     gains = {k: measured[f"coswin_{k}_accuracy"] - measured[f"swin_{k}_accuracy"] for k in ("few", "many")}
     measured |= {f"gain_{k}": gain for k, gain in gains.items()}
     note = "" if gains["many"] < gains["few"] else "with ten times the images the gap does not shrink in so few steps"
     return ClaimResult(measured, holds=gains["few"] > 0.02, note=note)
+
+
+def _examples(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What is learned from differs from seed to seed."""
+    return textured_shapes(count, torch.Generator().manual_seed(seed))
 
 
 CLAIM = Claim(

@@ -5,9 +5,9 @@ Shape letters: B batch, H, W map, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from functools import partial
+from statistics import stdev
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.models.dat.attention import DeformableAttention
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 _SIZE = 16
 
@@ -54,12 +54,6 @@ class Corner(nn.Module):
         return self.attend(image_BCHW)[0]
 
 
-def _batches(seed: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield blobs(size, generator)
-
-
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     return F.mse_loss(model(batch[0]), batch[1])
 
@@ -74,35 +68,32 @@ def _measure(model: Corner, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[float
 
 def _claim(lab: Lab) -> ClaimResult:
     """Deformable points against points that stay and read means of 4 x 4 pixels, same seeds and steps."""
-    seeds = lab.size(3, 1)
-    errors: dict[bool, list[float]] = {True: [], False: []}
-    before, after = [], []
-    for seed in lab.progress(range(lab.seed, lab.seed + seeds), "seeds"):
-        test = blobs(lab.size(512, 8), torch.Generator().manual_seed(1000 + seed))
-        for offsets in (True, False):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = Corner(offsets)
-            start = _measure(model, test)[1]
-            lab.train(model, _batches(seed, lab.size(16, 4)), _loss, 300, lr=3e-3, description="corner")
-            error, distance = _measure(model.eval(), test)
-            errors[offsets].append(error)
-            if offsets:
-                before.append(start)
-                after.append(distance)
-    spread = {k: stdev(v) if len(v) > 1 else 0.0 for k, v in errors.items()}
+
+    def measure(trial: Trial) -> dict[str, float]:
+        test = blobs(lab.size(512, 8), torch.Generator().manual_seed(1000 + trial.seed))
+        error, distance = _measure(cast(Corner, trial.model), test)
+        return {"mse": error, "distance": distance}
+
+    forms = {"deformable": lambda: Corner(True), "fixed_points": lambda: Corner(False)}
+    draw = partial(blobs, lab.size(16, 4))
+    trials = lab.forms(forms, draw, measure, 300, loss=_loss, lr=3e-3, seeds=3)
+    untrained = lab.forms({"deformable": forms["deformable"]}, draw, measure, 0, seeds=3)
+    start, end = "distance_to_blob_at_the_start_half_lengths", "distance_to_blob_after_training_half_lengths"
+    measured = {
+        **trials.means("error_{form}_mse", "mse"),
+        **trials.over_seeds(_deviation, "error_{form}_spread_mse", "mse"),
+        start: untrained.means("{form}", "distance")["deformable"],
+        end: trials.means("{form}", "distance")["deformable"],
+    }
     return ClaimResult(
-        {
-            "error_deformable_mse": mean(errors[True]),
-            "error_deformable_spread_mse": spread[True],
-            "error_fixed_points_mse": mean(errors[False]),
-            "error_fixed_points_spread_mse": spread[False],
-            "distance_to_blob_at_the_start_half_lengths": mean(before),
-            "distance_to_blob_after_training_half_lengths": mean(after),
-        },
-        holds=mean(errors[True]) < mean(errors[False]) and mean(after) < mean(before),
-        note=f"means and standard deviations of {seeds} seeds; the variance of the colours is 1/3",
+        measured,
+        holds=measured["error_deformable_mse"] < measured["error_fixed_points_mse"] and measured[end] < measured[start],
+        note="means and standard deviations of 3 seeds; the variance of the colours is 1/3",
     )
+
+
+def _deviation(values: list[float]) -> float:
+    return stdev(values) if len(values) > 1 else 0.0
 
 
 CLAIM = Claim(

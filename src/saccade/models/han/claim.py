@@ -2,86 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
-from saccade.extras import need
 from saccade.models.han.network import HAN, psnr
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
-def _photographs(factor: int) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """(small, large) pairs of skimage's photographs, to learn from and to be judged on; values in [0, 1]."""
-    data = need("skimage.data", "the claim of han")
-
-    def pair(image: Any) -> tuple[Tensor, Tensor]:
-        large = torch.as_tensor(image[..., :3].copy()).permute(2, 0, 1)[None] / 255
-        large = large[..., : large.shape[2] // factor * factor, : large.shape[3] // factor * factor]
-        small = F.interpolate(large, scale_factor=1 / factor, mode="bicubic", antialias=True).clamp(0, 1)
-        return small, large
-
-    return [pair(data.chelsea()), pair(data.coffee()), pair(data.rocket())], [pair(data.astronaut())]
+def _pair(large: Tensor) -> tuple[Tensor, Tensor]:
+    """A photograph (3, H, W) at half its size, and itself."""
+    large = large[:, : large.shape[1] // 2 * 2, : large.shape[2] // 2 * 2]
+    small = F.interpolate(large[None], scale_factor=0.5, mode="bicubic", antialias=True).clamp(0, 1)
+    return small[0], large
 
 
 def _claim(lab: Lab) -> ClaimResult:
     """Photographs at twice their size: bicubic, the trunk alone, with LAM and CSAM; two seeds, equal budget."""
-    learn, judge = _photographs(2)
-    side = lab.size(24, 8)
-
-    def patches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-
-        def upto(n: int) -> int:
-            return int(torch.randint(n, (1,), generator=generator))
-
-        while True:
-            chosen = []
-            for _ in range(lab.size(8, 2)):
-                small, large = learn[upto(len(learn))]
-                top, left = upto(small.shape[2] - side), upto(small.shape[3] - side)
-                pair = (
-                    small[0, :, top : top + side, left : left + side],
-                    large[0, :, 2 * top : 2 * (top + side), 2 * left : 2 * (left + side)],
-                )
-                chosen.append(pair)
-            yield torch.stack([p[0] for p in chosen]), torch.stack([p[1] for p in chosen])
+    *learn, judge = map(_pair, lab.data.photographs("chelsea", "coffee", "rocket", "astronaut"))
+    small, large = (image[None] for image in judge)
+    if lab.smoke:
+        small, large = small[..., :16, :16], large[..., :32, :32]
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return (model(batch[0]).image - batch[1]).abs().mean()
 
-    def quality(image: Tensor, truth: Tensor) -> float:
-        return psnr(image.clamp(0, 1), truth, border=2).item()
+    def quality(image: Tensor) -> float:
+        return psnr(image.clamp(0, 1), large, border=2).item()
 
-    (small, large), *_ = judge
-    if lab.smoke:
-        small, large = small[..., :16, :16], large[..., :32, :32]
-    bicubic = F.interpolate(small, scale_factor=2, mode="bicubic")
-    measured = {"bicubic_psnr_db": quality(bicubic, large)}
+    def measure(trial: Trial) -> dict[str, float]:
+        found = {"psnr": quality(trial.model(small).image)}
+        gammas = [p.abs().item() for name, p in trial.model.named_parameters() if name.endswith("gamma")]
+        return found | ({"largest_gamma": max(gammas)} if gammas else {})
+
     sizes: dict[str, Any] = {"groups": 2, "blocks": 2, "channels": lab.size(16, 4), "reduction": 4, "value_range": 1.0}
-    for name, parts in {
-        "trunk": {"layer_attention": False, "channel_spatial": False},
-        "han": {},
-    }.items():
-        found, gammas = [], []
-        for seed in range(lab.seed, lab.seed + 2):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = HAN(2, **sizes, **parts)
-            lab.train(model, patches(seed), loss, 200, lr=2e-3, description=f"{name}, seed {seed}")
-            with torch.no_grad():
-                found.append(quality(model.eval()(small).image, large))
-            gammas += [p.abs().item() for n, p in model.named_parameters() if n.endswith("gamma")]
-        measured[f"{name}_psnr_db"] = sum(found) / len(found)
-        measured[f"{name}_psnr_spread_db"] = max(found) - min(found)
-        if gammas:
-            measured["largest_gamma"] = max(gammas)
+    forms = {
+        "trunk": partial(HAN, 2, **sizes, layer_attention=False, channel_spatial=False),
+        "han": partial(HAN, 2, **sizes),
+    }
+    trials = lab.forms(
+        forms,
+        lambda generator: lab.data.crops(learn, lab.size(8, 2), lab.size(24, 8), generator),
+        measure,
+        200, loss=loss, lr=2e-3, seeds=2,
+    )  # fmt: skip
+    measured = {
+        "bicubic_psnr_db": quality(F.interpolate(small, scale_factor=2, mode="bicubic")),
+        **trials.means("{form}_psnr_db", "psnr"),
+        **trials.spreads("{form}_psnr_spread_db", "psnr"),
+        **trials.over_seeds(max, "largest_gamma", "largest_gamma"),
+    }
     gain = measured["han_psnr_db"] - measured["trunk_psnr_db"]
     return ClaimResult(
         {**measured, "gain_over_trunk_db": gain},

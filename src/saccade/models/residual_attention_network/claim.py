@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from saccade.catalogue import Claim, ClaimResult
 from saccade.models.residual_attention_network.network import ResidualAttentionNetwork
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -23,38 +22,34 @@ def _claim(lab: Lab) -> ClaimResult:
     def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
         return images + noise * torch.randn(images.shape, generator=generator)
 
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(digits.train_labels), (lab.size(32, 4),), generator=generator)
-            yield noisy(digits.train_images[chosen], generator), digits.train_labels[chosen]
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images, labels = lab.data.rows(lab.size(32, 4), generator, digits.train_images, digits.train_labels)
+        return noisy(images, generator), labels
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).logits, batch[1])
-
-    images, labels = noisy(digits.test_images, torch.Generator().manual_seed(99)), digits.test_labels
+    test = noisy(digits.test_images, torch.Generator().manual_seed(99)), digits.test_labels
     widths = lab.size((32, 64, 64), (8, 8, 8))
-    measured: dict[str, float] = {}
+    common: dict[str, Any] = {"stem_width": 8, "small_images": True, "in_channels": 1, "num_classes": 10}
     forms: dict[str, dict[str, Any]] = {
         "attention": {},
         "naive": {"residual": False},
         "trunk_alone": {"attention": False},
         "longer_trunk": {"attention": False, "trunk": 7},
     }
-    for name, form in forms.items():
-        errors = []
-        for seed in range(lab.seed, lab.seed + 2):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = ResidualAttentionNetwork(
-                    (1, 1), widths, (2, 1), stem_width=8, small_images=True, in_channels=1, num_classes=10, **form
-                )
-            lab.train(model, batches(seed), loss, 120, lr=1e-2, description=f"{name}, seed {seed}")
-            with torch.no_grad():
-                errors.append(100 * (model.eval()(images).logits.argmax(1) != labels).float().mean().item())
-        measured[f"{name}_thousand_parameters"] = sum(p.numel() for p in model.parameters()) / 1e3
-        measured[f"{name}_error_percent"] = sum(errors) / 2
-        measured[f"{name}_spread_of_error_percent"] = max(errors) - min(errors)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        error = 100 * (1 - lab.accuracy(trial.model, test))
+        return {"error_percent": error, "thousand_parameters": trial.parameters / 1e3}
+
+    trials = lab.forms(
+        {
+            name: partial(ResidualAttentionNetwork, (1, 1), widths, (2, 1), **common, **form)
+            for name, form in forms.items()
+        },
+        draw,
+        measure,
+        120, lr=1e-2, seeds=2,
+    )  # fmt: skip
+    measured = trials.means() | trials.spreads("{form}_spread_of_error_percent", "error_percent")
     error, spread = measured["attention_error_percent"], measured["attention_spread_of_error_percent"]
     return ClaimResult(
         measured,

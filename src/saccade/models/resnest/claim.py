@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from saccade.catalogue import Claim, ClaimResult
 from saccade.models.resnest.network import ResNeSt
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -24,30 +24,25 @@ def _claim(lab: Lab) -> ClaimResult:
         noisy = images + noise * torch.randn(images.shape, generator=generator)
         return F.interpolate(noisy, scale_factor=2, mode="bilinear")
 
-    def batches(seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            chosen = torch.randint(len(digits.train_labels), (lab.size(32, 4),), generator=generator)
-            yield images_of(digits.train_images[chosen], generator), digits.train_labels[chosen]
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        images, labels = lab.data.rows(lab.size(32, 4), generator, digits.train_images, digits.train_labels)
+        return images_of(images, generator), labels
 
-    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return F.cross_entropy(model(batch[0]).logits, batch[1])
+    test = images_of(digits.test_images, torch.Generator().manual_seed(99)), digits.test_labels
 
-    images, labels = images_of(digits.test_images, torch.Generator().manual_seed(99)), digits.test_labels
-    measured: dict[str, float] = {}
-    for name, radix in (("radix_2", 2), ("radix_1", 1), ("plain", 0)):
-        errors, losses = [], []
-        for seed in range(lab.seed, lab.seed + 2):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = ResNeSt((1, 1, 1), planes=(8, 16, 32), stem_width=8, radix=radix, in_channels=1, num_classes=10)
-            history = lab.train(model, batches(seed), loss, 120, lr=3e-3, description=f"{name}, seed {seed}")
-            losses.append(sum(history[-30:]) / len(history[-30:]))
-            with torch.no_grad():
-                errors.append(100 * (model.eval()(images).logits.argmax(1) != labels).float().mean().item())
-        for what, values in (("error_percent", errors), ("last_steps_loss_nats", losses)):
-            measured[f"{name}_{what}"] = sum(values) / 2
-            measured[f"{name}_spread_of_{what}"] = max(values) - min(values)
+    def network(radix: int) -> nn.Module:
+        return ResNeSt((1, 1, 1), planes=(8, 16, 32), stem_width=8, radix=radix, in_channels=1, num_classes=10)
+
+    def measure(trial: Trial) -> dict[str, float]:
+        last = trial.losses[-30:]
+        return {
+            "error_percent": 100 * (1 - lab.accuracy(trial.model, test)),
+            "last_steps_loss_nats": sum(last) / len(last),
+        }
+
+    forms = {name: partial(network, radix) for name, radix in (("radix_2", 2), ("radix_1", 1), ("plain", 0))}
+    trials = lab.forms(forms, draw, measure, 120, lr=3e-3, seeds=2)
+    measured = trials.means() | trials.spreads("{form}_spread_of_{figure}")
     gain = measured["plain_error_percent"] - measured["radix_2_error_percent"]
     spread = max(measured["plain_spread_of_error_percent"], measured["radix_2_spread_of_error_percent"])
     return ClaimResult(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from math import log
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.twins.network import GlobalSubsampledAttention, LocallyGroupedAttention, Twins
 
 if TYPE_CHECKING:
-    from saccade.catalogue.lab import Lab
+    from saccade.catalogue.lab import Lab, Trial
 
 
 def _growth(lab: Lab) -> dict[str, float]:
@@ -39,16 +39,14 @@ def _growth(lab: Lab) -> dict[str, float]:
     return measured
 
 
-def _patches(seed: int, batch: int, side: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+def _patches(batch: int, generator: torch.Generator, side: int = 32) -> tuple[Tensor, Tensor]:
     """Noise with a patch of one colour somewhere in the upper left quarter, and the colour, (B, 3) in [-1, 1]."""
-    generator = torch.Generator().manual_seed(seed)
     cell = torch.arange(side) // 4
-    while True:
-        noise = 0.1 * torch.randn(batch, 3, side, side, generator=generator)
-        y, x = torch.randint(side // 8, (2, batch, 1), generator=generator)
-        colour_B3 = torch.rand(batch, 3, generator=generator) * 2 - 1
-        inside_BHW = (cell == y)[:, :, None] & (cell == x)[:, None]
-        yield noise + inside_BHW[:, None] * colour_B3[:, :, None, None], colour_B3
+    noise = 0.1 * torch.randn(batch, 3, side, side, generator=generator)
+    y, x = torch.randint(side // 8, (2, batch, 1), generator=generator)
+    colour_B3 = torch.rand(batch, 3, generator=generator) * 2 - 1
+    inside_BHW = (cell == y)[:, :, None] & (cell == x)[:, None]
+    return noise + inside_BHW[:, None] * colour_B3[:, :, None, None], colour_B3
 
 
 class _Corner(nn.Module):
@@ -71,20 +69,14 @@ def _claim(lab: Lab) -> ClaimResult:
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.mse_loss(model(batch[0]), batch[1])
 
-    seeds = range(lab.seed, lab.seed + lab.size(2, 1))
-    for name, global_attention in (("windows_and_representatives", True), ("windows_alone", False)):
-        found = []
-        for seed in lab.progress(seeds, name):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = _Corner(global_attention)
-            lab.train(model, _patches(seed, lab.size(32, 4)), loss, 400, lr=5e-3, description=f"{name}, seed {seed}")
-            images, colours = next(_patches(10**6 + seed, lab.size(512, 8)))
-            with torch.no_grad():
-                error = F.mse_loss(model.eval()(images), colours) / (colours - colours.mean(0)).square().mean()
-            found.append(1 - error.item())
-        measured[f"{name}_explained_share"] = sum(found) / len(found)
-        measured[f"{name}_explained_spread"] = max(found) - min(found)
+    def measure(trial: Trial) -> dict[str, float]:
+        images, colours = _patches(lab.size(512, 8), torch.Generator().manual_seed(10**6 + trial.seed))
+        error = F.mse_loss(trial.model(images), colours) / (colours - colours.mean(0)).square().mean()
+        return {"explained": 1 - error.item()}
+
+    forms = {"windows_and_representatives": lambda: _Corner(True), "windows_alone": lambda: _Corner(False)}
+    trials = lab.forms(forms, partial(_patches, lab.size(32, 4)), measure, 400, loss=loss, lr=5e-3, seeds=2)
+    measured |= trials.means("{form}_explained_share") | trials.spreads("{form}_explained_spread")
     return ClaimResult(
         measured,
         holds=measured["twins_exponent_in_pixels"] < 1.3 < measured["global_exponent_in_pixels"]
