@@ -302,7 +302,7 @@ def flash_window_trial(n: int, dtype: torch.dtype, rival: str, shift: int) -> Tr
 
     From the packed q, k, v of one projection to the map of merged heads; the rival rolls, cuts and joins as Swin does.
     """
-    from saccade.ops.shifted import packed_window_attend
+    from saccade.ops.partitions import packed_window_attend
 
     side, w, heads, batch = math.isqrt(n), 7, 3, 8
     torch.manual_seed(0)

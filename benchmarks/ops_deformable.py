@@ -21,8 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from saccade.ops import deformable
-from saccade.ops.deformable import deformable_attend, deformable_attend_reference, relative_bias, sample
+from saccade.ops.deformable import bias_at_points, crops, deformable_attend, deformable_attend_reference, sample
 
 GOAL = 2.0
 
@@ -84,10 +83,10 @@ def bias(batch: int, size: int, heads: int, groups: int, points: int) -> Case:
     table = torch.randn(heads, 2 * size - 1, 2 * size - 1)
 
     def usual(table: Tensor, points: Tensor) -> Tensor:
-        return deformable._stretched_bias(table.unflatten(0, (groups, -1)), points, (size, size))
+        return crops._stretched_bias(table.unflatten(0, (groups, -1)), points, (size, size))
 
     def ours(table: Tensor, points: Tensor) -> Tensor:
-        return relative_bias(table, points, (size, size))
+        return bias_at_points(table, points, (size, size))
 
     return ours, usual, (table, torch.rand(batch, points, groups, 2) * (size - 1))
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from saccade.ops import masks, shifted, windows
+from saccade.ops import masks, partitions, windows
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
 from saccade.ops.planning import Problem
@@ -128,7 +128,7 @@ def shifted_windows(repeats: int) -> dict[str, float]:
         out = out.view(8, 8, 8, 3, 7, 7, 32).permute(0, 3, 1, 4, 2, 5, 6).reshape(8, 3, 56, 56, 32)
         return out.roll((3, 3), (2, 3)).view(8, 3, 3136, 32)
 
-    ours = seconds(lambda: shifted.window_attend(q, k, v, (56, 56), 7, 3, bias), repeats)
+    ours = seconds(lambda: partitions.window_attend(q, k, v, (56, 56), 7, 3, bias), repeats)
     sdpa = seconds(batched, repeats)
     dense = seconds(lambda: F.scaled_dot_product_attention(q, k, v), 1)
     return {

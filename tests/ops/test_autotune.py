@@ -15,6 +15,7 @@ import saccade
 from saccade.ops import autotune as tuning
 from saccade.ops import tiles
 from saccade.ops.backends import stream
+from saccade.ops.backends.stream.forecast import tile_budget
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +67,7 @@ def test_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = saccade.autotune(shapes=[(1, 1, 64, 4)], repeats=1, backends=["stream"])
     assert found["stream"]["tile_bytes"] in (2**16, 2**20)
     assert (
-        stream._budget(saccade.ops.planning.Problem(1, 1, 1, 8, 8, 4, 4, torch.float32, torch.device("cpu"), False))
+        tile_budget(saccade.ops.planning.Problem(1, 1, 1, 8, 8, 4, 4, torch.float32, torch.device("cpu"), False))
         == found["stream"]["tile_bytes"]
     )
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops import deformable
 from saccade.ops.deformable import (
+    bias_at_points,
+    crops,
     deformable_attend,
     deformable_attend_reference,
     deformable_conv,
@@ -16,7 +17,7 @@ from saccade.ops.deformable import (
     gather_sum,
     level_pixels,
     pixels,
-    relative_bias,
+    points,
     sample,
     samples,
     scatter_sum,
@@ -32,8 +33,8 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     return values, locations, torch.randn(2, 6, 3, 7, dtype=dtype)
 
 
-@pytest.mark.parametrize("padding", deformable.PADDINGS)
-@pytest.mark.parametrize("mode", deformable.MODES)
+@pytest.mark.parametrize("padding", points.PADDINGS)
+@pytest.mark.parametrize("mode", points.MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equals_grid_sampling_forward_and_backward(mode: str, padding: str, dtype: torch.dtype) -> None:
     leaves = [x.requires_grad_() for x in inputs(dtype)]
@@ -88,7 +89,7 @@ def test_dots_with_samples_that_are_never_made() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (6, 7)])
 @pytest.mark.parametrize("align", [True, False])
-@pytest.mark.parametrize("padding", deformable.PADDINGS)
+@pytest.mark.parametrize("padding", points.PADDINGS)
 def test_one_map(size: tuple[int, int], align: bool, padding: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 6, *size, dtype=torch.float64)
@@ -162,8 +163,8 @@ def test_bias_by_crops_equals_bias_pair_by_pair(size: tuple[int, int], groups: i
     table = torch.randn(4, 2 * H - 1, 2 * W - 1, dtype=torch.float64, requires_grad=True)
     inside = torch.tensor([max(W - 1, 1), max(H - 1, 1)], dtype=torch.float64)
     points = ((torch.rand(2, 5, groups, 2, dtype=torch.float64) * 1.6 - 0.3) * inside).requires_grad_()
-    ours = relative_bias(table, points, size)
-    usual = deformable._stretched_bias(table.unflatten(0, (groups, -1)), points, size)
+    ours = bias_at_points(table, points, size)
+    usual = crops._stretched_bias(table.unflatten(0, (groups, -1)), points, size)
     torch.testing.assert_close(ours, usual)
     grad = torch.randn_like(ours)
     found, expected = (torch.autograd.grad(x, (table, points), grad) for x in (ours, usual))
@@ -176,15 +177,15 @@ def test_bias_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     points = (torch.rand(2, 7, 1, 2) * 4).requires_grad_()
     results = []
     for size in (2**20, 500):
-        monkeypatch.setattr(deformable, "_PIECE_BYTES", size)
-        out = relative_bias(table, points, (5, 5))
+        monkeypatch.setattr(crops, "_PIECE_BYTES", size)
+        out = bias_at_points(table, points, (5, 5))
         results.append((out, *torch.autograd.grad(out.square().sum(), (table, points))))
     torch.testing.assert_close(*results)
 
 
 def test_bias_on_pixels_is_the_table() -> None:
     table = torch.randn(1, 5, 7)
-    bias = relative_bias(table, torch.tensor([[[[2.0, 1.0]]]]), (3, 4)).view(3, 4)
+    bias = bias_at_points(table, torch.tensor([[[[2.0, 1.0]]]]), (3, 4)).view(3, 4)
     assert torch.equal(bias, table[0, 1:4, 1:5])  # query (i, j) at i - 1 + 2, j - 2 + 3
 
 
@@ -194,7 +195,7 @@ def test_compiles() -> None:
 
     def run(values: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         out = deformable_attend(values, SHAPES, locations, weights, COUNTS)
-        return out.sum() + relative_bias(table, locations[:, :, :1, 0] * 4, (5, 5)).square().sum()
+        return out.sum() + bias_at_points(table, locations[:, :, :1, 0] * 4, (5, 5)).square().sum()
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     ours, expected = compiled(values, locations, weights), run(values, locations, weights)
@@ -246,4 +247,4 @@ def test_bad_shapes() -> None:
     with pytest.raises(ValueError, match="offset must be"):
         deformable_conv(torch.randn(1, 2, 4, 4), torch.zeros(1, 18, 3, 4), torch.randn(2, 2, 3, 3), padding=1)
     with pytest.raises(ValueError, match="must divide the heads"):
-        relative_bias(torch.randn(3, 3, 3), torch.zeros(1, 1, 2, 2), (2, 2))
+        bias_at_points(torch.randn(3, 3, 3), torch.zeros(1, 1, 2, 2), (2, 2))

@@ -80,7 +80,7 @@ def test_rows_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = inputs(3, 2, 20, 20, 4, 3)
     for causal in (True, False):
         expected = expanded_attend_reference(*tensors, Polynomial(), causal=causal)
-        monkeypatch.setattr("saccade.ops.expansion._CPU_ELEMENTS", 1)
+        monkeypatch.setattr("saccade.ops.expansion.operator._CPU_ELEMENTS", 1)
         out = expanded_attend(*tensors, Polynomial(), causal=causal, chunk_size=4)
         torch.testing.assert_close(out, expected)
         grad = torch.randn_like(out)
@@ -119,7 +119,7 @@ def test_segments_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
     mask = torch.rand(1, 1100) > 0.5
     whole, last = in_segments(attend, q, k, v, mask, None, True)
-    monkeypatch.setattr("saccade.ops.expansion._SEGMENT_ELEMENTS", 1)
+    monkeypatch.setattr("saccade.ops.expansion.attend._SEGMENT_ELEMENTS", 1)
     parts, end = in_segments(attend, q, k, v, mask, None, True)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(end, last)

@@ -11,7 +11,7 @@ import torch
 
 from saccade import attend, linear_attend, masks
 from saccade.explain.efficient_attention_survey import operator as survey
-from saccade.ops import backends, expansion, linear, routed, selection, shifted
+from saccade.ops import backends, expansion, linear, partitions, routed, selection
 from saccade.ops.backends import blocksparse
 
 
@@ -20,11 +20,11 @@ def heads(*lengths: int, width: int = 8) -> list[torch.Tensor]:
 
 
 def windows(size: Any, window: Any, shift: Any, masked: bool = False) -> Callable[[], Any]:
-    grid, windows, shifts = shifted._grid(size, window, shift)
+    grid, windows, shifts = partitions.attend._grid(size, window, shift)
     q, k, v = heads(4, 2, 2, prod(grid))
     bias = torch.randn(4, prod(windows), prod(windows))
     mask = torch.where(torch.rand(3, prod(windows), prod(windows)) < 0.3, -inf, torch.zeros(())) if masked else None
-    return lambda: shifted.window_attend(
+    return lambda: partitions.window_attend(
         q, k, v, grid, windows, shifts, bias, mask=mask, scale=0.3, return_lse=not masked
     )
 
@@ -85,7 +85,8 @@ def cases() -> dict[str, Callable[[], Any]]:
 def test_plain_torch_is_the_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run = cases()[name]
     expected = run()
-    for module in (backends, blocksparse, expansion, linear, routed, selection, shifted):
+    called = (blocksparse.attend, expansion.attend, linear.attend, partitions.attend, routed.attend)
+    for module in (backends, selection, *called):
         monkeypatch.setattr(module, "exporting", lambda: True)
     monkeypatch.setattr(survey, "exporting", lambda: True)
     torch.testing.assert_close(run(), expected, rtol=1e-4, atol=1e-5)

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
-from saccade.ops.deformable import deformable_attend, relative_bias
+from saccade.ops.deformable import bias_at_points, deformable_attend
 from saccade.ops.expansion import Polynomial, expanded_attend
 from saccade.ops.linear import linear_attend
 from saccade.ops.masks import Mask
 from saccade.ops.memory import large_empty
 from saccade.ops.native import build
+from saccade.ops.partitions import window_attend
 from saccade.ops.routed import routed_attend
-from saccade.ops.shifted import window_attend
 
 #: mask, query heads, key heads; the first five had no tiling once, in the backward pass or without native code
 PROBLEMS: dict[str, tuple[Mask | None, int, int]] = {
@@ -140,7 +140,7 @@ OPERATORS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (torch.randn(2, 20, 4, 8), torch.rand(2, 5, 4, 6, 2), torch.rand(2, 5, 4, 6)),
     ),
     "bias at points": (
-        lambda table, points: relative_bias(table, points, (4, 5)),
+        lambda table, points: bias_at_points(table, points, (4, 5)),
         (torch.randn(4, 7, 9), torch.rand(2, 6, 2, 2) * 2 - 1),
     ),
     "neighbourhood with a bias": (

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade.ops import routed
 from saccade.ops.attend import attend
 from saccade.ops.merge import merge
-from saccade.ops.routed import block_layout, routed_attend
+from saccade.ops.routed import block_layout, routed_attend, routes, tiles
 
 
 def choose(B: int, H: int, N: int, n: int, j: int, *, below_own: int | None = None) -> Tensor:
@@ -79,7 +78,7 @@ def overlapping(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lay_out", [columns, overlapping])
-@pytest.mark.parametrize("size", [8, 2 * routed._STRIP])
+@pytest.mark.parametrize("size", [8, 2 * tiles._STRIP])
 def test_strides_do_not_matter(size: int, lay_out: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     chosen = torch.zeros(1, 1, 3 * size, 1, dtype=torch.long)
@@ -96,7 +95,7 @@ def test_strides_do_not_matter(size: int, lay_out: Callable[[Tensor], Tensor], d
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3])
-@pytest.mark.parametrize("size", [8, 2 * routed._STRIP])
+@pytest.mark.parametrize("size", [8, 2 * tiles._STRIP])
 def test_scales_of_zero_and_below(size: int, scale: float) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, heads, 2 * size, 4, dtype=torch.float64, requires_grad=True) for heads in (2, 1, 1))
@@ -125,9 +124,9 @@ def test_many_pieces_and_ranges_of_queries(monkeypatch: pytest.MonkeyPatch) -> N
     whole = run()
     expected = attend(q, k, v, mask=allowed(chosen, 512, 256, True), backend="reference")
     torch.testing.assert_close(whole[0], expected, atol=1e-5, rtol=1e-5)
-    monkeypatch.setattr(routed, "_WAITING", 2**14)
-    monkeypatch.setattr(routed, "_PIECE", 2**16)
-    assert len(list(routed._ranges(chosen, 8, 4))) > 2
+    monkeypatch.setattr(routes, "_WAITING", 2**14)
+    monkeypatch.setattr(routes, "_PIECE", 2**16)
+    assert len(list(routes.ranges_of_queries(chosen, 8, 4))) > 2
     for a, b in zip(run(), whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -136,11 +135,11 @@ def test_many_pieces_and_ranges_of_queries(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_path_of_other_devices_equals_the_kernel(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v, grad = torch.randn(4, 3, 16, 8)
-    ours, kernels = (f(q, k, v, 0.3, causal=causal) for f in (routed._forward_by_matmul, routed._tiles_forward))
+    ours, kernels = (f(q, k, v, 0.3, causal=causal) for f in (tiles._forward_by_matmul, tiles.tiles_forward))
     torch.testing.assert_close(ours, kernels)
     out, lse = ours[0] + 0.1, ours[1] + 0.2  # a row of which this is a part has another output and LSE
     torch.testing.assert_close(
-        *(f(grad, q, k, v, out, lse, 0.3, causal=causal) for f in (routed._backward_by_matmul, routed._tiles_backward))
+        *(f(grad, q, k, v, out, lse, 0.3, causal=causal) for f in (tiles._backward_by_matmul, tiles.tiles_backward))
     )
 
 

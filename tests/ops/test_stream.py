@@ -337,7 +337,7 @@ def test_empty_tiles_are_skipped_and_full_ones_not_masked(monkeypatch: pytest.Mo
         return allowed(self, b, h, q, k)
 
     monkeypatch.setattr(masks.Band, "allowed", counted)
-    monkeypatch.setattr(stream, "TILE_OVERHEAD", 0)
+    monkeypatch.setattr(stream.call, "TILE_OVERHEAD", 0)
     saccade.attend(q, q, q, score=score, mask=masks.window(63), backend="stream", memory_mb=0.2)
     assert 1 / 8 < sum(pairs) / 512**2 < 0.30
     pairs.clear()
@@ -467,7 +467,7 @@ def test_the_tuned_tile_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     q = torch.randn(1, 1, 400, 4)
     for size in (2**16, 2**20):
-        monkeypatch.setattr(stream, "tuned", lambda *_, size=size: {"tile_bytes": size})
+        monkeypatch.setattr(stream.forecast, "tuned", lambda *_, size=size: {"tile_bytes": size})
         saccade.attend(q, q, q, score=score, backend="stream")
         sizes.append(-1)
     first, second = sizes[: sizes.index(-1)], sizes[sizes.index(-1) + 1 : -1]
@@ -520,7 +520,7 @@ def test_modifications_that_take_scalars_only(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tables_are_read_as_slices_in_any_order(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read by index tensors as they come is one of whole ranges; the gradient is the same."""
-    monkeypatch.setattr(stream, "TILE_BYTES", 20_000)
+    monkeypatch.setattr(stream.forecast, "TILE_BYTES", 20_000)
     q, k, v = (torch.randn(2, 3, 50, 8, dtype=dtype) for _ in range(3))
     tables = [
         torch.randn(shape, dtype=dtype, requires_grad=True) for shape in ((3, 50, 60), (50, 2, 50), (3,), (2, 50))
@@ -545,7 +545,7 @@ def test_tables_are_read_as_slices_in_any_order(dtype: torch.dtype, monkeypatch:
 
 
 def test_blocks_of_queries_go_to_workers_and_errors_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "TILE_BYTES", 20_000)
+    monkeypatch.setattr(stream.forecast, "TILE_BYTES", 20_000)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

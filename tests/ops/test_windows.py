@@ -17,8 +17,9 @@ from saccade.ops import masks, windows
 from saccade.ops.attend import _problem, attend
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
+from saccade.ops.partitions import window_attend
 from saccade.ops.planning import Problem
-from saccade.ops.shifted import window_attend
+from saccade.ops.windows.layout import cut_grids
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "neighborhood"
 
@@ -228,7 +229,7 @@ def test_only_boxes_that_the_neighbourhood_needs_are_visited() -> None:
     spec = windows.regular(problem)
     assert spec is not None
     for backward in (False, True):
-        (grid,) = windows._layout(spec, 4096, 4096, 1, backward)
+        (grid,) = cut_grids(spec, 4096, 4096, 1, backward)
         computed = torch.zeros(64, 64, dtype=torch.long)
         for part in grid.parts:
             # the seven queries at a border share their 13 keys; elsewhere a box is the tile and its halo

@@ -7,8 +7,8 @@ Zhang, "Flash Window Attention: speedup the attention computation for Swin Trans
 
 The paper gives one window and head to one GPU program that holds the whole N x N matrix on chip, walks over the
 feature dimension in chunks, and computes P again in the backward pass, so that memory sees q, k, v, b and o only.
-`saccade.ops.shifted` keeps what carries over to a machine with caches: pieces of windows whose scores stay on chip, P
-computed again, nothing of N x N kept; there the whole feature dimension is one chunk.
+`saccade.ops.partitions` keeps what carries over to a machine with caches: pieces of windows whose scores stay on chip,
+P computed again, nothing of N x N kept; there the whole feature dimension is one chunk.
 
 | here          | paper    | meaning                                              | default      |
 |---------------|----------|------------------------------------------------------|--------------|

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saccade.attention.flash_window.layer import flash_window_attend
 from saccade.catalogue import Claim, ClaimResult
-from saccade.ops.shifted import packed_window_attend
+from saccade.ops.partitions import packed_window_attend
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

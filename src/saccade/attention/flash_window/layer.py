@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.pretrained import copy_affine, read_softmax
-from saccade.ops.shifted import packed_window_attend, relative_bias, window_attend
+from saccade.ops.partitions import packed_window_attend, window_attend, window_bias
 
 
 def flash_window_attend(
@@ -29,7 +29,7 @@ def flash_window_attend(
     """softmax(scale q k^T + bias + mask) v of windows that are cut out already.
 
     Memory beyond the output is a piece of some windows; the backward pass keeps q, k, v, the output and a number per
-    row. `saccade.ops.shifted.window_attend` does the same on a whole map, and cuts and shifts on the way.
+    row. `saccade.ops.partitions.window_attend` does the same on a whole map, and cuts and shifts on the way.
 
     Args:
         q_WHTD, k_WHTD, v_WHTE: any number of tokens T and any widths.
@@ -229,7 +229,7 @@ class FlashWindowAttention(nn.Module):
             return None
         widths = [2 * w - 1 for w in self.window_size]
         # key minus query is the other way round
-        return relative_bias(table.T.flip(1).unflatten(1, widths), self.window_size)
+        return window_bias(table.T.flip(1).unflatten(1, widths), self.window_size)
 
     def _fill(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The map (B, *grid, C) with zero tokens at its end, and its lengths."""

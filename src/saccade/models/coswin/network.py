@@ -18,7 +18,7 @@ from saccade.layers.norms import ChannelNorm
 from saccade.layers.patches import PatchMerging, filled
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, check_images
-from saccade.ops.shifted import packed_window_attend, relative_bias
+from saccade.ops.partitions import packed_window_attend, window_bias
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +119,7 @@ class FusedAttention(nn.Module):
     def windows(self, u_BNC: Tensor, size: tuple[int, int]) -> Tensor:
         """G, the attention's output after its projection."""
         qkv_BN3GD = self.qkv(u_BNC).unflatten(2, (3, self.num_heads, -1))
-        bias_GTT = relative_bias(self.bias_table, (self.window, self.window))
+        bias_GTT = window_bias(self.bias_table, (self.window, self.window))
         out_BGND = packed_window_attend(qkv_BN3GD, size, self.window, self.shift, bias_GTT)
         out_BNC = out_BGND.transpose(1, 2).flatten(2)
         if self.local is not None and self.fusion == "value":

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from saccade.attention.flash_window import FlashWindowAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.deformable import relative_bias, sample
+from saccade.ops.deformable import bias_at_points, sample
 from saccade.ops.export import exporting
+from saccade.ops.partitions import window_attend
 from saccade.ops.score_mods import grid_bias
-from saccade.ops.shifted import window_attend
 
 #: the biases by relative position that the authors' code knows
 BIASES = ("table", "log", "fixed", "convolution", None)
@@ -189,7 +189,7 @@ class DeformableAttention(nn.Module):
         if table is None:
             return None
         if self.bias == "table":
-            return relative_bias(table, pixels_BNG2, size)
+            return bias_at_points(table, pixels_BNG2, size)
         if size == self.map_size:
             return table[None]
         # the tables of another map, stretched in queries, then in points

@@ -16,7 +16,7 @@ from saccade.layers.patches import filled
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.ops.deformable import deformable_conv
-from saccade.ops.shifted import packed_window_attend, relative_bias
+from saccade.ops.partitions import packed_window_attend, window_bias
 
 POSITIONS = ("relative", "absolute")
 
@@ -116,8 +116,8 @@ class RelativeAttention(nn.Module):
             wanted = [2 * n - 1 for n in size]
             working = torch.promote_types(table.dtype, torch.float32)
             table = F.interpolate(table[None].to(working), wanted, mode="bicubic", align_corners=False)[0].to(table)
-        # the other way round: `relative_bias` is of key - query
-        return relative_bias(table.flip(1, 2), size)
+        # the other way round: `window_bias` is of key - query
+        return window_bias(table.flip(1, 2), size)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
         B, H, W, C = x_BHWC.shape

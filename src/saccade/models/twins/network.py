@@ -18,7 +18,7 @@ from saccade.layers.positions import ConditionalPosition
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, check_images
 from saccade.ops.attend import attend
-from saccade.ops.shifted import packed_window_attend
+from saccade.ops.partitions import packed_window_attend
 
 PADDINGS = ("mask", "zeros")
 
