@@ -13,8 +13,8 @@ from saccade.compress.a_vl import (
     AVLOptions,
     agreement,
     image_span,
-    share,
     text_kept,
+    tokens_left,
 )
 
 IMAGE = (3, 20)
@@ -229,7 +229,7 @@ def test_layer_decodes_as_the_parallel_form_with_nothing_dropped() -> None:
 
 
 def test_numbers() -> None:
-    assert (share(10, 0.9), share(20, 0.6), share(576, 0.5)) == (0, 8, 288)
+    assert (tokens_left(10, 0.9), tokens_left(20, 0.6), tokens_left(576, 0.5)) == (0, 8, 288)
     scores = torch.arange(10.0)
     assert agreement(scores, scores, 0.3) == 1 and agreement(scores, -scores, 0.5) == 0
     noise = torch.rand(2, 200, 100, generator=torch.Generator().manual_seed(0))

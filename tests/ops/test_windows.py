@@ -292,7 +292,7 @@ def test_compiles_into_one_graph() -> None:
     def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         problem = ask(q, k, v, masks.window(5, 9) & masks.causal(2), return_lse=False)
         assert windows.regular(problem) is not None
-        return windows.run(problem, q, k, v)[0] * windows.share(problem)
+        return windows.run(problem, q, k, v)[0] * windows.relative_time(problem)
 
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
     got, want = compiled(q, k, v), function(q, k, v)
@@ -328,8 +328,8 @@ def test_what_is_not_regular() -> None:
         windows.run(ask(q, k, v, masks.causal()), q, k, v)
 
 
-def test_expected_share_follows_the_window() -> None:
+def test_expected_time_follows_the_window() -> None:
     q = torch.empty(1, 4, 16384, 64)
-    shares = [windows.share(ask(q, q, q, masks.window(w))) for w in (127, 511, 2047)]
-    assert shares == sorted(shares) and shares[1] < 0.06
+    times = [windows.relative_time(ask(q, q, q, masks.window(w))) for w in (127, 511, 2047)]
+    assert times == sorted(times) and times[1] < 0.06
     assert windows.extra_bytes(ask(q, q, q, masks.window(511))) < 8 * q.nbytes

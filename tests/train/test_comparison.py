@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import saccade
 from saccade.train import files, measures, runs
 from saccade.train.data import generator_at
-from saccade.train.mechanisms import Mechanism, parse
+from saccade.train.entries import Entry, parse
 from saccade.train.model import SequenceModel
 from saccade.train.result import CompareResult, SeedRecord
 from saccade.train.tasks import TASKS, Text
@@ -165,7 +165,7 @@ def test_quality_from_the_past_is_the_quality_of_a_causal_model() -> None:
     assert isinstance(model, SequenceModel) and not runs.sees_future(task, model)
     streamed, how = runs.quality_from_the_past(task, model)
     assert how == 1.0 and streamed == pytest.approx(task.quality(model), abs=1e-5)
-    own = task.model(Mechanism("mine", None, {}, RunningMean), 0)
+    own = task.model(Entry("mine", None, {}, RunningMean), 0)
     prefixes, how = runs.quality_from_the_past(task, own)  # sixteen prefixes of sixteen tokens: all
     assert how == 0.0 and prefixes == pytest.approx(task.quality(own), abs=1e-5)
 
@@ -180,7 +180,7 @@ def test_generating_with_caches_is_generating_without(name: str) -> None:
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, tokens[:, 5:])
     with pytest.raises(ValueError, match="no cache"):
-        task.model(Mechanism("mine", None, {}, RunningMean), 0).generate(tokens, 1)
+        task.model(Entry("mine", None, {}, RunningMean), 0).generate(tokens, 1)
 
 
 def test_decoding_that_no_two_passes_agree_on_was_not_measured(monkeypatch) -> None:

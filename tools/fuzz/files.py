@@ -17,8 +17,8 @@ from safetensors.torch import save
 
 from saccade import catalogue, load_authors
 from saccade.cli.masks import parse_mask
+from saccade.train.entries import parse
 from saccade.train.files import read_tensors
-from saccade.train.mechanisms import parse
 
 __all__ = ["run"]
 

@@ -469,7 +469,7 @@ def insert(
     import torch
 
     from saccade.integrations import insert as inserting
-    from saccade.train.mechanisms import parse
+    from saccade.train.entries import parse
 
     (wanted,) = parse([gate])
     if not catalogue.part(str(wanted.slug)).kind.insertable:

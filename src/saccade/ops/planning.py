@@ -151,7 +151,7 @@ class Plan:
         flops: floating-point operations of the forward pass.
         bytes: inputs, outputs and extra memory, in bytes.
         density: share of the query-key pairs that are computed.
-        share: expected time as a share of dense SDPA's on the same shapes.
+        relative_time: expected time as a share of dense SDPA's on the same shapes.
         refused: what the other paths answered, by name.
     """
 
@@ -160,7 +160,7 @@ class Plan:
     flops: int
     bytes: int
     density: float
-    share: float
+    relative_time: float
     refused: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -169,7 +169,7 @@ class Plan:
             f"FLOPs     {self.flops:.3g}",
             f"bytes     {self.bytes:.3g}",
             f"density   {self.density:.1%}",
-            f"time      {self.share:.0%} of dense SDPA's (expected)",
+            f"time      {self.relative_time:.0%} of dense SDPA's (expected)",
         ]
         lines += [f"not {name:<12}{why}" for name, why in self.refused.items()]
         return "\n".join(lines)

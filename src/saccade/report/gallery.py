@@ -39,10 +39,10 @@ from saccade.ops.maps import Mixes, attention_map
 from saccade.ops.measure import machine
 from saccade.tables import fold, table
 from saccade.train import data
+from saccade.train.entries import NONE, Entry, parse
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
 from saccade.train.labels import labels
-from saccade.train.mechanisms import NONE, Mechanism, parse
 
 #: names of `saccade.train.data.photographs`
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "rocket")
@@ -271,8 +271,8 @@ def make(
 
     with lab.seeded():
         start = network(len(squares))
-    built: list[tuple[Mechanism, nn.Sequential, nn.Module | None]] = []
-    for gate in (Mechanism(NONE, NONE), *wanted):  # all of them before the first is trained: requests fail at once
+    built: list[tuple[Entry, nn.Sequential, nn.Module | None]] = []
+    for gate in (Entry(NONE, NONE), *wanted):  # all of them before the first is trained: requests fail at once
         model = network(len(squares))
         model.load_state_dict(start.state_dict())
         inserted: nn.Module | None = None

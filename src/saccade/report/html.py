@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade import __version__, catalogue
+from saccade.train.entries import NONE
 from saccade.train.files import folder_name, write_bytes
 from saccade.train.labels import IN_PLOTS, labels
-from saccade.train.mechanisms import NONE
 from saccade.train.plotting import PANELS, attention_maps, darken, is_wide, panel
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from torch import Tensor
 from saccade import catalogue
 from saccade.models.complete import Complete
 from saccade.tables import table
+from saccade.train.entries import parse
 from saccade.train.files import make_folder, write_bytes
-from saccade.train.mechanisms import parse
 
 #: what a picture may be written as, and what the tensors are
 PICTURES, TENSORS = (".png", ".jpg", ".jpeg", ".webp"), ".safetensors"

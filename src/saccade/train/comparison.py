@@ -33,9 +33,9 @@ import saccade
 from saccade.ops.measure import machine
 from saccade.train import fingerprints
 from saccade.train.data import read_files
+from saccade.train.entries import NONE, Entry, parse
 from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import Measures, keep_measures, measure
-from saccade.train.mechanisms import NONE, Mechanism, parse
 from saccade.train.progress import Update, bar, showing, track
 from saccade.train.result import CompareResult, MechanismRecord, Metric
 from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
@@ -157,7 +157,7 @@ def compare(
 
 
 def _train(
-    job: Task, groups: list[list[Mechanism]], seeds: list[int], steps: int, folders: dict[str, Path]
+    job: Task, groups: list[list[Entry]], seeds: list[int], steps: int, folders: dict[str, Path]
 ) -> dict[str, str]:
     """Train everything, the mechanisms of a group in turns; returns what could not be trained, and why.
 
@@ -183,7 +183,7 @@ def _train(
 
 
 def _measured(
-    job: Task, entry: Mechanism, seeds: list[int], steps: int, folder: Path, own_folder: Path, unkept: list[str]
+    job: Task, entry: Entry, seeds: list[int], steps: int, folder: Path, own_folder: Path, unkept: list[str]
 ) -> MechanismRecord:
     """The record of a mechanism: its finished runs, and its measures, taken from the folder where they are there."""
     record = MechanismRecord(
@@ -230,7 +230,7 @@ def _mechanism_folder(folder: Path, definition: dict[str, Any]) -> Path:
     return path.parent
 
 
-def _planned_steps(job: Task, groups: list[list[Mechanism]], seed: int, seconds: float, folder: Path) -> int:
+def _planned_steps(job: Task, groups: list[list[Entry]], seed: int, seconds: float, folder: Path) -> int:
     """Steps for every mechanism, decided once: a resumed run, and one that is added later, have the same schedule."""
     path = folder / "steps.json"
     if not path.is_file():
@@ -267,7 +267,7 @@ class _Tried:
     code: dict[str, str]
 
 
-def _try_out(job: Task, entries: list[Mechanism], seed: int) -> dict[str, _Tried]:
+def _try_out(job: Task, entries: list[Entry], seed: int) -> dict[str, _Tried]:
     """Build every model and take one batch through it, so that what cannot work fails before anything is trained.
 
     Raises:
@@ -300,10 +300,10 @@ def _task(name: str, preset: str, settings: dict[str, Any], device: torch.device
     return Text(sizes, device, data if isinstance(data, Tensor) else read_files(data))
 
 
-def _with_baseline(job: Task, entries: list[Mechanism]) -> list[Mechanism]:
+def _with_baseline(job: Task, entries: list[Entry]) -> list[Entry]:
     if job.baseline is None or any(entry.slug == job.baseline for entry in entries):
         return entries
-    return [Mechanism(job.baseline, job.baseline), *entries]
+    return [Entry(job.baseline, job.baseline), *entries]
 
 
 def _place(device: str | torch.device | None) -> torch.device:
@@ -351,7 +351,7 @@ def _budget(budget: str | float) -> tuple[str, float | None]:
 
 def _config(
     job: Task,
-    entries: list[Mechanism],
+    entries: list[Entry],
     budget: str | float,
     seeds: list[int],
     data: Any,
@@ -396,8 +396,8 @@ def _finished(folder: Path, config: dict[str, Any]) -> CompareResult | None:
 
 
 def _joined(
-    folder: Path, entries: list[Mechanism], config: dict[str, Any], seeds: list[int]
-) -> tuple[list[Mechanism], dict[str, Any]]:
+    folder: Path, entries: list[Entry], config: dict[str, Any], seeds: list[int]
+) -> tuple[list[Entry], dict[str, Any]]:
     """The mechanisms that a folder has and those asked for, and the configuration with all of them.
 
     Raises:
@@ -413,7 +413,7 @@ def _joined(
         needed = ["measures.json", *(f"seed-{seed}/final.json" for seed in seeds)]
         if name not in asked and kept["slug"] is None and not all((own_folder / file).is_file() for file in needed):
             raise ValueError(f"{folder} has unfinished runs of {name!r}, a constructor of yours: give it here too")
-        joined.append(asked.pop(name) if name in asked else Mechanism(name, kept["slug"], kept["options"]))
+        joined.append(asked.pop(name) if name in asked else Entry(name, kept["slug"], kept["options"]))
     new = [entry for entry in config["mechanisms"] if entry["name"] in asked]
     return [*joined, *asked.values()], {**config, "mechanisms": [*there["mechanisms"], *new]}
 

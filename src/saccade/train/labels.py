@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from saccade.train.mechanisms import split_options
+from saccade.train.entries import split_options
 
 #: the longest labels in a table, and in a plot
 IN_TABLES, IN_PLOTS = 36, 22

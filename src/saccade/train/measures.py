@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.ops.measure import Watch, peak_bytes, synchronize
+from saccade.train.entries import NONE, Entry
 from saccade.train.files import folder_name, write_tensors, write_text
 from saccade.train.loop import Training
-from saccade.train.mechanisms import NONE, Mechanism
 from saccade.train.model import SequenceModel
 from saccade.train.result import MechanismRecord
 from saccade.train.runs import sees_future
@@ -26,7 +26,7 @@ from saccade.train.tasks import SequenceTask, Task
 
 def measure(
     task: Task,
-    mechanism: Mechanism,
+    mechanism: Entry,
     model: nn.Module,
     record: MechanismRecord,
     on_point: Callable[[ScalingPoint], None] = lambda point: None,
@@ -47,7 +47,7 @@ def measure(
 
 def _measure(
     task: Task,
-    mechanism: Mechanism,
+    mechanism: Entry,
     model: nn.Module,
     record: MechanismRecord,
     on_point: Callable[[ScalingPoint], None],
@@ -127,7 +127,7 @@ def keep_measures(record: MechanismRecord, folder: Path) -> None:
     write_text(folder / name / "measures.json", json.dumps(asdict(kept), indent=2) + "\n")
 
 
-def notes(task: Task, mechanism: Mechanism, model: nn.Module) -> tuple[list[str], list[str]]:
+def notes(task: Task, mechanism: Entry, model: nn.Module) -> tuple[list[str], list[str]]:
     """What a reader must know of how this mechanism took part, and marks for tables."""
     found, marks = [], []
     if isinstance(task, SequenceTask):
@@ -150,7 +150,7 @@ def notes(task: Task, mechanism: Mechanism, model: nn.Module) -> tuple[list[str]
     return found, marks
 
 
-def training_bytes(task: Task, mechanism: Mechanism) -> int:
+def training_bytes(task: Task, mechanism: Entry) -> int:
     """Peak of tensors in a training step: parameters, gradients, optimiser state, activations."""
     batch = task.batch(0, 0)
     alive: list[Any] = []

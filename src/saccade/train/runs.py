@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.ops.measure import Watch, synchronize
+from saccade.train.entries import Entry
 from saccade.train.files import append_line, build, read_json, read_tensors, write_tensors, write_text
 from saccade.train.loop import NotFinite, Training
-from saccade.train.mechanisms import Mechanism
 from saccade.train.model import SequenceModel
 from saccade.train.progress import track
 from saccade.train.result import SeedRecord
@@ -58,7 +58,7 @@ class Run:
         OSError: if it cannot be read or written.
     """
 
-    def __init__(self, task: Task, mechanism: Mechanism, seed: int, steps: int, folder: Path) -> None:
+    def __init__(self, task: Task, mechanism: Entry, seed: int, steps: int, folder: Path) -> None:
         self.task, self.mechanism, self.seed, self.steps, self.folder = task, mechanism, seed, steps, folder
         self.record = read_record(folder, seed, steps)
         if self.record is not None:
@@ -209,7 +209,7 @@ def take_turns(runs: Sequence[Run], on_step: OnStep = lambda run: None) -> dict[
     return failed
 
 
-def train_run(task: Task, mechanism: Mechanism, seed: int, steps: int, folder: Path) -> SeedRecord:
+def train_run(task: Task, mechanism: Entry, seed: int, steps: int, folder: Path) -> SeedRecord:
     """Train and evaluate one run by itself, or return what a finished one found.
 
     Raises:
@@ -222,7 +222,7 @@ def train_run(task: Task, mechanism: Mechanism, seed: int, steps: int, folder: P
     return run.finish()
 
 
-def plan_steps(task: Task, groups: Sequence[Sequence[Mechanism]], seed: int, seconds: float) -> int:
+def plan_steps(task: Task, groups: Sequence[Sequence[Entry]], seed: int, seconds: float) -> int:
     """The steps, the same for all, with which training takes `seconds` a mechanism on the mean.
 
     From the median of up to five steps of each, taken in turns, after one to warm up. Mechanisms whose loss is not
@@ -273,7 +273,7 @@ def read_record(folder: Path, seed: int, steps: int) -> SeedRecord | None:
     return record
 
 
-def trained_model(task: Task, mechanism: Mechanism, seed: int, folder: Path) -> nn.Module:
+def trained_model(task: Task, mechanism: Entry, seed: int, folder: Path) -> nn.Module:
     """The model of a finished run, from its checkpoint."""
     model = task.model(mechanism, seed).to(task.device)
     tensors, _ = read_tensors(folder / "checkpoint.safetensors")

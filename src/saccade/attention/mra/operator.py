@@ -100,7 +100,7 @@ def _attend(
     _check(q, k, v, mode, first_blocks, diagonal_blocks)
     scales = _scales(resolutions)
     budget = _per_cut(num_blocks, len(scales) - 1, "num_blocks")
-    share = _per_cut(blocks_per_row, len(scales) - 1, "blocks_per_row")
+    per_row = _per_cut(blocks_per_row, len(scales) - 1, "blocks_per_row")
     if released_ranking and scales[1:] != [1]:
         raise ValueError(f"released_ranking is for two resolutions, the second 1, got {tuple(scales)}")
     (B, H, N, D), M, b = q.shape, k.shape[2], scales[0]
@@ -124,8 +124,8 @@ def _attend(
     counts = None
     if budget[0] is None and padded:
         real = (query_count > 0).sum(-1).expand(B), (key_count > 0).sum(-1).expand(B)
-        counts = (real[0] * share[0]).ceil().long().minimum(real[0] * real[1])
-    total = math.ceil(share[0] * X) if budget[0] is None else int(budget[0])
+        counts = (real[0] * per_row[0]).ceil().long().minimum(real[0] * real[1])
+    total = math.ceil(per_row[0] * X) if budget[0] is None else int(budget[0])
     best, kept, top, threshold = _choose(
         qbar, kbar, factor, min(total, X * Y), counts, query_count, key_count, first_blocks, diagonal_blocks,
         padded, released_ranking,
@@ -151,7 +151,7 @@ def _attend(
     else:
         k, v = repeat_heads(k, H), repeat_heads(v, H)
         fine = _refine(
-            q, k, v, query_valid_BN, key_valid_BM, scales, budget, share, factor, mode, best, kept, top
+            q, k, v, query_valid_BN, key_valid_BM, scales, budget, per_row, factor, mode, best, kept, top
         )  # fmt: skip
         parts += fine[:-1]
         out, lse = _to_tokens(*fine[-1], N)
@@ -257,7 +257,7 @@ def _refine(
     key_valid: Tensor | None,
     scales: list[int],
     budget: list[Any],
-    share: list[Any],
+    per_row: list[Any],
     factor: float,
     mode: str,
     tiles: Tensor,
@@ -289,11 +289,11 @@ def _refine(
         if level < len(scales) - 1:
             ranks = (scores.detach() - row_top[..., None, None]).masked_fill(absent, -math.inf).flatten(2)
             blocks_B = (_counts(query_valid, N, size, q.device) > 0).sum(-1).expand(B)
-            wanted = math.ceil(share[level] * -(-N // size)) if budget[level] is None else int(budget[level])
+            wanted = math.ceil(per_row[level] * -(-N // size)) if budget[level] is None else int(budget[level])
             values, picked = ranks.topk(min(wanted, ranks.shape[-1]), -1)
             next_kept = values > -math.inf
             if budget[level] is None:  # a sequence gets what it would get alone
-                limit = (blocks_B * share[level]).ceil()[:, None, None]
+                limit = (blocks_B * per_row[level]).ceil()[:, None, None]
                 next_kept = next_kept & (torch.arange(values.shape[-1], device=q.device) < limit)
             parent, child_x, child_y = picked // (r * r), picked // r % r, picked % r
             left = torch.zeros_like(ranks, dtype=torch.bool).scatter_(2, picked, next_kept).view(scores.shape)
@@ -406,10 +406,10 @@ def mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, A
     which is what it amounts to where all tiles are chosen."""
     scales = _scales(options["resolutions"])
     budget = _per_cut(options["num_blocks"], len(scales) - 1, "num_blocks")
-    share = _per_cut(options["blocks_per_row"], len(scales) - 1, "blocks_per_row")
+    per_row = _per_cut(options["blocks_per_row"], len(scales) - 1, "blocks_per_row")
     total = available = float(-(-n // scales[0]) * -(-m // scales[0]))
     for cut, (size, finer) in enumerate(zip(scales, scales[1:])):
-        number = math.ceil(share[cut] * -(-n // size)) if budget[cut] is None else budget[cut]
+        number = math.ceil(per_row[cut] * -(-n // size)) if budget[cut] is None else budget[cut]
         available = min(available, number) * (size // finer) ** 2
         total += available
     return min(total, float(n * m))

@@ -45,8 +45,8 @@ from saccade.compress.a_vl.operator import (
     agreement,
     best_tokens,
     image_span,
-    share,
     text_kept,
+    tokens_left,
 )
 from saccade.layers.qkv_attention import QKVAttention
 
@@ -59,8 +59,8 @@ __all__ = [
     "agreement",
     "best_tokens",
     "image_span",
-    "share",
     "text_kept",
+    "tokens_left",
 ]
 
 

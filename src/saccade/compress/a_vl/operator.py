@@ -59,11 +59,11 @@ class AVLOptions:
 
     def stored(self, image_tokens: int) -> int:
         """n_S."""
-        return image_tokens if self.rate is None else share(image_tokens, self.rate)
+        return image_tokens if self.rate is None else tokens_left(image_tokens, self.rate)
 
     def read(self, image_tokens: int) -> int:
         """n_C."""
-        return image_tokens if self.rate is None else share(image_tokens, self.compute_rate)
+        return image_tokens if self.rate is None else tokens_left(image_tokens, self.compute_rate)
 
     def text_budget(self, seen: int) -> tuple[int, int]:
         """Text tokens kept by score, and as the most recent, of `seen`."""
@@ -76,8 +76,8 @@ class AVLOptions:
         return best, budget - best
 
 
-def share(tokens: int, rate: float) -> int:
-    """floor((1 - rate) tokens) in double precision, as the authors evaluate it: share(10, 0.9) is 0."""
+def tokens_left(tokens: int, rate: float) -> int:
+    """floor((1 - rate) tokens) in double precision, as the authors evaluate it: tokens_left(10, 0.9) is 0."""
     return int((1 - rate) * tokens)
 
 
@@ -197,7 +197,7 @@ class AVLLayerCache:
             self.used = place_BKM.shape[-1]
             self.keys, self.values = (_roomy(_take(x.detach(), place_BKM)) for x in (k, v))
             if self.filters and o.prefill_rate is not None:
-                pass_BP = best_tokens(u_BN, share(self.image_tokens, o.prefill_rate)) + first
+                pass_BP = best_tokens(u_BN, tokens_left(self.image_tokens, o.prefill_rate)) + first
                 text = torch.arange(start, M, device=k.device).expand(B, -1)
                 self.survivors_BP = torch.cat([system, pass_BP, text], 1)
         self.length = length

@@ -25,7 +25,7 @@ _BUILD = Arguments(
         "n_bottlenecks": "num_bottlenecks",
         "mlp_dim": "mlp_dim",
         "classifier": "classifier",
-        "share_encoder": "share",
+        "share_encoder": "share_encoder",
         "use_bottleneck": "bottleneck",
         "test_with_bottlenecks": "test_with_bottlenecks",
         "stochastic_droplayer_rate": ("drop_path", lambda rate: rate or 0.0),

@@ -241,7 +241,7 @@ class MBT(nn.Module):
         in_channels: of pictures and spectrograms.
         classifier: "token" (a class token in each modality), or a pooling over all tokens: "gap" (mean), "gmp" (max),
             "gsp" (sum).
-        share: one encoder for all modalities (embeddings and positions stay apart).
+        share_encoder: one encoder for all modalities (embeddings and positions stay apart).
         num_bottlenecks: N_b; with class tokens one more is used, as in the authors' code.
         dim, num_heads, depth, fusion_layer, mlp_dim, drop_path, dropout, attn_drop, bottleneck,
         test_with_bottlenecks: see `BottleneckFusion`.
@@ -266,7 +266,7 @@ class MBT(nn.Module):
         num_bottlenecks: int = 4,
         mlp_dim: int | None = None,
         classifier: Literal["token", "gap", "gmp", "gsp"] = "token",
-        share: bool = False,
+        share_encoder: bool = False,
         bottleneck: bool = True,
         test_with_bottlenecks: bool = True,
         drop_path: float = 0.3,
@@ -303,7 +303,7 @@ class MBT(nn.Module):
             depth,
             fusion_layer,
             num_bottlenecks + (classifier == "token"),
-            weights=(shared,) * len(self.modalities) if share else self.modalities,
+            weights=(shared,) * len(self.modalities) if share_encoder else self.modalities,
             mlp_dim=mlp_dim,
             drop_path=drop_path,
             dropout=dropout,

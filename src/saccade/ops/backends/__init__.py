@@ -3,7 +3,7 @@
 A backend is a module here with four functions:
 
     refusal(problem) -> str | None        why it cannot do this, or None
-    share(problem) -> float               expected time as a share of dense SDPA's
+    relative_time(problem) -> float               expected time as a share of dense SDPA's
     extra_bytes(problem) -> int           memory beyond inputs and outputs
     run(problem, q, k, v) -> (out, lse | None)
 """
@@ -56,7 +56,7 @@ def choose(problem: Problem, asked: str | None = None) -> str:
     if torch.compiler.is_compiling():
         # weighing reads the mask's contents, which a graph does not have
         return "blocksparse" if "blocksparse" in candidates and windows.regular(problem) else candidates[0]
-    return min(candidates, key=lambda name: BACKENDS[name].share(problem))
+    return min(candidates, key=lambda name: BACKENDS[name].relative_time(problem))
 
 
 def _is_settled(problem: Problem) -> bool:
@@ -115,7 +115,7 @@ def make_plan(problem: Problem, asked: str | None) -> Plan:
         flops=problem.flops,
         bytes=problem.io_bytes + BACKENDS[name].extra_bytes(problem),
         density=problem.density * problem.M / max(1, problem.M + problem.unseen_keys),
-        share=BACKENDS[name].share(problem),
+        relative_time=BACKENDS[name].relative_time(problem),
         refused={other: _why_not(other, problem) for other in BACKENDS if other != name},
     )
 
@@ -128,4 +128,4 @@ def _why_not(name: str, problem: Problem) -> str:
         return "quadratic memory: for tests, by name only"
     if name == "flex" and problem.device.type != "cuda":
         return "on the CPU by name only (compiles for half a minute, inference only)"
-    return f"expected at {BACKENDS[name].share(problem):.0%} of dense SDPA's time"
+    return f"expected at {BACKENDS[name].relative_time(problem):.0%} of dense SDPA's time"

@@ -54,7 +54,7 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def share(problem: Problem) -> float:
+def relative_time(problem: Problem) -> float:
     # computed on the blocks that some batch row or head needs; the rest is the price of a mod in the inner loop
     return 1.1 * problem.density + (0.1 if problem.score_mod is None else 0.2)
 

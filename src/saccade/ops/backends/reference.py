@@ -16,7 +16,7 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def share(problem: Problem) -> float:
+def relative_time(problem: Problem) -> float:
     return 3.0
 
 

@@ -37,7 +37,7 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def share(problem: Problem) -> float:
+def relative_time(problem: Problem) -> float:
     if problem.mask is None:
         return 1.0
     if is_causal(problem):

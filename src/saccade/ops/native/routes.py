@@ -84,10 +84,10 @@ def by_block(chosen_BHQj: Tensor, K: int, n: int) -> tuple[Tensor, Tensor, Tenso
     """The choices in the order of (batch row, key head, block, query head): their groups, their places in `chosen`, and
     how many each of the B H n groups has. Those of no block come last, as a group of their own that is not counted."""
     B, H = chosen_BHQj.shape[:2]
-    groups, share = B * H * n, H // K
+    groups, heads_per_key = B * H * n, H // K
     head = torch.arange(H, device=chosen_BHQj.device)
-    key_head = torch.arange(B, device=chosen_BHQj.device)[:, None] * K + head // share
-    group = (key_head[..., None, None] * n + chosen_BHQj) * share + (head % share)[:, None, None]
+    key_head = torch.arange(B, device=chosen_BHQj.device)[:, None] * K + head // heads_per_key
+    group = (key_head[..., None, None] * n + chosen_BHQj) * heads_per_key + (head % heads_per_key)[:, None, None]
     group = group.masked_fill(chosen_BHQj < 0, groups).flatten()
     if groups < 2**31 - 1:
         group = group.to(torch.int32)

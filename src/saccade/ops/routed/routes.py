@@ -61,7 +61,7 @@ def routes_of(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     """List the queries of each (batch row, head, block) in order, in tiles; `chosen` starts at query `first` of N."""
     B, H, Q, j = chosen.shape
     device = chosen.device
-    groups, share = B * H * n, H // K
+    groups, heads_per_key = B * H * n, H // K
     ordered, order, counts = by_block(chosen, K, n)
 
     # about half of an average group: larger tiles run faster, smaller ones leave fewer spare slots
@@ -83,4 +83,4 @@ def routes_of(chosen: Tensor, K: int, n: int, first: int, N: int) -> _Routes:
     slot_of[order] = slot
 
     of_tile = torch.repeat_interleave(torch.arange(groups, device=device), tiles, output_size=total)
-    return _Routes(tile, of_tile // share, rows, spare, slot_of.view(B * H, Q, j))
+    return _Routes(tile, of_tile // heads_per_key, rows, spare, slot_of.view(B * H, Q, j))

@@ -25,7 +25,7 @@ C independent grids (batch x key heads x residue classes), m tiles and L keys of
 T rows of a tile (positions x G), R keys of a strip, S strips at a time.
 """
 
-from saccade.ops.windows.forecast import density, extra_bytes, regular, share
+from saccade.ops.windows.forecast import density, extra_bytes, regular, relative_time
 from saccade.ops.windows.operator import run
 
-__all__ = ["density", "extra_bytes", "regular", "run", "share"]
+__all__ = ["density", "extra_bytes", "regular", "relative_time", "run"]

@@ -47,7 +47,7 @@ def density(problem: Problem) -> float:
     return pairs / (problem.B * problem.H * problem.N * problem.M)
 
 
-def share(problem: Problem) -> float:
+def relative_time(problem: Problem) -> float:
     """Expected time as a share of dense SDPA's."""
     time = forecast_of(pattern_of(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[1]
     return time / (problem.B * problem.H * problem.N * problem.M)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.train.data import IGNORE
-from saccade.train.mechanisms import NONE, Mechanism
+from saccade.train.entries import NONE, Entry
 from saccade.train.result import Metric
 from saccade.train.tasks.settings import Settings
 
@@ -57,7 +57,7 @@ class Task:
         return [need for need in cls.needs if need not in {*part.supports, *forced}]
 
     @classmethod
-    def check(cls, mechanism: Mechanism) -> None:
+    def check(cls, mechanism: Entry) -> None:
         """Raise ValueError, naming parts that would fit, unless the task takes the mechanism."""
         if mechanism.slug in (None, cls.baseline):
             return
@@ -75,11 +75,11 @@ class Task:
                 f"{mechanism.name!r} does not support {', '.join(lacking)}, which task {cls.name!r} needs; {fitting}"
             )
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         """A new model with the mechanism in it."""
         raise NotImplementedError
 
-    def part(self, mechanism: Mechanism, length: int) -> nn.Module:
+    def part(self, mechanism: Entry, length: int) -> nn.Module:
         """The mechanism alone, at the model's width."""
         raise NotImplementedError
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from saccade.train.mechanisms import NONE, Mechanism
+from saccade.train.entries import NONE, Entry
 from saccade.train.model import GatedCNN
 from saccade.train.tasks.digits import DigitImages
 from saccade.train.tasks.settings import Settings
@@ -32,7 +32,7 @@ class DigitsCNN(DigitImages):
         ),
     }
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         size = self.settings
         torch.manual_seed(seed)
 
@@ -41,7 +41,7 @@ class DigitsCNN(DigitImages):
 
         return GatedCNN(None if mechanism.slug == NONE else gate, channels=size.dim, blocks=size.layers, classes=10)
 
-    def part(self, mechanism: Mechanism, length: int) -> nn.Module:
+    def part(self, mechanism: Entry, length: int) -> nn.Module:
         return mechanism.build(length, seed=0, channels=self.settings.dim)
 
     def part_inputs(self, length: int) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saccade.train import data as sources
 from saccade.train.data import generator_at
-from saccade.train.mechanisms import Mechanism
+from saccade.train.entries import Entry
 from saccade.train.tasks.base import HELD_OUT, SAMPLE, TRAIN
 from saccade.train.tasks.sequence import SequenceTask
 from saccade.train.tasks.settings import LONG_SWEEP, STANDARD_SWEEP, Settings
@@ -46,7 +46,7 @@ class ListOps(SequenceTask):
         for number in range(self.batches(share)):
             yield self._draw(self.settings.batch, generator_at(0, number, HELD_OUT))
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         model = super().model(mechanism, seed)
         # mechanisms that take no padding read the fill as one more token
         model.register_buffer("reads_mask", torch.tensor("padding" in mechanism.supports), persistent=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saccade.train import fingerprints
 from saccade.train.data import IGNORE
-from saccade.train.mechanisms import Mechanism
+from saccade.train.entries import Entry
 from saccade.train.result import Metric
 from saccade.train.tasks.base import TURN, Task
 from saccade.train.tasks.settings import Settings
@@ -69,7 +69,7 @@ class Own(Task):
         self._iterator: Iterator[Any] = iter(())
         self._tokens = 0
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         torch.manual_seed(seed)
         if self.own_model is not None:
             numbers = iter(range(10**6))

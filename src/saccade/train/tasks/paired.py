@@ -10,7 +10,7 @@ from torch import nn
 
 from saccade.train import data as sources
 from saccade.train.data import generator_at
-from saccade.train.mechanisms import NONE, Mechanism
+from saccade.train.entries import NONE, Entry
 from saccade.train.model import TwoStream
 from saccade.train.tasks.base import HELD_OUT, TRAIN, Task
 from saccade.train.tasks.settings import Settings
@@ -38,10 +38,10 @@ class PairedViews(Task):
         super().__init__(settings, device)
         self.test = sources.paired(None, split="test", generator=generator_at(0, 0, HELD_OUT))
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         size = self.settings
         torch.manual_seed(seed)
-        softmax = Mechanism("softmax", "softmax")
+        softmax = Entry("softmax", "softmax")
 
         def encoder(stream: int) -> nn.Module:
             return softmax.build(
@@ -51,7 +51,7 @@ class PairedViews(Task):
         fusion = None if mechanism.slug == NONE else self.part(mechanism, size.length, seed * 1000 + 2)
         return TwoStream(fusion, encoder, dim=size.dim, classes=10)
 
-    def part(self, mechanism: Mechanism, length: int, seed: int = 0) -> nn.Module:
+    def part(self, mechanism: Entry, length: int, seed: int = 0) -> nn.Module:
         return mechanism.build(length, seed=seed, dim=self.settings.dim, num_heads=self.settings.heads)
 
     def part_inputs(self, length: int) -> tuple[Any, ...]:

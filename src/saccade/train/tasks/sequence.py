@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.train.mechanisms import Mechanism
+from saccade.train.entries import Entry
 from saccade.train.model import SequenceModel
 from saccade.train.tasks.base import Task
 
@@ -23,18 +23,18 @@ class SequenceTask(Task):
     #: whether each token is embedded together with the one before it
     pair = False
 
-    def causal(self, mechanism: Mechanism) -> bool:
+    def causal(self, mechanism: Entry) -> bool:
         """Whether the mechanism is built causal: where the task needs it, or its card knows nothing else."""
         return "causal" in self.needs or ("causal" in mechanism.supports and "bidirectional" not in mechanism.supports)
 
-    def _arguments(self, mechanism: Mechanism) -> dict[str, Any]:
+    def _arguments(self, mechanism: Entry) -> dict[str, Any]:
         arguments: dict[str, Any] = {"dim": self.settings.dim, "num_heads": self.settings.heads}
         return arguments | ({"causal": True} if self.causal(mechanism) else self._not_causal(mechanism))
 
-    def _not_causal(self, mechanism: Mechanism) -> dict[str, Any]:
+    def _not_causal(self, mechanism: Entry) -> dict[str, Any]:
         return {"causal": False} if mechanism.slug is None or "bidirectional" in mechanism.supports else {}
 
-    def model(self, mechanism: Mechanism, seed: int) -> nn.Module:
+    def model(self, mechanism: Entry, seed: int) -> nn.Module:
         size = self.settings
         torch.manual_seed(seed)
 
@@ -51,7 +51,7 @@ class SequenceTask(Task):
             mixer, vocab=self.vocab, dim=size.dim, layers=size.layers, classes=self.classes, pair=self.pair
         )
 
-    def part(self, mechanism: Mechanism, length: int) -> nn.Module:
+    def part(self, mechanism: Entry, length: int) -> nn.Module:
         # the options of the trained model, so that the sweep shows how this very mechanism grows
         return mechanism.build(
             self.settings.length, seed=0, layer_index=0, num_layers=self.settings.layers, **self._arguments(mechanism)

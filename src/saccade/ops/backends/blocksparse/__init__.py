@@ -21,6 +21,6 @@ q and k positions within a query and a key block.
 """
 
 from saccade.ops.backends.blocksparse.attend import blocksparse_attend
-from saccade.ops.backends.blocksparse.path import LAYOUT_ROWS, extra_bytes, refusal, run, share
+from saccade.ops.backends.blocksparse.path import LAYOUT_ROWS, extra_bytes, refusal, relative_time, run
 
-__all__ = ["LAYOUT_ROWS", "blocksparse_attend", "extra_bytes", "refusal", "run", "share"]
+__all__ = ["LAYOUT_ROWS", "blocksparse_attend", "extra_bytes", "refusal", "relative_time", "run"]

@@ -33,7 +33,7 @@ Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys
 values, n and m the queries and keys of a tile.
 """
 
-from saccade.ops.backends.stream.forecast import CANDIDATES, extra_bytes, refusal, share, trials
+from saccade.ops.backends.stream.forecast import CANDIDATES, extra_bytes, refusal, relative_time, trials
 from saccade.ops.backends.stream.operator import run
 
-__all__ = ["CANDIDATES", "extra_bytes", "refusal", "run", "share", "trials"]
+__all__ = ["CANDIDATES", "extra_bytes", "refusal", "relative_time", "run", "trials"]

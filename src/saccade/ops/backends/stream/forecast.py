@@ -32,7 +32,7 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def share(problem: Problem) -> float:
+def relative_time(problem: Problem) -> float:
     """Measured on two cores at N = 4096; for a score of the user's, whose cost nobody knows, a small network's."""
     if problem.score is not None:
         return 40.0 * _union_density(problem) + 0.1

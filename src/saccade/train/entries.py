@@ -20,7 +20,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class Entry:
     """One entry of a comparison.
 
     Attributes:
@@ -84,7 +84,7 @@ class Mechanism:
         return {"name": self.name, "slug": self.slug, "options": dict(self.options), "own": own}
 
 
-def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module]] | str) -> list[Mechanism]:
+def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module]] | str) -> list[Entry]:
     """The mechanisms that a caller named.
 
     Args:
@@ -100,15 +100,15 @@ def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module
     pairs = list(mechanisms.items()) if isinstance(mechanisms, Mapping) else [(str(text), text) for text in mechanisms]
     if not pairs:
         raise ValueError("there must be at least one mechanism to compare, got none")
-    found: list[Mechanism] = []
+    found: list[Entry] = []
     for name, what in pairs:
         if isinstance(what, str):
             slug, options = _parse_options(what)
             if slug != NONE:
                 catalogue.part(slug)
-            found.append(Mechanism(name, slug, options))
+            found.append(Entry(name, slug, options))
         elif callable(what):
-            found.append(Mechanism(name, None, {}, what))
+            found.append(Entry(name, None, {}, what))
         else:
             raise ValueError(f"mechanism {name!r} must be a slug or a constructor, got {type(what).__name__}")
         if name in [earlier.name for earlier in found[:-1]]:
