@@ -225,5 +225,5 @@ def test_bad_sentences() -> None:
     layer, a = DualAffinity(8), torch.randn(2, 5, 8)
     with pytest.raises(ValueError, match="b must be"):
         layer(a, torch.randn(1, 5, 8))
-    with pytest.raises(ValueError, match="mask_a must be bool"):
+    with pytest.raises(ValueError, match="padding mask must be bool"):
         layer(a, a, mask_a=torch.ones(2, 4, dtype=torch.bool))

@@ -311,7 +311,7 @@ def test_the_mask_of_a_map_in_words() -> None:
         ({"tail": "none"}, "'zeros' or 'real', got 'none'"),
         ({"text_tokens": 97}, "from 0 to the number of tokens \\(96\\), got 97"),
         ({"neighbors": torch.ones(2, 2, dtype=torch.bool)}, "neighbors must be bool \\(1, 1\\)"),
-        ({"mask": torch.ones(2, 95, dtype=torch.bool)}, "mask must be bool \\(2, 96\\)"),
+        ({"mask": torch.ones(2, 95, dtype=torch.bool)}, "padding mask must be .* \\(2, 96\\)"),
     ],
 )
 def test_bad_options(options: dict[str, object], message: str) -> None:

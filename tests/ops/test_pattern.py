@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saccade import masks
+from saccade import attend, masks
 from saccade.ops.pattern import EVERYTHING, Pattern
 
 N = 7
@@ -91,6 +91,23 @@ def test_tensors_say_the_same_in_every_form() -> None:
     packed = Pattern.of(torch.tensor([0, 3, 7], dtype=torch.int32), 2, N, N)
     assert packed.says == ("documents",)
     assert torch.equal(allowed(packed.mask), allowed(masks.documents(torch.tensor([0, 0, 0, 1, 1, 1, 1]))))
+
+
+def test_attend_takes_packed_sequences() -> None:
+    q, k, v = torch.randn(3, 2, 4, N, 8).unbind()
+    cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32)
+    apart = [attend(*(x[:, :, first:last] for x in (q, k, v))) for first, last in ((0, 2), (2, 7))]
+    for backend in (None, "reference", "stream", "blocksparse"):
+        out = attend(q, k, v, mask=cu_seqlens, backend=backend)
+        torch.testing.assert_close(out, torch.cat(apart, 2))
+    with pytest.raises(ValueError, match=r"ids of 7 queries"):
+        attend(q, k[:, :, :5], v[:, :, :5], mask=cu_seqlens)
+
+
+def test_keys_are_counted() -> None:
+    for mask in (masks.window(2, 1) & masks.padding(VALID), masks.documents(IDS), ODD, masks.causal(-2)):
+        assert torch.equal(mask.keys_seen(5, N), mask.dense(N, N)[:, :, :5].sum(-1))
+        assert mask.keys_seen(0, N).shape == (mask.batch, mask.heads, 0)
 
 
 def test_nothing_and_causality_alone_touch_no_tensor() -> None:

@@ -94,7 +94,8 @@ def attend(
         q_BHND: queries.
         k_BKMD: keys; K divides H, query head h reads key head h // (H / K).
         v_BKME: values; E may differ from D.
-        mask: bool tensor that broadcasts to (B, H, N, M), True = may attend, or a mask of `saccade.masks`.
+        mask: bool tensor that broadcasts to (B, H, N, M), True = may attend; a mask of `saccade.masks`; or integers
+            (S + 1,), the `cu_seqlens` of packed sequences.
         score: another pairwise score than the dot product, called on a tile of queries (B, H, n, D) and a tile of
             keys (B, H, m, D), returns (B, H, n, m). May own parameters. `scale` multiplies it only where given.
         score_mod: one of `saccade.score_mods`, or any function of FlexAttention's signature
@@ -255,7 +256,7 @@ def _checked(score_mod: ScoreMod | None, B: int, H: int, N: int, M: int, device:
 
 def _as_mask(mask: Tensor | Mask, B: int, H: int, N: int, M: int, device: torch.device) -> Mask:
     if isinstance(mask, Tensor):
-        mask = masks.dense(mask)
+        mask = masks.packed(mask) if mask.ndim == 1 else masks.dense(mask)
     if not isinstance(mask, Mask):
         raise ValueError(f"mask must be a bool tensor or a mask of saccade.masks, got {type(mask).__name__}")
     if mask.batch not in (1, B) or mask.heads not in (1, H):

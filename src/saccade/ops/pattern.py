@@ -99,15 +99,15 @@ class Pattern:
         Raises:
             ValueError: if the mask is nothing of this, or of another size.
         """
-        if mask is None:
-            return cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses, always_causal=causal)
         if isinstance(mask, Pattern):
             return mask
         plain = cls(causal=causal and offset < m - 1, offset=offset, crosses=crosses, always_causal=causal)
+        if mask is None:
+            return plain
         if not isinstance(mask, Mask):
-            valid = _real_tokens(mask, batch, m)
-            if valid is not None:
-                return replace(plain, valid_BM=valid)
+            plain.valid_BM = _real_tokens(mask, batch, m)
+            if plain.valid_BM is not None:
+                return plain
             mask = masks.dense(mask) if mask.ndim == 4 else masks.packed(mask)
         if mask.batch not in (1, batch):
             raise ValueError(f"the mask is for {mask.batch} batch rows, got {batch}")
@@ -150,6 +150,8 @@ class Pattern:
         Raises:
             ValueError: else; in the name of `who`.
         """
+        if takes is EVERYTHING:
+            return self
         said = self.says
         foreign = [part for part in said if part not in takes and not (part == "causal" and self.always_causal)]
         if foreign:
@@ -188,13 +190,15 @@ class Pattern:
 
     def real_keys(self, batch: int) -> Tensor | None:
         """Real tokens among the keys, (B, M); None where all are."""
-        return None if self.valid_BM is None else self.valid_BM.expand(batch, -1)
+        valid = self.valid_BM
+        return valid if valid is None or valid.shape[0] == batch else valid.expand(batch, -1)
 
     def real_queries(self, batch: int, n: int) -> Tensor | None:
         """Real tokens among the `n` queries, (B, N); None where all are, or where they are other tokens."""
-        if self.valid_BM is None or self.crosses:
+        if self.crosses:
             return None
-        return self.valid_BM[:, self.offset : self.offset + n].expand(batch, -1)
+        valid = self.real_keys(batch)
+        return valid if valid is None or valid.shape[1] == n else valid[:, self.offset : self.offset + n]
 
     @property
     def is_whole_sequences(self) -> bool:

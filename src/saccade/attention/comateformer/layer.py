@@ -15,7 +15,7 @@ from saccade.attention.comateformer.operator import Gate, Mode, check, check_sha
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
 from saccade.ops.masks import Mask
-from saccade.ops.pattern import Pattern
+from saccade.ops.pattern import GivenMask, Pattern
 
 
 def _real_pairs(query_BN: Tensor, key_BM: Tensor) -> Mask:
@@ -111,21 +111,23 @@ class DualAffinity(nn.Module):
         self.dissimilarity = nn.Linear(dim, dim) if dissimilarity is None else dissimilarity
 
     def forward(
-        self, a_BNC: Tensor, b_BMC: Tensor, *, mask_a: Tensor | None = None, mask_b: Tensor | None = None
+        self, a_BNC: Tensor, b_BMC: Tensor, *, mask_a: GivenMask = None, mask_b: GivenMask = None
     ) -> tuple[Tensor, Tensor]:
-        """A' (B, N, C) and B' (B, M, C); masks are bool (B, N) and (B, M), True = real token.
+        """A' (B, N, C) and B' (B, M, C); masks are those of padding, as bool (B, N) and (B, M), True = real token.
 
         Raises:
             ValueError: if shapes do not fit.
         """
+        given = []
         for name, x, mask in (("a", a_BNC, mask_a), ("b", b_BMC, mask_b)):
             if x.ndim != 3 or x.shape[-1] != self.dim or x.shape[0] != a_BNC.shape[0]:
                 raise ValueError(f"{name} must be ({a_BNC.shape[0]}, tokens, {self.dim}), got {tuple(x.shape)}")
-            if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-                raise ValueError(f"mask_{name} must be bool {tuple(x.shape[:2])}, got {mask.dtype} {mask.shape}")
-        masked = mask_a is not None or mask_b is not None
+            B, N = x.shape[:2]
+            given.append(Pattern.of(mask, B, N, N).only(("padding",), f"mask_{name}").real_keys(B))
+        masked = any(real is not None for real in given)
         real_a, real_b = (
-            x.new_ones(x.shape[:2], dtype=torch.bool) if m is None else m for x, m in ((a_BNC, mask_a), (b_BMC, mask_b))
+            x.new_ones(x.shape[:2], dtype=torch.bool) if real is None else real
+            for x, real in zip((a_BNC, b_BMC), given, strict=True)
         )
         a, b = ((self.similarity(x), self.dissimilarity(x)) for x in (a_BNC, b_BMC))
         keys_a, keys_b = (torch.cat(maps, -1)[:, None] for maps in (a, b))

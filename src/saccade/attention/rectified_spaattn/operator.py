@@ -18,6 +18,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import PARTIAL, Mask
+from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks, top_blocks
 
 Tail = Literal["zeros", "real"]
@@ -63,7 +64,7 @@ def rectified_spaattn_attend(
     ipar: bool = True,
     gapr: bool = True,
     tail: Tail = "zeros",
-    mask: Tensor | None = None,
+    mask: GivenMask = None,
     causal: bool = False,
     scale: float | None = None,
     return_map: bool = False,
@@ -99,7 +100,8 @@ def rectified_spaattn_attend(
     """
     if causal:
         raise ValueError("rectified block-sparse attention is bidirectional, got causal=True")
-    _check(q_BHND, k_BKND, v_BKNE, text_tokens, mask)
+    _check(q_BHND, k_BKND, v_BKNE, text_tokens)
+    mask = _real_tokens(mask, q_BHND)
     N = q_BHND.shape[2]
     V = N - text_tokens
     found = rectified_map(
@@ -158,7 +160,7 @@ def rectified_map(
     neighbors: Tensor | None = None,
     first_frame_blocks: int = 0,
     tail: Tail = "zeros",
-    mask: Tensor | None = None,
+    mask: GivenMask = None,
     scale: float | None = None,
 ) -> RectifiedMap:
     """The pooled map, the blocks that it makes critical, and where it is worth its error.
@@ -176,7 +178,8 @@ def rectified_map(
     Raises:
         ValueError: if shapes or options do not fit.
     """
-    _check(q_BHND, k_BKND, k_BKND, text_tokens, mask)
+    _check(q_BHND, k_BKND, k_BKND, text_tokens)
+    mask = _real_tokens(mask, q_BHND)
     H, N, D = q_BHND.shape[1:]
     V = N - text_tokens
     if block_q < 1 or block_k < 1:
@@ -281,7 +284,12 @@ def _with_text(
     return pattern, k_BKND, v_BKNE
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, mask: Tensor | None) -> None:
+def _real_tokens(mask: GivenMask, q_BHND: Tensor) -> Tensor | None:
+    B, _, N, _ = q_BHND.shape
+    return Pattern.of(mask, B, N, N).only(("padding",), "rectified block-sparse attention").valid_BM
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
             shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -292,13 +300,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int, mask: Tensor | Non
         raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
     if not 0 <= text_tokens <= q.shape[2]:
         raise ValueError(f"text_tokens must be from 0 to the number of tokens ({q.shape[2]}), got {text_tokens}")
-    if mask is not None and (
-        mask.dtype != torch.bool
-        or mask.ndim != 2
-        or mask.shape[0] not in (1, q.shape[0])
-        or mask.shape[1] != q.shape[2]
-    ):
-        raise ValueError(f"mask must be bool ({q.shape[0]}, {q.shape[2]}), got {mask.dtype} {tuple(mask.shape)}")
 
 
 @dataclass(frozen=True, eq=False)
