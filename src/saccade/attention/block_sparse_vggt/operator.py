@@ -6,7 +6,6 @@ tokens per frame, C channels, D head dim, E width of values, T patches of all fr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +15,10 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.hilbert import hilbert_order as hilbert_order
-from saccade.ops.masks import PARTIAL, Mask
+from saccade.ops.masks import Mask
+from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.selection import pool_blocks, top_blocks
 
 
@@ -69,7 +69,7 @@ def block_sparse_vggt_attend(
     """
     if causal:
         raise ValueError("global attention over frames is bidirectional, got causal=True")
-    _check(q_BHND, k_BKND, v_BKNE)
+    check_qkv(q_BHND, k_BKND, v_BKNE, tokens="same")
     N = q_BHND.shape[2]
     if frames < 1 or N % frames:
         raise ValueError(f"frames must divide the number of tokens ({N}), got {frames}")
@@ -181,60 +181,20 @@ def pooled_shares(
     return (q_BHnD @ k_BHmD.mT * (q_BHTD.shape[3] ** -0.5 if scale is None else scale)).softmax(-1)
 
 
-@dataclass(frozen=True, eq=False)
-class FrameBlocks(Mask):
-    """Who attends to whom, in the order of the tokens: from and to special tokens all, else what kept blocks hold.
+@dataclass(frozen=True, eq=False, repr=False)
+class FrameBlocks(KeptBlocks):
+    """Who attends to whom, in the order of the tokens: from special tokens all, else what kept blocks hold.
 
     Attributes:
         keep_BHnm: the blocks kept, columns of special keys included.
-        block_q, block_k: tokens per block.
         place_N: where each token stands among the keys that are cut into blocks.
         first_special: the first place of a special token.
     """
 
-    keep_BHnm: Tensor
-    block_q: int
-    block_k: int
     place_N: Tensor
     first_special: int
 
-    @property
-    def batch(self) -> int:
-        return self.keep_BHnm.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.keep_BHnm.shape[1]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.keep_BHnm, self.place_N]
-
-    def to(self, device: torch.device | str) -> Mask:
-        keep_BHnm, place_N = self.keep_BHnm.to(device), self.place_N.to(device)
-        return FrameBlocks(keep_BHnm, self.block_q, self.block_k, place_N, self.first_special)
-
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         q, k = self.place_N[q], self.place_N[k]
-        special, rows = q >= self.first_special, self.keep_BHnm.shape[2]
-        if not rows:
-            return special & (k >= 0)
-        b, h = b * (self.batch > 1), h * (self.heads > 1)
-        return special | self.keep_BHnm[b, h, (q // self.block_q).clamp(max=rows - 1), k // self.block_k]
-
-    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-        block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
-        return torch.full((1, 1, -(-n // block_q), -(-m // block_k)), PARTIAL, dtype=torch.int8, device=device)
-
-    def __repr__(self) -> str:
-        return f"frame_blocks({float(self.keep_BHnm.float().mean()):.0%} of the blocks kept)"
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
+        special = q >= self.first_special
+        return special | self.kept(b, h, q, k) if self.keep_BHnm.shape[2] else special & (k >= 0)

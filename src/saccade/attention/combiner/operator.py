@@ -17,7 +17,7 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
 from saccade.ops.pattern import GivenMask, Pattern
@@ -78,7 +78,8 @@ def combiner_attend(
     Raises:
         ValueError: if shapes or options do not fit, or the mask is of another kind.
     """
-    B, H, N, D = _check(q_BHND, k_BKND, v_BKNE)
+    check_qkv(q_BHND, k_BKND, v_BKNE, tokens="same")
+    B, H, N, D = q_BHND.shape
     scale = D**-0.5 if scale is None else float(scale)
     if scale <= 0:
         raise ValueError(f"scale must be above 0, got {scale}")
@@ -355,15 +356,3 @@ def check_variant(variant: str, causal: bool, segment: int | None) -> None:
         raise ValueError(f"variant {variant!r} is causal only, got causal=False")
     if segment is not None and segment < 1:
         raise ValueError(f"segment must be at least 1, got {segment}")
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]) or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
-    return tuple(q.shape)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.routed import block_layout, routed_attend
 
@@ -233,18 +233,9 @@ def attend_last(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> tuple[int, int]:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
+    check_qkv(q, k, v, tokens="last")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
     if not isinstance(top_k, int) or top_k < 1:
         raise ValueError(f"top_k must be an integer of at least 1, got {top_k}")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"the queries are the last of the tokens: at most {k.shape[2]}, got {q.shape[2]}")
     return q.shape[2], k.shape[2]

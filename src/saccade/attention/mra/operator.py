@@ -18,7 +18,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.constants import at_home
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.merge import merge
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks
@@ -371,14 +371,7 @@ def _per_cut(value: Any, cuts: int, name: str) -> list[Any]:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mode: str, first: int, diagonal: int) -> None:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
+    check_qkv(q, k, v)
     if mode not in ("full", "sparse"):
         raise ValueError(f"mode must be 'full' or 'sparse', got {mode!r}")
     if first < 0 or diagonal < 0:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.heads import repeat_heads
+from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import block_causal, block_sparsity, own_blocks, pool_blocks, top_blocks
 
@@ -259,16 +259,7 @@ def _rms(x_BHnd: Tensor, valid_BN: Tensor | None, block_size: int) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, block_size: int) -> None:
-    for name, x in (("query", q), ("key", k)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"query and key do not fit: {tuple(q.shape)} and {tuple(k.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
-    if q.shape[2] > k.shape[2]:
-        raise ValueError(f"the queries are the last of the tokens: at most {k.shape[2]}, got {q.shape[2]}")
+    check_qkv(q, k, k, tokens="last")
     if not isinstance(block_size, int) or block_size < 1:
         raise ValueError(f"block_size must be an integer of at least 1, got {block_size}")
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import PARTIAL, Mask
+from saccade.ops.heads import check_qkv, repeat_heads
+from saccade.ops.masks import Mask
+from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks, top_blocks
 
@@ -290,58 +291,21 @@ def _real_tokens(mask: GivenMask, q_BHND: Tensor) -> Tensor | None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, text_tokens: int) -> None:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point():
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:] or k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"query, key and value do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
+    check_qkv(q, k, v, tokens="same")
     if not 0 <= text_tokens <= q.shape[2]:
         raise ValueError(f"text_tokens must be from 0 to the number of tokens ({q.shape[2]}), got {text_tokens}")
 
 
-@dataclass(frozen=True, eq=False)
-class RectifiedBlocks(Mask):
+@dataclass(frozen=True, eq=False, repr=False)
+class RectifiedBlocks(KeptBlocks):
     """Pairs computed token by token: from and to text all, among the first `visual` tokens what critical blocks hold.
 
     Attributes:
-        critical_BHnm: the blocks.
-        block_q, block_k: tokens per block.
         visual: tokens before the text.
     """
 
-    critical_BHnm: Tensor
-    block_q: int
-    block_k: int
     visual: int
 
-    @property
-    def batch(self) -> int:
-        return self.critical_BHnm.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.critical_BHnm.shape[1]
-
-    def tensors(self) -> list[Tensor]:
-        return [self.critical_BHnm]
-
-    def to(self, device: torch.device | str) -> Mask:
-        return RectifiedBlocks(self.critical_BHnm.to(device), self.block_q, self.block_k, self.visual)
-
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        text, (n, m) = (q >= self.visual) | (k >= self.visual), self.critical_BHnm.shape[2:]
-        if not self.visual:
-            return text
-        b, h = b * (self.batch > 1), h * (self.heads > 1)
-        i, j = (q // self.block_q).clamp(max=n - 1), (k // self.block_k).clamp(max=m - 1)
-        return text | self.critical_BHnm[b, h, i, j]
-
-    def block_map(self, n: int, m: int, block_size: Any, device: torch.device | str = "cpu") -> Tensor:
-        block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
-        return torch.full((1, 1, -(-n // block_q), -(-m // block_k)), PARTIAL, dtype=torch.int8, device=device)
-
-    def __repr__(self) -> str:
-        return f"rectified_blocks({float(self.critical_BHnm.float().mean()):.0%} of the visual blocks)"
+        text = (q >= self.visual) | (k >= self.visual)
+        return text | self.kept(b, h, q, k) if self.visual else text

@@ -20,6 +20,7 @@ from torch import Tensor
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.folder import write_text
+from saccade.ops.heads import check_qkv
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.masks import Mask
 from saccade.ops.selection import block_causal, block_sparsity, pool_blocks, top_blocks
@@ -75,7 +76,7 @@ def spargeattn_attend(
     Raises:
         ValueError: if shapes or thresholds do not fit.
     """
-    _check(q_BHND, k_BKMD, v_BKME)
+    check_qkv(q_BHND, k_BKMD, v_BKME)
     H, N, D = q_BHND.shape[1:]
     M = k_BKMD.shape[2]
     scale = D**-0.5 if scale is None else float(scale)
@@ -152,7 +153,7 @@ def sparge_block_map(
     Raises:
         ValueError: if shapes or thresholds do not fit.
     """
-    _check(q_BHND, k_BKMD)
+    check_qkv(q_BHND, k_BKMD, k_BKMD)
     B, H, N, D = q_BHND.shape
     K, M = k_BKMD.shape[1:3]
     if block_q < 1 or block_k < 1:
@@ -216,18 +217,6 @@ def block_statistics(x_BHND: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean (B, H, n, D) and self-similarity (B, H, n) of each block's tokens."""
     x = x_BHND.float()
     return pool_blocks(x, size), pool_blocks(F.normalize(x, dim=-1), size).square().sum(-1)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor | None = None) -> None:
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if x is not None and (not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point()):
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name} must be a floating-point tensor of 4 axes, got {shape}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or (v is not None and v.shape[:3] != k.shape[:3]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v) if x is not None)
-        raise ValueError(f"query, key and value do not fit: {shapes}")
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"the key heads must divide the query heads ({q.shape[1]}), got {k.shape[1]}")
 
 
 def _per_head(

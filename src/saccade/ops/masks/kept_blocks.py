@@ -5,6 +5,7 @@ Shape letters: B batch, H heads, n blocks of queries, m blocks of keys, N tokens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -20,7 +21,7 @@ from saccade.ops.masks.mask import Mask
 class KeptBlocks(Mask):
     """Who attends to whom where blocks are kept; a mechanism says which block a token is in, and what else is seen.
 
-    A subclass gives `allowed`, and may have further tensors as fields.
+    A subclass gives `allowed`, and may have further tensors as fields; as a dataclass it needs `repr=False`.
 
     Attributes:
         keep_BHnm: the blocks kept.
@@ -58,7 +59,8 @@ class KeptBlocks(Mask):
         return torch.full((1, 1, -(-n // block_q), -(-m // block_k)), PARTIAL, dtype=torch.int8, device=device)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({float(self.keep_BHnm.float().mean()):.0%} of the blocks kept)"
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(self).__name__).lower()
+        return f"{name}({float(self.keep_BHnm.float().mean()):.0%} of the blocks kept)"
 
     def _tensors(self) -> dict[str, Tensor]:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
