@@ -280,7 +280,7 @@ def test_shifted_windows_are_those_of_the_card(window: int, size: tuple[int, int
 
     mask = torch.where(cut(regions) != cut(regions).mT, -100.0, 0.0).double()
     q, k, v = module.qkv(cut(x.roll((-s, -s), (1, 2)))).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-    scores = q @ k.mT / 2 + module._bias() + mask.repeat(2, 1, 1)[:, None]
+    scores = q @ k.mT / 2 + module.position_bias() + mask.repeat(2, 1, 1)[:, None]
     out = module.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
     out = out.view(2, H // window, W // window, window, window, 8).transpose(2, 3).reshape(2, H, W, 8)
     torch.testing.assert_close(module(x), out.roll((s, s), (1, 2)))

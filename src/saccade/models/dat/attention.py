@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.flash_window import FlashWindowAttention
+from saccade.layers.window_attention import WindowAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.deformable import bias_at_points, sample
@@ -254,14 +254,14 @@ class NeighborhoodAttention(nn.Module):
         return self.proj_drop(self.proj(out[:, :H, :W]))
 
 
-class ShiftedWindowAttention(FlashWindowAttention):
+class ShiftedWindowAttention(WindowAttention):
     """Windows that are shifted by half their length, rounded up, on every axis of the map.
 
     Unlike Swin's, a window that covers an axis is shifted too: the axis falls into two parts that do not see each
     other.
 
     Args:
-        dim, num_heads, window_size, proj_drop: see `FlashWindowAttention`.
+        dim, num_heads, window_size, proj_drop: see `WindowAttention`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, window_size: int, proj_drop: float = 0.0) -> None:
@@ -275,18 +275,18 @@ class ShiftedWindowAttention(FlashWindowAttention):
     def mix(self, x_BHWC: Tensor, values_BhNE: Tensor, **unused: None) -> Tensor:  # type: ignore[override]
         """This layer's weights on `x`, applied to given values (B, h, N, E); what `attention_map` calls."""
         q, k, _ = self._filled_heads(x_BHWC)
-        values, _ = self._fill(values_BhNE.flatten(0, 1).unflatten(1, x_BHWC.shape[1:3]))
+        values, _ = self.fill(values_BhNE.flatten(0, 1).unflatten(1, x_BHWC.shape[1:3]))
         v = values.unflatten(0, values_BhNE.shape[:2]).permute(0, 2, 3, 1, 4)
         return self._attend(q, k, v, x_BHWC.shape).flatten(1, 2).transpose(1, 2)
 
     def _filled_heads(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, W, h, D) of a map filled up to whole windows."""
-        self._grid(x_BHWC, None)
-        y_BHWC, _ = self._fill(x_BHWC)
+        self.grid(x_BHWC, None)
+        y_BHWC, _ = self.fill(x_BHWC)
         return self.qkv(y_BHWC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
 
     def _attend(self, q_BHWhD: Tensor, k_BHWhD: Tensor, v_BHWhE: Tensor, size: torch.Size) -> Tensor:
-        return self._attend_parts([q_BHWhD, k_BHWhD, v_BHWhE], self._bias())[:, : size[1], : size[2]]
+        return self._attend_parts([q_BHWhD, k_BHWhD, v_BHWhE], self.position_bias())[:, : size[1], : size[2]]
 
     def _attend_parts(self, heads: list[Tensor], bias: Tensor | None) -> Tensor:
         """(B, H, W, h, E), where an axis as long as the window is cut at the shift."""

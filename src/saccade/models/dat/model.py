@@ -9,24 +9,19 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.flash_window import FlashWindowAttention
-from saccade.layers.drop_path import DropPath
+from saccade.layers.convolution import ChannelsLastConv2d
+from saccade.layers.drop_path import drop_path_rates
+from saccade.layers.patches import filled
+from saccade.layers.pre_norm import PreNormBlock
+from saccade.layers.window_attention import WindowAttention
 from saccade.models.backbone import Backbone, check_images
 from saccade.models.dat.attention import DeformableAttention, NeighborhoodAttention, ShiftedWindowAttention
 
 #: kinds of attention in a stage's pattern: deformable, neighbourhood, windows, shifted windows
 KINDS = "DNLS"
-
-
-class _Convolution(nn.Conv2d):
-    """A convolution of a map with channels last."""
-
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        return super().forward(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ConvMLP(nn.Module):
@@ -45,7 +40,7 @@ class ConvMLP(nn.Module):
         if dim < 1 or inner < 1:
             raise ValueError(f"dim and expansion must be positive, got {dim} and {expansion}")
         self.linear1, self.linear2 = nn.Linear(dim, inner), nn.Linear(inner, dim)
-        self.conv = _Convolution(inner, inner, 3, padding=1, groups=inner) if convolution else None
+        self.conv = ChannelsLastConv2d(inner, inner, 3, padding=1, groups=inner) if convolution else None
         self.drop = nn.Dropout(drop)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
@@ -55,7 +50,7 @@ class ConvMLP(nn.Module):
         return self.drop(self.linear2(F.gelu(u)))
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """x + LPU(x), then x + attention(LN(x)), then x + MLP(LN(x)).
 
     Args:
@@ -79,22 +74,13 @@ class Block(nn.Module):
         drop: float = 0.0,
         drop_path: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.local = _Convolution(dim, dim, 3, padding=1, groups=dim) if local_perception else None
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attention, self.mlp = attention, ConvMLP(dim, expansion, convolution=conv_mlp, drop=drop)
-        self.scale1, self.scale2 = (
-            None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
-        )
-        self.drop_path = DropPath(drop_path)
+        mlp = ConvMLP(dim, expansion, convolution=conv_mlp, drop=drop)
+        super().__init__(attention, dim, mlp=mlp, layer_scale=layer_scale, drop_path=drop_path)
+        self.local = ChannelsLastConv2d(dim, dim, 3, padding=1, groups=dim) if local_perception else None
 
-    def forward(self, x_BHWC: Tensor) -> Tensor:
-        if self.local is not None:
-            x_BHWC = x_BHWC + self.local(x_BHWC)
-        y = self.attention(self.norm1(x_BHWC))
-        x_BHWC = x_BHWC + self.drop_path(y if self.scale1 is None else y * self.scale1)
-        y = self.mlp(self.norm2(x_BHWC))
-        return x_BHWC + self.drop_path(y if self.scale2 is None else y * self.scale2)
+    def forward(self, x: Tensor, *, mask: Any = None, cache: Any = None, **arguments: Any) -> Tensor:
+        x = x if self.local is None else x + self.local(x)
+        return super().forward(x, mask=mask, cache=cache, **arguments)
 
 
 class Stage(nn.Module):
@@ -154,7 +140,7 @@ class Stage(nn.Module):
                 )  # fmt: skip
             if kind == "N":
                 return NeighborhoodAttention(dim, num_heads, neighborhood, proj_drop=proj_drop)
-            windows = ShiftedWindowAttention if kind == "S" else FlashWindowAttention
+            windows = ShiftedWindowAttention if kind == "S" else WindowAttention
             return windows(dim, num_heads, window_size=window, proj_drop=proj_drop)
 
         self.proj = nn.Identity() if in_dim in (None, dim) else nn.Linear(in_dim, dim)  # type: ignore[arg-type]
@@ -254,16 +240,16 @@ class DAT(Backbone):
         self.in_channels = in_channels
         sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         depths = [len(pattern) for pattern in patterns]
-        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        rates = drop_path_rates(drop_path, sum(depths))
         starts = [0, *accumulate(depths)]
         self.stem = nn.Sequential()
         if conv_stem:
             self.stem.extend(
-                [_Convolution(in_channels, first // 2, 3, 2, 1), nn.LayerNorm(first // 2), nn.GELU(),
-                 _Convolution(first // 2, first, 3, 2, 1), nn.LayerNorm(first)]
+                [ChannelsLastConv2d(in_channels, first // 2, 3, 2, 1), nn.LayerNorm(first // 2), nn.GELU(),
+                 ChannelsLastConv2d(first // 2, first, 3, 2, 1), nn.LayerNorm(first)]
             )  # fmt: skip
         else:
-            self.stem.extend([_Convolution(in_channels, first, 4, 4), nn.LayerNorm(first)])
+            self.stem.extend([ChannelsLastConv2d(in_channels, first, 4, 4), nn.LayerNorm(first)])
         self.stages, self.merges = nn.ModuleList(), nn.ModuleList()
         for i, arguments in enumerate(stages):
             stage = Stage(
@@ -274,20 +260,20 @@ class DAT(Backbone):
             self.stages.append(stage)
         for dim, wider in zip(dims, dims[1:]):
             shape = (3, 2, 1) if conv_stem else (2, 2, 0)
-            self.merges.append(nn.Sequential(_Convolution(dim, wider, *shape, bias=False), nn.LayerNorm(wider)))
+            self.merges.append(nn.Sequential(ChannelsLastConv2d(dim, wider, *shape, bias=False), nn.LayerNorm(wider)))
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else None
 
     def features(self, x_BCHW: Tensor) -> list[Tensor]:
         check_images(x_BCHW, self.in_channels)
-        x = _filled(x_BCHW, 4).permute(0, 2, 3, 1) if len(self.stem) == 2 else x_BCHW.permute(0, 2, 3, 1)
+        x = filled(x_BCHW, 4).permute(0, 2, 3, 1) if len(self.stem) == 2 else x_BCHW.permute(0, 2, 3, 1)
         x = self.stem(x)
         maps = []
         for i, stage in enumerate(self.stages):
             if i:
                 merge = self.merges[i - 1]
                 if merge[0].padding == (0, 0):  # type: ignore[index, union-attr]
-                    x = _filled(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+                    x = filled(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
                 x = merge(x)
             x = stage(x)
             maps.append(x.permute(0, 3, 1, 2))
@@ -311,9 +297,3 @@ def _of_stages(count: int, **lists: Any) -> list[dict[str, Any]]:
         for stage, value in zip(stages, given):
             stage[names.get(name, name)] = value
     return stages
-
-
-def _filled(x_BCHW: Tensor, patch: int) -> Tensor:
-    """Zeros on the right and below, until patches divide the map."""
-    lower, right = (-n % patch for n in x_BCHW.shape[2:])
-    return F.pad(x_BCHW, (0, right, 0, lower)) if lower or right else x_BCHW
