@@ -69,7 +69,7 @@ def test_ranking_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"resolutions": (8, 1), "num_blocks": 40, "first_blocks": 1, "diagonal_blocks": 3, "return_map": True}
     real = torch.arange(200) < torch.tensor([[200], [90]])
     expected = mra_attend(q, k, v, **options)[1], mra_attend(q, k, v, **options, mask=real)[1]
-    monkeypatch.setattr(mra.operator, "_RANKED", 1)
+    monkeypatch.setattr(mra.refinement, "_RANKED", 1)
     assert torch.equal(mra_attend(q, k, v, **options)[1], expected[0])
     assert torch.equal(mra_attend(q, k, v, **options, mask=real)[1], expected[1])
 

@@ -14,20 +14,9 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.cli import main
-from saccade.report.gallery import (
-    ATTENDED,
-    FROM_MIDDLE,
-    MULTIPLIED,
-    ONE_CHANNEL,
-    Gallery,
-    Settings,
-    _covered_share,
-    crops,
-    make,
-    page,
-    views,
-    write_gallery,
-)
+from saccade.report.gallery.exhibits import ATTENDED, FROM_MIDDLE, MULTIPLIED, ONE_CHANNEL, Gallery, Settings
+from saccade.report.gallery.page import page, write_gallery
+from saccade.report.gallery.training import covered_share_of, crops, make, views
 
 pytest.importorskip("skimage")
 pytest.importorskip("matplotlib")
@@ -101,9 +90,9 @@ def test_the_share_on_covered_positions_cancels_where_they_are() -> None:
     covered[0, :, :4, :4] = covered[1, :, 2:6, 2:6] = True
     place = torch.rand(4, 4) + 0.5
     halved = torch.nn.functional.avg_pool2d(covered.float(), 2)[:, 0] == 1
-    assert _covered_share(torch.where(halved, 0.5, 1.0) * place, covered) == pytest.approx(0.5)
-    assert _covered_share(place.expand(3, 4, 4), covered) == pytest.approx(1)
-    assert _covered_share(None, covered) is None
+    assert covered_share_of(torch.where(halved, 0.5, 1.0) * place, covered) == pytest.approx(0.5)
+    assert covered_share_of(place.expand(3, 4, 4), covered) == pytest.approx(1)
+    assert covered_share_of(None, covered) is None
 
 
 def test_crops_come_from_their_photographs() -> None:

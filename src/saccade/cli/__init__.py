@@ -54,7 +54,7 @@ def _run(arguments: list[str]) -> int:
     Raises:
         ValueError: if an argument of the command line is wrong.
     """
-    from saccade.cli.commands import app
+    from saccade.cli.commands.app import app
 
     try:
         return int(app(args=arguments, prog_name="saccade", standalone_mode=False) or 0)

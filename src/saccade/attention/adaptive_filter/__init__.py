@@ -36,13 +36,9 @@ so that a layer is as large as softmax attention's. The radial-tangential varian
 
 from __future__ import annotations
 
-from saccade.attention.adaptive_filter.layer import (
-    AdaptiveFilterAttention,
-    AdaptiveFilterBlock,
-    AdaptiveFilterNetwork,
-    ComplexRMSNorm,
-    LinearDynamics,
-)
+from saccade.attention.adaptive_filter.dynamics import ComplexRMSNorm, LinearDynamics
+from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention
+from saccade.attention.adaptive_filter.network import AdaptiveFilterBlock, AdaptiveFilterNetwork
 from saccade.attention.adaptive_filter.operator import (
     BLOCK,
     Bias,

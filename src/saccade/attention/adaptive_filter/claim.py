@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention, AdaptiveFilterNetwork
+from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention
+from saccade.attention.adaptive_filter.network import AdaptiveFilterNetwork
 from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.softmax_attention import SoftmaxAttention
 

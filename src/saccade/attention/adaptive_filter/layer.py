@@ -6,16 +6,16 @@ Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.attention.adaptive_filter.dynamics import ComplexRMSNorm, LinearDynamics
 from saccade.attention.adaptive_filter.operator import (
     Bias,
-    Dynamics,
     InnerResidual,
     Rotation,
     Weighting,
@@ -31,79 +31,6 @@ from saccade.ops.pattern import GivenMask, Pattern
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class LinearDynamics(nn.Module):
-    """Learned `Dynamics`: decay (sigmoid(raw) - 1) s_r - 1e-5 and noises softplus(raw), all of a head or each channel.
-
-    Raw parameters stay where their quantity is switched off, as in the authors' checkpoints, and are not trained.
-    """
-
-    def __init__(
-        self,
-        heads: int,
-        channels: int,
-        seq_len: int,
-        *,
-        each_channel: bool = False,
-        rotation: Rotation = "learned",
-        rope_base: float = 10000.0,
-        decay: bool = True,
-        process_noise: bool = True,
-        key_noise: bool = True,
-    ) -> None:
-        super().__init__()
-        if rotation not in ("learned", "fixed", "rope", "none"):
-            raise ValueError(f"rotation must be 'learned', 'fixed', 'rope' or 'none', got {rotation!r}")
-        if rotation in ("learned", "fixed") and channels % 2:
-            raise ValueError(f"conjugate pairs of frequencies need a head_dim divisible by 4, got {2 * channels}")
-        self.has_decay, self.has_process_noise, self.has_key_noise = decay, process_noise, key_noise
-        self.rate, self.rotation = 10.0 / (2 * seq_len), rotation
-        shape = (heads, channels) if each_channel else (heads,)
-        used = {"decay": decay, "process_noise": process_noise, "key_noise": key_noise, "query_noise": True}
-        for name, trained in used.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape), requires_grad=trained))
-        steps = torch.arange(channels)
-        if rotation == "learned":
-            self.frequency = nn.Parameter(torch.randn(heads, channels // 2))
-        elif rotation == "fixed":
-            fixed = rope_base ** (-steps[: channels // 2] / (channels / 2))
-            self.register_buffer("frequency", fixed.expand(heads, -1).clone())
-        elif rotation == "rope":  # x e^(+i p w) there, x e^(-i omega t) here
-            self.register_buffer("frequency", -(rope_base ** (-steps / channels)).expand(heads, -1).clone())
-
-    @property
-    def largest_rate(self) -> float:
-        """No mu is below minus this."""
-        return self.rate + 1e-5 if self.has_decay else 0.0
-
-    def forward(self) -> Dynamics:
-        wide = torch.float64 if self.decay.dtype == torch.float64 else torch.float32
-        frequency = None
-        if self.rotation != "none":
-            frequency = self.frequency.to(wide)
-        if frequency is not None and self.rotation != "rope":
-            frequency = torch.stack([frequency, -frequency], -1).flatten(1) * (2 * math.pi * self.rate)
-        raw = {name: getattr(self, name).to(wide) for name in ("decay", "process_noise", "key_noise", "query_noise")}
-        return Dynamics(
-            (raw["decay"].sigmoid() - 1.0) * self.rate - 1e-5 if self.has_decay else None,
-            frequency,
-            F.softplus(raw["process_noise"]) if self.has_process_noise else None,
-            F.softplus(raw["key_noise"]) + 1e-5 if self.has_key_noise else None,
-            F.softplus(raw["query_noise"]) + 1e-5,
-        )
-
-
-class ComplexRMSNorm(nn.Module):
-    """z <- z rsqrt(mean(z^2 over channels, real and imaginary) + 1e-6) weight, a weight for each complex channel."""
-
-    def __init__(self, heads: int, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(heads, channels))
-
-    def forward(self, z_BHNE: Tensor) -> Tensor:
-        weight = self.weight.to(z_BHNE.dtype)[:, None].repeat(1, 1, 2)
-        return z_BHNE * (z_BHNE.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
 
 
 class AdaptiveFilterAttention(QKVAttention):
@@ -412,53 +339,3 @@ def _both_parts(x: Tensor) -> Tensor:
 
 
 _TENSOR = ("full", "precision", "precision")
-
-
-class AdaptiveFilterBlock(nn.Module):
-    """x <- x + attention(norm(x));  x <- x + W2 relu(W1 norm(x)). `attention` maps (B, N, C) to itself."""
-
-    def __init__(self, attention: nn.Module, dim: int, hidden_dim: int | None = None) -> None:
-        super().__init__()
-        hidden = 4 * dim if hidden_dim is None else hidden_dim
-        self.attention_norm, self.norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.attention = attention
-        self.feed_forward = nn.Sequential(nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
-
-    def forward(self, x_BNC: Tensor, **options: Any) -> Tensor:
-        x_BNC = x_BNC + self.attention(self.attention_norm(x_BNC), **options)
-        return x_BNC + self.feed_forward(self.norm(x_BNC))
-
-
-class AdaptiveFilterNetwork(nn.Module):
-    """Measurements (B, N, channels) -> the next ones: linear map, blocks, RMSNorm, linear map.
-
-    Args:
-        channels: of a measurement.
-        dim: of the blocks.
-        layers: how many blocks.
-        attention: dim -> attention layer; `AdaptiveFilterAttention(dim, **arguments)` where None.
-        arguments: of that.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        dim: int,
-        layers: int = 1,
-        *,
-        attention: Callable[[int], nn.Module] | None = None,
-        **arguments: Any,
-    ) -> None:
-        super().__init__()
-        if layers < 1:
-            raise ValueError(f"layers must be at least 1, got {layers}")
-        make = attention or (lambda dim: AdaptiveFilterAttention(dim, **arguments))
-        self.input, self.output = nn.Linear(channels, dim), nn.Linear(dim, channels)
-        self.blocks = nn.ModuleList(AdaptiveFilterBlock(make(dim), dim) for _ in range(layers))
-        self.norm = nn.RMSNorm(dim)
-
-    def forward(self, z_BNC: Tensor, **options: Any) -> Tensor:
-        x = self.input(z_BNC)
-        for block in self.blocks:
-            x = block(x, **options)
-        return self.output(self.norm(x))

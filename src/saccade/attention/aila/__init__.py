@@ -28,20 +28,18 @@ logits start at 0: the mean of all earlier layers. Dropout is on f_l's output. S
 
 from __future__ import annotations
 
-from saccade.attention.aila.layer import (
-    AILA,
-    AILAStack,
+from saccade.attention.aila.connections import (
     AttentionConnection,
     ConcatConnection,
     Connection,
     GatedConnection,
-    Recurrent,
     ScalarConnection,
     SumConnection,
     Variant,
     depth_attend,
     depth_softmax,
 )
+from saccade.attention.aila.stack import AILA, AILAStack, Recurrent
 from saccade.catalogue import register
 
 __all__ = [

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from saccade.attention.aila.layer import AILA, AILAStack, Variant
+from saccade.attention.aila.connections import Variant
+from saccade.attention.aila.stack import AILA, AILAStack
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:

@@ -30,14 +30,10 @@ A plain decoder, which the paper compares with, is `depths=None`. Weights start 
 
 from __future__ import annotations
 
-from saccade.attention.layerwise_shortcuts.layer import (
-    DepthFeature,
-    ShortcutAttention,
-    ShortcutBlock,
-    ShortcutDecoder,
-    ShortcutStack,
-)
+from saccade.attention.layerwise_shortcuts.decoder import ShortcutDecoder
+from saccade.attention.layerwise_shortcuts.layer import DepthFeature, ShortcutAttention
 from saccade.attention.layerwise_shortcuts.operator import LONG, DepthMask, Depths, depth_shares, shortcut_attend
+from saccade.attention.layerwise_shortcuts.stack import ShortcutBlock, ShortcutStack
 from saccade.catalogue import register
 
 __all__ = [

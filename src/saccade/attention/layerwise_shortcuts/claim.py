@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 
-from saccade.attention.layerwise_shortcuts.layer import ShortcutDecoder
+from saccade.attention.layerwise_shortcuts.decoder import ShortcutDecoder
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:

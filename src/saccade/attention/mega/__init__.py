@@ -32,15 +32,10 @@ Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V v
 
 from __future__ import annotations
 
-from saccade.attention.mega.layers import (
-    DampedEMA,
-    MegaAttention,
-    MegaBlock,
-    MegaCache,
-    MegaCrossAttention,
-    Norm,
-    NormalizedFeedForward,
-)
+from saccade.attention.mega.attention import MegaAttention, MegaCache, Norm
+from saccade.attention.mega.block import MegaBlock, NormalizedFeedForward
+from saccade.attention.mega.cross_attention import MegaCrossAttention
+from saccade.attention.mega.ema import DampedEMA
 from saccade.attention.mega.norms import ScaleNorm
 from saccade.attention.mega.operator import (
     Attention,

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attention.mega.layers import DampedEMA, MegaAttention, MegaCrossAttention, NormalizedFeedForward
+from saccade.attention.mega.attention import MegaAttention
+from saccade.attention.mega.block import NormalizedFeedForward
+from saccade.attention.mega.cross_attention import MegaCrossAttention
+from saccade.attention.mega.ema import DampedEMA
 from saccade.catalogue import AuthorsPort, Names
 from saccade.catalogue.ports import Argument, Arguments
 from saccade.ops import masks

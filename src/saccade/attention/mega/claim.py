@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.mega.layers import DampedEMA, MegaAttention, MegaBlock
+from saccade.attention.mega.attention import MegaAttention
+from saccade.attention.mega.block import MegaBlock
+from saccade.attention.mega.ema import DampedEMA
 from saccade.catalogue import Claim, ClaimResult
 
 if TYPE_CHECKING:

@@ -32,7 +32,9 @@ the one before) with rotary positions on the whole head, base 10000; `rotate_fra
 
 from __future__ import annotations
 
-from saccade.attention.mosa.layer import MoSA, MoSACache, OtherHeads, RecentKeys, SparseHeads, attend_chosen, budget
+from saccade.attention.mosa.layer import MoSA
+from saccade.attention.mosa.other_heads import OtherHeads, RecentKeys
+from saccade.attention.mosa.sparse_heads import MoSACache, SparseHeads, attend_chosen, budget
 from saccade.catalogue import register
 
 __all__ = ["MoSA", "MoSACache", "OtherHeads", "RecentKeys", "SparseHeads", "attend_chosen", "budget"]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from saccade.attention.mra.operator import _attend, _scales, patch_order
+from saccade.attention.mra.operator import attend_kept, patch_order, scales_of
 from saccade.layers.constants import Constants
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.pattern import Pattern, Said
@@ -52,7 +52,7 @@ class MRA(Constants, QKVAttention):
     ) -> None:
         if causal:
             raise ValueError("MRA is bidirectional: its ranking compares all rows; got causal=True")
-        scales = _scales(resolutions)
+        scales = scales_of(resolutions)
         super().__init__(dim, num_heads, causal, **projections)
         self.options: dict[str, Any] = {
             "resolutions": tuple(scales),
@@ -75,7 +75,7 @@ class MRA(Constants, QKVAttention):
                 raise ValueError(f"the grid has {len(order)} tokens, got {N} queries and {M} keys")
             q_BHND, k_BKMD, v_BKME = (x[:, :, order] for x in (q_BHND, k_BKMD, v_BKME))
             queries = keys = None if keys is None else keys[:, order]
-        out, _ = _attend(q_BHND, k_BKMD, v_BKME, queries, keys, scale=None, **self.options)
+        out, _ = attend_kept(q_BHND, k_BKMD, v_BKME, queries, keys, scale=None, **self.options)
         return out if order is None else out[:, :, order.argsort()]
 
     def extra_repr(self) -> str:

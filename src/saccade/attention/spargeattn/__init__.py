@@ -34,16 +34,10 @@ Tokens of images and video are first put in the order of `hilbert_order`, so tha
 
 from __future__ import annotations
 
+from saccade.attention.spargeattn.calibration import SpargeThresholds, calibrate_spargeattn
 from saccade.attention.spargeattn.layer import SpargeAttention
-from saccade.attention.spargeattn.operator import (
-    PerHead,
-    SpargeThresholds,
-    calibrate_spargeattn,
-    self_similarity,
-    sparge_block_map,
-    sparge_sparsity,
-    spargeattn_attend,
-)
+from saccade.attention.spargeattn.operator import spargeattn_attend
+from saccade.attention.spargeattn.prediction import PerHead, self_similarity, sparge_block_map, sparge_sparsity
 from saccade.catalogue import Replacement, register
 from saccade.ops.blocks import block_sizes
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from saccade.attention.spargeattn.operator import _per_head, block_statistics, sparge_block_map, spargeattn_attend
+from saccade.attention.spargeattn.operator import spargeattn_attend
+from saccade.attention.spargeattn.prediction import block_statistics, one_per_head, sparge_block_map
 from saccade.catalogue.ports import of_function
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 
@@ -34,7 +35,7 @@ def _run_block_map(module: Any, inputs: dict[str, Tensor], args: dict[str, Any])
     theta = _map_options(args["variants"][0])["similarity_threshold"]
     for name, x, size in (("q", q, size_q), ("k", k, size_k)):
         mean, similarity = block_statistics(x, size)
-        similar = similarity > _per_head(theta, "simthreshd1", x.shape[1], x.device)[:, None]
+        similar = similarity > one_per_head(theta, "simthreshd1", x.shape[1], x.device)[:, None]
         similar[..., x.shape[2] // size :] = False
         outputs |= {f"pooled_{name}": mean, f"sim_{name}": similar}
     return outputs

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.attention.spargeattn.operator import sparge_sparsity, spargeattn_attend
+from saccade.attention.spargeattn.operator import spargeattn_attend
+from saccade.attention.spargeattn.prediction import sparge_sparsity
 from saccade.catalogue import Claim, ClaimResult
 from saccade.ops.attend import attend
 from saccade.ops.hilbert import hilbert_order as hilbert_order

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attention.spargeattn.operator import SpargeThresholds, spargeattn_attend
+from saccade.attention.spargeattn.calibration import SpargeThresholds
+from saccade.attention.spargeattn.operator import spargeattn_attend
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.pattern import Pattern, Said

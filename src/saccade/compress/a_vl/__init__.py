@@ -37,17 +37,9 @@ step reads a contiguous slice, and a refresh swaps rows.
 from __future__ import annotations
 
 from saccade.catalogue import register
+from saccade.compress.a_vl.cache import AVLCache, AVLLayerCache, image_span
 from saccade.compress.a_vl.compressor import AVL, AVLDecoder
-from saccade.compress.a_vl.operator import (
-    AVLCache,
-    AVLLayerCache,
-    AVLOptions,
-    agreement,
-    best_tokens,
-    image_span,
-    text_kept,
-    tokens_left,
-)
+from saccade.compress.a_vl.selection import AVLOptions, agreement, best_tokens, text_kept, tokens_left
 from saccade.layers.qkv_attention import QKVAttention
 
 __all__ = [

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Names
 from saccade.catalogue.ports import Argument, Arguments
+from saccade.compress.a_vl.cache import image_span
 from saccade.compress.a_vl.compressor import AVLDecoder
-from saccade.compress.a_vl.operator import image_span
 
 _DECODER: dict[str, Argument] = {
     "hidden_size": "dim",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.catalogue import Claim, ClaimResult
-from saccade.compress.a_vl.operator import AVLLayerCache, AVLOptions
+from saccade.compress.a_vl.cache import AVLLayerCache
+from saccade.compress.a_vl.selection import AVLOptions
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

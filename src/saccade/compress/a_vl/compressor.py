@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.compress.a_vl.operator import AVLCache, AVLLayerCache, AVLOptions
+from saccade.compress.a_vl.cache import AVLCache, AVLLayerCache
+from saccade.compress.a_vl.selection import AVLOptions
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import GivenMask, Pattern, Said

@@ -1,0 +1,154 @@
+"""Commands that train: `claim`, `compare`, `gallery`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saccade import catalogue
+from saccade.cli.commands.app import AsJson, Seed, afterwards, print_json
+
+
+def claim(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Parts, e.g. moba.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every part that is built.")] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="Those that --out does not have yet: goes on where a run was stopped.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A step or two only: shows that it runs, measures nothing.")
+    ] = False,
+    seed: Seed = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of claims.json and claims.md; each claim is written as it ends.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured.
+
+    `saccade claim --all --out FOLDER` may be stopped: `saccade claim --missing --out FOLDER` goes on with the rest.
+    """
+    from contextlib import ExitStack
+    from datetime import date
+
+    from saccade.ops.measure import machine
+    from saccade.report import claims
+    from saccade.train.files import locked, make_folder
+    from saccade.train.lab import Lab, run_claim
+
+    if (bool(slugs) and everything) or not (slugs or everything or missing):
+        raise ValueError("say which claims: names, --all, or --missing with --out")
+    if missing and out is None:
+        raise ValueError("--missing needs --out, the folder whose claims are not run again")
+    if smoke and out is not None and not missing:
+        raise ValueError("a smoke run measures nothing and is not written: leave --out away")
+    names = list(slugs) if slugs else [part.slug for part in catalogue.parts()]
+    for name in slugs or ():
+        catalogue.part(name)
+    writes = out is not None and not smoke
+    with ExitStack() as stack:
+        if writes:
+            assert out is not None
+            make_folder(out)
+            stack.enter_context(locked(out))
+        records = claims.read(out) if out else {}
+        lab, count = Lab(seed=seed, smoke=smoke, show_progress=None), 0
+        for name in names:
+            if missing and name in records:
+                continue
+            outcome = run_claim(name, lab)
+            if as_json:
+                print("," if count else "[", json.dumps(outcome.as_dict(), indent=2), sep="\n", flush=True)
+            else:
+                print(outcome.text(), flush=True)
+            count += 1
+            if writes:
+                assert out is not None
+                records[name] = claims.record(outcome, date.today().isoformat(), machine())
+                claims.write(out, records)
+    if as_json:
+        print("]" if count else "[]")
+    elif not count:
+        print(f"{out} has all of them already")
+
+
+def compare(
+    mechanisms: Annotated[
+        list[str], typer.Argument(help="Parts to compare; options as in moba:block_size=32,top_k=3.")
+    ],
+    task: Annotated[
+        str, typer.Option(help="text, digits, recall, listops, digits-cnn (gates) or paired (fusion).")
+    ] = "text",
+    budget: Annotated[
+        str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism, on the mean.")
+    ] = "quick",
+    seed: Seed = 0,
+    seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Run folder: what was interrupted goes on, more is added.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text, one or several.")] = None,
+    open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train the same small model with each mechanism and answer: which attention should I use here?
+
+    Writes a run folder with config, metrics, checkpoints, and report.html, which opens offline.
+    """
+    import saccade
+    from saccade.report.html import write_report
+
+    folder = out or Path("runs") / f"{task}-{'-'.join(name.split(':')[0] for name in mechanisms)}"
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {seeds}")
+    result = saccade.compare(
+        mechanisms,
+        task=task,
+        budget=budget,
+        seed=list(range(seed, seed + seeds)),
+        out=folder,
+        data=data or None,
+    )
+    if as_json:
+        print(result.to_json(), flush=True)
+    else:
+        print(result.table())
+        print(*result.answer(), sep="\n", flush=True)
+    for line in result.unkept if as_json else ():  # the table says it itself
+        print(f"saccade: not kept: {line}", file=sys.stderr)
+    report = afterwards("report", lambda: write_report(result, folder))
+    if report is not None and not as_json:
+        print(f"report: {report}")
+    if report is not None and open_report:
+        typer.launch(str(report))
+
+
+def gallery(
+    gates: Annotated[
+        list[str] | None, typer.Argument(help="Gates, options as in cbam:reduction=8; all of the catalogue by default.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page, or a folder for gallery.html.")] = Path("runs"),
+    steps: Annotated[int, typer.Option(help="Steps of training for each gate.")] = 400,
+    seed: Seed = 0,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a small CNN with each gate in the same way, and show where each looks on the same photographs."""
+    from saccade.report.gallery.exhibits import Settings
+    from saccade.report.gallery.page import page_path, write_gallery
+    from saccade.report.gallery.training import make
+    from saccade.train.files import make_folder
+
+    make_folder(page_path(out).parent)  # before minutes of training
+    made = make(gates, Settings(steps=steps, seed=seed), show_progress=False if as_json else None)
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        print(made.table())
+    page = afterwards("page", lambda: write_gallery(made, out))
+    if page is not None and not as_json:
+        print(f"gallery: {page}")
+    if page is not None and open_page:
+        typer.launch(str(page))

@@ -1,0 +1,166 @@
+"""Commands on whole models: `advise`, `insert`, `run`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saccade import catalogue
+from saccade.cli.commands.app import AsJson, Seed, afterwards, integers, print_json
+
+
+def advise(
+    model: Annotated[
+        str | None, typer.Argument(help="A transformers model: its folder, or its name where a network is there.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Instead of a model: B,H,N,D (B,H,K,N,D: K key heads).")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens to measure at; the longest that --data gives.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A text file as sample input; English by default.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Largest acceptable deviation of the output (relative L1).")] = 0.05,
+    bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
+    mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for advice.json and a picture, advice.png.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Which training-free mechanism is worth it here? Measures all of them over their settings, prints the frontier.
+
+    `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
+    shapes alone.
+    """
+    from saccade.integrations.advise import advise as measure
+    from saccade.integrations.advise import check
+    from saccade.report.advice import sample_model, write_advice
+    from saccade.train.files import make_folder
+    from saccade.train.progress import bar, showing
+
+    check(tolerance=tolerance, context=context, mechanisms=mechanism)
+    if out is not None:
+        make_folder(out)  # before minutes of measuring
+    if (model is None) == (shape is None):
+        raise ValueError("give a model, or --shape, not both" if model else "give a model, or --shape")
+    subject: Any
+    if model is not None:
+        subject, inputs = sample_model(model, data, context)
+    elif data is not None:
+        raise ValueError("--data is read by a model's tokenizer: --shape has none")
+    else:
+        subject, inputs = integers(str(shape), "shape"), None
+    with showing(False if as_json else None), bar("settings tried:", None) as update:
+        update(0, "dense attention")
+        advice = measure(
+            subject,
+            context=context,
+            inputs=inputs,
+            tolerance=tolerance,
+            causal=not bidirectional,
+            mechanisms=mechanism or None,
+            seed=seed,
+            on_trial=lambda name: update(words=name),
+        )
+    if as_json:
+        print_json(advice.as_dict())
+    else:
+        print(advice.table(everything))
+    if out is not None:
+        afterwards("advice in the folder", lambda: write_advice(advice, out))
+
+
+def insert(
+    model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
+    gate: Annotated[str, typer.Option(help="The gate, options after a colon: cbam:reduction=8.")],
+    after: Annotated[
+        list[str],
+        typer.Option(help="Module path, pattern ('*' within a name, '**' across dots) or type; may be repeated."),
+    ],
+    gentle: Annotated[bool, typer.Option("--gentle", help="Start with what the model does now.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for the model with its gates.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Put a gate into an image model, and say what it adds: `saccade insert FOLDER --gate cbam --after '**.layer'`.
+
+    `saccade.integrations.insert.load` reads what --out writes.
+    """
+    import torch
+
+    from saccade.integrations import insert as inserting
+    from saccade.train.entries import parse
+
+    (wanted,) = parse([gate])
+    if not catalogue.part(str(wanted.slug)).kind.insertable:
+        gates = ", ".join(part.slug for part in catalogue.parts() if part.kind.insertable)
+        raise ValueError(f"--gate must be one of {gates}, got {wanted.slug!r}")
+    catalogue.check_options(str(wanted.slug), **wanted.options)
+    torch.manual_seed(seed)
+    network = inserting.pretrained(model)
+    report = inserting.insert(network, str(wanted.slug), after=after, gentle=gentle, **wanted.options)
+    if out is not None:
+        inserting.save(network, out, [report])
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        print(report.table(gently="--gentle"))
+
+
+def run(
+    model: Annotated[
+        str, typer.Argument(help="A complete network, its options after a colon: resnest:depths=101,stem_width=64.")
+    ],
+    files: Annotated[list[Path], typer.Argument(help="Image files; each is a call of its own.")],
+    size: Annotated[
+        str | None,
+        typer.Option(help="A published size by the paper's name: `saccade show` lists them."),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="The authors' released file, or a state dict of this network."),
+    ] = None,
+    names: Annotated[Path | None, typer.Option(help="Text file with the name of a class on each line.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Picture (.png, .jpg, .webp), tensors (.safetensors), or a folder; runs/ by default."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a complete network on image files: what it says of each, and a picture of that.
+
+    Classifiers name the likeliest classes, segmentation colours the image by class, super-resolution enlarges it:
+
+    `saccade run resnest photo.jpg --size ResNeSt-50 --weights resnest50.pth --names imagenet.txt`
+
+    `saccade run bevanet street.png --weights bevanet.pt --out street-classes.png`
+
+    `saccade run han small.png --size 'HAN x2' --weights HAN_BIX2.pt --out large.png`
+
+    In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
+    `model.picture(output)`.
+    """
+    import torch
+
+    from saccade.report import predictions
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device must be cpu, or cuda where torch sees one, got {device!r}")
+    called = None if names is None else predictions.read_names(names)
+    targets = predictions.places(files, model.partition(":")[0].strip(), out)
+    network = predictions.build(model, size, weights, seed).to(device)
+    if weights is None:
+        print("saccade: without --weights the network is untrained, and its answer means nothing", file=sys.stderr)
+    answers = []
+    for file, target in zip(files, targets):
+        output = network.predict(file)
+        (said,) = network.answer(output, called)
+        predictions.write(network, output, target, called)
+        if as_json:
+            answers.append({"file": str(file), "answer": said, "written": str(target)})
+        else:
+            print(predictions.told(said, file), f"written: {target}", sep="\n", flush=True)
+    if as_json:
+        print_json(answers)
