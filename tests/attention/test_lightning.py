@@ -12,12 +12,12 @@ from saccade.attention.lightning import (
     LRPE,
     SGLU,
     LightningAttention,
-    SRMSNorm,
     TransNormerBlock,
     TransNormerLM,
     decay_slopes,
     lightning_attend,
 )
+from saccade.layers.norms import SimpleRMSNorm
 
 SLOPE = torch.tensor([0.5, 0.05], dtype=torch.float64)
 
@@ -152,8 +152,8 @@ def test_slopes() -> None:
 
 def test_norm_and_gated_unit() -> None:
     x = torch.randn(3, 7, dtype=torch.float64)
-    assert close(SRMSNorm()(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
-    assert SRMSNorm()(x.bfloat16()).dtype == torch.bfloat16
+    assert close(SimpleRMSNorm()(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
+    assert SimpleRMSNorm()(x.bfloat16()).dtype == torch.bfloat16
     unit = SGLU(7, 5).double()
     assert close(unit(2 * x), 4 * unit(x))  # no activation: a form of degree two
 
@@ -216,8 +216,8 @@ def test_effective_weights_are_the_masked_scores() -> None:
 def test_block_and_language_model() -> None:
     torch.manual_seed(0)
     block, x = TransNormerBlock(16, 4, 24, layer_index=1, num_layers=2), torch.randn(2, 9, 16)
-    middle = x + block.attention(SRMSNorm()(x))
-    assert close(block(x), middle + block.glu(SRMSNorm()(middle)), 1e-6)
+    middle = x + block.attention(SimpleRMSNorm()(x))
+    assert close(block(x), middle + block.glu(SimpleRMSNorm()(middle)), 1e-6)
     model = TransNormerLM(11, 16, 2, 4, glu_dim=24, norm="layer", bias=True, hidden_dim=8).double().eval()
     assert [layer.attention.lrpe is not None for layer in model.layers] == [True, False]
     tokens = torch.randint(11, (2, 15))

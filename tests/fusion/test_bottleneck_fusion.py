@@ -123,9 +123,9 @@ def test_block_is_the_papers():
     )
     attended = torch.softmax(q @ k.mT / 2, -1) @ v
     x1 = x + block.attention.out_proj(attended.transpose(1, 2).flatten(2))
-    hidden = block.mlp[0](block.norm2(x1))
+    hidden = block.mlp.fc1(block.norm2(x1))
     hidden = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
-    torch.testing.assert_close(block(x), x1 + block.mlp[3](hidden), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(block(x), x1 + block.mlp.fc2(hidden), rtol=1e-4, atol=1e-5)
     assert block.norm1.eps == block.norm2.eps == 1e-6
 
 
@@ -190,7 +190,7 @@ def test_drop_path():
     assert rates == pytest.approx([0, 0.1, 0.2, 0.3])
     fusion = _fusion(drop_path=0.5, dropout=0.1, attn_drop=0.1).train()
     fusion(*_streams(5, 4))[1].sum().backward()
-    assert fusion.layers[0]["b"].mlp[0].weight.grad.isfinite().all()
+    assert fusion.layers[0]["b"].mlp.fc1.weight.grad.isfinite().all()
 
 
 def test_half_precision():
@@ -273,7 +273,7 @@ def test_default_sizes_are_mbt_b():
     assert model.positions["rgb"].table.shape == (1, 16 * 14 * 14 + 1, 768)
     assert model.positions["spectrogram"].table.shape == (1, 50 * 8 + 1, 768)
     assert len(model.encoder.layers) == 12 and model.encoder.fusion_layer == 8
-    assert model.encoder.layers[-1]["rgb"].mlp[0].out_features == 3072
+    assert model.encoder.layers[-1]["rgb"].mlp.fc1.out_features == 3072
     assert model.encoder.layers[-1]["rgb"].drop_path.rate == pytest.approx(0.3)
 
 

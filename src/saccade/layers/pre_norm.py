@@ -28,6 +28,7 @@ class PreNormBlock(nn.Module):
         hidden: inner width of the MLP, 4 dim where None.
         mlp: another module in the MLP's place.
         drop: dropout of the MLP.
+        attention_drop: dropout of what the attention gives.
         drop_path: probability that a branch is left out, row by row of the batch.
         layer_scale: of s1 and s2 at the start; None has none.
         norm_eps: of both norms.
@@ -41,6 +42,7 @@ class PreNormBlock(nn.Module):
         *,
         mlp: nn.Module | None = None,
         drop: float = 0.0,
+        attention_drop: float = 0.0,
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         norm_eps: float = 1e-5,
@@ -52,13 +54,13 @@ class PreNormBlock(nn.Module):
         self.scale1, self.scale2 = (
             None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2)
         )
-        self.drop_path = DropPath(drop_path)
+        self.attention_drop, self.drop_path = nn.Dropout(attention_drop), DropPath(drop_path)
 
     def forward(self, x: Tensor, *, mask: Any = None, cache: Any = None, **arguments: Any) -> Tensor:
         """`mask`, `cache` and the other arguments are the attention's."""
         if self.attention is not None and self.norm1 is not None:
             given = {name: value for name, value in (("mask", mask), ("cache", cache)) if value is not None}
-            y = self.attention(self.norm1(x), **given, **arguments)
+            y = self.attention_drop(self.attention(self.norm1(x), **given, **arguments))
             x = x + self.drop_path(y if self.scale1 is None else y * self.scale1)
         y = self.mlp(self.norm2(x))
         return x + self.drop_path(y if self.scale2 is None else y * self.scale2)

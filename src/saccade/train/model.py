@@ -9,13 +9,14 @@ Shape letters: B batch, N tokens, C channels, V vocabulary, K classes, H and W h
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from saccade.layers.positions import sinusoids
 
 
 class MLP(nn.Module):
@@ -40,13 +41,6 @@ class Block(nn.Module):
     def forward(self, x_BNC: Tensor, **arguments: Any) -> Tensor:
         x_BNC = x_BNC + self.mixer(self.norm1(x_BNC), **arguments)
         return x_BNC + self.mlp(self.norm2(x_BNC))
-
-
-def positions(start: int, count: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """Sinusoids of the positions `start` to `start + count`, (N, C)."""
-    rate_C = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, device=device) / dim)
-    angle_NC = torch.arange(start, start + count, device=device)[:, None] * rate_C
-    return torch.stack([angle_NC.sin(), angle_NC.cos()], -1).flatten(1)[:, :dim]
 
 
 class Caches(list[Any]):
@@ -108,7 +102,8 @@ class SequenceModel(nn.Module):
             x_BNC = x_BNC + before_BNC
         if caches is not None:
             caches.last = tokens_BN[:, -1:]
-        x_BNC = x_BNC + 0.02 * positions(start, tokens_BN.shape[1], self.dim, x_BNC.device).to(x_BNC.dtype)
+        positions_N = torch.arange(start, start + tokens_BN.shape[1], device=x_BNC.device)
+        x_BNC = x_BNC + 0.02 * sinusoids(positions_N, self.dim).to(x_BNC.dtype)
         for layer, block in enumerate(self.blocks):
             arguments: dict[str, Any] = {} if mask_BN is None else {"mask": mask_BN}
             if caches is not None:

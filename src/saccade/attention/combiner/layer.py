@@ -26,10 +26,10 @@ from saccade.attention.combiner.operator import (
     in_rows,
 )
 from saccade.layers.cache import KVCache
+from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
-from saccade.ops.masks import Mask
 from saccade.ops.pattern import GivenMask, Pattern, Said
 
 
@@ -281,7 +281,7 @@ class Combiner(QKVAttention):
         )
 
 
-class CombinerLayer(nn.Module):
+class CombinerLayer(PreNormBlock):
     """The paper's layer: x + attention(norm(x)), then x + MLP(norm(x)).
 
     Args:
@@ -292,16 +292,4 @@ class CombinerLayer(nn.Module):
     def __init__(
         self, dim: int, num_heads: int = 8, causal: bool = True, *, hidden_dim: int | None = None, **attention: Any
     ) -> None:
-        super().__init__()
-        hidden = 4 * dim if hidden_dim is None else hidden_dim
-        self.norm1, self.attention = nn.LayerNorm(dim), Combiner(dim, num_heads, causal, **attention)
-        self.norm2, self.mlp = (
-            nn.LayerNorm(dim),
-            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)),
-        )
-
-    def forward(
-        self, x_BNC: Tensor, *, mask: Tensor | Mask | None = None, cache: CombinerCache | None = None
-    ) -> Tensor:
-        x_BNC = x_BNC + self.attention(self.norm1(x_BNC), mask=mask, cache=cache)
-        return x_BNC + self.mlp(self.norm2(x_BNC))
+        super().__init__(Combiner(dim, num_heads, causal, **attention), dim, hidden_dim)

@@ -13,7 +13,7 @@ that time per token does not depend on the length, and decoding keeps one state 
 | s_h, lambda_h | `slope`; decay = exp(-slope) |
 | B, block | `block_size`; the result does not depend on it |
 | KV | the state, (B, H, D, E) in float32 |
-| GLA, SGLU, SRMSNorm, LRPE | `LightningAttention(form="transnormer")`, `SGLU`, `SRMSNorm`, `LRPE` |
+| GLA, SGLU, SRMSNorm, LRPE | `LightningAttention(form="transnormer")`, `SGLU`, `SimpleRMSNorm` of `layers`, `LRPE` |
 
 Where paper and code differ:
 - slopes: the code's rule (ALiBi's slopes times 1 - l / (L - 1) + 1e-5; 1 where L = 1); `rule="paper"` is the papers'.
@@ -29,7 +29,6 @@ from saccade.attention.lightning.layer import (
     SGLU,
     LightningAttention,
     LightningCache,
-    SRMSNorm,
     TransNormerBlock,
     TransNormerCache,
     TransNormerLM,
@@ -44,7 +43,6 @@ __all__ = [
     "LightningAttention",
     "LightningCache",
     "Norm",
-    "SRMSNorm",
     "TransNormerBlock",
     "TransNormerCache",
     "TransNormerLM",

@@ -15,20 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.lightning.operator import Form, Norm, TransNormerOutput, decay_slopes
+from saccade.layers.initialization import start_language_model
+from saccade.layers.norms import SimpleRMSNorm
 from saccade.ops.linear import linear_attend, linear_step
 from saccade.ops.pattern import GivenMask, Pattern
-
-
-class SRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) over the last axis, in float32, without parameters."""
-
-    def __init__(self, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
 class LRPE(nn.Module):
@@ -127,7 +117,7 @@ class LightningAttention(nn.Module):
         self.lrpe = LRPE(num_heads, hidden // num_heads) if wants_lrpe else None
         self.norm = _norm(("srms" if form == "transnormer" else "layer") if norm is None else norm, hidden)
         self.out_proj = nn.Linear(hidden, dim, bias=bias)
-        self.apply(_initialise)
+        self.apply(start_language_model)
 
     def forward(
         self,
@@ -223,14 +213,9 @@ def _without_padding(v_BHNE: Tensor, mask: GivenMask, start: int) -> Tensor:
 def _norm(kind: str, width: int) -> nn.Module:
     if kind not in ("srms", "layer", "rms"):
         raise ValueError(f"norm must be 'srms', 'layer' or 'rms', got {kind!r}")
-    return SRMSNorm() if kind == "srms" else nn.LayerNorm(width) if kind == "layer" else nn.RMSNorm(width, eps=1e-6)
-
-
-def _initialise(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-        if getattr(module, "bias", None) is not None:
-            nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    return (
+        SimpleRMSNorm() if kind == "srms" else nn.LayerNorm(width) if kind == "layer" else nn.RMSNorm(width, eps=1e-6)
+    )
 
 
 class SGLU(nn.Module):
@@ -255,7 +240,7 @@ class TransNormerBlock(nn.Module):
         self.attention_norm, self.glu_norm = _norm(norm, dim), _norm(norm, dim)
         self.attention = LightningAttention(dim, num_heads, norm=norm, bias=bias, **attention)
         self.glu = SGLU(dim, glu_dim, bias)
-        self.glu.apply(_initialise)
+        self.glu.apply(start_language_model)
 
     def forward(self, x_BNC: Tensor, *, mask: GivenMask = None, cache: LightningCache | None = None) -> Tensor:
         x_BNC = x_BNC + self.attention(self.attention_norm(x_BNC), mask=mask, cache=cache)
@@ -342,7 +327,7 @@ class TransNormerLM(nn.Module):
         self.norm = _norm(norm, dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         for module in (self.embedding, self.head):
-            _initialise(module)
+            start_language_model(module)
 
     @classmethod
     def from_config(cls, name: str, **changes: Any) -> TransNormerLM:

@@ -21,6 +21,7 @@ from saccade.attention.relational.layers import (
 )
 from saccade.attention.relational.operator import ACTIVATIONS
 from saccade.attention.relational.symbols import RETRIEVERS
+from saccade.layers.initialization import start_language_model
 from saccade.ops.masks import Mask
 
 
@@ -170,11 +171,7 @@ class DualAttentionLM(nn.Module):
 
     def _initialise(self, num_layers: int) -> None:
         last = 0.02 / math.sqrt(2 * num_layers)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(start_language_model)
         for module in self.modules():
             if isinstance(module, RelationalAttention):
                 nn.init.normal_(module.relation_weights, std=0.02)

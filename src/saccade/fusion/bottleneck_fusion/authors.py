@@ -81,8 +81,8 @@ _BLOCK = Names(
     {
         **_norm("LayerNorm_0", "norm1"),
         **_norm("LayerNorm_1", "norm2"),
-        **_layer("MlpBlock_0.Dense_0", "mlp.0"),
-        **_layer("MlpBlock_0.Dense_1", "mlp.3"),
+        **_layer("MlpBlock_0.Dense_0", "mlp.fc1"),
+        **_layer("MlpBlock_0.Dense_1", "mlp.fc2"),
         **_layer(f"{_ATTENTION}.query", "attention.q_proj", _into_heads),
         **_layer(f"{_ATTENTION}.key", "attention.k_proj", _into_heads),
         **_layer(f"{_ATTENTION}.value", "attention.v_proj", _into_heads),

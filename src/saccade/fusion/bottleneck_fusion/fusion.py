@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.fusion.bottleneck_fusion.operator import MBTOutput, across, jointly, through_bottleneck
-from saccade.layers.drop_path import DropPath
+from saccade.layers.drop_path import drop_path_rates
+from saccade.layers.mlp import MLP
+from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import Pattern
@@ -31,31 +33,27 @@ class _SelfAttention(QKVAttention):
         return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, dropout=self.dropout if self.training else 0.0)
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """The pre-norm transformer block of ViT; arguments are `BottleneckFusion`'s, `drop_path` is this layer's."""
 
     def __init__(
         self, dim: int, num_heads: int, mlp_dim: int, *, drop_path: float, dropout: float, attn_drop: float
     ) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attention = _SelfAttention(dim, num_heads, attn_drop)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_dim),
-            nn.GELU(approximate="tanh"),
-            nn.Dropout(dropout),
-            nn.Linear(mlp_dim, dim),
-            nn.Dropout(dropout),
+        super().__init__(
+            _SelfAttention(dim, num_heads, attn_drop),
+            dim,
+            mlp=MLP(dim, mlp_dim, activation="gelu-tanh", drop=dropout),
+            attention_drop=dropout,
+            drop_path=drop_path,
+            norm_eps=1e-6,
         )
-        self.dropout, self.drop_path = nn.Dropout(dropout), DropPath(drop_path)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x_BNC: Tensor, mask_BN: Tensor | None = None) -> Tensor:
-        x_BNC = x_BNC + self.drop_path(self.dropout(self.attention(self.norm1(x_BNC), mask=mask_BN)))
-        return x_BNC + self.drop_path(self.mlp(self.norm2(x_BNC)))
+    def forward(self, x_BNC: Tensor, mask_BN: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x_BNC, mask=mask_BN)
 
 
 class BottleneckFusion(nn.Module):
@@ -117,14 +115,14 @@ class BottleneckFusion(nn.Module):
                         dim,
                         num_heads,
                         4 * dim if mlp_dim is None else mlp_dim,
-                        drop_path=drop_path * layer / max(depth - 1, 1),
+                        drop_path=rate,
                         dropout=dropout,
                         attn_drop=attn_drop,
                     )
                     for name in dict.fromkeys(weights)
                 }
             )
-            for layer in range(depth)
+            for rate in drop_path_rates(drop_path, depth)
         )
 
     def forward(
