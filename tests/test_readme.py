@@ -22,6 +22,12 @@ def test_links_and_pictures_exist() -> None:
                 assert (path.parent / target).is_file(), f"{path.name} links to {target}"
 
 
+def test_files_named_in_the_documents_exist() -> None:
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
+        for named in re.findall(r"`(src/saccade/[\w/.]+)`", path.read_text(encoding="utf-8")):
+            assert (ROOT / named).exists(), f"{path.name} names {named}"
+
+
 def test_make_targets_named_in_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in ("README.md", "CONTRIBUTING.md"):

@@ -74,26 +74,17 @@ def _imports(path: Path) -> set[str]:
 
 
 def drawing() -> str:
-    """The floors from the top down, as Markdown: what each package holds, its size, and what it stands on."""
+    """The floors from the top down, as Markdown: what each package holds and what it stands on."""
     stands: dict[str, set[str]] = {}
     for module, targets in graph().items():
         stands.setdefault(package_of(module), set()).update(map(package_of, targets))
-    lines: dict[str, int] = {}
-    for module, path in MODULES.items():
-        package = package_of(module)
-        lines[package] = lines.get(package, 0) + len(path.read_text(encoding="utf-8").splitlines())
-    rows = ["| floor | package | what lives there | lines | stands on |", "|---|---|---|---:|---|"]
+    rows = ["| floor | package | what lives there | stands on |", "|---|---|---|---|"]
     for package, (floor, what) in FLOORS.items():
-        if package in lines and (SOURCE / package).is_dir():
+        if (SOURCE / package).is_dir():
             below = sorted(
                 (other for other in stands[package] - {package, ""} if (SOURCE / other).is_dir()),
                 key=lambda other: -FLOORS[other][0],
             )
             named = ", ".join(f"`{other}`" for other in below) or "nothing"
-            rows.append(f"| {floor} | `{package}` | {what} | {_about(lines[package])} | {named} |")
+            rows.append(f"| {floor} | `{package}` | {what} | {named} |")
     return "\n".join(rows)
-
-
-def _about(count: int) -> str:
-    """Rounded, so that the page does not change with every line."""
-    return f"{round(count, -3) or 500:,}" if count > 500 else "< 500"
