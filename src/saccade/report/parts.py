@@ -25,8 +25,9 @@ def page(docs: Path) -> str:
         "# All parts",
         "",
         "Written by `make readme` from the catalogue; do not edit. `saccade show NAME` prints a part's card with its",
-        "cost on your machine, `saccade claim NAME` measures its paper's claim. *Recordings* are tensors of the authors'",
-        "own code with which ours agrees; a claim that does not show at laptop size says so ([claims.md](claims.md)).",
+        "cost on your machine, `saccade claim NAME` measures its paper's claim. *Recordings* are tensors of the",
+        "authors' own code with which ours agrees; a claim that does not show at laptop size says so",
+        "([claims.md](claims.md)).",
         "",
     ]
     for family in dict.fromkeys(part.family for part in sorted(ready, key=lambda part: part.family)):
