@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from saccade.cli.encoding import say_in_any_encoding
+from saccade.cli.messages import one_line
 
 INTERRUPTED = 130
 #: what is said after "stopped"
@@ -72,11 +73,3 @@ def _repeat_data(arguments: list[str]) -> list[str]:
             expanded.append("--data")
         expanded.append(argument)
     return expanded
-
-
-def one_line(error: BaseException) -> str:
-    """The error's message on one line; its type before it where the message alone would not say what went wrong."""
-    message = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, ImportError)) and message:
-        return message
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__

@@ -55,14 +55,20 @@ def floor_of(module: str) -> int:
     return FLOORS[package][0] if package else -1
 
 
-def graph() -> dict[str, set[str]]:
-    """Module -> the modules of this package that it imports: at once, inside functions or for types."""
-    return {module: _imports(path) - {module} for module, path in MODULES.items()}
+def graph(*, types: bool = True) -> dict[str, set[str]]:
+    """Module -> the modules of this package that it imports, at once or inside functions.
+
+    Args:
+        types: with what is imported for type checking only, which no program runs.
+    """
+    return {module: _imports(path, types) - {module} for module, path in MODULES.items()}
 
 
-def _imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def _imports(path: Path, types: bool) -> set[str]:
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -70,6 +76,8 @@ def _imports(path: Path) -> set[str]:
             # a name of a package may be a module; else it is the package's own
             found |= names & set(MODULES)
             found |= {node.module} if names - set(MODULES) else set()
+        elif types or not (isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"):
+            waiting += ast.iter_child_nodes(node)
     return found & set(MODULES)
 
 
@@ -83,7 +91,7 @@ def drawing() -> str:
         if (SOURCE / package).is_dir():
             below = sorted(
                 (other for other in stands[package] - {package, ""} if (SOURCE / other).is_dir()),
-                key=lambda other: -FLOORS[other][0],
+                key=lambda other: (-FLOORS[other][0], other),
             )
             named = ", ".join(f"`{other}`" for other in below) or "nothing"
             rows.append(f"| {floor} | `{package}` | {what} | {named} |")

@@ -49,7 +49,7 @@ def print_json(data: Any) -> None:
 def afterwards(what: str, make: Callable[[], T]) -> T | None:
     """What comes after the measurements, pictures above all. Where it fails, for whatever reason, one line says so:
     the measurements have been shown."""
-    from saccade.cli import one_line
+    from saccade.cli.messages import one_line
 
     sys.stdout.flush()
     try:
