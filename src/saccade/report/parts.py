@@ -54,7 +54,8 @@ def _row(part: Summary, shows: Mapping[str, bool]) -> str:
     ports = [port.module for port in catalogue.part(part.slug).ports]
     evidence = [f"{len(ports)} recording{'s' if len(ports) > 1 else ''}"] if ports else []
     evidence.append(f"{len(part.invariants)} invariants")
-    evidence.append({True: "claim shows", False: "**claim does not show**"}.get(shows.get(part.slug), "claim not run"))
+    claim = {True: "claim shows", False: "**claim does not show**", None: "claim not run"}
+    evidence.append(claim[shows.get(part.slug)])
     supports = f" ({', '.join(part.supports)})" if part.supports else ""
     link = f"`{part.slug}`" + (f" [{part.arxiv}](https://arxiv.org/abs/{part.arxiv})" if part.arxiv else "")
     return f"| {link} | {part.summary} | {part.kind}{supports} | {', '.join(evidence)} | {_weights(part.slug, ports)} |"
