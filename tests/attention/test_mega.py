@@ -17,8 +17,8 @@ from saccade.attention.mega import (
     NormalizedFeedForward,
     RotaryBias,
     SimpleBias,
+    attention,
     laplace,
-    layers,
     mega_attend,
 )
 from saccade.ops import masks
@@ -218,7 +218,7 @@ def test_long_sequences_in_pieces_equal_the_whole(monkeypatch: pytest.MonkeyPatc
     layer = MegaAttention(8, causal=True, ema_dim=2, chunk_size=4).eval()
     x, mask = torch.randn(2, 50, 8), torch.rand(2, 50) < 0.8
     whole = layer(x, mask=mask)
-    monkeypatch.setattr(layers, "_STREAM", 10)
+    monkeypatch.setattr(attention, "_STREAM", 10)
     with torch.no_grad():
         torch.testing.assert_close(layer(x, mask=mask)[mask], whole[mask])
 

@@ -37,7 +37,7 @@ def heads(N: int, *, H: int = 2, K: int | None = None, D: int = 16, M: int | Non
 
 
 def bands(q: Tensor, k: Tensor, block_size: int, low: int, high: int) -> list[tuple[Tensor, Tensor]]:
-    return prism.operator._bands(q, k, block_size, low, high, None, None, None)
+    return prism.operator.band_scores(q, k, block_size, low, high, None, None, None)
 
 
 @pytest.mark.parametrize("N", [1, 13, 64, 77])

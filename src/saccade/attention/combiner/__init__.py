@@ -34,7 +34,7 @@ the sequence for the last token where L - 1 is a power of two; here every L is c
 from __future__ import annotations
 
 from saccade.attention.combiner.layer import Combiner, CombinerCache, CombinerLayer
-from saccade.attention.combiner.operator import Attended, Map, RowKeys, Variant, _segment, combiner_attend
+from saccade.attention.combiner.operator import Attended, Map, RowKeys, Variant, combiner_attend, segment_length
 from saccade.catalogue import register
 
 __all__ = ["Attended", "Combiner", "CombinerCache", "CombinerLayer", "Map", "RowKeys", "Variant", "combiner_attend"]
@@ -59,5 +59,5 @@ register(
     ),
     build=Combiner,
     example={"dim": 16, "num_heads": 4, "num_kv_heads": 2, "segment": 4},
-    at_length=lambda length: {"segment": _segment(length, None)},
+    at_length=lambda length: {"segment": segment_length(length, None)},
 )

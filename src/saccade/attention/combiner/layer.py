@@ -18,12 +18,12 @@ from saccade.attention.combiner.operator import (
     Pooling,
     RowKeys,
     Variant,
-    _expected,
-    _pooling,
-    _running,
     check_variant,
     combiner_attend,
     in_rows,
+    pooling_of,
+    running_spans,
+    span_attention,
 )
 from saccade.layers.cache import KVCache
 from saccade.layers.pre_norm import PreNormBlock
@@ -45,7 +45,7 @@ class CombinerCache:
 
     def __init__(self, variant: Variant, segment: int, pool: Pooling, scale: float) -> None:
         self.length = 0
-        self._variant, self._segment, self._pool, self._scale = variant, segment, pool, scale
+        self._variant, self.segment_length, self._pool, self._scale = variant, segment, pool, scale
         self._open: list[Tensor] = []  # q, k, v, x of the open segment, (B, H, tokens, D) and (B, 1, tokens, C)
         self._tokens, self._spans, self._right = KVCache(), KVCache(), KVCache()
         self._held: dict[str, tuple[Tensor, Tensor]] = {}  # of KVCaches: all that they hold
@@ -57,7 +57,7 @@ class CombinerCache:
         if self._variant == "logn":
             yield from ((parts[2], parts[3]) for _, parts in self._blocks)
             return
-        s, b = self._segment, self.length % self._segment
+        s, b = self.segment_length, self.length % self.segment_length
         if b:
             yield self._open[1], self._open[2]
         if self.length < s:
@@ -86,14 +86,14 @@ class CombinerCache:
             return
         new = (q, k, v, x)
         self._open = [torch.cat(pair, 2) for pair in zip(self._open, new)] if self._open else list(new)
-        done = self._open[0].shape[2] // self._segment * self._segment
+        done = self._open[0].shape[2] // self.segment_length * self.segment_length
         if done:
             self._close([part[:, :, :done] for part in self._open], row_keys)
             # a copy, so that what is finished is freed
             self._open = [part[:, :, done:].clone() for part in self._open]
 
     def _close(self, finished: list[Tensor], row_keys: RowKeys) -> None:
-        pool, scale, s, heads = self._pool, self._scale, self._segment, finished[0].shape[:2]
+        pool, scale, s, heads = self._pool, self._scale, self.segment_length, finished[0].shape[:2]
         q, k, v = (part.flatten(0, 1).unflatten(1, (-1, s)) for part in finished[:3])
 
         def back(part: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class CombinerCache:
             self._held["spans"] = self._spans.append(row_keys(row_out, finished[3][:, 0]), row_out)
         else:
             for name, store, reverse in (("spans", self._spans, False), ("right", self._right, True)):
-                kbar, vbar, _ = _running(q, k, v, None, pool, scale, reverse)
+                kbar, vbar, _ = running_spans(q, k, v, None, pool, scale, reverse)
                 # place b holds what ends before it (begins after it); the place at the border is never read
                 kbar, vbar = (y.roll(-1 if reverse else 1, 2) for y in (kbar, vbar))
                 self._held[name] = store.append(back(kbar), back(vbar))
@@ -117,7 +117,7 @@ class CombinerCache:
             n = self.length // s
             qbar, kbar = (pool.finish(state, n) for state in states)
             keys, values = (y[:, :, : n * s].unflatten(2, (n, s)).transpose(2, 3) for y in self._held["tokens"])
-            self._above = (*states, kbar, _expected(qbar, keys, values, None, scale))
+            self._above = (*states, kbar, span_attention(qbar, keys, values, None, scale))
 
     def _count(self, q: Tensor, k: Tensor) -> None:
         """The binary counter: blocks of [0, length), largest first; equal ones become one."""
@@ -134,7 +134,7 @@ class CombinerCache:
                 level += 1
             qbar, kbar = (self._pool.finish(state, 1 << level) for state in states)
             block = slice(start - (1 << level), start)
-            value = _expected(qbar[:, :, 0], keys[:, :, block], values[:, :, block], None, self._scale)
+            value = span_attention(qbar[:, :, 0], keys[:, :, block], values[:, :, block], None, self._scale)
             self._blocks.append((level, (*states, kbar, value[:, :, None])))
 
     @property
@@ -182,7 +182,7 @@ class Combiner(QKVAttention):
         super().__init__(dim, num_heads, causal, rope=rope, **projections)
         self.variant, self.segment, self.pooling, self.own_span = variant, segment, pooling, own_span
         self.deepset = nn.Linear(self.head_dim, self.head_dim, bias=False) if pooling.startswith("deepset-") else None
-        _pooling(pooling, self._transform)
+        pooling_of(pooling, self._transform)
         if variant == "rowmajor":
             width = num_heads * self.head_dim
             self.row_proj, self.row_key = nn.Linear(width, dim, bias=False), nn.Linear(dim, width, bias=False)
@@ -250,7 +250,7 @@ class Combiner(QKVAttention):
         """
         if self.segment is None and self.variant != "logn":
             raise ValueError("decoding needs a fixed segment, got segment=None")
-        pool = _pooling(self.pooling, self._transform)
+        pool = pooling_of(self.pooling, self._transform)
         return CombinerCache(self.variant, self.segment or 1, pool, self.head_dim**-0.5)
 
     def extra_repr(self) -> str:

@@ -84,11 +84,11 @@ def combiner_attend(
     if scale <= 0:
         raise ValueError(f"scale must be above 0, got {scale}")
     check_variant(variant, causal, segment)
-    pool = _pooling(pooling, transform)
+    pool = pooling_of(pooling, transform)
     if 0 in (B, N):
         return q_BHND.new_zeros(B, H, N, v_BKNE.shape[3]) + 0 * (q_BHND.sum() + k_BKND.sum() + v_BKNE.sum())
     real_BN = Pattern.of(mask, B, N, N, causal=causal).only(("padding",), "Combiner").real_keys(B)
-    s = 1 if variant == "logn" else _segment(N, segment)
+    s = 1 if variant == "logn" else segment_length(N, segment)
     L = -(-N // s) * s if variant != "logn" else 1 << (N - 1).bit_length()
     q, k, v = (
         F.pad(x, (0, 0, 0, L - N)).flatten(0, 1) if N < L else x.flatten(0, 1)
@@ -154,10 +154,10 @@ class Pooling:
         """Pooled queries, pooled keys and expected values of spans (..., tokens, D): each (..., D)."""
         count = q.shape[-2] if ok is None else ok.sum(-1)
         qbar, kbar = (self.finish(self.reduce(self.start(x, ok), -2), count) for x in (q, k))
-        return qbar, kbar, _expected(qbar, k, v, ok, scale)
+        return qbar, kbar, span_attention(qbar, k, v, ok, scale)
 
 
-def _expected(qbar: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float) -> Tensor:
+def span_attention(qbar: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: float) -> Tensor:
     """sum_j softmax_j(scale qbar . k_j) v_j over the tokens of each span."""
     if k.shape[-2] == 1:
         return v[..., 0, :]
@@ -209,7 +209,7 @@ def _logn(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: Pooling, sca
         left = [None if x is None else x.unflatten(1, (-1, 2, size))[:, :, 0] for x in (k, v, ok)]
         count = size if left[2] is None else left[2].sum(-1)
         qbar, kbar = (pool.finish(x[:, 0::2], count) for x in (q_state, k_state))
-        values.append(_expected(qbar, left[0], left[1], left[2], 1.0))  # type: ignore[arg-type]
+        values.append(span_attention(qbar, left[0], left[1], left[2], 1.0))  # type: ignore[arg-type]
         here = _dots(q.unflatten(1, (-1, 2, size))[:, :, 1], kbar)
         if left[2] is not None:
             here = here.masked_fill(~left[2].any(-1, keepdim=True), -_INF)
@@ -229,13 +229,13 @@ def _mixture(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: Pooling, 
     joint = in_rows(q, k, v, ok, scale, masks.causal())
     joint = _join(joint, _rows_before(q, k, v, ok, scale))
     if n > 1 and s > 1:
-        columns = _running(_columns(q), _columns(k), _columns(v), _columns_ok(ok), pool, scale)
+        columns = running_spans(_columns(q), _columns(k), _columns(v), _columns_ok(ok), pool, scale)
         kbar, vbar = (_columns(x)[:, :-1] for x in columns[:2])
         some = None if columns[2] is None else columns[2].transpose(1, 2)[:, :-1]
         others = ~torch.eye(s, dtype=torch.bool, device=q.device)
         joint = _join(joint, _pad(in_rows(q[:, 1:], kbar, vbar, some, scale, masks.dense(others[None, None])), 1, 1, 0))
         for reverse in (False, True):
-            kbar, vbar, some = _running(q, k, v, ok, pool, scale, reverse)
+            kbar, vbar, some = running_spans(q, k, v, ok, pool, scale, reverse)
             shifted, here = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
             seen = None if some is None else some[:, :, shifted]
             rows = _rows_before(q[:, :, here], kbar[:, :, shifted], vbar[:, :, shifted], seen, scale)
@@ -253,12 +253,12 @@ def _mixture_both(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: Pool
         away, here = (slice(1, None), slice(0, -1)) if reverse else (slice(0, -1), slice(1, None))
         front = int(not reverse), int(reverse)
         if q.shape[1] > 1:  # columns above (below), at each column of the own row
-            kbar, vbar, some = _running(turned_q, turned_k, turned_v, turned_ok, pool, scale, reverse)
+            kbar, vbar, some = running_spans(turned_q, turned_k, turned_v, turned_ok, pool, scale, reverse)
             kbar, vbar = _columns(kbar)[:, away], _columns(vbar)[:, away]
             some = None if some is None else some.transpose(1, 2)[:, away]
             joint = _join(joint, _pad(in_rows(q[:, here], kbar, vbar, some, scale), 1, *front))
         if q.shape[2] > 1:  # rows to the left (right), at each row of the own column
-            kbar, vbar, some = _running(q, k, v, ok, pool, scale, reverse)
+            kbar, vbar, some = running_spans(q, k, v, ok, pool, scale, reverse)
             kbar, vbar = _columns(kbar)[:, away], _columns(vbar)[:, away]
             some = None if some is None else some.transpose(1, 2)[:, away]
             joint = _join(joint, _turn(_pad(in_rows(turned_q[:, here], kbar, vbar, some, scale), 1, *front)))
@@ -295,12 +295,12 @@ def _rows_before(q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, scale: floa
     return _pad((_columns(out), _columns(lse)), 1, 1, 0)
 
 
-def _running(
+def running_spans(
     q: Tensor, k: Tensor, v: Tensor, ok: Tensor | None, pool: Pooling, scale: float, reverse: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """kbar and vbar of the span from the start (or end) of each row to each token, that one too; whether it is one."""
     if reverse:
-        turned = _running(q.flip(2), k.flip(2), v.flip(2), None if ok is None else ok.flip(2), pool, scale)
+        turned = running_spans(q.flip(2), k.flip(2), v.flip(2), None if ok is None else ok.flip(2), pool, scale)
         return turned[0].flip(2), turned[1].flip(2), None if turned[2] is None else turned[2].flip(2)
     count = torch.arange(1, q.shape[2] + 1, device=q.device) if ok is None else ok.cumsum(2)
     qbar, kbar = (pool.finish(pool.running(pool.start(x, ok), 2), count) for x in (q, k))
@@ -331,7 +331,7 @@ def _join(a: Attended, b: Attended | None) -> Attended:
     return a if b is None else merge(*b, *a)
 
 
-def _pooling(pooling: str, transform: Map | None) -> Pooling:
+def pooling_of(pooling: str, transform: Map | None) -> Pooling:
     before, _, kind = pooling.rpartition("-")
     if kind not in ("max", "mean", "sum") or before not in ("", "identity", "relu", "deepset"):
         raise ValueError(
@@ -342,7 +342,7 @@ def _pooling(pooling: str, transform: Map | None) -> Pooling:
     return Pooling(kind, F.relu if before == "relu" else transform)
 
 
-def _segment(N: int, segment: int | None) -> int:
+def segment_length(N: int, segment: int | None) -> int:
     if segment is not None:
         return min(segment, N)
     root = math.isqrt(N - 1) + 1

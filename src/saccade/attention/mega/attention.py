@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.mega.ema import DampedEMA
-from saccade.attention.mega.norms import _Dropout, _initialise, _norm
-from saccade.attention.mega.operator import _NORMALIZERS, Attention, _bias, laplace, mega_attend
+from saccade.attention.mega.norms import Dropout, initialise, norm_of
+from saccade.attention.mega.operator import NORMALIZERS, Attention, laplace, mega_attend, position_bias
 from saccade.layers.cache import KVCache
 from saccade.ops import masks
 from saccade.ops.masks import Mask
@@ -105,16 +105,16 @@ class MegaAttention(nn.Module):
         self.key_dim, self.value_dim, self.chunk_size = key_dim, value_dim, chunk_size
         self.attention: Attention = attention
         self.prenorm, self.activation = prenorm, activation
-        self.attn_drop, self.dropout = attn_drop, _Dropout(dropout, feature_dropout)
-        self.norm = _norm(norm, dim)
+        self.attn_drop, self.dropout = attn_drop, Dropout(dropout, feature_dropout)
+        self.norm = norm_of(norm, dim)
         self.ema = DampedEMA(dim, ema_dim, bidirectional=not causal, truncation=truncation)
         self.v_proj = nn.Linear(dim, value_dim)
         self.mx_proj = nn.Linear(dim, 2 * dim + key_dim + value_dim)
         self.h_proj = nn.Linear(value_dim, dim)
         self.gamma = nn.Parameter(0.02 * torch.randn(2, key_dim))
         self.beta = nn.Parameter(torch.zeros(2, key_dim))
-        self.bias = _bias(position, max_positions if chunk_size is None else chunk_size, key_dim, num_heads)
-        self.apply(_initialise)
+        self.bias = position_bias(position, max_positions if chunk_size is None else chunk_size, key_dim, num_heads)
+        self.apply(initialise)
 
     def forward(
         self,
@@ -327,8 +327,8 @@ def check_names(dim: int, num_heads: int, key_dim: int, value_dim: int, attentio
         raise ValueError(f"dim must be positive, got {dim}")
     if num_heads < 1 or min(key_dim, value_dim) < 1 or key_dim % num_heads or value_dim % num_heads:
         raise ValueError(f"num_heads must divide key_dim ({key_dim}) and value_dim ({value_dim}), got {num_heads}")
-    if attention not in _NORMALIZERS:
-        raise ValueError(f"attention must be one of {', '.join(_NORMALIZERS)}, got {attention!r}")
+    if attention not in NORMALIZERS:
+        raise ValueError(f"attention must be one of {', '.join(NORMALIZERS)}, got {attention!r}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 

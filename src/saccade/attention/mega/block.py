@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from saccade.attention.mega.attention import ACTIVATIONS, MegaAttention, MegaCache, Norm, check_names, sizes_of
 from saccade.attention.mega.cross_attention import MegaCrossAttention
-from saccade.attention.mega.norms import _Dropout, _initialise, _norm
+from saccade.attention.mega.norms import Dropout, initialise, norm_of
 
 
 class NormalizedFeedForward(nn.Module):
@@ -31,10 +31,10 @@ class NormalizedFeedForward(nn.Module):
         super().__init__()
         check_names(dim, 1, 1, hidden_dim, "softmax", activation)
         self.prenorm, self.activation = prenorm, activation
-        self.dropout = _Dropout(dropout, feature_dropout)
-        self.norm = _norm(norm, dim)
+        self.dropout = Dropout(dropout, feature_dropout)
+        self.norm = norm_of(norm, dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.activation](self.fc1(self.norm(x_BNC) if self.prenorm else x_BNC))

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.mega.attention import ACTIVATIONS, Norm, check_names, check_tokens, width_of_keys
-from saccade.attention.mega.norms import _Dropout, _initialise, _norm
-from saccade.attention.mega.operator import Attention, _bias, mega_attend
+from saccade.attention.mega.norms import Dropout, initialise, norm_of
+from saccade.attention.mega.operator import Attention, mega_attend, position_bias
 from saccade.ops.pattern import GivenMask
 
 
@@ -47,13 +47,13 @@ class MegaCrossAttention(nn.Module):
         self.dim, self.num_heads, self.key_dim = dim, num_heads, key_dim
         self.attention: Attention = attention
         self.prenorm, self.activation = prenorm, activation
-        self.attn_drop, self.dropout = attn_drop, _Dropout(dropout, feature_dropout)
-        self.norm = _norm(norm, dim)
+        self.attn_drop, self.dropout = attn_drop, Dropout(dropout, feature_dropout)
+        self.norm = norm_of(norm, dim)
         self.q_proj = nn.Linear(dim, 2 * dim + key_dim)
         self.k_proj, self.v_proj = nn.Linear(dim, key_dim), nn.Linear(dim, dim)
         self.h_proj = nn.Linear(dim, dim)
-        self.bias = _bias(position, max_positions, key_dim, num_heads)
-        self.apply(_initialise)
+        self.bias = position_bias(position, max_positions, key_dim, num_heads)
+        self.apply(initialise)
 
     def forward(self, x_BNC: Tensor, context_BMC: Tensor, *, mask: GivenMask = None, start: int = 0) -> Tensor:
         """Args:

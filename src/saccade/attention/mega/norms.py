@@ -7,30 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ScaleNorm(nn.Module):
-    """x s / rms(x) with one learned number s."""
-
-    def __init__(self, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.eps, self.scale = eps, nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * (self.scale * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+from saccade.layers.norms import ScaleNorm, TokenBatchNorm
 
 
-class _BatchNorm(nn.BatchNorm1d):
-    """Over batch and tokens."""
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        return super().forward(x_BNC.transpose(1, 2)).transpose(1, 2)
-
-
-class _Dropout(nn.Module):
+class Dropout(nn.Module):
     """Dropout, or that of whole channels: one choice for all tokens."""
 
     def __init__(self, rate: float, channels: bool) -> None:
@@ -43,12 +26,12 @@ class _Dropout(nn.Module):
         return F.dropout(x_BNC, self.rate, self.training)
 
 
-def _norm(kind: str | None, dim: int) -> nn.Module:
+def norm_of(kind: str | None, dim: int) -> nn.Module:
     norms: dict[str | None, Callable[[], nn.Module]] = {
         "layer": lambda: nn.LayerNorm(dim),
         "scale": ScaleNorm,
         "rms": lambda: nn.RMSNorm(dim, eps=1e-5),
-        "batch": lambda: _BatchNorm(dim),
+        "batch": lambda: TokenBatchNorm(dim),
         None: nn.Identity,
     }
     if kind not in norms:
@@ -56,7 +39,7 @@ def _norm(kind: str | None, dim: int) -> nn.Module:
     return norms[kind]()
 
 
-def _initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

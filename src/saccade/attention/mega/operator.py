@@ -65,7 +65,7 @@ class SquaredRelu(_Elementwise):
         return 2.0 * scores.relu()
 
 
-_NORMALIZERS: dict[str, Any] = {"softmax": "softmax", "laplace": Laplace(), "relu2": SquaredRelu()}
+NORMALIZERS: dict[str, Any] = {"softmax": "softmax", "laplace": Laplace(), "relu2": SquaredRelu()}
 
 
 class SimpleBias(nn.Module):
@@ -119,8 +119,8 @@ def mega_attend(
     Raises:
         ValueError: if shapes do not fit, positions exceed the simple bias, or a mask's keys cannot be counted.
     """
-    if attention not in _NORMALIZERS:
-        raise ValueError(f"attention must be one of {', '.join(_NORMALIZERS)}, got {attention!r}")
+    if attention not in NORMALIZERS:
+        raise ValueError(f"attention must be one of {', '.join(NORMALIZERS)}, got {attention!r}")
     (N, Z), M = q_BHNZ.shape[2:], k_BHMZ.shape[2]
     pattern = Pattern.of(mask, q_BHNZ.shape[0], N, M, heads=q_BHNZ.shape[1], causal=causal, offset=offset)
     if attention == "softmax":
@@ -140,7 +140,7 @@ def mega_attend(
         def score_mod(s: Tensor, _b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             return s + b[first + j - i]
 
-    normalize = _NORMALIZERS[attention]
+    normalize = NORMALIZERS[attention]
     return attend(
         q_BHNZ, k_BHMZ, v_BHME, mask=pattern.mask, score_mod=score_mod, normalize=normalize, scale=1.0, dropout=dropout
     )
@@ -168,7 +168,7 @@ def _keys_seen(pattern: Pattern, q_BHNZ: Tensor, M: int) -> Tensor:
     return count_BN.clamp(min=1)[:, None, :, None]
 
 
-def _bias(position: str | None, reach: int, key_dim: int, num_heads: int) -> SimpleBias | RotaryBias | None:
+def position_bias(position: str | None, reach: int, key_dim: int, num_heads: int) -> SimpleBias | RotaryBias | None:
     if position not in ("rotary", "simple", None):
         raise ValueError(f"position must be 'rotary', 'simple' or None, got {position!r}")
     if position is None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saccade.attention.mra.refinement import _ranks, choose_blocks, coarse_scores, refine
+from saccade.attention.mra.refinement import choose_blocks, coarse_scores, rank_blocks, refine
 from saccade.attention.mra.tiles import merge_blocks, to_tokens, tokens_per_block
 from saccade.ops import masks
 from saccade.ops.backends.blocksparse import blocksparse_attend
@@ -131,7 +131,9 @@ def attend_kept(
     if mode == "full":
         coarse = ~chosen
         if released_ranking:
-            ranks = _ranks(qbar, kbar, factor, top, query_count, key_count, first_blocks, diagonal_blocks, padded, 0, X)
+            ranks = rank_blocks(
+                qbar, kbar, factor, top, query_count, key_count, first_blocks, diagonal_blocks, padded, 0, X
+            )
             coarse = coarse & (ranks.view(B, H, X, Y) < threshold[..., None, None])
         vbar = repeat_heads(pool_blocks(v, b, valid_BN=key_valid_BM), H)
         weight = None if key_valid_BM is None and M % b == 0 else key_count

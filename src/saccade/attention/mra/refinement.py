@@ -50,7 +50,7 @@ def choose_blocks(
         scores = (qbar[:, :, start:stop] @ kbar.mT).mul_(factor)
         top = scores.masked_fill(absent, -math.inf) if padded and not released else scores
         tops.append(top.amax(-1).clamp(min=torch.finfo(scores.dtype).min))
-        here = _ranks(
+        here = rank_blocks(
             qbar, kbar, factor, tops[-1], query_count, key_count, first, diagonal, padded, start, stop, scores
         )
         here, index = here.topk(min(total, here.shape[-1]), -1, sorted=ordered and stop == X and not start)
@@ -68,7 +68,7 @@ def choose_blocks(
     return best, kept, torch.cat(tops, -1), threshold
 
 
-def _ranks(
+def rank_blocks(
     qbar: Tensor,
     kbar: Tensor,
     factor: float,

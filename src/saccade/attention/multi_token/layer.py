@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from saccade.attention.multi_token.operator import Kernels, PadKey, _attend, key_origin
+from saccade.attention.multi_token.operator import Kernels, PadKey, attend_in_blocks, key_origin
 from saccade.layers.cache import KVCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
@@ -160,7 +160,7 @@ class MultiTokenAttention(QKVAttention):
         held = extended.shape[2] - q_BHND.shape[2]
         # queries that are held stand before other keys
         pattern = replace(pattern, causal=True, offset=pattern.offset - held)
-        return _attend(extended, k_BKMD, v_BKME, self.kernels, pattern, held, dropout=self._dropout)
+        return attend_in_blocks(extended, k_BKMD, v_BKME, self.kernels, pattern, held, dropout=self._dropout)
 
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         """A'' v, before norm and gate."""
@@ -170,7 +170,7 @@ class MultiTokenAttention(QKVAttention):
             # a padded query sees real keys, and must not reach the next row; a causal one at the left sees none
             pairs = masks.function(lambda b, h, q, k: real_BN[b, q] & (k >= 0), batch=B)
             pattern = replace(pattern, pairs=pairs)
-        return _attend(q_BHND, k_BKMD, v_BKME, self.kernels, pattern, 0, dropout=self._dropout)
+        return attend_in_blocks(q_BHND, k_BKMD, v_BKME, self.kernels, pattern, 0, dropout=self._dropout)
 
     def out(self, out_BHNE: Tensor) -> Tensor:
         if self.norm is not None:

@@ -200,10 +200,10 @@ def multi_token_attend(
         raise ValueError(f"memory_mb must be positive, got {memory_mb}")
     kernels.check(H)
     pattern = Pattern.of(mask, q_BHND.shape[0], q_BHND.shape[2], k_BKMD.shape[2], heads=H, causal=causal)
-    return _attend(q_BHND, k_BKMD, v_BKME, kernels, pattern, 0, scale, dropout, memory_mb)
+    return attend_in_blocks(q_BHND, k_BKMD, v_BKME, kernels, pattern, 0, scale, dropout, memory_mb)
 
 
-def _attend(
+def attend_in_blocks(
     q_BHND: Tensor,
     k_BKMD: Tensor,
     v_BKME: Tensor,

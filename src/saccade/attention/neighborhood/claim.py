@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.attention.neighborhood.operator import _windows, neighborhood_attend, neighborhood_scores, neighborhood_sum
+from saccade.attention.neighborhood.operator import (
+    neighborhood_attend,
+    neighborhood_scores,
+    neighborhood_sum,
+    windows_of,
+)
 from saccade.catalogue import Claim, ClaimResult
 from saccade.ops.measure import peak_bytes
 
@@ -23,7 +28,7 @@ def _claim(lab: Lab) -> ClaimResult:
     measured = {}
     with lab.seeded(), torch.no_grad():
         q, k, v = torch.randn(3, 1, 4, side * side, 64)
-        windows = _windows((side, side), (w, w), 1, 1, False)
+        windows = windows_of((side, side), (w, w), 1, 1, False)
         full = windows.dense(side * side, side * side)
 
         def fused() -> Tensor:

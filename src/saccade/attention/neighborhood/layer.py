@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.attention.neighborhood.operator import Axes, _axis, neighborhood_attend
+from saccade.attention.neighborhood.operator import Axes, neighborhood_attend, on_axis
 from saccade.layers.cache import KVCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops import masks
@@ -103,7 +103,9 @@ class NeighborhoodAttention(QKVAttention):
         #: axes that the options are for, None where for any
         self.axes = given[0] if given else None
         self.kernel_size, self.dilation, self.stride, self.causal_axes = kernel_size, dilation, stride, causal
-        for w, g, d in ((_axis(kernel_size, a), _axis(stride, a), _axis(dilation, a)) for a in range(self.axes or 1)):
+        for w, g, d in (
+            (on_axis(kernel_size, a), on_axis(stride, a), on_axis(dilation, a)) for a in range(self.axes or 1)
+        ):
             if w < 1 or d < 1 or not 1 <= g <= w:
                 raise ValueError(
                     f"kernel_size and dilation must be at least 1, stride between 1 and kernel_size, got {w}, {d}, {g}"
@@ -183,7 +185,7 @@ class NeighborhoodAttention(QKVAttention):
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> RollingCache:
         """An empty cache of the last (w - 1) d tokens."""
-        return RollingCache((_axis(self.kernel_size, 0) - 1) * _axis(self.dilation, 0))
+        return RollingCache((on_axis(self.kernel_size, 0) - 1) * on_axis(self.dilation, 0))
 
     def extra_repr(self) -> str:
         options = f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}"
@@ -200,7 +202,7 @@ class NeighborhoodAttention(QKVAttention):
         """The last tokens' rows from the keys held and their own."""
         held = k.shape[2] - q.shape[2]
         if q.shape[2] == 1 and self.bias is None and extra is None:
-            near = slice(held % _axis(self.dilation, 0), None, _axis(self.dilation, 0))
+            near = slice(held % on_axis(self.dilation, 0), None, on_axis(self.dilation, 0))
             real = None if mask is None else masks.padding(mask[:, near])
             return attend(q, k[:, :, near], v[:, :, near], mask=real)
         # a window depends on differences of positions only, so the first key held may stand at 0
@@ -210,9 +212,9 @@ class NeighborhoodAttention(QKVAttention):
         """Kernel, dilation and stride per axis, smaller where an axis that is not causal is too short; the bias."""
         kernel, dilation, stride, kept = [], [], [], [slice(None)]
         for axis, n in enumerate(grid):
-            w, d, g = (_axis(option, axis) for option in (self.kernel_size, self.dilation, self.stride))
+            w, d, g = (on_axis(option, axis) for option in (self.kernel_size, self.dilation, self.stride))
             middle = w - 1
-            if not _axis(self.causal_axes, axis):
+            if not on_axis(self.causal_axes, axis):
                 w = min(w, n)
                 d, g = min(d, n // w), min(g, w)
             kernel.append(w)
@@ -238,5 +240,5 @@ class NeighborhoodAttention(QKVAttention):
             if self.rope:
                 raise ValueError("extra tokens have no place among rotary positions; build with rope=False")
         if cache is not None:
-            if self.axes not in (None, 1) or not self.causal or _axis(self.stride, 0) != 1:
+            if self.axes not in (None, 1) or not self.causal or on_axis(self.stride, 0) != 1:
                 raise ValueError("only a causal 1-D layer of stride 1 decodes with a cache")

@@ -82,7 +82,7 @@ def neighborhood_attend(
     torch.Size([1, 2, 48, 4])
     """
     grid = (size,) if isinstance(size, int) else tuple(size)
-    windows = _windows(grid, kernel_size, dilation, stride, causal)
+    windows = windows_of(grid, kernel_size, dilation, stride, causal)
     for name, x in (("query", q_BHND), ("key", k_BKND), ("value", v_BKNE)):
         if x.ndim != 4 or x.shape[2] != prod(grid):
             raise ValueError(
@@ -132,16 +132,16 @@ def neighborhood_sum(weights_BHNP: Tensor, v_BKNE: Tensor, mask: Neighborhood) -
     return (weights_BHNP[..., None] * v_BHNE[:, :, index_NP]).sum(3)
 
 
-def _windows(
+def windows_of(
     grid: tuple[int, ...], kernel_size: Axes, dilation: Axes, stride: Axes, causal: bool | Sequence[bool]
 ) -> Neighborhood:
     """The mask, for a grid whose causal axes are at least as long as a window."""
-    spans = [_axis(kernel_size, a) * _axis(dilation, a) for a in range(len(grid))]
-    long = tuple(max(n, span) if _axis(causal, a) else n for a, (n, span) in enumerate(zip(grid, spans)))
+    spans = [on_axis(kernel_size, a) * on_axis(dilation, a) for a in range(len(grid))]
+    long = tuple(max(n, span) if on_axis(causal, a) else n for a, (n, span) in enumerate(zip(grid, spans)))
     return cast(Neighborhood, masks.neighborhood(long, kernel_size, dilation, causal, stride=stride))
 
 
-def _axis(option: Any, axis: int) -> Any:
+def on_axis(option: Any, axis: int) -> Any:
     if isinstance(option, int):
         return option
     return option[axis] if axis < len(option) else 1  # the wrong number of entries is refused by the mask

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.attention.prism.operator import _bands, prism_blocks
+from saccade.attention.prism.operator import band_scores, prism_blocks
 from saccade.catalogue.ports import of_function
 from saccade.ops import masks
 from saccade.ops.attend import attend
@@ -24,7 +24,7 @@ def _authors_options(args: dict[str, Any]) -> dict[str, Any]:
 def _run_block_estimate(module: Any, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     q, k = inputs["q"], inputs["k"]
     options = _authors_options(args)
-    bands = _bands(
+    bands = band_scores(
         q, k, options.get("block_size", 128), options.get("low_freq_dim"), options.get("high_freq_dim"),
         None if options.get("calibrate", True) else (1.0, 1.0), None, None,
     )  # fmt: skip

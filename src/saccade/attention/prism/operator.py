@@ -146,7 +146,7 @@ def prism_blocks(
     n, m = -(-M // block_size) - first if N else 0, -(-M // block_size)
     if 0 in (B, n, m):
         return torch.ones(B, H, n, m, dtype=torch.bool, device=q_BHND.device)
-    bands = _bands(
+    bands = band_scores(
         q_BHND, k_BKMD, block_size, low_freq_dim, high_freq_dim,
         (low_freq_temperature, high_freq_temperature) if not calibrate else None,
         _real_keys(mask, q_BHND, k_BKMD), scale,
@@ -207,7 +207,7 @@ def mean_attenuation(head_dim: int, block_size: int, *, base: float = 10000.0) -
     return ((block_size * theta / 2).sin() / (block_size * (theta / 2).sin())).abs()
 
 
-def _bands(
+def band_scores(
     q_BHND: Tensor,
     k_BKMD: Tensor,
     block_size: int,

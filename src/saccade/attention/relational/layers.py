@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.attention.relational.operator import ACTIVATIONS, _relations, relational_attend
+from saccade.attention.relational.operator import ACTIVATIONS, compare, relational_attend
 from saccade.attention.relational.symbols import RETRIEVERS, RelationalSymbolicAttention
 from saccade.layers.cache import KVCache, NamedCache
 from saccade.layers.qkv_attention import QKVAttention
@@ -164,7 +164,7 @@ class RelationalAttention(SensoryAttention):
         """r (B, N, M, R), for looking inside; quadratic."""
         keys = self.k_rel_proj(x_BNC if context_BMC is None else context_BMC)
         pair = self._relation_heads(self.q_rel_proj(x_BNC)), self._relation_heads(keys)
-        return _relations(*pair, self.relation_activation).permute(0, 2, 3, 1)
+        return compare(*pair, self.relation_activation).permute(0, 2, 3, 1)
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

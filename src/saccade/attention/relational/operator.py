@@ -116,7 +116,7 @@ def _piece(
     end = min(k.shape[2], last + offset) if causal else k.shape[2]
     scores_BHcM = (q[:, :, first:last] * scale) @ k[:, :, :end].mT
     weights_BHcM = _softmax(scores_BHcM, mask, causal, first, offset)
-    relations_BRcM = _relations(q_rel[:, :, first:last], k_rel[:, :, :end], activation)
+    relations_BRcM = compare(q_rel[:, :, first:last], k_rel[:, :, :end], activation)
     sums_BcHR = weights_BHcM.transpose(1, 2) @ relations_BRcM.permute(0, 2, 3, 1)
     out_BHcE = torch.einsum("bchr,her->bhce", sums_BcHR, relation_weights)
     if symbols.ndim == 4:
@@ -147,7 +147,7 @@ def _softmax(scores: Tensor, mask: Mask | None, causal: bool, first: int, offset
     return scores.softmax(-1, dtype=precise).to(scores.dtype).masked_fill(~allowed, 0.0)
 
 
-def _relations(q_rel: Tensor, k_rel: Tensor, activation: str) -> Tensor:
+def compare(q_rel: Tensor, k_rel: Tensor, activation: str) -> Tensor:
     return ACTIVATIONS[activation]((q_rel * q_rel.shape[-1] ** -0.5) @ k_rel.mT)
 
 

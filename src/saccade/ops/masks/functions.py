@@ -81,6 +81,7 @@ def function(mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, ba
         batch, heads: how many rows and heads the function tells apart; 1 where it ignores `b` or `h`.
 
     >>> even = function(lambda b, h, q, k: (q - k) % 2 == 0)
+    >>> from saccade.ops.masks import causal
     >>> (even & causal()).dense(4, 4)[0, 0, 3].tolist()
     [False, True, False, True]
     """

@@ -221,6 +221,7 @@ def per_document(ids_BN: Tensor, inner: Mask) -> Mask:
     """`inner` within each document of a packed sequence, with positions counted from the document's first token.
 
     >>> import torch
+    >>> from saccade.ops.masks import causal, prefix
     >>> mask = per_document(torch.tensor([0, 0, 0, 1, 1, 1]), prefix(1) | causal())
     >>> mask.dense(6, 6)[0, 0, 3].tolist()
     [False, False, False, True, False, False]
