@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.heads import check_heads
 from saccade.ops.partitions import packed_window_attend, window_attend, window_bias
 
 
@@ -53,8 +54,7 @@ class WindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
+        check_heads(dim, num_heads)
         if causal:
             raise ValueError("window attention has no causal form, got causal=True")
         window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)

@@ -55,3 +55,9 @@ def _refuse_stranger(name: str, x: Any) -> None:
         raise ValueError(f"{name} must have 4 axes (batch, heads, tokens, head_dim), got shape {tuple(x.shape)}")
     if x.dtype not in FLOATS:
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
+
+
+def check_heads(dim: int, num_heads: int) -> None:
+    """Raise ValueError unless the heads divide the channels."""
+    if num_heads < 1 or dim < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")

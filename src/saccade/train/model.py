@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.initialization import start_language_model
 from saccade.layers.positions import sinusoids
 
 
@@ -78,12 +79,11 @@ class SequenceModel(nn.Module):
         self.embedding = nn.Embedding(vocab, dim)
         for embedding in (self.embedding, self.before):
             if embedding is not None:  # the same size, or a token is not seen beside the one before it
-                nn.init.normal_(embedding.weight, std=0.02)
+                start_language_model(embedding)
         self.blocks = nn.ModuleList(Block(dim, mixer(layer)) for layer in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab if classes is None else classes)
-        nn.init.normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        start_language_model(self.head)
 
     def forward(self, tokens_BN: Tensor, mask_BN: Tensor | None = None, caches: Caches | None = None) -> Tensor:
         """Logits (B, N, V) or (B, K).

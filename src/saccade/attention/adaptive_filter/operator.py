@@ -72,7 +72,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class Weighting:
-    """How residual and variance become a weight; see the module's docstring.
+    """How residual and variance become a weight; see the paper's page.
 
     Args:
         robust: weights 1 / (1 + R S), else exp(-R S).
@@ -125,7 +125,7 @@ def adaptive_filter_attend(
     mask: Tensor | Mask | None = None,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The estimate e and log P of the module's docstring, isotropic or tensor form by the dynamics' shape.
+    """The estimate e and log P of the paper's page, isotropic or tensor form by the dynamics' shape.
 
     Args:
         q_BHND, k_BHMD, v_BHME: halves of the last axis are real and imaginary parts.

@@ -36,7 +36,7 @@ class AILAStack(nn.Module):
         hosts: the layers, each a module from (..., C) to (..., C). `nn.LSTM`, `nn.GRU` and `nn.RNN` (batch first) may
             be given as they are. `mask` and `cache` go to those whose `forward` names them; one that names no cache is
             taken to work on every position alone.
-        variant, residual, query, shared, project: see the module's docstring.
+        variant, residual, query, shared, project: see the paper's page.
         num_heads: H of "attention" (a divisor of C) and "gated".
         warm: "concat" starts at c_l = h_{l-1}.
         dropout: of f_l's output.

@@ -29,7 +29,7 @@ class Comateformer(QKVAttention):
     Args:
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: as `QKVAttention`'s.
         alpha, beta, gate: as `comateformer_attend`'s.
-        share, mode: the part of the layer that is not softmax, see the module's docstring.
+        share, mode: the part of the layer that is not softmax, see the paper's page.
 
     Raises:
         ValueError: if arguments do not fit together.

@@ -56,7 +56,7 @@ def comateformer_attend(
     dropout: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """sum_j M_ij v_j, see the module's docstring.
+    """sum_j M_ij v_j, see the paper's page.
 
     Args:
         mask: as `attend`'s; the mean of the centred gate is over the pairs that it allows.
@@ -154,7 +154,7 @@ def shared_attend(
     dropout: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """Combined attention in a share of a layer and softmax in the rest, see the module's docstring."""
+    """Combined attention in a share of a layer and softmax in the rest, see the paper's page."""
     H = q_BHND.shape[1]
     if mode == "blend":
         parts = [

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.attention.efficient_attention.operator import Normalization, efficient_attend
 from saccade.layers.state_attention import StateAttention
 from saccade.ops.backends.sdpa import in_rows
+from saccade.ops.feature_maps import check_map
 
 
 class EfficientAttention(StateAttention):
@@ -141,8 +142,7 @@ class EfficientAttention2d(nn.Module):
         return x_BCHW.flatten(2).unflatten(1, (self.num_heads, -1)).mT
 
     def _check(self, x_BCHW: Tensor) -> None:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
-            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.channels, empty=True)
 
 
 def _check_normalization(normalization: str) -> None:

@@ -6,7 +6,6 @@ D head dim, E width of given values, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from saccade.attention.layerwise_shortcuts.operator import Depths
 from saccade.attention.layerwise_shortcuts.stack import ShortcutStack
 from saccade.layers.cache import LayerCaches
+from saccade.layers.initialization import start_language_model
+from saccade.layers.positions import sinusoids
 from saccade.ops.masks import Mask
 
 
@@ -57,8 +58,7 @@ class ShortcutDecoder(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, vocab)
         for module in (self.embedding, self.place, self.head):
             if module is not None:
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+                start_language_model(module)
 
     def forward(
         self, tokens_BN: Tensor, *, mask: Tensor | Mask | None = None, cache: LayerCaches | None = None
@@ -91,8 +91,5 @@ class ShortcutDecoder(nn.Module):
                 raise ValueError(f"there are {self.place.num_embeddings} positions, got {start + tokens_BN.shape[1]}")
             x_BNC = x_BNC + self.place(positions_N)
         if self.positions == "sinusoidal":
-            width = x_BNC.shape[-1]
-            rate_C = torch.exp(-math.log(10000.0) * torch.arange(0, width, 2, device=x_BNC.device) / width)
-            angle_NC = positions_N[:, None] * rate_C
-            x_BNC = x_BNC + torch.stack([angle_NC.sin(), angle_NC.cos()], -1).flatten(1)[:, :width].to(x_BNC.dtype)
+            x_BNC = x_BNC + sinusoids(positions_N, x_BNC.shape[-1]).to(x_BNC.dtype)
         return x_BNC

@@ -47,7 +47,7 @@ class ShortcutAttention(QKVAttention):
     Args:
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         depths: S, how many hidden states it is given.
-        mlp_hidden, combine, tied_mlp, depth_embedding, residual_mlp: see the module's docstring.
+        mlp_hidden, combine, tied_mlp, depth_embedding, residual_mlp: see the paper's page.
 
     Raises:
         ValueError: if an argument is out of range.

@@ -16,6 +16,7 @@ from saccade import catalogue
 from saccade.attention.layerwise_shortcuts.layer import DepthFeature, ShortcutAttention
 from saccade.attention.layerwise_shortcuts.operator import Depths
 from saccade.layers.cache import LayerCaches
+from saccade.layers.initialization import start_language_model
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.ops.masks import Mask
 
@@ -50,7 +51,7 @@ class ShortcutStack(nn.Module):
         layers: L.
         depths: the depths that the last layer reads, 0 (the input) to L - 1; "all" for 1 to L - 1; None for an ordinary
             last layer.
-        include_below, last_layer: see the module's docstring.
+        include_below, last_layer: see the paper's page.
         host: the mechanism of layers 1 to L - 1, a slug of the catalogue; `host_options` are its other arguments.
         ffn_dim: inner width of the feed-forward layers, 4 dim where None.
         shortcuts: `ShortcutAttention`'s other arguments.
@@ -101,10 +102,8 @@ class ShortcutStack(nn.Module):
     def _start(self, foreign: set[nn.Module]) -> None:
         """GPT's initialisation, less of those that have their own."""
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module not in foreign:
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            if module not in foreign:
+                start_language_model(module)
         for module in self.modules():
             if isinstance(module, DepthFeature):
                 module.start()

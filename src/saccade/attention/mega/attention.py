@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.mega.ema import DampedEMA
-from saccade.attention.mega.norms import Dropout, initialise, norm_of
+from saccade.attention.mega.norms import Dropout, norm_of
 from saccade.attention.mega.operator import NORMALIZERS, Attention, laplace, mega_attend, position_bias
 from saccade.layers.cache import KVCache
+from saccade.layers.initialization import start_language_model
 from saccade.ops import masks
 from saccade.ops.masks import Mask
 from saccade.ops.pattern import GivenMask, Pattern
@@ -114,7 +115,7 @@ class MegaAttention(nn.Module):
         self.gamma = nn.Parameter(0.02 * torch.randn(2, key_dim))
         self.beta = nn.Parameter(torch.zeros(2, key_dim))
         self.bias = position_bias(position, max_positions if chunk_size is None else chunk_size, key_dim, num_heads)
-        self.apply(initialise)
+        self.apply(start_language_model)
 
     def forward(
         self,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from saccade.attention.mega.attention import ACTIVATIONS, MegaAttention, MegaCache, Norm, check_names, sizes_of
 from saccade.attention.mega.cross_attention import MegaCrossAttention
-from saccade.attention.mega.norms import Dropout, initialise, norm_of
+from saccade.attention.mega.norms import Dropout, norm_of
+from saccade.layers.initialization import start_language_model
 
 
 class NormalizedFeedForward(nn.Module):
@@ -34,7 +35,7 @@ class NormalizedFeedForward(nn.Module):
         self.dropout = Dropout(dropout, feature_dropout)
         self.norm = norm_of(norm, dim)
         self.fc1, self.fc2 = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-        self.apply(initialise)
+        self.apply(start_language_model)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         hidden = ACTIVATIONS[self.activation](self.fc1(self.norm(x_BNC) if self.prenorm else x_BNC))

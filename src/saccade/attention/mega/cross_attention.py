@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.mega.attention import ACTIVATIONS, Norm, check_names, check_tokens, width_of_keys
-from saccade.attention.mega.norms import Dropout, initialise, norm_of
+from saccade.attention.mega.norms import Dropout, norm_of
 from saccade.attention.mega.operator import Attention, mega_attend, position_bias
+from saccade.layers.initialization import start_language_model
 from saccade.ops.pattern import GivenMask
 
 
@@ -53,7 +54,7 @@ class MegaCrossAttention(nn.Module):
         self.k_proj, self.v_proj = nn.Linear(dim, key_dim), nn.Linear(dim, dim)
         self.h_proj = nn.Linear(dim, dim)
         self.bias = position_bias(position, max_positions, key_dim, num_heads)
-        self.apply(initialise)
+        self.apply(start_language_model)
 
     def forward(self, x_BNC: Tensor, context_BMC: Tensor, *, mask: GivenMask = None, start: int = 0) -> Tensor:
         """Args:

@@ -1,4 +1,4 @@
-"""Norms and initialisation that the layers share.
+"""Norms and dropout that the layers share.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
 """
@@ -37,9 +37,3 @@ def norm_of(kind: str | None, dim: int) -> nn.Module:
     if kind not in norms:
         raise ValueError(f"norm must be 'layer', 'scale', 'rms', 'batch' or None, got {kind!r}")
     return norms[kind]()
-
-
-def initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)

@@ -131,7 +131,7 @@ class MoH(KeepsLoss, QKVAttention):
         return gated_attend(q_BHND, k_BKMD, v_BKME, routing.gates, mask=pattern, causal=self.causal, **options)
 
     def start_as_softmax(self) -> None:
-        """Gates of 1 where every routed head is active; see the module's docstring."""
+        """Gates of 1 where every routed head is active; see the paper's page."""
         for gate in (self.shared_gate, self.balance_gate):
             if gate is not None:
                 nn.init.zeros_(gate.weight)

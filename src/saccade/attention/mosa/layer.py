@@ -17,12 +17,12 @@ from saccade.ops.pattern import GivenMask, Pattern
 
 
 class MoSA(nn.Module):
-    """Sparse expert-choice heads plus dense or local heads, outputs summed; see the module's docstring.
+    """Sparse expert-choice heads plus dense or local heads, outputs summed; see the paper's page.
 
     Args:
         dim: channels C.
         num_heads: all heads, sparse and other.
-        causal: attention by position; the choice of tokens is never causal (see the module's docstring).
+        causal: attention by position; the choice of tokens is never causal (see the paper's page).
         num_other_heads: dense (or local) heads among them; num_heads // 2 where None, 0 is the pure layer.
         sparsity: rho; a head picks N // rho tokens, at least 2.
         window: makes the other heads local, in buckets of this many tokens (causal only).

@@ -31,7 +31,7 @@ class Nexus(QKVAttention):
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         order: m.
         branches: "both", "query" or "key".
-        sharing: "S", "R" or "U", see the module's docstring.
+        sharing: "S", "R" or "U", see the paper's page.
         recurse_values: Phi_{r-1} instead of Z as the inner values (S and U, order 3 and up).
         inner_positions: rotary positions inside as well.
         rope_channels: rotate these first channels of a head only (Pythia: a quarter); all where None.

@@ -58,7 +58,7 @@ class SuperAttention(nn.Module):
         dim: channels C.
         num_heads: H; the paper recommends one for "efficient".
         causal: no token attends to a later one, nor does W_A mix one in.
-        variant: see the module's docstring.
+        variant: see the paper's page.
         max_length: L.
         head_dim, value_dim: D and E, dim / num_heads where None. Slices of the raw input need H D (or H E) <= dim.
         kernel_per_head, kernel_init, kernel_bias: of W_A.
@@ -245,7 +245,7 @@ class SuperAttention(nn.Module):
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None
     ) -> KVCache:
-        """An empty cache; see the module's docstring for what it keeps."""
+        """An empty cache; see the paper's page for what it keeps."""
         return _AlignedCache() if self.variant == "super" else KVCache()
 
     def extra_repr(self) -> str:

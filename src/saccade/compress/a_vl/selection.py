@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AVLOptions:
-    """The policy; the module's docstring says what each option does.
+    """The policy; the paper's page says what each option does.
 
     Raises:
         ValueError: if an option is out of its range.

@@ -17,6 +17,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.deformable import bias_at_points, sample
 from saccade.ops.export import exporting
+from saccade.ops.heads import check_heads
 from saccade.ops.partitions import window_attend
 from saccade.ops.score_mods import grid_bias
 
@@ -67,8 +68,7 @@ class DeformableAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
+        check_heads(dim, num_heads)
         if groups < 1 or num_heads % groups:
             raise ValueError(f"groups must be positive and divide num_heads ({num_heads}), got {groups}")
         if stride < 1 or kernel_size < 1:
@@ -231,8 +231,7 @@ class NeighborhoodAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, kernel_size: int = 7, *, proj_drop: float = 0.0) -> None:
         super().__init__()
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
+        check_heads(dim, num_heads)
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.num_heads, self.kernel_size = num_heads, kernel_size

@@ -16,6 +16,7 @@ from saccade.layers.patches import filled
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.ops.deformable import deformable_conv
+from saccade.ops.heads import check_heads
 from saccade.ops.partitions import packed_window_attend, window_bias
 
 POSITIONS = ("relative", "absolute")
@@ -92,8 +93,7 @@ class RelativeAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim < 1 or dim % num_heads:
-            raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
+        check_heads(dim, num_heads)
         if map_size is not None and min(map_size) < 1:
             raise ValueError(f"map_size must be positive, got {map_size}")
         self.num_heads, self.map_size, self.scale = num_heads, map_size, scale

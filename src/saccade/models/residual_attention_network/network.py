@@ -15,6 +15,7 @@ from saccade.layers.initialization import start_convolution
 from saccade.layers.residual import Bottleneck, PreActivationBottleneck
 from saccade.layers.resize import resize
 from saccade.models.backbone import Backbone, check_images
+from saccade.ops.feature_maps import check_map
 
 ACTIVATIONS = ("mixed", "channel", "spatial")
 
@@ -121,8 +122,7 @@ class AttentionModule(nn.Module):
 
     def branches(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
         """T and M (None without attention)."""
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels or 0 in x_BCHW.shape[2:]:
-            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.channels)
         h_BCHW = self.before(x_BCHW)
         return self.trunk(h_BCHW), None if self.mask is None else self.mask(h_BCHW)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.layers.convolution import conv_norm_relu
 from saccade.layers.residual import ResidualBlock
 from saccade.models.backbone import Backbone, check_images
+from saccade.ops.feature_maps import check_map
 
 #: blocks of each stage, by the depth of the network in layers (three for each block, the stem's and the head's)
 DEPTHS = {
@@ -115,8 +116,7 @@ class SplitAttention(nn.Module):
 
     def branches(self, x_BCHW: Tensor) -> Tensor:
         """u, (B, R, C, H', W')."""
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.in_channels:
-            raise ValueError(f"x must be (batch, {self.in_channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.in_channels, empty=True)
         u_BCHW = self.norm(self.conv(x_BCHW))
         if self.training and self.drop_block:
             u_BCHW = drop_block(u_BCHW, self.drop_block)

@@ -18,6 +18,7 @@ from saccade.layers.positions import ConditionalPosition
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, check_images
 from saccade.ops.attend import attend
+from saccade.ops.heads import check_heads
 from saccade.ops.partitions import packed_window_attend
 
 PADDINGS = ("mask", "zeros")
@@ -51,7 +52,7 @@ class LocallyGroupedAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if window < 1:
             raise ValueError(f"window must be positive, got {window}")
         if padding not in PADDINGS:
@@ -108,7 +109,7 @@ class GlobalSubsampledAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
-        _check_heads(dim, num_heads)
+        check_heads(dim, num_heads)
         if reduction < 1:
             raise ValueError(f"reduction must be positive, got {reduction}")
         self.dim, self.num_heads, self.reduction, self.scale = dim, num_heads, reduction, scale
@@ -264,11 +265,6 @@ class Twins(Backbone):
     def no_weight_decay(self) -> set[str]:
         """Parameters that the authors train without weight decay: those of the position encodings."""
         return {name for name, _ in self.named_parameters() if ".position." in name}
-
-
-def _check_heads(dim: int, num_heads: int) -> None:
-    if num_heads < 1 or dim < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must be positive and divide dim ({dim}), got {num_heads}")
 
 
 def _check_map(x_BHWC: Tensor, dim: int) -> None:

@@ -31,7 +31,7 @@ BACKENDS: dict[str, ModuleType] = {
 
 
 def choose(problem: Problem, asked: str | None = None) -> str:
-    """The backend that runs `problem`: the only place where that is decided.
+    """The backend that runs `problem`: the only place where that is decided, but for plain calls (`sdpa.at_once`).
 
     Raises:
         ValueError: if the backend asked for, or every backend, refuses.

@@ -15,7 +15,7 @@ When the queries are the last N of M tokens, as in decoding with a cache, say `c
 A kind of mask outside of this package is a subclass of `Mask`; what it needs to speak of blocks is in `block_states`.
 """
 
-from saccade.ops.masks.bands import Band, Prefix, and_causal, causal, causal_where_needed, prefix, window
+from saccade.ops.masks.bands import Band, Prefix, and_causal, causal, prefix, window
 from saccade.ops.masks.block_states import EMPTY, FULL, PARTIAL
 from saccade.ops.masks.functions import Function, function
 from saccade.ops.masks.grids import Neighborhood, neighborhood
@@ -28,7 +28,6 @@ from saccade.ops.masks.sequences import (
     packed,
     padding,
     per_document,
-    real_keys,
 )
 from saccade.ops.masks.tables import Blocks, Dense, blocks, dense
 
@@ -53,7 +52,6 @@ __all__ = [
     "and_causal",
     "blocks",
     "causal",
-    "causal_where_needed",
     "dense",
     "documents",
     "function",
@@ -62,6 +60,5 @@ __all__ = [
     "padding",
     "per_document",
     "prefix",
-    "real_keys",
     "window",
 ]

@@ -127,13 +127,6 @@ def causal(offset: int = 0) -> Mask:
     return Band(None, offset, f"causal({offset})" if offset else "causal()")
 
 
-def causal_where_needed(mask: Mask | None, causal: bool, offset: int, queries: int) -> Mask | None:
-    """`mask`, less later keys in a causal layer; a single query after all keys has none, as in decoding."""
-    if not causal or (offset and queries == 1):
-        return mask
-    return and_causal(mask, offset)
-
-
 def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
     """`mask` (every pair, where None) less what lies after the query; `offset` as in `causal`."""
     return causal(offset) if mask is None else mask & causal(offset)

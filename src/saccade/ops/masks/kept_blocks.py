@@ -1,4 +1,4 @@
-"""Masks of blocks that are not cut from the tokens in their order: what `masks.blocks` is for those that are.
+"""Masks of kept blocks: the base of `masks.blocks`, and of those whose blocks are not cut from the tokens in order.
 
 Shape letters: B batch, H heads, n blocks of queries, m blocks of keys, N tokens.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.masks.block_states import PARTIAL
+from saccade.ops.masks.block_states import PARTIAL, row_of, size_pair
 from saccade.ops.masks.mask import Mask
 
 
@@ -50,12 +50,12 @@ class KeptBlocks(Mask):
     def kept(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Whether the block of the q-th query and the k-th key is kept; the last blocks go on without end."""
         n, m = self.keep_BHnm.shape[2:]
-        b, h = b * (self.batch > 1), h * (self.heads > 1)
+        b, h = row_of(b, self.batch), row_of(h, self.heads)
         return self.keep_BHnm[b, h, (q // self.block_q).clamp(max=n - 1), (k // self.block_k).clamp(max=m - 1)]
 
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         """All partial: these blocks are none of the tokens' own."""
-        block_q, block_k = (block_size, block_size) if isinstance(block_size, int) else block_size
+        block_q, block_k = size_pair(block_size, "block_size")
         return torch.full((1, 1, -(-n // block_q), -(-m // block_k)), PARTIAL, dtype=torch.int8, device=device)
 
     def __repr__(self) -> str:

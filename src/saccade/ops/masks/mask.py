@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Mask:
-    """Base of all masks; see the module's docstring for the two questions it answers."""
+    """Base of all masks; `saccade.ops.masks` says which two questions it answers."""
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """Bool tensor, True where the pair may attend; the four index tensors broadcast."""

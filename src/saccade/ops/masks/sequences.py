@@ -15,7 +15,6 @@ from torch import Tensor
 from saccade.ops.masks.bands import Band
 from saccade.ops.masks.block_states import PARTIAL, as_states, block_range, block_sums, known_true, row_of, size_pair
 from saccade.ops.masks.mask import Mask, agree
-from saccade.ops.masks.tables import Dense
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,26 +65,6 @@ def padding(valid_BM: Tensor) -> Mask:
             f"valid must be a bool tensor of shape (B, M), got {valid_BM.dtype} of shape {tuple(valid_BM.shape)}"
         )
     return Padding(valid_BM)
-
-
-def real_keys(mask: Tensor | Mask, batch: int, keys: int) -> Tensor:
-    """The bool tensor (batch, keys) of a padding mask, given as such, as a mask object, or as (B, 1, 1, M).
-
-    Raises:
-        ValueError: for a mask that tells queries or heads apart, or of another size.
-    """
-    given = mask
-    if isinstance(mask, Padding):
-        mask = mask.valid_BM
-    elif isinstance(mask, Dense) and mask.mask_BHNM.shape[1:3] == (1, 1):
-        mask = mask.mask_BHNM[:, 0, 0]
-    elif isinstance(mask, Tensor) and mask.ndim == 4 and mask.shape[1:3] == (1, 1):
-        mask = mask[:, 0, 0]
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:
-        raise ValueError(f"mask must be padding, bool ({batch}, {keys}), got {given!r:.80}")
-    if mask.shape[0] not in (1, batch) or mask.shape[1] != keys:
-        raise ValueError(f"mask must be ({batch}, {keys}), True = real token, got {tuple(mask.shape)}")
-    return mask.expand(batch, keys)
 
 
 @dataclass(frozen=True, eq=False)

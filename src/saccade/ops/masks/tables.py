@@ -13,24 +13,13 @@ import torch
 from torch import Tensor
 
 from saccade.ops.masks.block_states import FULL, as_states, block_sums, edges, known_true, row_of, size_pair
+from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.masks.mask import Mask
 
 
 @dataclass(frozen=True, eq=False)
-class Blocks(Mask):
-    """Pairs in the blocks kept."""
-
-    keep_BHnm: Tensor
-    block_q: int
-    block_k: int
-
-    @property
-    def batch(self) -> int:
-        return self.keep_BHnm.shape[0]
-
-    @property
-    def heads(self) -> int:
-        return self.keep_BHnm.shape[1]
+class Blocks(KeptBlocks):
+    """Pairs in the blocks kept, which are cut from the tokens in their order."""
 
     def check(self, n: int, m: int) -> None:
         need = (ceil(n / self.block_q), ceil(m / self.block_k))
@@ -39,12 +28,6 @@ class Blocks(Mask):
                 f"{n} queries and {m} keys make {need[0]} x {need[1]} blocks of {self.block_q} x {self.block_k}, "
                 f"got a block mask of {self.keep_BHnm.shape[2]} x {self.keep_BHnm.shape[3]}"
             )
-
-    def tensors(self) -> list[Tensor]:
-        return [self.keep_BHnm]
-
-    def to(self, device: torch.device | str) -> Mask:
-        return Blocks(self.keep_BHnm.to(device), self.block_q, self.block_k)
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         b, h = row_of(b, self.batch), row_of(h, self.heads)

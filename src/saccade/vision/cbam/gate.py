@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from saccade.layers import residual
 from saccade.layers.initialization import start_convolution
+from saccade.ops.feature_maps import check_map
 
 #: descriptors (B, C) of a map (B, C, H, W); "lp" and "lse" are sums over positions, as in the authors' code
 POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -96,8 +97,7 @@ class CBAM(nn.Module):
         return channel_BC11 * self.spatial_gate(x_BCHW * channel_BC11)
 
     def _check(self, x_BCHW: Tensor) -> None:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
-            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.channels, empty=True)
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, pool_types={self.pool_types}"

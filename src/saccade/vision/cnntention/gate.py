@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saccade.layers.residual import BasicBlock, PaddedShortcut
 from saccade.ops.attend import attend
+from saccade.ops.feature_maps import check_map
 
 Form = Literal["self", "multi-head", "cbam"]
 
@@ -36,7 +37,7 @@ class SelfAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1)) if weighted else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        _check_map(x_BCHW, self.channels)
+        check_map(x_BCHW, self.channels, empty=True)
         q, k, v = _projections(x_BCHW, (self.query, self.key, self.value), 1)
         return _residual(x_BCHW, _as_map(_mixed(q, k, v, self.scale), x_BCHW), self.gamma)
 
@@ -67,7 +68,7 @@ class MultiHeadAttention2d(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        _check_map(x_BCHW, self.channels)
+        check_map(x_BCHW, self.channels, empty=True)
         rows, columns, v = _projections(x_BCHW, (self.key, self.query, self.value), self.num_heads)
         out_BCHW = _as_map(_mixed(rows, columns, v, self.scale), x_BCHW)
         return _residual(x_BCHW, self.linear(out_BCHW), self.gamma)
@@ -114,7 +115,7 @@ class ResidualCBAM(nn.Module):
         return channel * spatial
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        _check_map(x_BCHW, self.channels)
+        check_map(x_BCHW, self.channels, empty=True)
         _, gated, spatial = self.gates(x_BCHW)
         return torch.addcmul(x_BCHW, spatial, gated)
 
@@ -184,11 +185,6 @@ class ResNet20(nn.Module):
 def _check_channels(channels: int) -> None:
     if channels < 1:
         raise ValueError(f"channels must be positive, got {channels}")
-
-
-def _check_map(x_BCHW: Tensor, channels: int) -> None:
-    if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels:
-        raise ValueError(f"x must be (batch, {channels}, height, width), got {tuple(x_BCHW.shape)}")
 
 
 def _positions(x_BCHW: Tensor, heads: int) -> Tensor:

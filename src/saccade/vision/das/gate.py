@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.ops.deformable import deformable_conv
+from saccade.ops.feature_maps import check_map
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "none": lambda x: x}
 
@@ -99,8 +100,7 @@ class DAS(nn.Module):
         return gated_BEHW * (gate_BEHW + 1 if self.residual else gate_BEHW)
 
     def _check(self, x_BCHW: Tensor) -> None:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels or 0 in x_BCHW.shape[2:]:
-            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.channels)
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, norm_dims={self.norm_dims!r}, gate_on={self.gate_on!r}, residual={self.residual}"

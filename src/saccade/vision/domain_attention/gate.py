@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.layers.convolution import conv_norm_relu
 from saccade.layers.initialization import start_convolution
 from saccade.layers.residual import Bottleneck
+from saccade.ops.feature_maps import check_map
 
 
 class DomainAttention(nn.Module):
@@ -63,8 +64,7 @@ class DomainAttention(nn.Module):
         return self._gate(x_BCHW, None).expand_as(x_BCHW)
 
     def _gate(self, x_BCHW: Tensor, domain_B: Tensor | None) -> Tensor:
-        if x_BCHW.ndim != 4 or x_BCHW.shape[1] != self.channels:
-            raise ValueError(f"x must be (batch, {self.channels}, height, width), got {tuple(x_BCHW.shape)}")
+        check_map(x_BCHW, self.channels, empty=True)
         pooled_BC = x_BCHW.mean((2, 3))
         if domain_B is None:
             share_BN = self.assignment(pooled_BC)
