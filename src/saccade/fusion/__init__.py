@@ -1,1 +1,1 @@
-"""Multimodal and image fusion, a file a paper."""
+"""Fusion of modalities: a folder a paper."""

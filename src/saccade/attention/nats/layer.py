@@ -1,7 +1,7 @@
-"""NAtS as a layer.
+"""NAtS as a layer: roles from a projection, a penalty on long lives, and a cache that gives back what has died.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim, E width of values,
-n chunks, R the 3 roles, r queries of a piece, c tokens of a chunk.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, C channels, D head dim, E width of
+values, n chunks, R the 3 roles, c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class NAtSCache:
 
     Heads keep sets of different sizes; each is stored in as many places as the largest set needs, and places that
     died are given back every `update_every` tokens.
+
+    Args:
+        window: W, following queries that see a Sliding token.
+        chunk_size: c, tokens per role.
+        update_every: tokens between two returns of places that died.
 
     Attributes:
         length: tokens seen.

@@ -1,4 +1,4 @@
-"""NAtS: the mathematics, as functions of tensors.
+"""NAtS: how long tokens live, the mask of that, and attention under it with gradients for the roles.
 
 Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim, E width of values,
 n chunks, R the 3 roles, r queries of a piece, c tokens of a chunk.
@@ -44,6 +44,7 @@ class Lifetimes(Mask):
     Attributes:
         born_BKM, until_BKM: integers per key head.
         group: query heads that share a key head.
+        offset: number of query 0, the tokens before it.
     """
 
     born_BKM: Tensor
@@ -92,7 +93,11 @@ class Lifetimes(Mask):
 
 
 def end_index(global_BKn: Tensor) -> Tensor:
-    """e_j (B, K, n): the first chunk from j on that is Global, else the last; a reverse cumulative minimum."""
+    """e_j (B, K, n): the first chunk from j on that is Global, else the last; a reverse cumulative minimum.
+
+    Args:
+        global_BKn: bool, True = the chunk is Global.
+    """
     n = global_BKn.shape[-1]
     number_n = torch.arange(n, device=global_BKn.device)
     ends = torch.where(global_BKn, number_n, max(n - 1, 0))
@@ -104,6 +109,9 @@ def lifetimes(role_BKn: Tensor, length: int, *, window: int, chunk_size: int = 1
 
     Args:
         role_BKn: 0 Global, 1 Local, 2 Sliding, per chunk; a last, short chunk may have one or not.
+        length: N, tokens.
+        window: W, following queries that see a Sliding token.
+        chunk_size: c, tokens per role.
     """
     number_n = torch.arange(role_BKn.shape[-1], device=role_BKn.device)
     is_global = role_BKn == GLOBAL
@@ -119,7 +127,15 @@ def lifetimes(role_BKn: Tensor, length: int, *, window: int, chunk_size: int = 1
 
 
 def nats_mask(roles_BKnR: Tensor, length: int, *, window: int, chunk_size: int = 1, group: int = 1) -> Lifetimes:
-    """The roles' mask over `length` tokens for `group` query heads per key head; prints itself with `.picture(N)`."""
+    """The roles' mask over `length` tokens for `group` query heads per key head; prints itself with `.picture(N)`.
+
+    Args:
+        roles_BKnR: one-hot, as in `nats_attend`.
+        length: N, tokens.
+        window: W.
+        chunk_size: c.
+        group: H / K, query heads that share a key head.
+    """
     until_BKN = lifetimes(roles_BKnR.argmax(-1), length, window=window, chunk_size=chunk_size)
     born_BKN = torch.arange(length, device=until_BKN.device).expand_as(until_BKN)
     return Lifetimes(born_BKN, until_BKN, group)
@@ -143,10 +159,12 @@ def nats_attend(
     a piece of queries at a time.
 
     Args:
+        q_BHND, k_BKND, v_BKNE: queries, keys and values of the same N tokens; K divides H.
         roles_BKnR: one-hot (B, K, n, 3): Global, Local, Sliding; one per chunk, n = ceil(N / c).
         window: W.
         chunk_size: c.
         mask: bool (B, N), True = real token; or a mask object or 4-axis bool tensor of further pairs to leave out.
+        scale: factor of the dot product, D ** -0.5 where None.
         clamp: the authors' bound P_ij <= 1 in the roles' gradients; without it they are exact, and may be huge.
 
     Returns:
@@ -190,7 +208,13 @@ def nats_attend_reference(
     chunk_size: int = 1,
     scale: float | None = None,
 ) -> Tensor:
-    """The definition with the product form, N x N, for roles that may be soft. The oracle of the tests."""
+    """The definition with the product form, N x N, for roles that may be soft. The oracle of the tests.
+
+    Args:
+        q_BHND, k_BKND, v_BKNE: queries, keys and values of the same N tokens; K divides H.
+        roles_BKnR: one-hot, or shares of the three roles that sum to 1.
+        window, chunk_size, scale: as in `nats_attend`.
+    """
     H, N, D = q_BHND.shape[1:]
     k_BHND, v_BHNE, a_BHnR = (repeat_heads(x, H) for x in (k_BKND, v_BKNE, roles_BKnR))
     n, token_N = a_BHnR.shape[2], torch.arange(N, device=q_BHND.device)
@@ -208,7 +232,14 @@ def nats_attend_reference(
 
 
 def live_share(roles_BKnR: Tensor, length: int, *, window: int, chunk_size: int = 1) -> Tensor:
-    """Share of `length` tokens that the next query sees, (B, K): the size of the KV cache against a full one."""
+    """Share of `length` tokens that the next query sees, (B, K): the size of the KV cache against a full one.
+
+    Args:
+        roles_BKnR: one-hot, as in `nats_attend`.
+        length: N, tokens.
+        window: W.
+        chunk_size: c.
+    """
     until_BKN = lifetimes(roles_BKnR.argmax(-1), length, window=window, chunk_size=chunk_size)
     return (until_BKN >= length).float().mean(-1)
 

@@ -1,7 +1,7 @@
-"""Neighbourhood attention in 1-D, 2-D and 3-D as a layer.
+"""Neighbourhood attention as a layer for sequences, images and videos, and the cache of its last window.
 
-Shape letters: B batch, H query heads, K key heads, N tokens of the grid in row-major order, L extra keys, C channels,
-D head dim of q and k, E of v, P = prod(w) places of the window.
+Shape letters: B batch, H query heads, K key heads, N tokens of the grid in row-major order, M keys (or tokens of a
+context), C channels, D head dim of q and k, E of v.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from saccade.ops.pattern import GivenMask, Said
 class RollingCache(KVCache):
     """The last `room` tokens' keys and values: constant memory.
 
+    Args:
+        room: tokens held at most, (w - 1) d.
+
     Attributes:
         length: tokens seen.
-        room: tokens held at most, (w - 1) d.
     """
 
     def __init__(self, room: int) -> None:
@@ -66,6 +68,7 @@ class NeighborhoodAttention(QKVAttention):
         kernel_size, dilation, stride: for all axes, or per axis.
         relative_bias: learn a table of biases by relative position, zero at the start; kernel_size must be per axis.
         rope: rotary positions, sequences only (not of the paper).
+        rope_base: of the rotary positions.
         proj_drop: dropout after the output projection.
 
     Raises:

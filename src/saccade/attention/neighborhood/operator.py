@@ -1,6 +1,6 @@
-"""Neighbourhood attention in 1-D, 2-D and 3-D: the mathematics, as functions of tensors.
+"""Neighbourhood attention in 1-D, 2-D and 3-D: the fused function, and its two halves with the scores between them.
 
-Shape letters: B batch, H query heads, K key heads, N tokens of the grid in row-major order, L extra keys, C channels,
+Shape letters: B batch, H query heads, K key heads, N tokens of the grid in row-major order, L extra keys,
 D head dim of q and k, E of v, P = prod(w) places of the window.
 """
 
@@ -112,6 +112,15 @@ def neighborhood_scores(
 ) -> Tensor:
     """The unfused first half (the authors' QK): scores in window order, row-major, (B, H, N, P); -inf where a causal
     window has fewer places. Keeps N P D numbers: to look at, and the oracle of the fused form.
+
+    Args:
+        q_BHND, k_BKND: tokens of the grid in row-major order; K divides H.
+        mask: the windows, of `saccade.ops.masks.neighborhood`.
+        bias: table (H, 2 w_1 - 1, ...), as in `neighborhood_attend`.
+        scale: D ** -0.5 where None.
+
+    Raises:
+        ValueError: if `bias` does not have that shape.
     """
     index_NP, real_NP = _neighbours(mask)
     k_BHND = repeat_heads(k_BKND, q_BHND.shape[1])
@@ -126,7 +135,13 @@ def neighborhood_scores(
 
 
 def neighborhood_sum(weights_BHNP: Tensor, v_BKNE: Tensor, mask: Neighborhood) -> Tensor:
-    """The unfused second half (the authors' AV): weights in window order times values, (B, H, N, E)."""
+    """The unfused second half (the authors' AV): weights in window order times values, (B, H, N, E).
+
+    Args:
+        weights_BHNP: softmax of `neighborhood_scores`.
+        v_BKNE: values of the grid's tokens; K divides H.
+        mask: the windows that the weights are of.
+    """
     index_NP, _ = _neighbours(mask)
     v_BHNE = repeat_heads(v_BKNE, weights_BHNP.shape[1])
     return (weights_BHNP[..., None] * v_BHNE[:, :, index_NP]).sum(3)

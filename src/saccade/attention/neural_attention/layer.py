@@ -1,7 +1,7 @@
-"""Neural Attention as a layer.
+"""Neural Attention: the network that scores pairs, attention by its scores, and the layer.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, n and m those of a tile, D head dim, E width of
-values, P projection_dim, F = P // 2.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, n and m those of a tile, C channels, D head dim,
+E width of values, P projection_dim, F = P // 2, X = B H.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nexus as a layer.
+"""Nexus as a layer: three readings of what is nested, positions inside and outside, and a cache of every level.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, C channels, D head dim, E width of values.
 """

@@ -1,6 +1,6 @@
-"""Nexus: the mathematics, as functions of tensors.
+"""Nexus: the nesting of queries or keys, and attention by nested ones as a function.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, C channels, D head dim, E width of values.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -39,8 +39,12 @@ def nested(
     """Phi_depth(Z): Phi_0 = Z, Phi_r = inner(Phi_{r-1}, Phi_{r-1}, Z or, with `recurse_values`, Phi_{r-1}).
 
     Args:
+        z_BHND: Q or K.
+        depth: r, how often `inner` is applied; 0 gives Z.
         inner: A(q, k, v).
+        recurse_values: the value of level r is Phi_{r-1}, not Z.
         keep: (name, the new tokens of a level) -> all tokens of that level, where a cache holds earlier ones.
+        name: the first word of the names that `keep` gets; the number of the level is the second.
     """
     phi = z_BHND
     for level in range(depth):
@@ -69,6 +73,7 @@ def nexus_attend(
         q_BHND, k_BKMD, v_BKME: queries, keys, values; K divides H.
         order: m; time is that of 2 (m - 1) + 1 attentions.
         branches: what is nested.
+        recurse_values: Phi_{r-1} instead of Z as the inner values; makes a difference from order 3 on.
         mask: over query-key pairs, or (B, M) padding of keys; in self-attention it holds inside too. With another
             number of queries than keys, only padding can be honoured (inside, by the key branch).
         causal: no token attends to a later one, inside and outside.

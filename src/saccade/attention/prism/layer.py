@@ -1,7 +1,6 @@
-"""Prism as a layer.
+"""Prism as a layer, with the projections of a trained softmax layer.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys; d channels of a band.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ class PrismAttention(QKVAttention):
     Args:
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         causal: must be True.
-        block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold, calibrate,
-        low_freq_temperature, high_freq_temperature, force_sink, force_recent: `prism_blocks`'s.
+        block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold: `prism_blocks`'s.
+        calibrate, low_freq_temperature, high_freq_temperature, force_sink, force_recent: `prism_blocks`'s.
 
     Raises:
         ValueError: if `causal` is False or an option is out of range.

@@ -1,7 +1,7 @@
-"""Prism: the mathematics, as functions of tensors.
+"""Prism: the bands of the rotary frequencies, the blocks that they choose, and attention over those.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys; d channels of a band.
+Shape letters: B batch, H query heads, K key heads, N queries, L the same with those that fill up the first block,
+M keys, D head dim, E width of values; n, m blocks of queries and keys; d channels of a band.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def prism_attend(
     Args:
         q_BHND: rotated queries, the last N of the M tokens.
         k_BKMD, v_BKME: rotated keys, and values; K divides H, E may differ from D.
-        block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold, calibrate,
-        low_freq_temperature, high_freq_temperature, force_sink, force_recent: see `prism_blocks`.
+        block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold: see `prism_blocks`.
+        calibrate, low_freq_temperature, high_freq_temperature, force_sink, force_recent: see `prism_blocks`.
         mask: bool (B, M), True = real token, or `masks.padding` of it. Queries that are padding give what they give.
         causal: must be True.
         scale: factor of the dot product, D ** -0.5 where None.
@@ -130,6 +130,7 @@ def prism_blocks(
         low_freq_threshold, high_freq_threshold: share of a band's pooled weight that a row keeps; the block that
             passes it is kept too. Above 1 all blocks of the past are kept, at 0 the best one.
         calibrate: temperatures from the energy of the bands; else the two that are given.
+        low_freq_temperature, high_freq_temperature: t of the bands where `calibrate` is False.
         force_sink, force_recent: always keep the first block, and the queries' own.
         mask: as in `prism_attend`.
         scale: factor of the dot product, D ** -0.5 where None.
@@ -164,7 +165,11 @@ def prism_blocks(
 
 
 def prism_sparsity(keep_BHnm: Tensor) -> Tensor:
-    """Share of the blocks of the past that are left out, (B, H)."""
+    """Share of the blocks of the past that are left out, (B, H).
+
+    Args:
+        keep_BHnm: the map of `prism_blocks`; its rows are the last n of the m blocks.
+    """
     n, m = keep_BHnm.shape[2:]
     return block_sparsity(keep_BHnm, block_causal(n, m, 1, 1, offset=m - n, device=keep_BHnm.device))
 
@@ -178,11 +183,17 @@ def frequency_bands(
 ) -> tuple[Tensor, Tensor]:
     """Channels of the high and of the low band, in half-split rotary layout.
 
-    >>> [band.tolist() for band in frequency_bands(8)]
-    [[0, 1, 4, 5], [1, 2, 3, 5, 6, 7]]
+    Args:
+        head_dim: D, even.
+        low_freq_dim, high_freq_dim: channels of the bands, even; where None 3/4 and 1/2 of D, rounded up to whole
+            pairs.
+        device: where the indices are put.
 
     Raises:
         ValueError: if the head dim or a band is odd, or a band is empty or wider than the head.
+
+    >>> [band.tolist() for band in frequency_bands(8)]
+    [[0, 1, 4, 5], [1, 2, 3, 5, 6, 7]]
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"rotary pairs need an even head_dim, got {head_dim}")
@@ -201,6 +212,11 @@ def mean_attenuation(head_dim: int, block_size: int, *, base: float = 10000.0) -
     """What the mean over a block leaves of each rotary pair's length, (D / 2,): the Dirichlet kernel.
 
     |sin(b theta / 2) / (b sin(theta / 2))|,  theta_i = base^(-2i / D)
+
+    Args:
+        head_dim: D.
+        block_size: b, tokens per block.
+        base: of the rotary positions.
     """
     half = torch.arange(head_dim // 2, dtype=torch.float64)
     theta = base ** (-2.0 * half / head_dim)

@@ -1,7 +1,7 @@
-"""Rectified SpaAttn as a layer.
+"""Rectified SpaAttn as a layer, which puts the visual tokens of a grid along a Hilbert curve.
 
-Shape letters: B batch, H query heads, K key heads, N tokens, V visual tokens, T text tokens, D head dim, E width of
-values; n, m blocks of visual queries and keys.
+Shape letters: B batch, H query heads, K key heads, N tokens (M the same, as keys), C channels, D head dim, E width of
+values.
 """
 
 from __future__ import annotations

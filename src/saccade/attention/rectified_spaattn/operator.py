@@ -1,4 +1,4 @@
-"""Rectified SpaAttn: the mathematics, as functions of tensors.
+"""Rectified SpaAttn: the pooled map, the blocks that it makes critical, and the attention that it corrects.
 
 Shape letters: B batch, H query heads, K key heads, N tokens, V visual tokens, T text tokens, D head dim, E width of
 values; n, m blocks of visual queries and keys.

@@ -27,8 +27,7 @@ k_j,rel^l> / sqrt(p) would do with a fused kernel, but costs n R p a pair, measu
 The attention's scale is 1/sqrt(d) also where `key_dim` differs (authors' code). With cross-attention (not in the paper)
 symbols are those of the context.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+n are the heads of the kind in question and d the width of each, N the queries and M the keys.
 """
 
 from __future__ import annotations
@@ -58,10 +57,8 @@ __all__ = [
     "RelationalSymbolicAttention",
     "SensoryAttention",
     "SymbolicAttention",
-    "patterns",
     "relational_attend",
     "relational_attend_reference",
-    "retrieve",
 ]
 
 register(

@@ -1,8 +1,4 @@
-"""How the authors' modules, parameters and arguments map to ours.
-
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
-"""
+"""How the authors' modules, parameters and arguments map to ours."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """The paper's claim at laptop size: patterns of relations between objects never seen.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+Shape letters: B batch, N objects of a triple, O all objects, C channels.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Sensory, relational and dual attention as layers, with what they keep while they decode.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+values (the paper's d), R relations, W neighbours.
 """
 
 from __future__ import annotations
@@ -24,10 +24,14 @@ class SensoryAttention(QKVAttention):
     """Standard attention whose output projection stays on its own heads (n_sa d -> n_sa d); rotary pairs interleaved.
 
     Args:
+        dim, num_heads, causal: as in `QKVAttention`.
         key_dim: width of queries and keys, `head_dim` where None; the scale is `head_dim` ** -0.5 all the same.
         kv_bias: biases of keys and values.
         dropout: of the output.
         **arguments: `QKVAttention`'s.
+
+    Raises:
+        ValueError: if `key_dim` is below 1, or odd with rotary positions, or `QKVAttention` refuses an argument.
     """
 
     def __init__(

@@ -1,7 +1,6 @@
 """The dual attention transformer as a language model.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+Shape letters: B batch, N tokens, C channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,9 +55,15 @@ class DualAttentionBlock(nn.Module):
     """x + attention(norm1(x), s), x + mlp(norm2(x)); with `norm_first=False` norm1(x + ..), norm2(x + ..).
 
     Args:
+        dim, num_heads, causal: as in `DualAttention`.
         hidden, activation: of the feed-forward layer; "swiglu" or a name of `ACTIVATIONS`.
+        norm_first: norms before the branches; False: after the sums.
         norm: a name of `NORMS`.
+        dropout: of the outputs of both branches, and of norm1 where it comes after the sum.
         **attention: `DualAttention`'s; its symbols come from outside.
+
+    Raises:
+        ValueError: if the norm or the activation is unknown, or `DualAttention` refuses an argument.
     """
 
     def __init__(
@@ -101,7 +106,9 @@ class DualAttentionLM(nn.Module):
         vocab, dim, num_layers, num_heads, relational_heads: sizes; `num_heads` counts both kinds.
         symbols, symbol_options: the retriever, as in `DualAttention`.
         shared_symbols: one retriever for all layers (the default), or one for each.
+        rope: rotary positions in every layer; False: learned ones, added to the embedding.
         max_length: learned positions for so many tokens where not `rope`.
+        activation, dropout: of the blocks, see `DualAttentionBlock`.
         **block: `DualAttentionBlock`'s.
 
     Raises:

@@ -1,7 +1,7 @@
 """Relational attention as a function: weights times relations, and weights times symbols, without N x M x R.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+Shape letters: B batch, N queries, M keys, H heads, K key heads, D head dim of the scores, E of the values (the
+paper's d), R relations, P relation dim (its p), c queries of a piece.
 """
 
 from __future__ import annotations
@@ -178,7 +178,12 @@ def relational_attend_reference(
     offset: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The definition, every message W_r r_ij + W_v s_j materialised: out, alpha (B, H, N, M), r (B, N, M, R)."""
+    """The definition, every message W_r r_ij + W_v s_j materialised: out, alpha (B, H, N, M), r (B, N, M, R).
+
+    Args:
+        q_BHND, k_BKMD, q_rel_BRNP, k_rel_BRMP, symbols, relation_weights_HER: as in `relational_attend`.
+        activation, mask, causal, offset, scale: as in `relational_attend`.
+    """
     H, N, D = q_BHND.shape[1:]
     M = k_BKMD.shape[2]
     pairs = masks.window(N + M, N + M) if mask is None else mask

@@ -1,7 +1,6 @@
 """What the relational heads read in place of values: symbols of tokens, of positions, of distances.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim of the scores, E of the
-values (the paper's d), R relations, P relation dim (its p), W neighbours, V vocabulary, c queries of a piece.
+Shape letters: B batch, N tokens, M those before them as well, C channels, H heads, D head dim, W neighbours.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ class PositionalSymbols(nn.Module):
     """Symbols s_i = S[i].
 
     Args:
+        dim: C.
         max_length: tokens for which there are symbols.
     """
 
@@ -71,6 +71,7 @@ class PositionRelativeSymbols(nn.Module):
     """Symbols s_ij = E[clip(j - i, -m, m) + m], kept as their table.
 
     Args:
+        dim: C.
         max_distance: m.
 
     Raises:
@@ -104,6 +105,7 @@ class RelationalSymbolicAttention(nn.Module):
     Where `causal`, neighbours go away from the token: (i,) i-1, .., i-Delta; else they ascend: i-Delta, .., i+Delta.
 
     Args:
+        dim: C.
         relation_heads: heads of the comparison.
         num_heads, num_symbols: of the symbolic attention.
         distance: Delta; beyond the ends of the sequence stands its first or last token.

@@ -1,6 +1,7 @@
-"""Set Transformer as a layer.
+"""Set Transformer: the blocks, the models of them, the mechanism for sequences, and the likelihood of mixtures.
 
-Shape letters: B batch, N elements, M elements of the other set, C width, H heads, D = C / H, K seeds.
+Shape letters: B batch, N elements, M elements of the other set, C width, H heads, K seeds (or components of a mixture),
+D axes of a point, P numbers of a component.
 """
 
 from __future__ import annotations
@@ -74,7 +75,14 @@ class MAB(nn.Module):
 
 
 class SAB(nn.Module):
-    """Self-attention among the elements of a set: MAB(X, X)."""
+    """Self-attention among the elements of a set: MAB(X, X).
+
+    Args:
+        in_dim: width of an element.
+        dim: C, the width of the output.
+        num_heads: H.
+        **block: `layer_norm` and `scale` of `MAB`.
+    """
 
     def __init__(self, in_dim: int, dim: int, num_heads: int = 4, **block: Any) -> None:
         super().__init__()
@@ -85,7 +93,18 @@ class SAB(nn.Module):
 
 
 class ISAB(nn.Module):
-    """The same through `num_inds` learned points: MAB(X, MAB(I, X)), linear in the set's size."""
+    """The same through `num_inds` learned points: MAB(X, MAB(I, X)), linear in the set's size.
+
+    Args:
+        in_dim: width of an element.
+        dim: C, the width of the output and of the points.
+        num_heads: H.
+        num_inds: m, learned points.
+        **block: `layer_norm` and `scale` of `MAB`.
+
+    Raises:
+        ValueError: if `num_inds` is below 1, or `MAB` refuses an argument.
+    """
 
     def __init__(self, in_dim: int, dim: int, num_heads: int = 4, num_inds: int = 32, **block: Any) -> None:
         super().__init__()
@@ -100,7 +119,17 @@ class ISAB(nn.Module):
 
 
 class PMA(nn.Module):
-    """Pooling by attention of `num_seeds` learned seeds: MAB(S, X)."""
+    """Pooling by attention of `num_seeds` learned seeds: MAB(S, X).
+
+    Args:
+        dim: C, the width of an element, of the seeds and of the output.
+        num_heads: H.
+        num_seeds: K, the number of outputs.
+        **block: `layer_norm` and `scale` of `MAB`.
+
+    Raises:
+        ValueError: if `num_seeds` is below 1, or `MAB` refuses an argument.
+    """
 
     def __init__(self, dim: int, num_heads: int = 4, num_seeds: int = 1, **block: Any) -> None:
         super().__init__()
@@ -162,7 +191,14 @@ class SetTransformer(nn.Module):
 
 
 class DeepSet(nn.Module):
-    """The paper's baseline: an MLP per element, mean (or max, sum) over the set, an MLP."""
+    """The paper's baseline: an MLP per element, mean (or max, sum) over the set, an MLP.
+
+    Args:
+        in_dim: width of an element.
+        num_outputs, out_dim: K outputs of that width.
+        dim: hidden width.
+        pool: "mean", "max" or "sum" over the set.
+    """
 
     def __init__(
         self,
@@ -243,6 +279,10 @@ def mixture_log_likelihood(x_BND: Tensor, raw_BKP: Tensor) -> tuple[Tensor, Tens
 
     raw[0] is the weight's logit, then D means, then one deviation for all axes or one for each, through softplus:
     log p(x) = logsumexp_k( log N(x; mu_k, diag sigma_k^2) + log(pi_k + 1e-10) ).
+
+    Args:
+        x_BND: points, D numbers each.
+        raw_BKP: K components of P numbers each, as above.
 
     Raises:
         ValueError: if `raw` has neither 1 + D + 1 nor 1 + 2 D channels.

@@ -1,4 +1,4 @@
-"""SLAY as a layer.
+"""SLAY as layers: attention by the exact kernel, and by its random features in linear time.
 
 Shape letters: B batch, H heads, K key heads, N queries, M keys (or features of a node), D head dim, E value width,
 P polynomial features, R nodes.
@@ -38,7 +38,8 @@ class YatAttention(QKVAttention):
     Args:
         dim, num_heads, causal: as in `QKVAttention`.
         epsilon, delta: of the kernel and of the denominators.
-        projections: `QKVAttention`'s other arguments; rope is off where not given.
+        rope: rotary positions.
+        **projections: `QKVAttention`'s other arguments.
 
     Raises:
         ValueError: if epsilon or delta is not positive.
@@ -71,12 +72,15 @@ class SLAYAttention(StateAttention):
 
     Args:
         dim, num_heads, causal: as in `QKVAttention`.
-        variant: see the table at the top of this file.
-        num_nodes: R; num_features: M; num_anchors: P (unused by "hadamard" and "laplace"). None: the defaults there.
+        variant: see the table on the paper's page.
+        num_nodes: R; where None 1, or 2 for "hadamard" and "laplace".
+        num_features: M; where None 8, or 32 for "hadamard" and "laplace".
+        num_anchors: P, which "hadamard" and "laplace" have not.
         epsilon, delta: of the kernel and of the denominators.
         ridge: of "nystrom".
         chunk_size: tokens of a chunk; the result does not depend on it.
-        projections: `QKVAttention`'s other arguments; rope is off where not given.
+        rope: rotary positions.
+        **projections: `QKVAttention`'s other arguments.
 
     Raises:
         ValueError: if an option is unknown or out of range.
@@ -136,7 +140,7 @@ class SLAYAttention(StateAttention):
             self.register_buffer("sketches", torch.zeros(2, D, P).scatter_(2, torch.randint(P, (2, D, 1)), signs_2D))
 
     def polynomial_features(self, u_BHND: Tensor) -> Tensor:
-        """psi (B, H, N, P) of unit vectors, see the table; not of "hadamard" and "laplace"."""
+        """psi (B, H, N, P) of unit vectors, see the paper's page; not of "hadamard" and "laplace"."""
         dtype = u_BHND.dtype
         if self.variant == "tensorsketch":
             first, second = (torch.fft.rfft(u_BHND @ sketch) for sketch in self.sketches.to(dtype))

@@ -1,7 +1,7 @@
-"""SLAY: the mathematics, as functions of tensors.
+"""SLAY: the kernel, its quadrature, exact attention by it, and the positive features of its exponential factor.
 
 Shape letters: B batch, H heads, K key heads, N queries, M keys (or features of a node), D head dim, E value width,
-P polynomial features, R nodes.
+R nodes, X = R M.
 """
 
 from __future__ import annotations
@@ -28,12 +28,22 @@ SMALL = ("hadamard", "laplace")
 
 
 def yat_kernel(x: Tensor, epsilon: float) -> Tensor:
-    """K(x) = x^2 / (2 + epsilon - 2 x), the denominator at least 1e-6."""
+    """K(x) = x^2 / (2 + epsilon - 2 x), the denominator at least 1e-6.
+
+    Args:
+        x: cosines, of any shape.
+        epsilon: > 0, what C has more than 2.
+    """
     return x.square() / (2.0 + epsilon - 2.0 * x).clamp(min=1e-6)
 
 
 def quadrature(num_nodes: int, epsilon: float, variant: Variant = "anchor") -> tuple[Tensor, Tensor]:
-    """s_r and w_r (R,) of Gauss-Laguerre: sum_r w_r x^2 exp(2 s_r x) ~ K(x); for "laplace" without x^2, see the table.
+    """s_r and w_r (R,) of Gauss-Laguerre: sum_r w_r x^2 exp(2 s_r x) ~ K(x); "laplace" has no x^2, see the page.
+
+    Args:
+        num_nodes: R.
+        epsilon: of the kernel.
+        variant: "laplace" has weights of its own, the others share theirs.
 
     >>> [round(s, 4) for s in quadrature(2, 0.01)[0].tolist()]
     [0.2914, 1.6986]
@@ -88,7 +98,9 @@ def yat_attend(
     """The exact form: o_i = sum_j K(x_ij) v_j / (sum_j K(x_ij) + delta), in tiles (`saccade.attend`), in float32.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: queries and keys of any length, which is divided out, and values; K divides H.
         mask, backend: as in `saccade.attend`, causality included.
+        epsilon, delta: of the kernel and of the denominator.
         score_scale: multiplies K; it matters beside `delta` alone.
 
     Raises:
@@ -106,7 +118,13 @@ def yat_attend(
 
 
 def positive_features(u_BHND: Tensor, omega_RHDM: Tensor, nodes_R: Tensor, node_weights_R: Tensor) -> Tensor:
-    """sqrt(w_r) phi_r(u), (B, H, N, R M), of unit vectors u; their products sum to w_r exp(2 s_r q.k) on average."""
+    """sqrt(w_r) phi_r(u), (B, H, N, R M), of unit vectors u; their products sum to w_r exp(2 s_r q.k) on average.
+
+    Args:
+        u_BHND: unit vectors.
+        omega_RHDM: random directions, M for each node and head.
+        nodes_R, node_weights_R: s and w of `quadrature`.
+    """
     R, H, D, M = omega_RHDM.shape
     omega_HDX = omega_RHDM.permute(1, 2, 0, 3).reshape(H, D, R * M).to(u_BHND.dtype)
     return exponentials(u_BHND @ omega_HDX, nodes_R, node_weights_R, M)

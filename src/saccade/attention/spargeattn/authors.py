@@ -9,7 +9,6 @@ from torch import Tensor
 from saccade.attention.spargeattn.operator import spargeattn_attend
 from saccade.attention.spargeattn.prediction import block_statistics, one_per_head, sparge_block_map
 from saccade.catalogue.ports import of_function
-from saccade.ops.hilbert import hilbert_order as hilbert_order
 
 
 def _map_options(args: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Thresholds per head, found on samples within an error.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys, q and k tokens per block.
+Shape letters: H query heads.
 """
 
 from __future__ import annotations
@@ -88,6 +87,7 @@ def calibrate_spargeattn(
 
     Args:
         inputs: (q, k, v) of the same layer on different data; the paper takes five.
+        causal, block_q, block_k, scale, smooth_k: `spargeattn_attend`'s, as the layer will be called.
         l1, pv_l1: the budgets of stage 1 and of both stages, pv_l1 > l1.
 
     Raises:

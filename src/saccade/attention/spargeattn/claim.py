@@ -12,7 +12,6 @@ from saccade.attention.spargeattn.operator import spargeattn_attend
 from saccade.attention.spargeattn.prediction import sparge_sparsity
 from saccade.catalogue import Claim, ClaimResult
 from saccade.ops.attend import attend
-from saccade.ops.hilbert import hilbert_order as hilbert_order
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab

@@ -1,7 +1,6 @@
-"""SpargeAttn as a layer.
+"""SpargeAttn as a layer, with the projections of a trained softmax layer and, if there are, calibrated thresholds.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys, q and k tokens per block.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from torch import Tensor
 from saccade.attention.spargeattn.calibration import SpargeThresholds
 from saccade.attention.spargeattn.operator import spargeattn_attend
 from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.pattern import Pattern, Said
 
 
@@ -24,8 +22,8 @@ class SpargeAttention(QKVAttention):
     Args:
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         thresholds: calibrated ones; they take the place of the four below.
-        similarity_threshold, cdf_threshold, top_k, pv_threshold, attention_sink, smooth_k, quantize, block_q,
-        block_k: `spargeattn_attend`'s.
+        similarity_threshold, cdf_threshold, top_k, pv_threshold: `spargeattn_attend`'s.
+        attention_sink, smooth_k, quantize, block_q, block_k: `spargeattn_attend`'s.
 
     Raises:
         ValueError: if a threshold is out of range; on a call, for a mask (the paper has none but the causal one).

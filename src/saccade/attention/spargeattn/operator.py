@@ -1,7 +1,7 @@
-"""SpargeAttn: the mathematics, as functions of tensors.
+"""SpargeAttn: attention over the blocks that are predicted to matter, and the skips inside its online softmax.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys, q and k tokens per block.
+Shape letters: B batch, H query heads, K key heads, N queries, L those filled up to whole blocks, M keys, D head dim,
+E width of values; n, m blocks of queries and keys.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def spargeattn_attend(
         pv_threshold: lambda >= 0 of stage 2, for all or per head; None leaves stage 2 out.
         smooth_k: predict (and quantise) from k less its mean over the sequence.
         quantize: q and smoothed k go through INT8, one scale per block, as in the authors' kernels; inference only.
-        pv_rows: rows that stage 2 skips together , a divisor of `block_q`; where None, 32 (a warp of the authors'
+        pv_rows: rows that stage 2 skips together, a divisor of `block_q`; where None, 32 (a warp of the authors'
             kernels) or what `block_q` has in common with it.
         scale: factor of the dot product, D ** -0.5 where None.
         return_map: also return the blocks that were kept.

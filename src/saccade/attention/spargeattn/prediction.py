@@ -1,7 +1,6 @@
 """Which blocks are worth it, predicted from the means of blocks whose tokens resemble each other.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys, q and k tokens per block.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim; n, m blocks of queries and keys.
 """
 
 from __future__ import annotations
@@ -43,12 +42,15 @@ def sparge_block_map(
     Time O(N M D / (block_q block_k) + (N + M) D) per head.
 
     Args:
+        q_BHND, k_BKMD: queries, and keys, smoothed or not; K divides H.
         causal: leave out blocks that lie strictly in the future of their query block.
         similarity_threshold: theta; 0.6 where None, or -0.1 (every block counts as similar) with `top_k`. At 1 or more
             all blocks are kept, at -1 or less none by this rule.
         cdf_threshold: tau, 0.98 where None.
         top_k: instead of tau, the share of all key blocks that each row keeps (0 to 1), at least one.
         attention_sink: always keep the first key block.
+        block_q, block_k: tokens per block.
+        scale: of the block scores, D ** -0.5 where None.
         short_blocks: "measure" the self-similarity of a short last block on its tokens, or always "keep" it, as the
             authors' code does.
 
@@ -105,13 +107,23 @@ def sparge_block_map(
 
 
 def sparge_sparsity(keep_BHnm: Tensor, *, causal: bool = False, block_q: int = 128, block_k: int = 64) -> Tensor:
-    """Share of the blocks left out, (B, H); under a causal mask, of those that are not wholly in the future."""
+    """Share of the blocks left out, (B, H); under a causal mask, of those that are not wholly in the future.
+
+    Args:
+        keep_BHnm: the map of `sparge_block_map`.
+        causal, block_q, block_k: what it was made with.
+    """
     n, m = keep_BHnm.shape[2:]
     return block_sparsity(keep_BHnm, block_causal(n, m, block_q, block_k, device=keep_BHnm.device) if causal else None)
 
 
 def self_similarity(x_BHND: Tensor, block_size: int) -> Tensor:
-    """Mean of all entries of X X^T over each block's unit rows, (B, H, blocks), fp32: 1 where all point one way."""
+    """Mean of all entries of X X^T over each block's unit rows, (B, H, blocks), fp32: 1 where all point one way.
+
+    Args:
+        x_BHND: queries or keys.
+        block_size: tokens per block; the last block may be short.
+    """
     return block_statistics(x_BHND, block_size)[1]
 
 

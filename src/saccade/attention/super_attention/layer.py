@@ -1,7 +1,7 @@
-"""Super attention, and the two cheaper attentions on its way as a layer.
+"""The alignment of values by position, and one layer for standard, optimised, efficient and super attention.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, D key channels of a head, E value channels of a head,
-L longest input.
+L longest input, G kernels (1 or H).
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def align(
     """V' = W_A V (+ b_A): rows `start` to M of it, (B, H, M - start, E). G is 1 or H.
 
     Args:
+        v_BHME: values.
+        kernel_GLL: W_A, one for all heads or one for each; M of its rows and columns are used.
+        bias_GL: b_A, a number for each row.
         causal: without the upper part of W_A.
+        start: the first row that is computed (decoding: those before it are known).
         real_BM: True = real token; the others' values count as 0.
     """
     M = v_BHME.shape[2]

@@ -1,7 +1,8 @@
-"""MBT: the modules.
+"""MBT: the stack of layers on the modalities' tokens, and the paper's classifier of video and sound around it.
 
 Shape letters: B batch, N tokens of a modality, T tokens of all, S bottlenecks, C channels, K classes, V modalities,
-F frames, H height, W width (for a spectrogram time and frequency).
+F frames, H height, W width (for a spectrogram time and frequency); inside the attention of a block as in
+`QKVAttention`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ class _SelfAttention(QKVAttention):
 
 
 class Block(PreNormBlock):
-    """The pre-norm transformer block of ViT; arguments are `BottleneckFusion`'s, `drop_path` is this layer's."""
+    """The pre-norm transformer block of ViT, as the authors start it.
+
+    Args:
+        dim, num_heads, mlp_dim: channels, heads, hidden width of the MLP.
+        drop_path: probability of dropping a branch of this layer.
+        dropout, attn_drop: after each branch and in the MLP, and of attention weights.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, mlp_dim: int, *, drop_path: float, dropout: float, attn_drop: float
@@ -241,8 +248,8 @@ class MBT(nn.Module):
             "gsp" (sum).
         share_encoder: one encoder for all modalities (embeddings and positions stay apart).
         num_bottlenecks: N_b; with class tokens one more is used, as in the authors' code.
-        dim, num_heads, depth, fusion_layer, mlp_dim, drop_path, dropout, attn_drop, bottleneck,
-        test_with_bottlenecks: see `BottleneckFusion`.
+        dim, num_heads, depth, fusion_layer, mlp_dim: see `BottleneckFusion`.
+        drop_path, dropout, attn_drop, bottleneck, test_with_bottlenecks: see `BottleneckFusion`.
 
     Raises:
         ValueError: if an argument is out of range.

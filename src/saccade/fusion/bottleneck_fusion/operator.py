@@ -1,7 +1,6 @@
-"""MBT: the mathematics, as functions of tensors.
+"""MBT: one layer through the bottleneck, the two exchanges without it, and what the classifier returns.
 
-Shape letters: B batch, N tokens of a modality, T tokens of all, S bottlenecks, C channels, K classes, V modalities,
-F frames, H height, W width (for a spectrogram time and frequency).
+Shape letters: B batch, N tokens of a modality, T tokens of all, S bottlenecks, C channels, K classes, V modalities.
 """
 
 from __future__ import annotations
@@ -17,7 +16,17 @@ from torch import Tensor, nn
 def through_bottleneck(
     blocks: Sequence[nn.Module], z: Sequence[Tensor], bottleneck_BSC: Tensor, real: Sequence[Tensor | None]
 ) -> tuple[list[Tensor], Tensor]:
-    """One fused layer: every modality with the same bottleneck, then the mean of what they made of it."""
+    """One fused layer: every modality with the same bottleneck, then the mean of what they made of it.
+
+    Args:
+        blocks: a block for each modality, `block(x, mask)`.
+        z: the modalities' tokens (B, N, C).
+        bottleneck_BSC: the bottleneck of the layer before.
+        real: for each modality bool (B, N), True = real token, or None. A row without any is left out of the mean.
+
+    Returns:
+        the modalities' tokens, and the new bottleneck.
+    """
     S = bottleneck_BSC.shape[1]
     streams, bottlenecks, present = [], [], []
     for block, x_BNC, mask_BN in zip(blocks, z, real, strict=True):
@@ -35,7 +44,11 @@ def through_bottleneck(
 
 
 def across(blocks: Sequence[nn.Module], z: Sequence[Tensor], real: Sequence[Tensor | None]) -> list[Tensor]:
-    """One layer of cross attention: each modality's block on [the others | its own], of which its own is kept."""
+    """One layer of cross attention: each modality's block on [the others | its own], of which its own is kept.
+
+    Args:
+        blocks, z, real: as in `through_bottleneck`.
+    """
     out = []
     for i, block in enumerate(blocks):
         order = [j for j in range(len(z)) if j != i] + [i]
@@ -45,7 +58,12 @@ def across(blocks: Sequence[nn.Module], z: Sequence[Tensor], real: Sequence[Tens
 
 
 def jointly(block: nn.Module, z: Sequence[Tensor], real: Sequence[Tensor | None]) -> list[Tensor]:
-    """One layer of self-attention over the tokens of all modalities."""
+    """One layer of self-attention over the tokens of all modalities.
+
+    Args:
+        block: of all modalities.
+        z, real: as in `through_bottleneck`.
+    """
     y_BTC = block(torch.cat(list(z), 1), _joined(real, z))
     return list(y_BTC.split([x.shape[1] for x in z], 1))
 
