@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import saccade
-from saccade.vision.das import DAS, beside
+from saccade.vision.das import DAS
+from saccade.vision.das.claim import beside
 
 
 @pytest.fixture

@@ -1,1 +1,1 @@
-"""KV-cache and token reduction, a file a paper."""
+"""Fewer tokens in a model or its KV cache: a folder a paper."""

@@ -1,1 +1,1 @@
-"""Looking inside models and mechanisms, and ordering them."""
+"""Looking inside models and mechanisms, and ordering them: a folder a paper."""

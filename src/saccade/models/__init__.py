@@ -1,1 +1,1 @@
-"""Complete networks, a folder (or file) a paper."""
+"""Complete networks: a folder a paper, and beside them what the networks of a task share."""

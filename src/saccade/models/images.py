@@ -1,6 +1,6 @@
 """Image files as tensors, and what is drawn of what a network says of them.
 
-Shape letters: H height, W width, K classes.
+Shape letters: B batch, C channels, H height, W width, K classes.
 """
 
 from __future__ import annotations

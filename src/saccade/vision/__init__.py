@@ -1,1 +1,1 @@
-"""Feature-map attention and backbone blocks, a file a paper."""
+"""Attention on feature maps and blocks of backbones: a folder a paper."""

@@ -1,7 +1,8 @@
-"""A-VL: the mathematics, as functions of tensors.
+"""A-VL: the cache of a layer, which attends, scores, evicts and chooses again; and the cache of a model's layers.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N new tokens, M stored tokens, D head dim, E width of
-values, C channels; S image tokens stored, T text tokens stored, P tokens that pass the prefill filter.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N new tokens, M stored tokens (m of them taken), D head
+dim, E width of values; S image tokens stored (s of them swapped), C image tokens read, T text tokens stored, P tokens
+that pass the prefill filter.
 """
 
 from __future__ import annotations
@@ -269,6 +270,9 @@ def image_span(image_BN: Tensor) -> tuple[int, int]:
 
     What stands between the first and the last image token belongs to it (LLaVA-NeXT's newlines).
 
+    Args:
+        image_BN: bool, True = image token; the same for all rows.
+
     Raises:
         ValueError: if the rows of the batch differ.
     """
@@ -284,6 +288,11 @@ def image_span(image_BN: Tensor) -> tuple[int, int]:
 
 class AVLCache:
     """A model's layers under one policy.
+
+    Args:
+        options: the policy.
+        image: first position and number of the image tokens in the prompt.
+        layers: how many.
 
     Attributes:
         layers: an `AVLLayerCache` each.

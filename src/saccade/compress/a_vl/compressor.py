@@ -1,7 +1,7 @@
-"""A-VL: what is kept and what is dropped.
+"""A-VL as an attention layer, and LLaMA's decoder with it, of which the prefill may drop image tokens.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N new tokens, M stored tokens, D head dim, E width of
-values, C channels; S image tokens stored, T text tokens stored, P tokens that pass the prefill filter.
+Shape letters: B batch, H query heads, K key heads, N new tokens, M stored tokens, D head dim, E width of values,
+C channels, P tokens that pass the prefill filter.
 """
 
 from __future__ import annotations
@@ -120,8 +120,12 @@ class AVLDecoder(nn.Module):
     Args:
         dim, hidden: channels, and those of the MLP.
         num_heads, num_kv_heads, layers: as LLaMA's.
+        head_dim: D, dim / num_heads where None.
         eps, rope_base: of its norms and positions.
         **policy: `AVLOptions`'.
+
+    Raises:
+        ValueError: if an option is out of its range, or heads do not divide.
     """
 
     def __init__(

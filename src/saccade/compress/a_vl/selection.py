@@ -1,7 +1,6 @@
 """Which tokens stay: the best of the image, the best and the latest of the text, and when heads agree.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N new tokens, M stored tokens, D head dim, E width of
-values, C channels; S image tokens stored, T text tokens stored, P tokens that pass the prefill filter.
+Shape letters: B batch, K key heads, N tokens, T text tokens stored.
 """
 
 from __future__ import annotations
@@ -17,6 +16,17 @@ from torch import Tensor
 @dataclass(frozen=True)
 class AVLOptions:
     """The policy; the paper's page says what each option does.
+
+    Attributes:
+        rate: share of the image's tokens that are dropped after the prefill; None keeps all.
+        compute_rate: share of the image's tokens that a step does not read, at least `rate`.
+        update_interval: steps from one choice of what is read to the next; 0 or less never chooses again and reads all.
+        text_rate: share of the text's tokens that are dropped; None keeps all.
+        text_init: the least number of text tokens that are kept.
+        heavy_rate: share of the kept text that is kept for its weights, the rest for being recent ("heavy-hitter").
+        text_policy: "heavy-hitter", "direct" or "history".
+        prefill_rate: share of the image's tokens that do not pass `prefill_layer` in the prefill; None lets all pass.
+        prefill_layer: layer, counted from 1, after which they are dropped.
 
     Raises:
         ValueError: if an option is out of its range.
@@ -70,17 +80,32 @@ class AVLOptions:
 
 
 def tokens_left(tokens: int, rate: float) -> int:
-    """floor((1 - rate) tokens) in double precision, as the authors evaluate it: tokens_left(10, 0.9) is 0."""
+    """floor((1 - rate) tokens) in double precision, as the authors evaluate it: tokens_left(10, 0.9) is 0.
+
+    Args:
+        tokens: how many there are.
+        rate: share that is dropped.
+    """
     return int((1 - rate) * tokens)
 
 
 def best_tokens(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest scores along the last axis, in ascending order."""
+    """Indices of the `count` highest scores along the last axis, in ascending order.
+
+    Args:
+        scores: (..., N).
+        count: at most N.
+    """
     return scores.topk(count, dim=-1).indices.sort(-1).values
 
 
 def text_kept(scores_BKT: Tensor, best: int, recent: int) -> Tensor | None:
-    """Places of the `recent` last tokens and of the `best` scores before them, per head; None where all stay."""
+    """Places of the `recent` last tokens and of the `best` scores before them, per head; None where all stay.
+
+    Args:
+        scores_BKT: of the text's tokens, by position.
+        best, recent: how many, as `AVLOptions.text_budget` gives them.
+    """
     T = scores_BKT.shape[-1]
     if best + recent >= T:
         return None
@@ -89,7 +114,12 @@ def text_kept(scores_BKT: Tensor, best: int, recent: int) -> Tensor | None:
 
 
 def agreement(a_N: Tensor, b_N: Tensor, part: float) -> Tensor:
-    """The paper's p%PPCI: how much the top `part` of two score vectors (..., N) overlap, from 0 to 1."""
+    """The paper's p%PPCI: how much the top `part` of two score vectors (..., N) overlap, from 0 to 1.
+
+    Args:
+        a_N, b_N: scores of the same tokens.
+        part: share of the tokens that counts as the top; at least one token does.
+    """
     count = max(1, int(part * a_N.shape[-1]))
     picks = [torch.zeros_like(x).scatter(-1, x.topk(count, -1).indices, 1.0) for x in (a_N, b_N)]
     return (picks[0] * picks[1]).sum(-1) / count

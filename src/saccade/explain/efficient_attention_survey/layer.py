@@ -1,6 +1,6 @@
-"""The map of sub-quadratic attention as a layer.
+"""The survey's linear recurrences as one causal layer.
 
-Shape letters: B batch, H heads, N tokens, D head dim of q and k, E of v, C tokens of a chunk.
+Shape letters: B batch, H heads, N tokens, M those of a context (there is none), C channels.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RecurrentAttention(Constants):
         dim: channels.
         num_heads: H, a divisor of `dim`.
         causal: must be True.
-        update: which recurrence, see the table at the top of this file.
+        update: which recurrence, see the table on the paper's page.
         chunk_size: tokens of a chunk in the parallel form.
 
     Raises:

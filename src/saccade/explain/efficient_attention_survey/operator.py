@@ -1,4 +1,4 @@
-"""The map of sub-quadratic attention: the mathematics, as functions of tensors.
+"""The tree of classes and the catalogue's parts in it; the (gated) delta rule by chunks; features of kernels.
 
 Shape letters: B batch, H heads, N tokens, D head dim of q and k, E of v, C tokens of a chunk.
 """
@@ -22,7 +22,16 @@ Update = Literal["kernel", "decay", "gated", "gated-channel", "delta", "gated-de
 
 @dataclass(frozen=True)
 class AttentionClass:
-    """A class of the tree: its equation, costs in tokens L, head dim d, window w, block B and k chosen blocks."""
+    """A class of the tree. Costs are in L tokens, head dim d, window w, and k chosen tokens, or blocks of B.
+
+    Attributes:
+        path: from the root, "linear/decay/data-independent".
+        equation: of the state, or which keys are read.
+        train_time: of a whole sequence; empty where the class is too wide to say.
+        step_time: of one more token.
+        memory: of what a step reads.
+        recall: whether a token far back can be had again.
+    """
 
     path: str
     equation: str
@@ -77,6 +86,9 @@ CLASSES: dict[str, AttentionClass] = {
 def place(parts: list[Summary] | None = None) -> dict[str, list[Summary]]:
     """The catalogue's parts by class path, in the tree's order; those without a class (gates, fusion) are left out.
 
+    Args:
+        parts: summaries to be placed; all of the catalogue where None.
+
     Raises:
         ValueError: if a part names a class that the tree does not have.
     """
@@ -103,12 +115,22 @@ def tree() -> str:
 
 
 def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1, the Linear Transformer's."""
+    """elu(x) + 1, the Linear Transformer's.
+
+    Args:
+        x: queries or keys.
+    """
     return F.elu(x) + 1
 
 
 def random_features(width: int, count: int, *, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """exp(w . x - |x|^2 / 2) / sqrt m, w ~ N(0, I): the Performer's; E[phi(q) . phi(k)] = exp(q . k)."""
+    """exp(w . x - |x|^2 / 2) / sqrt m, w ~ N(0, I): the Performer's; E[phi(q) . phi(k)] = exp(q . k).
+
+    Args:
+        width: channels of x.
+        count: m, the number of features.
+        seed: of the directions w.
+    """
     w = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
     def features(x: Tensor) -> Tensor:
@@ -139,10 +161,11 @@ def delta_attend(
     return_state: bool = False,
     chunk_size: int = 64,
 ) -> Any:
-    """The (gated) delta rule, chunk by chunk; equations at the top of this file.
+    """The (gated) delta rule, chunk by chunk; equations on the paper's page.
 
     Args:
         q_BHND, k_BHND: a step is stable where beta |k|^2 <= 2; unit keys are usual.
+        v_BHNE: values.
         beta_BHN: rates.
         log_decay_BHN: log a_t <= 0; none where None.
         state: S before the first token, (B, H, D, E).

@@ -211,7 +211,12 @@ class BEVANetClassifier(_Branches):
 
 
 def boundaries(labels_BHW: Tensor, width: int = 4) -> Tensor:
-    """1.0 where a pixel's label differs from that of the pixel to the right or below, widened to `width` pixels."""
+    """1.0 where a pixel's label differs from that of the pixel to the right or below, widened to `width` pixels.
+
+    Args:
+        labels_BHW: a class for each pixel.
+        width: pixels across a boundary.
+    """
     edge_BHW = torch.zeros_like(labels_BHW, dtype=torch.float32)
     edge_BHW[:, :, :-1] += labels_BHW[:, :, 1:] != labels_BHW[:, :, :-1]
     edge_BHW[:, :-1] += labels_BHW[:, 1:] != labels_BHW[:, :-1]
@@ -222,7 +227,13 @@ def boundaries(labels_BHW: Tensor, width: int = 4) -> Tensor:
 def hard_cross_entropy(
     logits_BKHW: Tensor, labels_BHW: Tensor, *, threshold: float = 0.9, keep: int = 131_072
 ) -> Tensor:
-    """Mean cross-entropy of the pixels whose true class is less probable than `threshold`, or of the `keep` worst."""
+    """Mean cross-entropy of the pixels whose true class is less probable than `threshold`, or of the `keep` worst.
+
+    Args:
+        logits_BKHW, labels_BHW: of the same size; labels of `IGNORE` do not count.
+        threshold: probability of the true class from which a pixel is easy.
+        keep: pixels that are counted at least, in order of their loss.
+    """
     loss = F.cross_entropy(logits_BKHW, labels_BHW, ignore_index=IGNORE, reduction="none")
     loss = loss[labels_BHW != IGNORE]
     if not loss.numel():
@@ -237,6 +248,11 @@ def segmentation_loss(output: Segmentation, labels_BHW: Tensor, *, keep: int = 1
     """0.4 CE(auxiliary) + OHEM(logits) + 20 BCE(boundary) + OHEM(logits where a boundary is seen, above 0.8).
 
     The boundary's BCE weighs the few boundary pixels by the share of the others, and the others by theirs.
+
+    Args:
+        output: of a `BEVANet` in training mode.
+        labels_BHW: a class for each pixel of the images.
+        keep: see `hard_cross_entropy`.
 
     Raises:
         ValueError: if the output is not from training mode.

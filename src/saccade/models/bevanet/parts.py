@@ -94,7 +94,15 @@ class SDLSKA(nn.Module):
 
 
 class LSKA(nn.Module):
-    """Large separable kernel attention: the same kernel as four strips one after the other; y = x PW(a)."""
+    """Large separable kernel attention: the same kernel as four strips one after the other; y = x PW(a).
+
+    Args:
+        channels: C.
+        kernel_size: of `KERNELS`.
+
+    Raises:
+        ValueError: if there is no such kernel.
+    """
 
     def __init__(self, channels: int, kernel_size: int = 35) -> None:
         super().__init__()
@@ -135,6 +143,9 @@ class EVA(nn.Module):
         channels: C.
         kernel_size: of its SDLSKA.
         expand: of its MLP.
+
+    Raises:
+        ValueError: if a number is below 1 or there is no such kernel.
     """
 
     def __init__(self, channels: int, kernel_size: int = 35, expand: int = 4) -> None:
@@ -190,6 +201,9 @@ class DLKPPM(nn.Module):
         channels: of each scale.
         out_channels: of the result.
         kernel_size: of its LSKA.
+
+    Raises:
+        ValueError: if there is no such kernel.
     """
 
     def __init__(self, in_channels: int, channels: int, out_channels: int, kernel_size: int = 35) -> None:

@@ -1,7 +1,7 @@
-"""CoSwin: the network.
+"""CoSwin: the local branch, window attention fused with it, the block, and the backbone with its classifier.
 
-Shape letters: B batch, N = h w tokens, C channels, H image height, W width, h, w of a stage's map, G heads, T tokens
-of a window, K classes.
+Shape letters: B batch, N = h w tokens, C channels, H image height, W width, h, w of a stage's map, G heads of D
+channels, T tokens of a window, K classes.
 """
 
 from __future__ import annotations
@@ -41,12 +41,21 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 
 
 def to_map(x_BNC: Tensor, size: tuple[int, int]) -> Tensor:
-    """All tokens as an image (B, C, h, w), a view, channels-last in memory."""
+    """All tokens as an image (B, C, h, w), a view, channels-last in memory.
+
+    Args:
+        x_BNC: tokens in row-major order.
+        size: (h, w).
+    """
     return x_BNC.transpose(1, 2).unflatten(2, size)
 
 
 def to_tokens(x_BChw: Tensor) -> Tensor:
-    """The inverse of `to_map`."""
+    """The inverse of `to_map`.
+
+    Args:
+        x_BChw: an image.
+    """
     return x_BChw.flatten(2).transpose(1, 2)
 
 
@@ -55,8 +64,11 @@ class LocalBranch(nn.Sequential):
 
     Args:
         channels: C.
-        block, norm: see the table at the top of this file.
+        block, norm: `local_block` and `local_norm` of the table on the paper's page.
         kernel_size: odd.
+
+    Raises:
+        ValueError: if `block` or `norm` is not offered, or the kernel is even.
     """
 
     def __init__(self, channels: int, block: str = "dw", norm: str = "batch", kernel_size: int = 3) -> None:
@@ -86,7 +98,10 @@ class FusedAttention(nn.Module):
         num_heads: a divisor of C.
         window_size: M.
         shift: of the windows, below M.
-        local, local_block, local_kernel, local_norm, fusion: see the table at the top of this file.
+        local, local_block, local_kernel, local_norm, fusion: see the table on the paper's page.
+
+    Raises:
+        ValueError: if an argument is out of range or not offered.
     """
 
     def __init__(
@@ -142,9 +157,14 @@ class CoSwinBlock(PreNormBlock):
     """Fused attention and MLP, each after a layer norm and with a residual; x (B, N, C) -> (B, N, C), with `size=`.
 
     Args:
+        dim: C.
+        num_heads: a divisor of C.
         mlp_ratio: hidden units of the MLP over C.
         drop_path: probability of leaving a sub-layer out, per image, in training.
         arguments: of `FusedAttention`.
+
+    Raises:
+        ValueError: as `FusedAttention`.
     """
 
     def __init__(
@@ -164,7 +184,7 @@ class CoSwin(Backbone):
         depths, num_heads: of each stage.
         window_size: M.
         mlp_ratio: hidden units of the MLP over channels.
-        local, local_block, local_kernel, local_norm, fusion: see the table at the top of this file.
+        local, local_block, local_kernel, local_norm, fusion: see the table on the paper's page.
         drop_path: of the last block, rising linearly from 0.
 
     Raises:

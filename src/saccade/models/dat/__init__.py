@@ -40,8 +40,6 @@ __all__ = [
     "DeformableAttention",
     "NeighborhoodAttention",
     "Stage",
-    "convert_network",
-    "load_network",
 ]
 
 
@@ -72,7 +70,7 @@ register(
     invariants=(
         "points that stay on every pixel, aligned: dense attention with relative bias, exactly",
         "the bias of a point on a pixel is an entry of the table",
-        "points lie in [-1, 1] without a range, within r / (n - 1) of their references with one",
+        "points lie in [-1, 1] without a range, within s / (n - 1) of their references with one",
         "groups permuted together with their weights permute the result",
         "N = ceil(H / stride) ceil(W / stride) points",
         "at another image size with the same number of points, time grows linearly with pixels",

@@ -1,7 +1,7 @@
 """Deformable attention, and the local attentions beside it, on maps with channels last.
 
 Shape letters: B batch, H, W height and width of the map, C channels, h heads of D channels, G groups, N sampling
-points (n x m of them on a grid), K kernel of the neighbourhood.
+points (n x m of them on a grid), K kernel of the neighbourhood, E channels of given values.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class DeformableAttention(nn.Module):
         num_heads: h, a divisor of C.
         map_size: (height, width) or one number, for which position biases are made; maps of other sizes are taken.
         groups: G sets of points, a divisor of h.
-        stride: of the points' grid.
+        stride: r, of the points' grid.
         kernel_size: of the offset network theta.
-        offset_range: r; offsets are r tanh(.) / (n - 1) (DAT), or, negative, unbounded with points clamped to the map
+        offset_range: s; offsets are s tanh(.) / (n - 1) (DAT), or, negative, unbounded with points clamped to the map
             (DAT++).
         bias: "table" (read at displacements), "log" (a network of log displacements), "fixed" (one number per query
             and point), "convolution" (a depthwise convolution of q beside the attention), or None.

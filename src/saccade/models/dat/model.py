@@ -1,6 +1,6 @@
 """The backbones: blocks, stages and the networks of DAT and DAT++. Maps have channels last from the stem on.
 
-Shape letters: B batch, H, W height and width of a map, C channels, K classes.
+Shape letters: B batch, H, W height and width of a map, C channels.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ class ConvMLP(nn.Module):
         expansion: the inner width is expansion * C.
         convolution: False leaves it out.
         drop: dropout after each layer.
+
+    Raises:
+        ValueError: if a width is not positive.
     """
 
     def __init__(self, dim: int, expansion: float = 4, *, convolution: bool = True, drop: float = 0.0) -> None:
@@ -95,7 +98,8 @@ class Stage(nn.Module):
         neighborhood: kernel of N.
         drop_path: of each block.
         in_dim: channels of the input; another number than C is projected first.
-        attn_drop, proj_drop, expansion, conv_mlp, local_perception, layer_scale, drop: see above.
+        attn_drop, proj_drop: see `DeformableAttention`; the local attentions take the latter alone.
+        expansion, conv_mlp, local_perception, layer_scale, drop: see `Block`.
 
     Raises:
         ValueError: if an argument is out of range.
@@ -175,7 +179,7 @@ class DAT(Backbone):
         dims: channels of each stage.
         patterns: a letter per block and stage, see `Stage`.
         num_heads, groups, strides, kernel_sizes: of each stage; see `DeformableAttention`.
-        offset_range: r; negative is unbounded. This and the following take one value for all stages or one for each.
+        offset_range: s; negative is unbounded. This and the following take one value for all stages or one for each.
         window, neighborhood: lengths of L and S, of N.
         conv_mlp, local_perception, layer_scale, bias, offsets: see `Stage`.
         expansion: width of the MLPs over C.

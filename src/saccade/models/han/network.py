@@ -1,4 +1,4 @@
-"""HAN: the network.
+"""HAN: attention among layers, the gate over channels and space, the residual groups, and the network of them.
 
 Shape letters: B batch, L layers, C channels, H height, W width, s scale.
 """
@@ -20,6 +20,10 @@ def layer_attention(x_BLCHW: Tensor, *, invert: bool = True) -> Tensor:
     """LAM's weights (B, L, L), rows sum to 1: softmax of rowmax(E) - E, or of E, with E = X X^T over all values.
 
     Energies are sums over C H W products, so they are taken in float32 at least.
+
+    Args:
+        x_BLCHW: the maps of all layers.
+        invert: rowmax(E) - E, so that the least similar layer weighs most; False: E.
     """
     rows = x_BLCHW.flatten(2)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -30,7 +34,11 @@ def layer_attention(x_BLCHW: Tensor, *, invert: bool = True) -> Tensor:
 
 
 class LayerAttention(nn.Module):
-    """LAM: each layer's map plus gamma times a mixture of all layers' maps."""
+    """LAM: each layer's map plus gamma times a mixture of all layers' maps.
+
+    Args:
+        invert: see `layer_attention`.
+    """
 
     def __init__(self, invert: bool = True) -> None:
         super().__init__()
@@ -60,7 +68,12 @@ class ChannelSpatialAttention(nn.Module):
 
 
 class ChannelBlock(nn.Module):
-    """RCAB: two convolutions, a gate per channel from the global mean, and the input."""
+    """RCAB: two convolutions, a gate per channel from the global mean, and the input.
+
+    Args:
+        channels: C.
+        reduction: the gate's hidden layer has C // reduction channels.
+    """
 
     def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
@@ -77,7 +90,12 @@ class ChannelBlock(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """RG: blocks, a convolution, and the group's input."""
+    """RG: blocks, a convolution, and the group's input.
+
+    Args:
+        channels, reduction: of the blocks, see `ChannelBlock`.
+        blocks: how many.
+    """
 
     def __init__(self, channels: int, reduction: int, blocks: int) -> None:
         super().__init__()
@@ -99,7 +117,7 @@ class HAN(Restorer):
         reduction: of the channel gate, a divisor of C.
         value_range: the largest value of a pixel: 255, or 1.
         layer_attention, channel_spatial: False leaves LAM, or CSAM, out (without both it is RCAN's trunk).
-        invert: LAM's sign, see the top of this file.
+        invert: LAM's sign, see `layer_attention`.
 
     Raises:
         ValueError: if the scale is not offered, or a number is out of range.
@@ -166,7 +184,12 @@ class HAN(Restorer):
 
 
 def self_ensemble(model: HAN, x_BCHW: Tensor) -> Tensor:
-    """The mean over eight flips and rotations, turned back: the paper's HAN+."""
+    """The mean over eight flips and rotations, turned back: the paper's HAN+.
+
+    Args:
+        model: in evaluation mode.
+        x_BCHW: images, as the model takes them.
+    """
     images = []
     for turns in range(4):
         for flip in (False, True):
@@ -177,7 +200,13 @@ def self_ensemble(model: HAN, x_BCHW: Tensor) -> Tensor:
 
 
 def psnr(image_BCHW: Tensor, truth_BCHW: Tensor, *, value_range: float = 1.0, border: int = 0) -> Tensor:
-    """Peak signal to noise ratio in dB, on the luma of ITU-R BT.601 of colour images, `border` pixels cut off."""
+    """Peak signal to noise ratio in dB, on the luma of ITU-R BT.601 of colour images, `border` pixels cut off.
+
+    Args:
+        image_BCHW, truth_BCHW: colour images, C = 3.
+        value_range: the largest value of a pixel.
+        border: pixels that do not count, on each side.
+    """
     weight = torch.tensor([65.481, 128.553, 24.966], device=image_BCHW.device) / 255
     off = ((image_BCHW - truth_BCHW) * weight[:, None, None]).sum(1)
     off = off[:, border : off.shape[1] - border, border : off.shape[2] - border]

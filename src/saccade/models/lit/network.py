@@ -1,4 +1,4 @@
-"""LIT: the network.
+"""LIT: deformable merging of tokens, attention with a table of positions, and the backbone.
 
 Shape letters: B batch, C channels, H height, W width, N = H W tokens, h heads of D channels, K classes.
 """

@@ -1,4 +1,4 @@
-"""Residual attention network: the network.
+"""Residual attention network: the mask branch, the attention module with its trunk, and the backbone.
 
 Shape letters: B batch, C channels, H height, W width.
 """
@@ -21,7 +21,13 @@ ACTIVATIONS = ("mixed", "channel", "spatial")
 
 
 def mask_of(logits_BCHW: Tensor, activation: str = "mixed", eps: float = 1e-5) -> Tensor:
-    """M of the mask branch's last values, see the top of this file; `eps` is added to the spatial variance."""
+    """M of the mask branch's last values v, see the paper's page.
+
+    Args:
+        logits_BCHW: v.
+        activation: of `ACTIVATIONS`.
+        eps: added to the variance ("spatial").
+    """
     if activation == "mixed":
         return logits_BCHW.sigmoid()
     if activation == "channel":
@@ -32,7 +38,11 @@ def mask_of(logits_BCHW: Tensor, activation: str = "mixed", eps: float = 1e-5) -
 
 
 def pool(x_BCHW: Tensor) -> Tensor:
-    """3x3 maximum with stride 2, no padding, rounded up; H -> max(1, ceil((H - 1) / 2))."""
+    """3x3 maximum with stride 2, no padding, rounded up; H -> max(1, ceil((H - 1) / 2)).
+
+    Args:
+        x_BCHW: a map of any size.
+    """
     height, width = x_BCHW.shape[2:]
     return F.max_pool2d(x_BCHW, (min(3, height), min(3, width)), 2, ceil_mode=True)
 
@@ -77,7 +87,7 @@ class SoftMask(nn.Module):
 
 
 class AttentionModule(nn.Module):
-    """y = units((1 + M) T), see the top of this file; (B, C, H, W) -> the same shape, any H and W.
+    """y = units_p((1 + M) T), T and M of units_p(x), see the paper's page; the shape stays, any H and W.
 
     Args:
         channels: C, a multiple of 4.

@@ -1,6 +1,6 @@
-"""ResNeSt: the network.
+"""ResNeSt: split attention, the bottleneck with it, and the backbone.
 
-Shape letters: B batch, C channels, H height, W width, R radix, K groups.
+Shape letters: B batch, C channels, H height, W width, R radix, K groups of c = C / K channels.
 """
 
 from __future__ import annotations
@@ -28,14 +28,26 @@ DEPTHS = {
 
 
 def radix_softmax(logits: Tensor, radix: int, groups: int = 1) -> Tensor:
-    """Attention (B, R, C) of logits (B, K R C/K), by groups first: softmax over R; the sigmoid where R is 1."""
+    """Attention (B, R, C) of logits (B, K R C/K), by groups first: softmax over R; the sigmoid where R is 1.
+
+    Args:
+        logits: of the branches' channels, those of a group together.
+        radix: R.
+        groups: K.
+    """
     logits_BKRc = logits.view(logits.shape[0], groups, radix, -1)
     weights = logits_BKRc.softmax(2) if radix > 1 else logits_BKRc.sigmoid()
     return weights.transpose(1, 2).flatten(2)
 
 
 def drop_block(x_BCHW: Tensor, rate: float, size: int = 3) -> Tensor:
-    """Zero squares of `size` pixels, about the share `rate` of each channel's map, and scale up what remains."""
+    """Zero squares of `size` pixels, about the share `rate` of each channel's map, and scale up what remains.
+
+    Args:
+        x_BCHW: a map of any size.
+        rate: from 0 to 1.
+        size: side of a square, made odd and no larger than the map.
+    """
     height, width = x_BCHW.shape[2:]
     size = min(size, height, width)
     size -= 1 - size % 2
@@ -152,8 +164,9 @@ class Bottleneck(ResidualBlock):
         avd_first: pool before the 3x3 convolution, not after.
         is_first: pool (with `avd`) at stride 1 too.
         reduction, drop_block: of `SplitAttention`.
-        avg_down: the shortcut pools before its 1x1 convolution (`shortcut_pool` pixels, by default the stride).
+        avg_down: the shortcut pools before its 1x1 convolution.
         projected: a 1x1 convolution on the shortcut also where shapes would fit without.
+        shortcut_pool: pixels that the shortcut pools, the stride where None.
 
     Raises:
         ValueError: if an argument is out of range, or the width does not divide into groups.

@@ -1,4 +1,4 @@
-"""Twins: the network.
+"""Twins: the two attentions, a stage, and the backbone.
 
 Shape letters: B batch, C channels, H height, W width, N = H W tokens, h heads of D channels, M keys, K classes.
 """
@@ -143,7 +143,16 @@ class GlobalSubsampledAttention(nn.Module):
 
 
 class Stage(nn.Module):
-    """An embedding, a block, the position encoding, the other blocks: (B, C', H, W) to (B, H / patch, W / patch, C)."""
+    """An embedding, a block, the position encoding, the other blocks: (B, C', H, W) to (B, H / patch, W / patch, C).
+
+    Args:
+        inputs: C', channels of the map that comes in.
+        dim: C.
+        patch: side of the embedding's patches.
+        blocks: of width C, on maps with channels last.
+        drop: dropout after the embedding.
+        norm: keep a norm for the stage's map (`Twins.features` applies it).
+    """
 
     def __init__(
         self, inputs: int, dim: int, patch: int, blocks: Sequence[PreNormBlock], drop: float, norm: bool

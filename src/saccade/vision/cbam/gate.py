@@ -1,6 +1,6 @@
-"""CBAM as a module on feature maps.
+"""CBAM: both gates as functions, the module, ResNet's blocks with it, and the authors' initialisation.
 
-Shape letters: B batch, C channels, R reduced channels, H height, W width, P poolings.
+Shape letters: B batch, C channels, H height, W width, P poolings.
 """
 
 from __future__ import annotations
@@ -25,13 +25,24 @@ POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def channel_gate(x_BCHW: Tensor, mlp: Callable[[Tensor], Tensor], pool_types: Sequence[str] = ("avg", "max")) -> Tensor:
-    """M_c, (B, C, 1, 1): the sigmoid of the sum of `mlp` (on (..., C)) over the poolings of `x_BCHW`."""
+    """M_c, (B, C, 1, 1): the sigmoid of the sum of `mlp` (on (..., C)) over the poolings of `x_BCHW`.
+
+    Args:
+        x_BCHW: F.
+        mlp: W1 ReLU(W0 . + b0) + b1, shared by the poolings.
+        pool_types: names of `POOLS`.
+    """
     pooled_PBC = torch.stack([POOLS[pool](x_BCHW) for pool in pool_types])
     return mlp(pooled_PBC).sum(0).sigmoid()[..., None, None]
 
 
 def spatial_gate(x_BCHW: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-    """M_s, (B, 1, H, W): the sigmoid of `convolution` ((B, 2, H, W) -> (B, 1, H, W)) on [max_C; mean_C]."""
+    """M_s, (B, 1, H, W): the sigmoid of `convolution` ((B, 2, H, W) -> (B, 1, H, W)) on [max_C; mean_C].
+
+    Args:
+        x_BCHW: F', the map after its channel gate.
+        convolution: of the two pooled maps, with its norm.
+    """
     return convolution(torch.cat([x_BCHW.amax(1, keepdim=True), x_BCHW.mean(1, keepdim=True)], 1)).sigmoid()
 
 
@@ -149,6 +160,9 @@ def initialize(network: nn.Module) -> nn.Module:
 
     Convolutions Kaiming normal (fan out), norms weight 1, all biases 0; the norm inside each spatial gate weight 0.
     Linear layers keep PyTorch's weights.
+
+    Args:
+        network: is changed, and returned.
     """
     for module in network.modules():
         start_convolution(module)

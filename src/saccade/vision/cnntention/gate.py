@@ -1,6 +1,6 @@
-"""CNNtention as a module on feature maps.
+"""CNNtention: the three modules on feature maps, and the ResNet-20 that has one after each stage.
 
-Shape letters: B batch, C channels, H height, W width, S positions, G heads, D = C / G.
+Shape letters: B batch, C channels, H height, W width, S positions, G heads, D = C / G, E channels of given values.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ class SelfAttention2d(nn.Module):
         channels: C.
         weighted: y = gamma out + x with gamma 0 at the start; False: y = out + x.
         scaled: divide the logits by sqrt(C); the authors do not.
+
+    Raises:
+        ValueError: if `channels` is below 1.
     """
 
     def __init__(self, channels: int, *, weighted: bool = True, scaled: bool = False) -> None:
@@ -123,6 +126,11 @@ class ResidualCBAM(nn.Module):
 def cnntention(channels: int, form: Form = "self", **arguments: Any) -> nn.Module:
     """One of the three modules by name; `arguments` are its own.
 
+    Args:
+        channels: C of the maps.
+        form: "self", "multi-head" or "cbam".
+        **arguments: `SelfAttention2d`'s, `MultiHeadAttention2d`'s or `ResidualCBAM`'s.
+
     Raises:
         ValueError: if the form is unknown, or an argument is another form's.
     """
@@ -144,6 +152,9 @@ class ResNet20(nn.Module):
         in_channels: 3, or 1 for grey images.
         blocks: per stage; 3 makes ResNet-20.
         arguments: the modules' own.
+
+    Raises:
+        ValueError: if the form is unknown, or an argument is another form's or out of range.
     """
 
     def __init__(

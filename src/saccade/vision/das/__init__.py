@@ -29,9 +29,9 @@ in the number of pixels: about 2 C^2 multiply-adds each at alpha = 0.2.
 from __future__ import annotations
 
 from saccade.catalogue import register
-from saccade.vision.das.gate import ACTIVATIONS, DAS, beside
+from saccade.vision.das.gate import ACTIVATIONS, DAS
 
-__all__ = ["ACTIVATIONS", "DAS", "beside"]
+__all__ = ["ACTIVATIONS", "DAS"]
 
 
 register(

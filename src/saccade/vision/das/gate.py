@@ -1,7 +1,7 @@
-"""DAS attention as a module on feature maps.
+"""DAS attention on feature maps: the bottleneck, the deformable gate, and the map times it.
 
 Shape letters: B batch, C channels of the map, m channels of the bottleneck, E channels of the gate (C or m), H height,
-W width, k kernel size, K classes.
+W width.
 """
 
 from __future__ import annotations
@@ -104,25 +104,3 @@ class DAS(nn.Module):
 
     def extra_repr(self) -> str:
         return f"act={self.act!r}, norm_dims={self.norm_dims!r}, gate_on={self.gate_on!r}, residual={self.residual}"
-
-
-def beside(count: int, generator: torch.Generator, size: int = 21) -> tuple[Tensor, Tensor, Tensor]:
-    """Images (count, 5, size, size) with a marked pixel and four 5x5 patches around it, one of each colour.
-
-    Patches lie right, left, below and above the mark, their middles 4 to 8 pixels away; the label is the colour of the
-    right one. All colours are in each image, so that no statistic of it tells. Channels 0 to 3 are the colours, 4 the
-    mark. Returns images, labels and the marks' (row, column).
-    """
-    colour_B4 = torch.rand(count, 4, generator=generator).argsort(1)
-    distance_B4 = torch.randint(4, 9, (count, 4), generator=generator)
-    mark_B2 = torch.randint(10, size - 10, (count, 2), generator=generator)
-    direction_42 = torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])
-    middle_B42 = mark_B2[:, None] + distance_B4[..., None] * direction_42
-    around = torch.arange(-2, 3)
-    rows = middle_B42[..., 0, None, None] + around[:, None]
-    columns = middle_B42[..., 1, None, None] + around
-    image = torch.randn(count, 5, size, size, generator=generator) * 0.1
-    batch = torch.arange(count)
-    image[batch[:, None, None, None], colour_B4[..., None, None], rows, columns] += 1
-    image[batch, 4, mark_B2[:, 0], mark_B2[:, 1]] += 1
-    return image, colour_B4[:, 0], mark_B2

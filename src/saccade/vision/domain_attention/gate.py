@@ -1,4 +1,4 @@
-"""Domain attention as a module on feature maps.
+"""Domain attention: the bank of adapters on feature maps, and the detector's trunk and heads around it.
 
 Shape letters: B batch, C channels, R reduced channels, N adapters, H height, W width, P regions, A anchors, K classes.
 """
@@ -107,6 +107,9 @@ class DomainAttentionResNet(nn.Module):
         reduction: r.
         less_blocks, fixed_stages: where the adapters are, see `adapters_of_blocks`.
         in_channels: 3, or 1 for grey images.
+
+    Raises:
+        ValueError: if `counts` are not those of four stages, or the width does not fit `DomainAttention`.
     """
 
     def __init__(
@@ -159,6 +162,9 @@ class UniversalHeads(nn.Module):
         region_channels: of a region's vector.
         hidden: of the shared 3 x 3 convolution.
         class_agnostic: 4 numbers for a box instead of 4 per class.
+
+    Raises:
+        ValueError: if classes and anchors are not one positive number for each data set.
     """
 
     def __init__(

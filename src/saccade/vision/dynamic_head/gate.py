@@ -1,6 +1,6 @@
-"""Dynamic Head as a module on feature maps.
+"""Dynamic Head: the task-aware DyReLU, a deformable branch, a block of the three attentions, and the head of blocks.
 
-Shape letters: B batch, C channels, H height, W width.
+Shape letters: B batch, C channels, H height, W width, k = 9 taps, K = 9 or 18 masks or offsets.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def fit_to_coarser(maps_BKHW: Tensor, size: tuple[int, int], how: str) -> Tensor
     """Offsets or masks (B, K, H, W) of a level for the grid (H', W') of the next coarser one.
 
     "resize" is bilinear with aligned corners; "prefix" takes the first K H' W' numbers of each sample.
+
+    Args:
+        maps_BKHW: offsets or masks, made on the level's own grid.
+        size: (H', W').
+        how: of `HIGH_OFFSETS`.
     """
     if how == "resize":
         return F.interpolate(maps_BKHW, size, mode="bilinear", align_corners=True)
@@ -94,7 +99,12 @@ class DyReLU(nn.Module):
 
 
 class Branch(nn.Module):
-    """A modulated deformable convolution 3x3 and a group norm."""
+    """A modulated deformable convolution 3x3 and a group norm.
+
+    Args:
+        channels: C, a multiple of `GROUPS`.
+        stride: of the convolution; 2 for a finer level.
+    """
 
     def __init__(self, channels: int, stride: int = 1) -> None:
         super().__init__()
@@ -117,8 +127,8 @@ class DyConv(nn.Module):
     Args:
         channels: C, a multiple of 16.
         reduction: of the task-aware attention's hidden layer.
-        high_offset: "resize" or "prefix", see the top of this file.
-        scale_gate: "code" or "paper".
+        high_offset: "resize" or "prefix", see the paper's page.
+        scale_gate: "code" or "paper", likewise.
 
     Raises:
         ValueError: if an argument is not offered.

@@ -1,7 +1,7 @@
-"""LKCA as a module on feature maps.
+"""LKCA as a layer: its kernel, what is done to it (`normalize`, `causal`), and the mixing of a map or of tokens.
 
-Shape letters: B batch, C channels, h heads of d = C / h channels, H, W height and width, N = H W tokens, k kernel rows,
-l kernel columns.
+Shape letters: B batch, C channels, h heads, H, W height and width, N = H W tokens, k kernel rows, l kernel columns,
+E channels of given values.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class LKCA(nn.Module):
         bias: one number per channel after the mixing.
         normalize: softmax over each row of A (not in the sources).
         causal: no token sees a later one in raster order (an extension).
-        implementation: see above.
+        implementation: of `IMPLEMENTATIONS`; the fastest one expected where None.
         identity_init: start at y = x exactly: K one at its centre and zero elsewhere, the layers the identity.
 
     Raises:

@@ -1,4 +1,4 @@
-"""LKCA: the mathematics, as functions of tensors.
+"""LKCA: the mixing by a static kernel in its three equal forms, and the choice among them.
 
 Shape letters: B batch, C channels, h heads of d = C / h channels, H, W height and width, N = H W tokens, k kernel rows,
 l kernel columns.
@@ -14,19 +14,35 @@ IMPLEMENTATIONS = ("conv", "attention", "fft")
 
 
 def fit(kernel_hkl: Tensor, H: int, W: int) -> Tensor:
-    """The kernel as (h, 2H - 1, 2W - 1): cut to its centre where it is larger, zeros around it where smaller."""
+    """The kernel as (h, 2H - 1, 2W - 1): cut to its centre where it is larger, zeros around it where smaller.
+
+    Args:
+        kernel_hkl: K, of odd sizes.
+        H, W: the grid.
+    """
     margins = [full - size for full, size in zip((2 * W - 1, 2 * H - 1), reversed(kernel_hkl.shape[1:]), strict=True)]
     return F.pad(kernel_hkl, [margin // 2 for margin in margins for _ in range(2)])
 
 
 def attention_matrix(kernel_hkl: Tensor, H: int, W: int) -> Tensor:
-    """A, (h, N, N): the windows of K, the lower right one first, each a row."""
+    """A, (h, N, N): the windows of K, the lower right one first, each a row.
+
+    Args:
+        kernel_hkl: K, of odd sizes.
+        H, W: the grid.
+    """
     windows_hHWHW = fit(kernel_hkl, H, W).unfold(1, H, 1).unfold(2, W, 1)
     return windows_hHWHW.flip(1, 2).reshape(-1, H * W, H * W)
 
 
 def mix(v_BNC: Tensor, kernel_hkl: Tensor, H: int, W: int, implementation: str | None = None) -> Tensor:
     """O, (B, N, C), of values in raster order: channels in h equal runs, each mixed by its kernel (odd sizes).
+
+    Args:
+        v_BNC: V.
+        kernel_hkl: K; h divides C.
+        H, W: the grid, of N tokens.
+        implementation: of `IMPLEMENTATIONS`; the one that `cheapest` names where None.
 
     Raises:
         ValueError: if `implementation` is unknown.
@@ -55,6 +71,9 @@ def cheapest(v_BNC: Tensor, kernel_hkl: Tensor, H: int, W: int) -> str:
 
     A large depthwise convolution is fast forwards and a dozen times slower with its gradients; entries of A cost as
     much to lay out as some hundreds of multiply-adds in a matrix product; so do transformed pixels.
+
+    Args:
+        v_BNC, kernel_hkl, H, W: as in `mix`.
     """
     B, N, C = v_BNC.shape
     h, k, l = kernel_hkl.shape

@@ -1,6 +1,6 @@
-"""Triplet attention as a module on feature maps.
+"""Triplet attention on feature maps: the pooling, the gate of a plane, and the three of them averaged.
 
-Shape letters: B batch, C channels, H height, W width.
+Shape letters: B batch, C channels, H height, W width; R rows and S columns of a plane.
 """
 
 from __future__ import annotations
@@ -11,12 +11,21 @@ from torch import Tensor, nn
 
 
 def z_pool(x_BCHW: Tensor, axis: int) -> Tensor:
-    """[max; mean] over one axis of a map, as two channels of a plane: (B, 2, ...) of the two axes that are left."""
+    """[max; mean] over one axis of a map, as two channels of a plane: (B, 2, ...) of the two axes that are left.
+
+    Args:
+        x_BCHW: a map (or its axes in another order).
+        axis: that goes.
+    """
     return torch.stack([x_BCHW.amax(axis), x_BCHW.mean(axis)], 1)
 
 
 class PlaneGate(nn.Module):
-    """sigmoid(BN(conv(z))): two channels (B, 2, rows, columns) to one (B, 1, rows, columns)."""
+    """sigmoid(BN(conv(z))): two channels (B, 2, rows, columns) to one (B, 1, rows, columns).
+
+    Args:
+        kernel_size: k, odd.
+    """
 
     def __init__(self, kernel_size: int) -> None:
         super().__init__()
