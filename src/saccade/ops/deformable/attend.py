@@ -55,7 +55,11 @@ def deformable_attend_reference(
     mode: str = "bilinear",
     padding: str = "zeros",
 ) -> Tensor:
-    """`deformable_attend` as it is usually written: `F.grid_sample` level by level. Slow; what tests compare with."""
+    """`deformable_attend` as it is usually written: `F.grid_sample` level by level. Slow; what tests compare with.
+
+    Args:
+        values_BMGD, shapes, locations_BNGS2, weights_BNGS, counts, mode, padding: as in `deformable_attend`.
+    """
     B, _, G, D = values_BMGD.shape
     maps = values_BMGD.split([h * w for h, w in shapes], 1)
     per_level = samples_per_level(locations_BNGS2.shape[3], len(shapes), counts)

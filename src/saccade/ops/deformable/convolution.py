@@ -31,6 +31,7 @@ def deformable_conv(
         offset_BOHW: O = 2 g k k numbers per output position in pixels, of g groups of channels of x; for each group
             and tap (row-major) dy, then dx.
         weight_ECkk, bias_E: of an ordinary convolution.
+        stride, padding, dilation: of the convolution, the same on both axes.
         mask_BkHW: m, (B, g k k, H', W'); ones where None.
 
     Returns:

@@ -32,6 +32,11 @@ def pixels(points: Tensor, size: Size, align_corners: bool = False) -> Tensor:
     -1 and 1 are the middles of the outermost pixels with `align_corners`, their outer edges without, as in
     `F.grid_sample`.
 
+    Args:
+        points: (..., 2), as (x, y).
+        size: (height, width).
+        align_corners: what -1 and 1 are.
+
     >>> pixels(torch.tensor([-1.0, 1.0]), (4, 8), align_corners=True)
     tensor([0., 3.])
     """
@@ -230,7 +235,16 @@ def sample(x_BHWC: Tensor, points_BNG2: Tensor, *, mode: str = "bilinear", paddi
 
 
 def level_pixels(locations_BNGS2: Tensor, shapes: Sequence[Size], counts: Sequence[int] | None = None) -> Tensor:
-    """Locations in [0, 1] in pixels of the sample's level."""
+    """Locations in [0, 1] in pixels of the sample's level.
+
+    Args:
+        locations_BNGS2: (x, y), from 0 to 1 between the outer edges of the sample's level.
+        shapes: (height, width) of each level.
+        counts: samples of each level, in their order; as many of each where None.
+
+    Raises:
+        ValueError: if the counts do not fit the samples and levels.
+    """
     width, height, _ = levels_of(
         shapes, samples_per_level(locations_BNGS2.shape[3], len(shapes), counts), locations_BNGS2
     )

@@ -20,7 +20,13 @@ from torch import Tensor
 
 @torch.library.custom_op("saccade::gather_sum", mutates_args=())
 def gather_sum(rows_RD: Tensor, index_KS: Tensor, weight_KS: Tensor) -> Tensor:
-    """sum_s weight_ks rows[index_ks], (K, D). Indices are int32 or int64, in single or double precision."""
+    """sum_s weight_ks rows[index_ks], (K, D). Indices are int32 or int64, in single or double precision.
+
+    Args:
+        rows_RD: what is read.
+        index_KS: which rows, S for each sum.
+        weight_KS: how much of each.
+    """
     if not index_KS.numel() or not rows_RD.shape[1]:
         return rows_RD.new_zeros(index_KS.shape[0], rows_RD.shape[1])
     return F.embedding_bag(
@@ -30,7 +36,13 @@ def gather_sum(rows_RD: Tensor, index_KS: Tensor, weight_KS: Tensor) -> Tensor:
 
 @torch.library.custom_op("saccade::gather_dot", mutates_args=())
 def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
-    """query_k . rows[index_ks], (K, S)."""
+    """query_k . rows[index_ks], (K, S).
+
+    Args:
+        query_KD: a vector for each sum.
+        rows_RD: what is read.
+        index_KS: which rows.
+    """
     K, S = index_KS.shape
     if not index_KS.numel() or not rows_RD.shape[1]:
         return rows_RD.new_zeros(K, S)
@@ -50,7 +62,14 @@ def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
 
 @torch.library.custom_op("saccade::scatter_sum", mutates_args=())
 def scatter_sum(index_KS: Tensor, weight_KS: Tensor, grad_KD: Tensor, rows: int) -> Tensor:
-    """Row r is the sum of weight_ks grad_k over the pairs (k, s) with index_ks = r, (rows, D)."""
+    """Row r is the sum of weight_ks grad_k over the pairs (k, s) with index_ks = r, (rows, D).
+
+    Args:
+        index_KS: which rows are added to.
+        weight_KS: how much.
+        grad_KD: what is added.
+        rows: R, the number of rows.
+    """
     S = index_KS.shape[1]
     if not index_KS.numel() or not rows or not grad_KD.shape[1]:
         return grad_KD.new_zeros(rows, grad_KD.shape[1])

@@ -35,8 +35,11 @@ def expanded_attend(
     """o_i = sum_j kappa(q_i, k_j) v_j over j <= i, or over all j; see the top of this file.
 
     Args:
+        q_BHND, k_BHMD, v_BHME: queries, keys and values, as many heads each; N = M where causal.
         expansion: `Polynomial` or `Outer`.
-        state: S of earlier tokens (B, H, F, E), causal only; return_state: also return it after the last token.
+        causal: over j <= i; else over all j.
+        state: S of earlier tokens (B, H, F, E), causal only.
+        return_state: also return it after the last token.
         chunk_size: tokens of a chunk; the result does not depend on it. None: 128.
 
     Returns:
@@ -88,6 +91,13 @@ def in_segments(
 
     For inference: what is computed around the sums (norms, projections on random directions, columns of ones) would
     else be fresh memory in proportion to the length, which costs more than its arithmetic.
+
+    Args:
+        attend: called with tensors of a segment, by position.
+        q_BHND, k_BKND, v_BKNE: of all tokens.
+        mask_BN: True = real token, or None.
+        state: before the first token, or None.
+        return_state: whether the state after the last token is wanted.
     """
     (B, H, N, D), E = q_BHND.shape, v_BKNE.shape[3]
     size = max(512, _SEGMENT_ELEMENTS // max(1, B * H * D))
@@ -108,6 +118,10 @@ _SEGMENT_ELEMENTS = 1 << 19
 def expanded_attend_reference(
     q_BHND: Tensor, k_BHMD: Tensor, v_BHME: Tensor, expansion: Expansion, *, causal: bool = True
 ) -> Tensor:
-    """`expanded_attend` from the N x M matrix of scores. The oracle of the tests."""
+    """`expanded_attend` from the N x M matrix of scores. The oracle of the tests.
+
+    Args:
+        q_BHND, k_BHMD, v_BHME, expansion, causal: as in `expanded_attend`.
+    """
     scores = expansion.scores(q_BHND, k_BHMD)
     return (scores.tril() if causal else scores) @ v_BHME

@@ -43,6 +43,9 @@ class Polynomial:
     x^2 = sum_o w_o sum_i (q_i q_{i+o}) (k_i k_{i+o}), indices modulo D: offset o = 0 gives the squares, each o < D / 2
     gives D of the products of two channels, and o = D / 2 the last D / 2 of them; w is 1, then 2. So each pair occurs
     once, and all products are one multiplication of x with windows of itself. The queries carry the coefficients.
+
+    Args:
+        a0, a1, a2: the coefficients.
     """
 
     def __init__(self, a0: float = 1.0, a1: float = 1.0, a2: float = 0.5) -> None:
@@ -104,7 +107,11 @@ class Polynomial:
 
 
 class Outer:
-    """kappa = (q' . k') (q'' . k''), where x' are the first `first` channels of x and x'' the others."""
+    """kappa = (q' . k') (q'' . k''), where x' are the first `first` channels of x and x'' the others.
+
+    Args:
+        first: channels of x'.
+    """
 
     def __init__(self, first: int) -> None:
         self.first = int(first)

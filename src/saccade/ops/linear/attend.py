@@ -110,7 +110,11 @@ def linear_step(
     normalize: bool = False,
     scale: float | None = None,
 ) -> tuple[Tensor, Any]:
-    """One token: S <- decay S + k^T v, o = q S. Arguments as in `linear_attend` with N = 1.
+    """One token: S <- decay S + k^T v, o = q S.
+
+    Args:
+        q_BH1D, k_BK1D, v_BK1E: query, key and value of the token; K divides H.
+        state, feature_map, decay, normalize, scale: as in `linear_attend`; nothing came before where `state` is None.
 
     Returns:
         out (B, H, 1, E) and the new state; cost and memory do not depend on how many tokens came before.
@@ -150,7 +154,15 @@ def linear_attend_reference(
     state: Tensor | LinearState | None = None,
     return_state: bool = False,
 ) -> Any:
-    """`linear_attend`, slow and obvious: token after token. The oracle of the tests."""
+    """`linear_attend`, slow and obvious: token after token. The oracle of the tests.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME, feature_map, decay, causal, normalize, scale: as in `linear_attend`.
+        state, return_state: as in `linear_attend`.
+
+    Raises:
+        ValueError: as `linear_attend`.
+    """
     check(q_BHND, k_BKMD, v_BKME, causal, decay, None)
     if feature_map is not None:
         q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)

@@ -18,7 +18,12 @@ FeatureMap = Callable[[Tensor], Tensor]
 
 
 class LinearState(NamedTuple):
-    """What normalised linear attention keeps of the past: kv (B, H, D, E) = sum k^T v, and z (B, H, D) = sum k."""
+    """What normalised linear attention keeps of the past: kv (B, H, D, E) = sum k^T v, and z (B, H, D) = sum k.
+
+    Attributes:
+        kv: sum k^T v, (B, H, D, E), decayed where there is a decay.
+        z: sum k, (B, H, D), likewise.
+    """
 
     kv: Tensor
     z: Tensor
@@ -26,6 +31,9 @@ class LinearState(NamedTuple):
 
 def retention_decay(num_heads: int) -> Tensor:
     """RetNet's decays (H,): 1 - 2^-5, 1 - 2^-6, ...
+
+    Args:
+        num_heads: H.
 
     >>> retention_decay(2).tolist()
     [0.96875, 0.984375]

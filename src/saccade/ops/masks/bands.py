@@ -18,7 +18,12 @@ from saccade.ops.masks.mask import Mask, Not
 
 @dataclass(frozen=True, eq=False)
 class Band(Mask):
-    """Keys from q + low to q + high, inclusive; None is no bound. Bands fold into one band under `&`, `|` and `~`."""
+    """Keys from q + low to q + high, inclusive; None is no bound. Bands fold into one band under `&`, `|` and `~`.
+
+    Attributes:
+        low, high: first and last key, counted from the query's own position.
+        name: what it prints as.
+    """
 
     low: int | None
     high: int | None
@@ -122,13 +127,25 @@ def tighter(a: int | None, b: int | None, choose: Callable[[int, int], int]) -> 
 
 
 def causal(offset: int = 0) -> Mask:
-    """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key."""
+    """Key `k` may be seen by query `q` iff k <= q + offset. `offset=M - N` aligns the last query with the last key.
+
+    Args:
+        offset: the key at which query 0 stands.
+
+    Raises:
+        ValueError: if `offset` is no integer.
+    """
     offset = integer(offset, "offset")
     return Band(None, offset, f"causal({offset})" if offset else "causal()")
 
 
 def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
-    """`mask` (every pair, where None) less what lies after the query; `offset` as in `causal`."""
+    """`mask` (every pair, where None) less what lies after the query; `offset` as in `causal`.
+
+    Args:
+        mask: to be combined, or None.
+        offset: the key at which query 0 stands.
+    """
     return causal(offset) if mask is None else mask & causal(offset)
 
 
@@ -137,11 +154,16 @@ def window(left: int, right: int = 0, sinks: int = 0, *, offset: int = 0) -> Mas
 
     The first `sinks` keys are seen from everywhere (those up to q + right, so that a causal window stays causal).
 
-    >>> window(1, sinks=1).dense(4, 4)[0, 0].int().tolist()
-    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+    Args:
+        left, right: keys before and after the query.
+        sinks: first keys that are seen in any case.
+        offset: the key at which query 0 stands.
 
     Raises:
         ValueError: if a number is no integer, or the window would hold no key (left + right < 0).
+
+    >>> window(1, sinks=1).dense(4, 4)[0, 0].int().tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
     """
     left, right = integer(left, "left"), integer(right, "right")
     offset, sinks = integer(offset, "offset"), integer(sinks, "sinks")
@@ -157,7 +179,11 @@ def window(left: int, right: int = 0, sinks: int = 0, *, offset: int = 0) -> Mas
 
 @dataclass(frozen=True, eq=False)
 class Prefix(Mask):
-    """Keys before `length`."""
+    """Keys before `length`.
+
+    Attributes:
+        length: an int, or integers (B,), one for each batch row.
+    """
 
     length: int | Tensor
 
@@ -196,7 +222,14 @@ class Prefix(Mask):
 
 
 def prefix(length: int | Tensor) -> Mask:
-    """Keys before `length` (an int, or one per batch row), for every query: `prefix(p) | causal()` is a prefix LM."""
+    """Keys before `length` (an int, or one per batch row), for every query: `prefix(p) | causal()` is a prefix LM.
+
+    Args:
+        length: an int, or integers (B,).
+
+    Raises:
+        ValueError: if it is negative, or neither.
+    """
     if isinstance(length, Tensor):
         if length.ndim != 1 or length.is_floating_point() or length.dtype == torch.bool:
             raise ValueError(

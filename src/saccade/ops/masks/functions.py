@@ -22,7 +22,12 @@ _PAIRS_AT_A_TIME = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Function(Mask):
-    """Pairs for which a function says yes."""
+    """Pairs for which a function says yes.
+
+    Attributes:
+        mask_mod: the function, (b, h, q, k) -> bool.
+        rows, planes: batch rows and heads that it tells apart; 1 where it ignores them.
+    """
 
     mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     rows: int = 1
@@ -78,7 +83,11 @@ def function(mask_mod: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], *, ba
     mask, so make a mask once and use it in every layer; tensors that the function captures must not change afterwards.
 
     Args:
+        mask_mod: the function.
         batch, heads: how many rows and heads the function tells apart; 1 where it ignores `b` or `h`.
+
+    Raises:
+        ValueError: if `batch` or `heads` is below 1.
 
     >>> even = function(lambda b, h, q, k: (q - k) % 2 == 0)
     >>> from saccade.ops.masks import causal

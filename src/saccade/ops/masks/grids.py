@@ -19,7 +19,12 @@ from saccade.ops.masks.mask import Mask
 
 @dataclass(frozen=True, eq=False)
 class Neighborhood(Mask):
-    """Neighbours on every axis of a 1-D, 2-D or 3-D grid of tokens in row-major order (card `neighborhood`)."""
+    """Neighbours on every axis of a 1-D, 2-D or 3-D grid of tokens in row-major order (card `neighborhood`).
+
+    Attributes:
+        size: of the grid.
+        kernel, dilation, stride, causal: per axis, as in `neighborhood`.
+    """
 
     size: tuple[int, ...]
     kernel: tuple[int, ...]

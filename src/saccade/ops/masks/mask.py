@@ -160,7 +160,14 @@ def agree(a: int, b: int, what: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Pairwise(Mask):
-    """Two masks that are asked one after the other."""
+    """Two masks that are asked one after the other.
+
+    Attributes:
+        left, right: the masks.
+
+    Raises:
+        ValueError: if they are for different numbers of batch rows or heads.
+    """
 
     left: Mask
     right: Mask
@@ -248,7 +255,11 @@ class Or(Pairwise):
 
 @dataclass(frozen=True, eq=False)
 class Not(Mask):
-    """Pairs that a mask forbids."""
+    """Pairs that a mask forbids.
+
+    Attributes:
+        inner: the mask.
+    """
 
     inner: Mask
 

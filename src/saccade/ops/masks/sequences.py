@@ -19,7 +19,11 @@ from saccade.ops.masks.mask import Mask, agree
 
 @dataclass(frozen=True, eq=False)
 class Padding(Mask):
-    """Keys that are real tokens."""
+    """Keys that are real tokens.
+
+    Attributes:
+        valid_BM: bool; B may be 1, for all rows.
+    """
 
     valid_BM: Tensor
 
@@ -59,7 +63,14 @@ class Padding(Mask):
 
 
 def padding(valid_BM: Tensor) -> Mask:
-    """Keys marked True in `valid_BM` (B, M), for every query."""
+    """Keys marked True in `valid_BM` (B, M), for every query.
+
+    Args:
+        valid_BM: bool, True = real token; B may be 1, for all rows.
+
+    Raises:
+        ValueError: if it is no bool tensor of two axes.
+    """
     if valid_BM.dtype != torch.bool or valid_BM.ndim != 2:
         raise ValueError(
             f"valid must be a bool tensor of shape (B, M), got {valid_BM.dtype} of shape {tuple(valid_BM.shape)}"
@@ -69,7 +80,11 @@ def padding(valid_BM: Tensor) -> Mask:
 
 @dataclass(frozen=True, eq=False)
 class Documents(Mask):
-    """Pairs in the same document."""
+    """Pairs in the same document.
+
+    Attributes:
+        query_BN, key_BM: integer ids; B may be 1, for all rows.
+    """
 
     query_BN: Tensor
     key_BM: Tensor
@@ -120,6 +135,9 @@ def documents(ids_BN: Tensor, key_ids_BM: Tensor | None = None) -> Mask:
     Args:
         ids_BN: integer ids (B, N), or (1, N) for all rows, or (N,).
         key_ids_BM: ids of the keys where they differ from the queries'.
+
+    Raises:
+        ValueError: if the ids are no integers of these shapes.
     """
     query = torch.atleast_2d(ids_BN)
     key = query if key_ids_BM is None else torch.atleast_2d(key_ids_BM)
@@ -156,7 +174,13 @@ def packed(cu_seqlens: Tensor) -> Mask:
 
 @dataclass(frozen=True, eq=False)
 class PerDocument(Mask):
-    """A mask within each document, its positions counted from the document's first token."""
+    """A mask within each document, its positions counted from the document's first token.
+
+    Attributes:
+        documents: which pairs are in one.
+        inner: the mask within.
+        query_start_BN, key_start_BM: position of the first token of each token's document.
+    """
 
     documents: Documents
     inner: Mask
@@ -199,15 +223,18 @@ class PerDocument(Mask):
 def per_document(ids_BN: Tensor, inner: Mask) -> Mask:
     """`inner` within each document of a packed sequence, with positions counted from the document's first token.
 
+    Args:
+        ids_BN: sorted integer ids, as `documents` takes them.
+        inner: a mask of positions within a document.
+
+    Raises:
+        ValueError: if the ids are no integers of these shapes.
+
     >>> import torch
     >>> from saccade.ops.masks import causal, prefix
     >>> mask = per_document(torch.tensor([0, 0, 0, 1, 1, 1]), prefix(1) | causal())
     >>> mask.dense(6, 6)[0, 0, 3].tolist()
     [False, False, False, True, False, False]
-
-    Args:
-        ids_BN: sorted integer ids, as `documents` takes them.
-        inner: a mask of positions within a document.
     """
     same = documents(ids_BN)
     assert isinstance(same, Documents)

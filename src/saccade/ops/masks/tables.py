@@ -62,6 +62,9 @@ def blocks(keep_BHnm: Tensor, block_size: int | Sequence[int]) -> Mask:
     Args:
         keep_BHnm: bool (B, H, n, m), True = the block is attended; B and H may be 1. (n, m) alone is for all.
         block_size: tokens per block, an int or (query, key).
+
+    Raises:
+        ValueError: if `keep_BHnm` is no such tensor, or a block size is not positive.
     """
     if keep_BHnm.dtype != torch.bool or keep_BHnm.ndim not in (2, 4):
         raise ValueError(
@@ -73,7 +76,11 @@ def blocks(keep_BHnm: Tensor, block_size: int | Sequence[int]) -> Mask:
 
 @dataclass(frozen=True, eq=False)
 class Dense(Mask):
-    """A bool tensor as a mask."""
+    """A bool tensor as a mask.
+
+    Attributes:
+        mask_BHNM: bool; every axis may be 1, for all.
+    """
 
     mask_BHNM: Tensor
 
@@ -123,7 +130,14 @@ class Dense(Mask):
 
 
 def dense(mask: Tensor) -> Mask:
-    """A bool tensor that broadcasts to (B, H, N, M), True = may attend, so that it can be combined with other masks."""
+    """A bool tensor that broadcasts to (B, H, N, M), True = may attend, so that it can be combined with other masks.
+
+    Args:
+        mask: bool, of two to four axes; those that are missing are B and H.
+
+    Raises:
+        ValueError: if it is no such tensor.
+    """
     if mask.dtype != torch.bool or mask.ndim > 4 or mask.ndim < 2:
         raise ValueError(f"mask must be a bool tensor of 2 to 4 axes, got {mask.dtype} of shape {tuple(mask.shape)}")
     return Dense(mask[(None,) * (4 - mask.ndim)])

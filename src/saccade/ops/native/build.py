@@ -62,12 +62,20 @@ _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ct
 
 
 def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why tensors of this kind cannot be computed here, or None. Compiles, where that is still to be done."""
+    """Why tensors of this kind cannot be computed here, or None. Compiles, where that is still to be done.
+
+    Args:
+        device, dtype: of the tensors.
+    """
     return _strange(device, dtype) or _loaded()[1]
 
 
 def forecast(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What `refusal` will say, as far as that can be known without compiling anything."""
+    """What `refusal` will say, as far as that can be known without compiling anything.
+
+    Args:
+        device, dtype: of the tensors.
+    """
     return _strange(device, dtype) or (_prospect() if _outcome is None else _outcome[1])
 
 

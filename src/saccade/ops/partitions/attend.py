@@ -97,6 +97,10 @@ def packed_window_attend(
 ) -> Tensor:
     """`window_attend` of queries, keys and values that lie side by side, as one projection gives them.
 
+    Args:
+        qkv_BN3HD: of the grid's tokens in row-major order; as many key heads as query heads.
+        size, window, shift, bias, mask, scale, memory_mb: as in `window_attend`.
+
     Returns:
         (B, H, N, D), in memory (B, N, H, D), so that merging the heads copies nothing. The gradient of `qkv_BN3HD` is
         written in place, without the stacking of three.

@@ -50,6 +50,9 @@ def alibi(slopes: Tensor | int, *, symmetric: bool = False, device: torch.device
 def soft_cap(cap: float) -> Modification:
     """c tanh(s / c): scores stay between -c and c (Gemma 2, arXiv 2408.00118).
 
+    Args:
+        cap: c.
+
     Raises:
         ValueError: if `cap` is not positive.
 
@@ -158,6 +161,9 @@ def bias(table: Tensor) -> Modification:
 def compose(*mods: ScoreMod) -> ScoreMod:
     """One modification after the other, from left to right; functions of your own too.
 
+    Args:
+        mods: one or more.
+
     Raises:
         ValueError: if there is none.
 
@@ -171,7 +177,12 @@ def compose(*mods: ScoreMod) -> ScoreMod:
 
 
 def shifted(mod: ScoreMod, offset: int) -> ScoreMod:
-    """The same modification where the first query stands at position `offset`, as in decoding with a cache."""
+    """The same modification where the first query stands at position `offset`, as in decoding with a cache.
+
+    Args:
+        mod: of this module, or a function of your own.
+        offset: added to the query's index.
+    """
     if offset == 0 or isinstance(mod, SoftCap):
         return mod
     if isinstance(mod, Composed):

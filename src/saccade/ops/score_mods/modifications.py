@@ -41,7 +41,12 @@ _Positioned = TypeVar("_Positioned", bound="Added")
 
 @dataclass(frozen=True, eq=False)
 class Added(Modification):
-    """Something that is added to the score. Query i stands at position i + offset."""
+    """Something that is added to the score. Query i stands at position i + offset.
+
+    Attributes:
+        table: what is added, by subclass.
+        offset: position of query 0.
+    """
 
     table: Tensor
     offset: int = 0
@@ -84,6 +89,12 @@ class ByDistance(Added):
 
 @dataclass(frozen=True, eq=False)
 class Alibi(ByDistance):
+    """slope x distance; table: slopes (H,).
+
+    Attributes:
+        symmetric: of the distance without its sign, negative.
+    """
+
     symmetric: bool = False
 
     def values(self, h: Tensor, distance: Tensor) -> Tensor:
@@ -97,6 +108,8 @@ class Alibi(ByDistance):
 
 @dataclass(frozen=True, eq=False)
 class RelativeBias(ByDistance):
+    """An entry for each distance from -r to r; table: (H or 1, 2 r + 1)."""
+
     def values(self, h: Tensor, distance: Tensor) -> Tensor:
         reach = self.table.shape[1] // 2
         return self.table[h, (distance + reach).clamp(0, 2 * reach)]
@@ -107,6 +120,13 @@ class RelativeBias(ByDistance):
 
 @dataclass(frozen=True, eq=False)
 class BucketedBias(ByDistance):
+    """An entry for each of T5's buckets of distances; table: (H or 1, n).
+
+    Attributes:
+        max_distance: from here on all share the last bucket.
+        bidirectional: half of the buckets are for keys after the query.
+    """
+
     max_distance: int = 128
     bidirectional: bool = True
 
@@ -129,6 +149,8 @@ class BucketedBias(ByDistance):
 
 @dataclass(frozen=True, eq=False)
 class Bias(Added):
+    """An entry for each pair; table: (B or 1, H or 1, N or 1, M)."""
+
     def at(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         b, h, q = (_row(i, rows) for i, rows in zip((b, h, q), self.table.shape))
         return self.table[b, h, q, k]
@@ -154,7 +176,11 @@ class Bias(Added):
 
 @dataclass(frozen=True, eq=False)
 class GridBias(Added):
-    """By relative position on a grid, within the residue classes of a dilated one; table: (H or 1, 2 w_1 - 1, ...)."""
+    """By relative position on a grid, within the residue classes of a dilated one; table: (H or 1, 2 w_1 - 1, ...).
+
+    Attributes:
+        grid: the neighbourhood whose positions the table is of.
+    """
 
     grid: Neighborhood = field(default_factory=lambda: Neighborhood((1,), (1,), (1,), (1,), (False,)))
 
@@ -180,6 +206,12 @@ class GridBias(Added):
 
 @dataclass(frozen=True, eq=False)
 class SoftCap(Modification):
+    """c tanh(s / c).
+
+    Attributes:
+        cap: c.
+    """
+
     cap: float
 
     def __call__(self, score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
@@ -191,7 +223,11 @@ class SoftCap(Modification):
 
 @dataclass(frozen=True, eq=False)
 class Composed(Modification):
-    """One after the other, from left to right; some may be functions of the user's."""
+    """One after the other, from left to right; some may be functions of the user's.
+
+    Attributes:
+        mods: from left to right.
+    """
 
     mods: tuple[ScoreMod, ...]
 
@@ -213,7 +249,12 @@ class Composed(Modification):
 
 @dataclass(frozen=True, eq=False)
 class Shifted(Modification):
-    """A function of the user's for queries that begin at `offset`."""
+    """A function of the user's for queries that begin at `offset`.
+
+    Attributes:
+        mod: the function.
+        offset: position of query 0.
+    """
 
     mod: ScoreMod
     offset: int
@@ -228,7 +269,11 @@ def _row(index: Tensor, rows: int) -> Tensor:
 
 
 def steps(mod: ScoreMod | None) -> tuple[Added | SoftCap, ...] | None:
-    """The modifications of which `mod` is made, in their order; None if one of them has no name."""
+    """The modifications of which `mod` is made, in their order; None if one of them has no name.
+
+    Args:
+        mod: what `attend` was given; None is no step.
+    """
     each = () if mod is None else mod.mods if isinstance(mod, Composed) else (mod,)
     named = tuple(one for one in each if isinstance(one, (ByDistance, Bias, SoftCap)))
     return named if len(named) == len(each) else None

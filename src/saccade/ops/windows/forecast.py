@@ -22,7 +22,11 @@ _FORECAST = 2**18
 
 
 def regular(problem: Problem) -> tuple[int, ...] | None:
-    """The mask in integers, or None where this file cannot run it: mask, score or normaliser are not regular."""
+    """The mask in integers, or None where this file cannot run it: mask, score or normaliser are not regular.
+
+    Args:
+        problem: one call of `attend`.
+    """
     if problem.score is not None or not _fits(problem.score_mod, problem.mask):
         return None
     if problem.normalize != "softmax" or problem.dropout:
@@ -42,13 +46,27 @@ def _fits(score_mod: ScoreMod | None, mask: Mask | None) -> bool:
 
 
 def density(problem: Problem) -> float:
-    """Share of the N x M pairs that are computed, boxes included."""
+    """Share of the N x M pairs that are computed, boxes included.
+
+    Args:
+        problem: whose mask is regular.
+
+    Raises:
+        ValueError: if it is not.
+    """
     pairs = forecast_of(pattern_of(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[0]
     return pairs / (problem.B * problem.H * problem.N * problem.M)
 
 
 def relative_time(problem: Problem) -> float:
-    """Expected time as a share of dense SDPA's."""
+    """Expected time as a share of dense SDPA's.
+
+    Args:
+        problem: whose mask is regular.
+
+    Raises:
+        ValueError: if it is not.
+    """
     time = forecast_of(pattern_of(problem), problem.N, problem.M, problem.H // problem.K, problem.B * problem.K)[1]
     return time / (problem.B * problem.H * problem.N * problem.M)
 
@@ -90,7 +108,11 @@ forecast_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def extra_bytes(problem: Problem) -> int:
-    """Copies of the inputs where they are strided or half precision, the scores of a piece and some strips."""
+    """Copies of the inputs where they are strided or half precision, the scores of a piece and some strips.
+
+    Args:
+        problem: one call of `attend`.
+    """
     itemsize = 8 if problem.dtype == torch.float64 else 4
     rows = problem.B * problem.H * problem.N + problem.B * problem.K * problem.M
     return rows * (problem.D + problem.E) * itemsize + piece_bytes(problem.memory_mb) + STRIP_BYTES

@@ -28,7 +28,15 @@ from saccade.ops.windows.portions import piece_bytes
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`."""
+    """Attention with a mask that `regular` accepts; the LSE is None unless `problem.return_lse`.
+
+    Args:
+        problem: what is asked, and what the planner knows of it.
+        q, k, v: (B, H, N, D), (B, K, M, D) and (B, K, M, E).
+
+    Raises:
+        ValueError: if the mask is not regular.
+    """
     if isinstance(problem.score_mod, GridBias):
         table = problem.score_mod.table.expand(problem.H, *problem.score_mod.table.shape[1:])
         out, lse = biased_window_attend(q, k, v, table, pattern_of(problem), problem.scale)

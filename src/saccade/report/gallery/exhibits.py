@@ -68,7 +68,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Picture:
-    """A photograph as the network sees it: `image_SS` in [0, 1], and `covered`, (top, left, side), or None."""
+    """A photograph as the network sees it.
+
+    Attributes:
+        name: of the photograph.
+        image_SS: grey, in [0, 1].
+        covered: (top, left, side) of the covered square, or None.
+    """
 
     name: str
     image_SS: Tensor
@@ -104,7 +110,16 @@ class Exhibit:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Exhibits, the first of them the network without a gate, with all that was common to them."""
+    """Exhibits, with all that was common to them.
+
+    Attributes:
+        settings: of the training.
+        pictures: that all gates are shown on.
+        exhibits: the gates, after the network without one.
+        parameters: of the network without a gate.
+        machine: what it was made on.
+        day: ISO date.
+    """
 
     settings: Settings
     pictures: list[Picture]

@@ -18,7 +18,11 @@ from saccade.train.files import write_text
 
 
 def page_path(path: str | Path) -> Path:
-    """The page itself: `gallery.html` where `path` is a folder."""
+    """The page itself: `gallery.html` where `path` is a folder.
+
+    Args:
+        path: of a page (.html, .htm), or a folder.
+    """
     path = Path(path)
     return path if path.suffix in (".html", ".htm") else path / "gallery.html"
 
@@ -26,9 +30,13 @@ def page_path(path: str | Path) -> Path:
 def write_gallery(gallery: Gallery, path: str | Path) -> Path:
     """Write the page to `page_path(path)`, which is returned, whole or not at all.
 
+    Args:
+        gallery: of `make`.
+        path: the page, or the folder that it goes to.
+
     Raises:
         OSError: if it cannot be written.
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     path = page_path(path)
     write_text(path, page(gallery))
@@ -70,8 +78,11 @@ svg rect { fill: var(--bar); }
 def page(gallery: Gallery) -> str:
     """The page as HTML; it carries its pictures in itself and needs no script.
 
+    Args:
+        gallery: of `make`.
+
     Raises:
-        ValueError: if matplotlib is not installed.
+        ImportError: if matplotlib is not installed.
     """
     colours = colours_of_maps()
     backgrounds = "".join(

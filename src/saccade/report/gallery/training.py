@@ -37,6 +37,10 @@ from saccade.train.lab import Lab
 def photographs(side: int, count: int = len(PHOTOGRAPHS)) -> dict[str, Tensor]:
     """The first `count` photographs in grey, (side, side) in [0, 1], cut to their middle square.
 
+    Args:
+        side: to which they are scaled.
+        count: how many.
+
     Raises:
         ImportError: if scikit-image is not installed.
     """
@@ -54,6 +58,12 @@ def crops(photographs_PSS: Tensor, count: int, side: int, generator: torch.Gener
 
     Contrast and brightness vary, there is a little noise, and a square of three to five eighths of the side is
     covered with a piece of another photograph, its pixels in random order.
+
+    Args:
+        photographs_PSS: of `photographs`.
+        count: B.
+        side: of a crop, at most S.
+        generator: of all that is drawn.
     """
     P, S = photographs_PSS.shape[:2]
 
@@ -88,7 +98,11 @@ PLACE = "body"
 
 
 def network(classes: int) -> nn.Sequential:
-    """The small CNN, (B, 1, H, W) -> (B, classes); gates stand at a quarter of the resolution."""
+    """The small CNN, (B, 1, H, W) -> (B, classes); gates stand at a quarter of the resolution.
+
+    Args:
+        classes: the number of logits.
+    """
 
     def convolution(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         return [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -173,6 +187,10 @@ def views(gate: nn.Module, x_BCHW: Tensor) -> tuple[dict[str, Tensor], Tensor | 
     """What a gate shows on a map: pictures (B, H, W) by what they are, and its means over positions, (B, C).
 
     A picture that is flat everywhere is left out; so are the channels, where all are alike.
+
+    Args:
+        gate: a module that `attention_map` can show.
+        x_BCHW: the maps that it is given.
     """
     B, C, H, W = x_BCHW.shape
     if isinstance(gate, Mixes):

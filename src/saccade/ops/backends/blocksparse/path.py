@@ -26,6 +26,11 @@ LAYOUT_ROWS = 45
 
 
 def refusal(problem: Problem) -> str | None:
+    """Why this path cannot do it, or None.
+
+    Args:
+        problem: one call of `attend`.
+    """
     if problem.score is not None:
         return "scores are dot products here"
     if problem.score_mod is not None and (why_not := _cannot_modify(problem)):
@@ -53,8 +58,14 @@ def _cannot_modify(problem: Problem) -> str | None:
 
 
 def relative_time(problem: Problem) -> float:
-    """Measured: in C at 1.2 times SDPA's rate; in torch pieces run at three quarters of it, slower where masked, and a
-    call and a piece cost a moment."""
+    """Expected time as a share of dense SDPA's.
+
+    Measured: in C at 1.2 times SDPA's rate; in torch pieces run at three quarters of it, slower where masked, and a
+    call and a piece cost a moment.
+
+    Args:
+        problem: one call of `attend`.
+    """
     in_c = native.forecast(problem.device, problem.dtype) is None
     layout = LAYOUT_ROWS * problem.K / max(1, problem.N * problem.H) if in_c else 0.0
     if (fast := _regular(problem)) is not None:
@@ -71,6 +82,11 @@ def relative_time(problem: Problem) -> float:
 
 
 def extra_bytes(problem: Problem) -> int:
+    """Memory beyond inputs and outputs.
+
+    Args:
+        problem: one call of `attend`.
+    """
     if (fast := _regular(problem)) is not None:
         return int(fast.extra_bytes(problem))
     # backward: two tiles of scores, gathered keys and values; half precision is copied to float32
@@ -79,6 +95,12 @@ def extra_bytes(problem: Problem) -> int:
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The output (B, H, N, E), and the LSE (B, H, N) where it is wanted.
+
+    Args:
+        problem: what is asked, and what the planner knows of it.
+        q, k, v: (B, H, N, D), (B, K, M, D) and (B, K, M, E).
+    """
     if (fast := _regular(problem)) is not None:
         return fast.run(problem, q, k, v)
     if problem.score_mod is not None and native.refusal(q.device, q.dtype) is not None:

@@ -29,11 +29,22 @@ CANDIDATES: dict[str, Sequence[int]] = {"tile_bytes": [2**20 * size for size in 
 
 
 def refusal(problem: Problem) -> str | None:
+    """None: this path takes all.
+
+    Args:
+        problem: one call of `attend`.
+    """
     return None
 
 
 def relative_time(problem: Problem) -> float:
-    """Measured on two cores at N = 4096; for a score of the user's, whose cost nobody knows, a small network's."""
+    """Expected time as a share of dense SDPA's.
+
+    Measured on two cores at N = 4096; for a score of the user's, whose cost nobody knows, a small network's.
+
+    Args:
+        problem: one call of `attend`.
+    """
     if problem.score is not None:
         return 40.0 * _union_density(problem) + 0.1
     if problem.mask is not None and problem.score_mod is None:
@@ -44,7 +55,12 @@ def relative_time(problem: Problem) -> float:
 
 
 def trials(B: int, H: int, N: int, D: int, device: torch.device) -> list[dict[str, Any]]:
-    """What `saccade.autotune` times: modified dot products, and a network as score on half the tokens."""
+    """What `saccade.autotune` times: modified dot products, and a network as score on half the tokens.
+
+    Args:
+        B, H, N, D: sizes of the queries, keys and values.
+        device: where they are made.
+    """
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(B, H, N, D, generator=generator).to(device).requires_grad_() for _ in range(3))
     first, second = (torch.randn(D, 16, generator=generator).to(device).requires_grad_() for _ in range(2))
@@ -57,6 +73,11 @@ def trials(B: int, H: int, N: int, D: int, device: torch.device) -> list[dict[st
 
 
 def extra_bytes(problem: Problem) -> int:
+    """Memory beyond inputs and outputs: a tile, and sums over the rows in working precision.
+
+    Args:
+        problem: one call of `attend`.
+    """
     pairs = problem.B * problem.H * problem.N * problem.M
     tile = min(tile_budget(problem), pairs * ARRAYS * working_dtype(problem).itemsize)
     rows = problem.B * problem.H * problem.N * (problem.E + 4)

@@ -23,6 +23,12 @@ from saccade.ops.planning import Problem
 
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The output (B, H, N, E), and the LSE (B, H, N) where it is wanted.
+
+    Args:
+        problem: what is asked, and what the planner knows of it.
+        q, k, v: (B, H, N, D), (B, K, M, D) and (B, K, M, E).
+    """
     # torch.compile cannot follow a loop over the tiles of a mask: one tile that holds everything it can
     if torch.compiler.is_compiling() and whole_bytes(problem) <= problem.memory_mb * 2**20:
         return reference.run(problem, q, k, v)
