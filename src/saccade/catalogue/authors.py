@@ -74,6 +74,10 @@ def load_authors(slug: str, path: str | Path, module: str | None = None, **autho
 def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy a whole state dict of our names into a module.
 
+    Args:
+        module: is changed.
+        state: tensors by their names in the module; of tied parameters one name is enough.
+
     Raises:
         ValueError: naming what is missing, what has no place, and what has another shape or kind of numbers.
     """
@@ -105,6 +109,9 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name.
+
+    Args:
+        path: of a file of safetensors or of `torch.save`.
 
     Raises:
         OSError: if the file cannot be read or is no regular file.

@@ -40,7 +40,16 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper of the basis. `state` is "ready" where its room exists, "planned" where it does not yet."""
+    """A paper of the basis.
+
+    Attributes:
+        number: in the list of 119; 0 for the baseline.
+        slug: its name here.
+        title, arxiv: of the paper.
+        family: of mechanisms, as the list has it.
+        state: "ready" or "planned".
+        room: the module in which its part stands; None where it is planned.
+    """
 
     number: int
     slug: str
@@ -53,7 +62,22 @@ class Paper:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a room says of itself in literals, readable without importing it; `kind` is given by its name."""
+    """What a room says of itself in literals, readable without importing it.
+
+    Attributes:
+        slug, title, arxiv, family: as in `Paper`.
+        kind: a name of `KINDS`; becomes the `Kind` itself.
+        summary: what it does, in a sentence.
+        supports: of `CAPABILITIES`.
+        taxonomy: a value for each of `AXES`.
+        efficiency: its class in the survey's tree (`saccade.explain.efficient_attention_survey`), "" where it has none.
+        complexity: time and memory.
+        note: what a reader must know beside it.
+        invariants: what its tests hold.
+
+    Raises:
+        ValueError: if there is no such kind.
+    """
 
     slug: str
     title: str
@@ -81,7 +105,8 @@ class AuthorsPort:
         build: authors' constructor arguments ({} for a function) -> our module (an `nn.Identity` for a function).
         convert: authors' state dict -> ours.
         run: (module, the authors' named inputs, their arguments) -> the authors' named outputs.
-        tolerance: largest error relative to the output's scale in fp32; `reason` says why where it is above 1e-5.
+        tolerance: largest error relative to the output's scale in fp32.
+        reason: why the tolerance is above 1e-5.
         compare: (name, ours, recorded, inputs, arguments) -> the two tensors to be compared; for outputs of which only
             a part is defined.
     """
@@ -97,7 +122,13 @@ class AuthorsPort:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """What came out of a claim: `measured` by name, with units in the names, and whether the claim shows."""
+    """What came out of a claim.
+
+    Attributes:
+        measured: figures by name, with units in the names.
+        holds: whether the claim shows.
+        note: what a reader must know beside them.
+    """
 
     measured: Mapping[str, float]
     holds: bool
@@ -109,6 +140,11 @@ class Claim:
     """A paper's central claim as a small experiment.
 
     `run(lab)` gets a `saccade.train.lab.Lab` (data, training, timing, seed, progress) and returns a ClaimResult.
+
+    Attributes:
+        paper: what the paper says, and where.
+        expected: what should show at this size.
+        run: the experiment.
     """
 
     paper: str
@@ -126,7 +162,8 @@ class Published:
         parameters: in millions.
         flops: in thousand millions of multiply-adds on `inputs`; None where the paper gives none.
         inputs: the shapes of the call's named inputs, batch included.
-        tolerance: how far the table may be off, as a share; `note` says why where it is above 1 %.
+        tolerance: how far the table may be off, as a share.
+        note: why the tolerance is above 1 %, or what else the table does not say.
     """
 
     name: str
@@ -167,15 +204,18 @@ class Replacement:
 
 @dataclass(frozen=True, repr=False)
 class Part(Summary):
-    """A full registration.
+    """A full registration: a `Summary`, and what needs the room's code.
 
-    `build` is the constructor that `create` calls. `passes` are the constructors to which it hands its `**keywords`,
-    where that is not the next class. `example` are constructor arguments of a tiny instance; `inputs`
-    maps (a tiny instance, a size) to its call's positional arguments, where the default of its kind does not do.
-    `at_length` gives arguments for short sequences, where the defaults are made for long ones.
-    `data_dependent` parts have shapes that depend on values, so torch.compile breaks their graph.
-    `published` are the sizes of a model's paper, by which its parameters and FLOPs are checked.
-    `replaces` says how a "training-free" mechanism takes the place of a pretrained model's attention.
+    Attributes:
+        build: the constructor that `create` calls.
+        passes: the constructors to which it hands its `**keywords`, where that is not the next class.
+        example: constructor arguments of a tiny instance.
+        inputs: (a tiny instance, a size) -> its call's positional arguments, where the default of its kind does not do.
+        at_length: length -> arguments for short sequences, where the defaults are made for long ones.
+        data_dependent: shapes depend on values, so torch.compile breaks the graph.
+        published: the sizes of a model's paper, by which its parameters and FLOPs are checked.
+        replaces: how a "training-free" mechanism takes the place of a pretrained model's attention.
+        room: the module in which it stands.
     """
 
     build: Callable[..., nn.Module] | None = None

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 class Trial(NamedTuple):
-    """What a part's cost is measured on: its constructor's arguments, its call's, and their size in words."""
+    """What a part's cost is measured on: its constructor's arguments, its call's, and their size in words.
+
+    Attributes:
+        size: in words.
+        arguments: of the constructor.
+        inputs: module -> positional arguments of the call.
+    """
 
     size: str
     arguments: Mapping[str, Any]
@@ -227,6 +233,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 
 def named(name: str) -> Kind:
     """The kind of that name.
+
+    Args:
+        name: of `KINDS`.
 
     Raises:
         ValueError: if there is none.

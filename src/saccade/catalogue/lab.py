@@ -42,6 +42,9 @@ class Trial:
 class Trials:
     """What was measured of each form, figure by figure, a value for each seed.
 
+    Attributes:
+        values: form -> figure -> a value for each seed.
+
     >>> trials = Trials({"plain": {"error": [3.0, 5.0]}, "gated": {"error": [1.0, 2.0]}})
     >>> trials.means("{form}_error_percent") | trials.spreads("{form}_spread_percent")
     {'plain_error_percent': 4.0, 'gated_error_percent': 1.5, 'plain_spread_percent': 2.0, 'gated_spread_percent': 1.0}

@@ -33,7 +33,11 @@ Name = str | Callable[[Mapping[str, str]], str]
 
 @dataclass(frozen=True)
 class Laid:
-    """A place where the authors' numbers stand in another layout; see `laid`."""
+    """A place where the authors' numbers stand in another layout; see `laid`.
+
+    Attributes:
+        name, layout: as in `laid`.
+    """
 
     name: Name
     layout: Callable[[Tensor], Tensor]
@@ -41,14 +45,22 @@ class Laid:
 
 @dataclass(frozen=True)
 class Split:
-    """The places of the equal parts of one tensor; see `split`."""
+    """The places of the equal parts of one tensor; see `split`.
+
+    Attributes:
+        names: ours, in the order of the parts.
+    """
 
     names: tuple[Name, ...]
 
 
 @dataclass(frozen=True)
 class Joined:
-    """The place of what is several tensors there; see `joined`."""
+    """The place of what is several tensors there; see `joined`.
+
+    Attributes:
+        name, over, join: as in `joined`.
+    """
 
     name: Name
     over: str
@@ -65,12 +77,21 @@ _SHOWN = 5
 
 
 def laid(name: Name, layout: Callable[[Tensor], Tensor]) -> Laid:
-    """A tensor that is laid out otherwise here: `layout` of theirs is ours."""
+    """A tensor that is laid out otherwise here: `layout` of theirs is ours.
+
+    Args:
+        name: ours.
+        layout: their tensor -> ours.
+    """
     return Laid(name, layout)
 
 
 def split(name: str, *parts: str) -> Split:
     """One tensor of theirs that is several here, in equal parts of its first axis; `{part}` is each part's name.
+
+    Args:
+        name: ours, with `{part}` and the placeholders of theirs.
+        parts: in the order of their rows.
 
     >>> split("{part}_proj.{leaf}", "q", "k", "v").names
     ('q_proj.{leaf}', 'k_proj.{leaf}', 'v_proj.{leaf}')
@@ -79,13 +100,22 @@ def split(name: str, *parts: str) -> Split:
 
 
 def joined(name: str, over: str, join: Callable[[list[Tensor]], Tensor]) -> Joined:
-    """Several tensors of theirs that are one here: `join` of them in the order of the placeholder `over`, 0, 1 ..."""
+    """Several tensors of theirs that are one here: `join` of them in the order of the placeholder `over`, 0, 1 ...
+
+    Args:
+        name: ours, without the placeholder `over`.
+        over: the placeholder that numbers them.
+        join: of their tensors, `torch.stack` or `torch.cat`.
+    """
     return Joined(name, over, join)
 
 
 @dataclass(frozen=True)
 class Names:
     """A port's `convert`: the authors' tensors under our names.
+
+    Attributes:
+        table: the authors' names -> ours.
 
     >>> names = Names({"layers.{i}.wq.{leaf}": "blocks.{i}.q_proj.{leaf}", "steps": None})
     >>> names({"layers.0.wq.weight": 1, "steps": 2})

@@ -18,7 +18,12 @@ _WORDS = {int: "an int", float: "a number", bool: "True or False", str: "a strin
 
 
 class Option(NamedTuple):
-    """One option: its type (the annotation's text where it cannot be evaluated) and its default, or `REQUIRED`."""
+    """One option: its type (the annotation's text where it cannot be evaluated) and its default, or `REQUIRED`.
+
+    Attributes:
+        type: the annotation, or its text.
+        default: or `REQUIRED`.
+    """
 
     type: Any
     default: Any
@@ -72,7 +77,12 @@ def check(name: str, known: Mapping[str, Option], given: Mapping[str, Any], *, c
 
 
 def nearest(name: str, names: Iterable[str]) -> list[str]:
-    """Up to three of `names` that look like `name`, whatever its capitals and hyphens."""
+    """Up to three of `names` that look like `name`, whatever its capitals and hyphens.
+
+    Args:
+        name: as it was given.
+        names: that there are.
+    """
     plain = {each.lower().replace("_", "-"): each for each in names}
     name = name.lower().replace("_", "-").replace(" ", "-")
     close = [name] if name in plain else difflib.get_close_matches(name, plain, n=3, cutoff=0.5)

@@ -62,6 +62,9 @@ def papers() -> list[Paper]:
 def paper(slug: str) -> Paper:
     """One paper (or the baseline `softmax`).
 
+    Args:
+        slug: of the paper.
+
     Raises:
         ValueError: if there is none of that name; the nearest names are in the message.
     """
@@ -87,12 +90,18 @@ def select(
 ) -> list[Summary]:
     """The parts of a family, kind, capability or place in the taxonomy.
 
-    >>> from saccade import catalogue
-    >>> [part.slug for part in catalogue.select(kind="sequence", family="baseline")]
-    ['softmax']
+    Args:
+        family: of the paper's list.
+        kind: of `KINDS`.
+        supports: a capability, of `CAPABILITIES`.
+        **taxonomy: a value of one or more of `AXES`.
 
     Raises:
         ValueError: if a name is unknown.
+
+    >>> from saccade import catalogue
+    >>> [part.slug for part in catalogue.select(kind="sequence", family="baseline")]
+    ['softmax']
     """
     if kind is not None:
         kind = kinds.named(kind)
@@ -141,6 +150,13 @@ def register(slug: str, **fields: Any) -> Part:
     """Enter a part; stands at the bottom of its room. Fields are those of `Part`, less what the paper's list knows.
 
     The fields of `Summary` (kind, summary, supports, taxonomy ...) must be literals.
+
+    Args:
+        slug: of the paper.
+        **fields: of `Part`, `kind` and `summary` among them.
+
+    Raises:
+        ValueError: if the paper, the kind, a capability or a place in the taxonomy is unknown.
     """
     entry = paper(slug)
     for capability in fields.get("supports", ()):
@@ -157,6 +173,9 @@ def register(slug: str, **fields: Any) -> Part:
 def part(slug: str) -> Part:
     """The full registration of a part; imports its room.
 
+    Args:
+        slug: of the part.
+
     Raises:
         ValueError: if the name is unknown, or the paper has no room yet.
     """
@@ -171,12 +190,15 @@ def part(slug: str) -> Part:
 def options(slug: str) -> dict[str, _options.Option]:
     """What `create` takes for a part: name -> (type, default), those included that its base classes take.
 
-    >>> from saccade import catalogue
-    >>> catalogue.options("moba")["top_k"]
-    Option(type=<class 'int'>, default=3)
+    Args:
+        slug: of the part.
 
     Raises:
         ValueError: if the name is unknown, or there is nothing to build.
+
+    >>> from saccade import catalogue
+    >>> catalogue.options("moba")["top_k"]
+    Option(type=<class 'int'>, default=3)
     """
     entry = part(slug)
     if entry.build is None:
@@ -187,6 +209,10 @@ def options(slug: str) -> dict[str, _options.Option]:
 def check_options(slug: str, **arguments: Any) -> None:
     """Refuse what `create` would refuse for its name or type, without building.
 
+    Args:
+        slug: of the part.
+        **arguments: of its constructor; some may be missing.
+
     Raises:
         ValueError: as `create`.
     """
@@ -196,12 +222,16 @@ def check_options(slug: str, **arguments: Any) -> None:
 def create(slug: str, **arguments: Any) -> nn.Module:
     """Build a part.
 
-    >>> import saccade
-    >>> saccade.create("moba", dim=32, num_heads=4).num_heads
-    4
+    Args:
+        slug: of the part; `saccade.catalogue.parts()` has them all.
+        **arguments: of its constructor; `saccade.catalogue.options(slug)` names them.
 
     Raises:
         ValueError: if the name or an option is unknown (the nearest are in the message) or an argument is wrong.
+
+    >>> import saccade
+    >>> saccade.create("moba", dim=32, num_heads=4).num_heads
+    4
     """
     _options.check(slug, options(slug), arguments)
     build = part(slug).build
@@ -214,6 +244,10 @@ def create(slug: str, **arguments: Any) -> nn.Module:
 
 def port(slug: str, module: str) -> AuthorsPort:
     """The authors' port of one module.
+
+    Args:
+        slug: of the part.
+        module: the recording's name, `AuthorsPort.module`.
 
     Raises:
         ValueError: if the part has no port of that name.

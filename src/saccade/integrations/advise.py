@@ -73,6 +73,7 @@ class Advice:
         trials: everything that was measured.
         skipped: mechanism -> why it could not run here.
         warning: what the figures do not say, "" where there is nothing to warn of.
+        on_model: whether it is of a model, not of shapes.
     """
 
     subject: str
@@ -153,6 +154,10 @@ class Advice:
 def trials(context: int, mechanisms: Sequence[str] | None = None) -> list[tuple[Mechanism, dict[str, Any]]]:
     """What `advise` would run at a context length: (mechanism, options), in order.
 
+    Args:
+        context: tokens.
+        mechanisms: names; all where None.
+
     Raises:
         ValueError: if a mechanism is unknown.
     """
@@ -191,6 +196,7 @@ def advise(
         mechanisms: names to try; all where None.
         dense_layers: layers that stay dense, as in `saccade.switch`.
         repeats: timed calls of each, the median counts.
+        seed: of random inputs.
         on_trial: called with the name of each setting before it runs.
 
     Raises:

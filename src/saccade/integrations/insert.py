@@ -44,6 +44,9 @@ class Gentle(nn.Module):
 
     In no paper: it lets a gate whose own initialisation changes the map (CBAM starts at x / 4) grow into a pretrained
     network. g = 1 is the paper's gate.
+
+    Args:
+        gate: of a feature map, which keeps its shape.
     """
 
     def __init__(self, gate: nn.Module) -> None:
@@ -481,6 +484,8 @@ def save(model: nn.Module, folder: str | Path, reports: Sequence[Inserted]) -> N
     """A transformers model with gates as a folder that `load` reads: the model's own files and what was inserted.
 
     Args:
+        model: a transformers model.
+        folder: to be written; made if need be.
         reports: of every `insert` into this model, in order.
     """
     folder = Path(folder)
@@ -491,6 +496,9 @@ def save(model: nn.Module, folder: str | Path, reports: Sequence[Inserted]) -> N
 
 def load(folder: str | Path) -> nn.Module:
     """A model that `save` (or `saccade insert --out`) wrote, in evaluation mode.
+
+    Args:
+        folder: that `save` wrote.
 
     Raises:
         OSError: if the folder has no such model.
@@ -517,6 +525,7 @@ def pretrained(folder: str | Path, state: Mapping[str, Tensor] | None = None) ->
     """A transformers model from its folder, of the class that its config names.
 
     Args:
+        folder: that `save_pretrained` wrote.
         state: its weights, where they are not to be read from the folder.
 
     Raises:

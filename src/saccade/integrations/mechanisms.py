@@ -34,13 +34,21 @@ _OF_SCORES = {"soft_cap": "a soft cap of scores", "sink_logits": "attention sink
 
 
 def implementation(slug: str) -> str:
-    """A mechanism's name as `attn_implementation`."""
+    """A mechanism's name as `attn_implementation`.
+
+    Args:
+        slug: of the mechanism.
+    """
     return "saccade_" + slug.replace("-", "_")
 
 
 @dataclass(frozen=True)
 class Mechanism(Replacement):
-    """A training-free mechanism: what its card says of it, and its name in the catalogue."""
+    """A training-free mechanism: what its card says of it, and its name in the catalogue.
+
+    Attributes:
+        slug: its name.
+    """
 
     slug: str = ""
 
@@ -166,8 +174,13 @@ def softmax_attend(
     """Dense attention by `saccade.attend`, with what some models add to it.
 
     Args:
+        q, k, v: (B, H, N, D), (B, K, M, D) and (B, K, M, E).
+        mask, scale, dropout: as in `saccade.attend`.
         soft_cap: scores become c tanh(s / c) (Gemma 2).
         sink_logits: (H,), a learned logit of each head in the softmax's denominator (GPT-OSS).
+
+    Raises:
+        ValueError: as `saccade.attend`, or if `soft_cap` is not positive.
     """
     score_mod = None if soft_cap is None else score_mods.soft_cap(soft_cap)
     if sink_logits is None:
@@ -192,7 +205,18 @@ def window_attend(
     soft_cap: float | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
-    """Keys from q - left to q + right (`left` again where None; causal layers have none later), and the first ones."""
+    """Keys from q - left to q + right (`left` again where None; causal layers have none later), and the first ones.
+
+    Args:
+        q, k, v, mask, scale, dropout, soft_cap, sink_logits: as in `softmax_attend`.
+        left, right: keys before and after the query.
+        sinks: first keys that are seen in any case.
+        causal: no key after the query, whatever `right` is.
+        offset: the key at which query 0 stands.
+
+    Raises:
+        ValueError: if a number of keys is negative, or as `softmax_attend`.
+    """
     window = _window(0, 0, causal, offset, {"left": left, "right": right, "sinks": sinks})
     whole = window if mask is None else window & mask
     return softmax_attend(q, k, v, mask=whole, scale=scale, dropout=dropout, soft_cap=soft_cap, sink_logits=sink_logits)
@@ -256,6 +280,9 @@ MECHANISMS: Mapping[str, Mechanism] = _Mechanisms()
 
 def mechanism(slug: str) -> Mechanism:
     """The mechanism of that name.
+
+    Args:
+        slug: "softmax", "window", or a part of the catalogue that is training-free.
 
     Raises:
         ValueError: if there is none; the nearest names are in the message.

@@ -165,6 +165,10 @@ def plan(
 
     The tensors may lie on the "meta" device.
 
+    Args:
+        q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout: as in `attend`.
+        return_lse, backend, memory_mb: as in `attend`.
+
     Raises:
         ValueError: where `attend` would.
     """

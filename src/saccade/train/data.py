@@ -42,7 +42,12 @@ _RUN, _EVERY = 16, 10
 
 
 def generator_at(seed: int, step: int, stream: int = 0) -> torch.Generator:
-    """The generator of one step: data depend on (seed, step, stream) alone, so a run resumes at any step."""
+    """The generator of one step: data depend on (seed, step, stream) alone, so a run resumes at any step.
+
+    Args:
+        seed, step: of the run.
+        stream: 0 to 15, for numbers that must not meet.
+    """
     return torch.Generator().manual_seed((seed * 1_000_003 + step) * 16 + stream)
 
 
@@ -52,6 +57,9 @@ def text_bytes(split: str = "all") -> Tensor:
 
     `"all"` is the whole text, topics in alphabetical order. `"train"` and `"held-out"` are nine tenths and one tenth
     of its paragraphs, each paragraph once (a fifth of the text repeats others, and would be known by heart).
+
+    Args:
+        split: "all", "train" or "held-out".
 
     Raises:
         ValueError: for another split.
@@ -71,6 +79,10 @@ def text_bytes(split: str = "all") -> Tensor:
 
 def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
     """The bytes of files, one after the other, uint8 (bytes,).
+
+    Args:
+        paths: one or several.
+        least: bytes that they must have together.
 
     Raises:
         ValueError: if a file is empty or no text, or all together have fewer than `least` bytes.
@@ -104,6 +116,12 @@ def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
 def windows(data_L: Tensor, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random windows of a byte tensor: inputs and, one further, targets; int64 (B, N) each.
 
+    Args:
+        data_L: bytes.
+        batch: B.
+        length: N.
+        generator: of the places.
+
     Raises:
         ValueError: if the data are shorter than a window.
     """
@@ -115,7 +133,12 @@ def windows(data_L: Tensor, batch: int, length: int, generator: torch.Generator)
 
 
 class Digits(NamedTuple):
-    """Images (B, 1, 8, 8) in steps of 1/16 from 0 to 1, and labels 0 to 9."""
+    """Images (B, 1, 8, 8) in steps of 1/16 from 0 to 1, and labels 0 to 9.
+
+    Attributes:
+        train_images, train_labels: four fifths of them.
+        test_images, test_labels: the rest.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -124,7 +147,13 @@ class Digits(NamedTuple):
 
 
 def rows(count: int, generator: torch.Generator, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The same random rows of each of the tensors, with replacement: a batch of examples."""
+    """The same random rows of each of the tensors, with replacement: a batch of examples.
+
+    Args:
+        count: B.
+        generator: of the choice.
+        tensors: with as many rows each.
+    """
     chosen = torch.randint(len(tensors[0]), (count,), generator=generator)
     return tuple(tensor[chosen] for tensor in tensors)
 
@@ -184,6 +213,7 @@ def crops(
             the first may be a whole number of times as large, and are cut at the same place.
         count: B.
         side: height and width, in pixels of the first map.
+        generator: of pictures, places and turns.
         turned: also turn each window by 0, 90, 180 or 270 degrees.
         within: cut left of this column.
 
@@ -232,7 +262,12 @@ def recall(
     hold random values.
 
     Args:
+        batch: B.
+        length: N.
+        pairs: P.
         vocab: tokens; the lower half are keys, the upper half values.
+        power: where the queries come, see above; positive.
+        generator: of all that is drawn; torch's global one where None.
 
     Raises:
         ValueError: if the pairs do not fit the length or the vocabulary.
@@ -282,15 +317,21 @@ def listops(
     otherwise. Expressions outside `least` to `length` tokens are drawn again. The Arena's own: length 2000, least 500,
     depth 10, 10 arguments.
 
-    >>> tokens, values = listops(1, 24, generator=torch.Generator().manual_seed(0))
-    >>> " ".join(LISTOPS_TOKENS[t] for t in tokens[0] if t), int(values)
-    ('[SM 1 8 [MAX 7 2 [MIN 1 0 1 6 ] 6 3 7 ] 1 5 ]', 2)
-
     Args:
+        batch: B.
+        length: N, the most tokens that an expression has.
         least: a quarter of the length where None.
+        depth: levels of expressions within each other, at most.
+        arguments: of an operator, at most.
+        nesting: probability that an argument is an expression.
+        generator: of all that is drawn; torch's global one where None.
 
     Raises:
         ValueError: if the limits leave no expressions.
+
+    >>> tokens, values = listops(1, 24, generator=torch.Generator().manual_seed(0))
+    >>> " ".join(LISTOPS_TOKENS[t] for t in tokens[0] if t), int(values)
+    ('[SM 1 8 [MAX 7 2 [MIN 1 0 1 6 ] 6 3 7 ] 1 5 ]', 2)
     """
     least = length // 4 if least is None else least
     if batch < 1:
@@ -347,7 +388,13 @@ def _expression(
 
 
 class Paired(NamedTuple):
-    """Two views (B, 1, 8, 8) of the same digits, which of them are there (B, 2), and labels; a missing view is 0."""
+    """Two views (B, 1, 8, 8) of the same digits, which of them are there (B, 2), and labels; a missing view is 0.
+
+    Attributes:
+        a, b: the views.
+        present: bool, which of them are there.
+        labels: 0 to 9.
+    """
 
     a: Tensor
     b: Tensor
@@ -369,9 +416,12 @@ def paired(
         batch: how many, drawn with replacement; all of the split, in order, where None.
         split: "train" or "test".
         noise: standard deviation, where ink is 1.
+        missing: probability that one of the two is not there.
+        generator: of all that is drawn; torch's global one where None.
 
     Raises:
-        ValueError: for arguments out of range, or if scikit-learn is not installed.
+        ValueError: for arguments out of range.
+        ImportError: if scikit-learn is not installed.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")

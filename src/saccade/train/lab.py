@@ -40,7 +40,11 @@ class Lab:
     show_progress: bool | None = False
 
     def steps(self, number: int) -> int:
-        """`number`, or 2 in a smoke run."""
+        """`number`, or 2 in a smoke run.
+
+        Args:
+            number: of training steps.
+        """
         return min(number, 2) if self.smoke else number
 
     def size(self, full: T, smoke: T) -> T:
@@ -68,7 +72,12 @@ class Lab:
         return data
 
     def seconds(self, function: Callable[[], object], repeats: int = 5) -> float:
-        """Time of the fastest call after one to warm up; one call alone in a smoke run."""
+        """Time of the fastest call after one to warm up; one call alone in a smoke run.
+
+        Args:
+            function: to be timed, called without arguments.
+            repeats: timed calls.
+        """
         if not self.smoke:
             return measure.seconds(function, repeats=repeats)
         start = time.perf_counter()
@@ -76,7 +85,12 @@ class Lab:
         return time.perf_counter() - start
 
     def progress(self, items: Iterable[T], description: str) -> Iterator[T]:
-        """`items`, with progress where it is shown."""
+        """`items`, with progress where it is shown.
+
+        Args:
+            items: to go through.
+            description: before the bar.
+        """
         with showing(self.show_progress):
             yield from track(items, description)
 
@@ -90,7 +104,19 @@ class Lab:
         lr: float = 1e-3,
         description: str = "training",
     ) -> list[float]:
-        """Train in place with AdamW (warm-up, cosine); returns the loss of each step."""
+        """Train in place with AdamW (warm-up, cosine); returns the loss of each step.
+
+        Args:
+            model: is changed, and left in training mode.
+            batches: one is taken for each step.
+            loss: (model, batch) -> a scalar.
+            steps: how many; 2 in a smoke run.
+            lr: the highest learning rate.
+            description: before the bar.
+
+        Raises:
+            ValueError: if the batches run out or the loss is not finite.
+        """
         from saccade.train.loop import fit
 
         with showing(self.show_progress):
@@ -119,6 +145,7 @@ class Lab:
             measure: the figures of a trained model; without gradients, the model in evaluation mode.
             steps: of training; 0 measures the models as they are made, 2 are made in a smoke run.
             loss: `Lab.loss` where None.
+            lr: the highest learning rate.
             seeds: how many, from the lab's own on; one in a smoke run.
             task: stands before a form's name where progress is shown.
         """
@@ -187,7 +214,11 @@ class Lab:
         """A small model trained on multi-query associative recall with `mixer(dim)` in each layer.
 
         Args:
+            mixer: width -> the mechanism of a layer.
+            length, pairs: of the data, see `saccade.train.data.recall`.
             power: where the queries come: small powers ask soon after the pairs, power 1 anywhere.
+            layers: of the model.
+            steps, lr, description: of the training, see `train`.
 
         Returns:
             the model, its held-out loss in nats and its held-out accuracy, both over the values asked for.
@@ -210,7 +241,16 @@ def _logits(model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A claim that was run: the paper's words, what was expected, what came, how long it took."""
+    """A claim that was run: the paper's words, what was expected, what came, how long it took.
+
+    Attributes:
+        slug, title: of the part and its paper.
+        paper, expected: the claim's own words.
+        measured, holds, note: the `ClaimResult`.
+        seconds: it took.
+        smoke, seed: of the lab.
+        waited: of that time, the share in the queue for a processor; None where not known.
+    """
 
     slug: str
     title: str
@@ -239,6 +279,10 @@ class Outcome:
 
 def run_claim(slug: str, lab: Lab) -> Outcome:
     """Run the claim of one part.
+
+    Args:
+        slug: of the part.
+        lab: on which it is measured.
 
     Raises:
         ValueError: if the part is unknown, not built, or has none.

@@ -28,9 +28,16 @@ class Training:
     """A model and its optimiser, a step at a time; `state` and `load_state` make it resumable exactly.
 
     Args:
+        model: is changed.
         steps: how many there will be (the schedule needs to know).
+        lr: the highest learning rate.
+        weight_decay: of AdamW.
         warmup: share of them with rising learning rate.
         final: learning rate at the end, as a share of `lr`.
+        clip: the largest norm of the gradients.
+
+    Raises:
+        ValueError: if `steps` is below 1.
     """
 
     def __init__(
@@ -126,6 +133,9 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 
     A part with a loss of its own (MoH's load balance, say) leaves it as `aux_loss` after a call in training mode, None
     otherwise, and says in `aux_weight` how much of it its paper adds.
+
+    Args:
+        model: after a call in training mode.
     """
     parts: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "aux_loss", None), Tensor)]
     losses = [part.aux_weight * part.aux_loss for part in parts]
@@ -145,8 +155,12 @@ def fit(
     """Train `model` in place; returns the loss of each step.
 
     Args:
+        model: is changed.
         batches: an iterator, an iterable (begun again where it ends), or a function of the step.
         loss: (model, batch) -> a scalar tensor.
+        steps: how many.
+        lr: the highest learning rate.
+        weight_decay: of AdamW.
         progress: the description of a bar in the display that is open (see `saccade.train.progress`); none where None.
 
     Raises:

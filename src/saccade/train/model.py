@@ -21,7 +21,11 @@ from saccade.layers.positions import sinusoids
 
 
 class MLP(nn.Module):
-    """C -> 4 C -> C with GELU."""
+    """C -> 4 C -> C with GELU.
+
+    Args:
+        dim: C.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -32,7 +36,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = x + mixer(norm(x));  x = x + mlp(norm(x))."""
+    """x = x + mixer(norm(x));  x = x + mlp(norm(x)).
+
+    Args:
+        dim: C.
+        mixer: the mechanism.
+    """
 
     def __init__(self, dim: int, mixer: nn.Module) -> None:
         super().__init__()
@@ -59,6 +68,8 @@ class SequenceModel(nn.Module):
     Args:
         mixer: layer number -> the mechanism of that layer.
         vocab: V.
+        dim: C.
+        layers: how many.
         classes: K, or None for logits over the vocabulary at each token.
         pair: also embed the token before each, which spares a layer that would only learn to look there.
     """
@@ -156,7 +167,12 @@ class SequenceModel(nn.Module):
 
 
 def mean_pool(x_BNC: Tensor, mask_BN: Tensor | None) -> Tensor:
-    """Mean over the tokens that are there, (B, C); 0 where none is."""
+    """Mean over the tokens that are there, (B, C); 0 where none is.
+
+    Args:
+        x_BNC: tokens.
+        mask_BN: True = there is one; None where all are.
+    """
     if mask_BN is None:
         return x_BNC.mean(1)
     weight_BN1 = mask_BN[..., None].to(x_BNC.dtype)
@@ -168,6 +184,9 @@ class GatedCNN(nn.Module):
 
     Args:
         gate: block number -> the gate of that block, or None for the plain network.
+        channels: C.
+        blocks: how many.
+        classes: K.
     """
 
     def __init__(self, gate: Callable[[int], nn.Module] | None, *, channels: int, blocks: int, classes: int) -> None:
@@ -202,6 +221,9 @@ class TwoStream(nn.Module):
         fusion: the part: (tokens a, tokens b) -> both streams, or one tensor. Missing views are marked where its
             `forward` takes `masks`, and are zeros for it where not.
         encoder: the mechanism of each stream's own block (None: none).
+        dim: C.
+        classes: K.
+        size: height and width of a view.
         patch: side of a token's square of pixels.
     """
 

@@ -39,9 +39,13 @@ FORMAT = 2
 
 @dataclass
 class Metric:
-    """How quality is measured: `name` as in the metrics, `unit` for axes, and which way is better.
+    """How quality is measured.
 
-    `chance` is what guessing reaches (the commonest answer, or how often each comes); None where that is not known.
+    Attributes:
+        name: as in the metrics.
+        unit: for axes; accuracies are printed in percent.
+        higher_is_better: which way is better.
+        chance: what guessing reaches (the commonest answer, or how often each comes); None where that is not known.
     """
 
     name: str
@@ -83,7 +87,8 @@ class MechanismRecord:
     """Everything measured on one mechanism.
 
     Attributes:
-        name: as the caller named it; `slug` of the catalogue, or None for the caller's own.
+        name: as the caller named it.
+        slug: of the catalogue, or None for the caller's own.
         options: constructor arguments beyond the task's own, as used.
         parameters: of the whole model.
         runs: one per seed.

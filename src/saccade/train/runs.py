@@ -274,7 +274,16 @@ def read_record(folder: Path, seed: int, steps: int) -> SeedRecord | None:
 
 
 def trained_model(task: Task, mechanism: Entry, seed: int, folder: Path) -> nn.Module:
-    """The model of a finished run, from its checkpoint."""
+    """The model of a finished run, from its checkpoint.
+
+    Args:
+        task, mechanism, seed: of the run.
+        folder: of the run.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or of another model.
+        OSError: if it cannot be read.
+    """
     model = task.model(mechanism, seed).to(task.device)
     tensors, _ = read_tensors(folder / "checkpoint.safetensors")
     state = {name[len("model.") :]: t for name, t in tensors.items() if name.startswith("model.")}

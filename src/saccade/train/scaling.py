@@ -35,9 +35,12 @@ class ScalingPoint:
 
 @dataclass
 class Fit:
-    """The power law `factor * length ** exponent`; `r2` says how much of the variance (in logs) it explains.
+    """The power law `factor * length ** exponent`.
 
-    `from_length` is the shortest length in the fit: short ones measure overhead.
+    Attributes:
+        exponent, factor: of the law.
+        r2: share of the variance, in logs, that it explains.
+        from_length: the shortest length in the fit; shorter ones measure overhead.
     """
 
     exponent: float
@@ -51,6 +54,10 @@ class Fit:
 
 def fit_power(lengths: Sequence[float], values: Sequence[float], last: int | None = None) -> Fit | None:
     """Least squares in logs over the `last` longest lengths (all, where None); None with fewer than two usable points.
+
+    Args:
+        lengths, values: in any order; those that are not positive do not count.
+        last: how many of the longest lengths.
 
     >>> round(fit_power([1, 2, 4], [3, 12, 48]).exponent, 6)
     2.0
@@ -85,6 +92,7 @@ def sweep(
     one that seems to take longer than the next is measured again.
 
     Args:
+        part: is put in training mode.
         inputs: length -> the call's positional arguments; floating tensors among them get gradients.
         lengths: ascending.
         seconds_per_point: repeat a measurement for up to so long (25 times at most, twice at least, after a first
@@ -94,6 +102,9 @@ def sweep(
         on_point: called with each point when it is first measured.
         on_refusal: called with the reason where the part takes no length as long as one that is due, which ends the
             sweep; without it the ValueError is the caller's.
+
+    Raises:
+        ValueError: if the part refuses a length and there is no `on_refusal`.
     """
     part.train()
     points: list[ScalingPoint] = []
@@ -143,6 +154,10 @@ def fits(points: Sequence[ScalingPoint], last: int = 4) -> dict[str, Fit]:
     """Power laws through the `last` longest lengths of a sweep, by name of the figure.
 
     A time that falls with length was not measured, whatever the figures say, and has no law.
+
+    Args:
+        points: of `sweep`.
+        last: how many of the longest lengths.
     """
     lengths = [point.length for point in points]
     found = {

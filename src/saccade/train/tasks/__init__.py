@@ -35,6 +35,9 @@ TASKS: dict[str, type[Task]] = {task.name: task for task in (Text, Recall, ListO
 def taking(part: catalogue.Summary) -> list[type[Task]]:
     """The tasks on which a part can be compared, in the order of the table.
 
+    Args:
+        part: of the catalogue.
+
     >>> from saccade import catalogue
     >>> [task.name for task in taking(catalogue.part("cbam"))]
     ['digits-cnn']

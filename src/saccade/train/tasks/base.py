@@ -26,7 +26,12 @@ TRAIN, HELD_OUT, SAMPLE = 0, 1, 2
 
 
 class Task:
-    """One task at one size. Subclasses give what the table above says; `batch` is a function of (seed, step) alone."""
+    """One task at one size. Subclasses give what the table above says; `batch` is a function of (seed, step) alone.
+
+    Args:
+        settings: the sizes.
+        device: where models and batches are.
+    """
 
     name: str
     #: the kinds of parts that it takes, by name, and what these must support

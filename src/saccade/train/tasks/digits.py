@@ -16,7 +16,12 @@ from saccade.train.tasks.settings import LONG_SWEEP, STANDARD_SWEEP, Settings
 
 
 class DigitImages(Task):
-    """Scikit-learn's digits: random rows of `train` in each step, `test` in order."""
+    """Scikit-learn's digits: random rows of `train` in each step, `test` in order.
+
+    Raises:
+        ValueError: if the length is not 64.
+        ImportError: if scikit-learn is not installed.
+    """
 
     train: tuple[Tensor, ...]
     test: tuple[Tensor, ...]

@@ -29,6 +29,19 @@ class Own(Task):
     Batches are whatever the loader gives; without a `loss` of the caller's they are (inputs..., targets) and the loss
     is the cross entropy of the model's logits. Quality is the mean loss on `held_out` (the loader itself where there
     is none), or the `quality` that the caller gives.
+
+    Args:
+        settings: the sizes.
+        device: where models and batches are.
+        loader: batches that can be gone through again and again, or a function of the step.
+        model: called with `part(**arguments)`, which builds the mechanism; None where mechanisms are whole models.
+        loss: (model, batch) -> scalar.
+        held_out: batches for the quality.
+        quality: model -> figure.
+        metric: what that figure is.
+
+    Raises:
+        ValueError: if the loader is an iterator, or a function with neither `held_out` nor `quality` beside it.
     """
 
     name = "own"

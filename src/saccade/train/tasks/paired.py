@@ -17,7 +17,12 @@ from saccade.train.tasks.settings import Settings
 
 
 class PairedViews(Task):
-    """Which digit? Two noisy views, either may be missing; the fusion part stands between two encoders."""
+    """Which digit? Two noisy views, either may be missing; the fusion part stands between two encoders.
+
+    Raises:
+        ValueError: if the length is not 16.
+        ImportError: if scikit-learn is not installed.
+    """
 
     name = "paired"
     kinds = ("fusion",)

@@ -24,7 +24,8 @@ class Settings:
         evaluations: points of the learning curve.
         evaluation_size: held-out sequences (of those there are) for the quality at the end; the curve uses a quarter.
         lengths: of the sweep; empty for none.
-        sweep_seconds: for a point of the sweep, and limit_seconds a single forward and backward may take.
+        sweep_seconds: for a point of the sweep.
+        limit_seconds: that a single forward and backward of the sweep may take.
         decode_tokens: generated to measure decoding; 0 for none.
         map_length: tokens of the sample whose attention is kept; 0 for none.
         checkpoint_seconds: at least so long between checkpoints.

@@ -23,7 +23,16 @@ from saccade.train.tasks.settings import LONG_SWEEP, STANDARD_SWEEP, Settings
 
 
 class Text(SequenceTask):
-    """The next byte; quality in bits per byte on the held-out part."""
+    """The next byte; quality in bits per byte on the held-out part.
+
+    Args:
+        settings: the sizes.
+        device: where models and batches are.
+        bytes_L: the caller's own text, of which a tenth is held out; `saccade.train.data.text_bytes` where None.
+
+    Raises:
+        ValueError: if the text is too short.
+    """
 
     name = "text"
     needs = ("causal",)
@@ -100,7 +109,15 @@ class Text(SequenceTask):
 
 
 def fingerprint(data: Any) -> Any:
-    """What of the caller's text goes into config.json: digests, of files with their names."""
+    """What of the caller's text goes into config.json: digests, of files with their names.
+
+    Args:
+        data: file names, a tensor, or None.
+
+    Raises:
+        TypeError: if it is neither.
+        OSError: if a file cannot be read.
+    """
     if data is None:
         return None
     if isinstance(data, Tensor):
@@ -112,7 +129,11 @@ def fingerprint(data: Any) -> Any:
 
 
 def is_paths(data: Any) -> bool:
-    """Whether `data` are file names."""
+    """Whether `data` are file names.
+
+    Args:
+        data: what the caller gave.
+    """
     if isinstance(data, (str, Path)):
         return True
     return isinstance(data, Sequence) and bool(data) and all(isinstance(item, (str, Path)) for item in data)
