@@ -6,8 +6,8 @@
 In torch, queries of a tile see the keys of a box, and tiles side by side along the last axis are one batch of products.
 Dilated tokens are gathered: a tile holds queries of one residue class.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens of the grid, D head dim of q and k, E of v;
-X tiles side by side, T queries of a tile, L keys of its box, R entries of the table.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens of the grid, Z, Y and X of its axes, D head dim
+of q and k, E of v; X tiles side by side, T queries of a tile, L keys of its box, R entries of the table.
 """
 
 from __future__ import annotations

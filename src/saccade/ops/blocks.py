@@ -5,8 +5,8 @@ key blocks are gathered into a contiguous batch (rows, c * key block, D), so tha
 are three dense operations without padding. Pieces are small enough for their buffers to stay in cache. A row too wide
 for the memory allowed is cut into several rows, which the caller merges by their LSE.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys; n, m blocks of queries and keys; R rows of a
-list; P (row, key block) pairs of a list, in the order of the rows.
+Shape letters: B batch, H query heads, N queries, M keys; R rows of a list; P (row, key block) pairs of a list, in the
+order of the rows; q and k positions within a query and a key block, S key blocks of a row.
 """
 
 from __future__ import annotations

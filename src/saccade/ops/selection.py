@@ -7,7 +7,7 @@
 The pieces that training-free block-sparse mechanisms share; each says in its own room how it puts them together. All
 work on blocks: nothing here has the size N x M of token pairs, and nothing loops over heads.
 
-Shape letters: B batch, H heads, N tokens, D head dim; n, m blocks of queries and keys, S tokens per block.
+Shape letters: B batch, H heads, N tokens, D head dim; n, m blocks of queries and keys.
 """
 
 from __future__ import annotations

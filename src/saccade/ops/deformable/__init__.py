@@ -26,9 +26,6 @@ Discrete forms have gradients in weights and maps, none in locations.
 
 Exporters (torch.export, ONNX) see operators of torch's own, and grid sampling in none but `bias_at_points`. Numbers of
 images may stay open (`dynamic_shapes`).
-
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
 """
 
 from saccade.ops.deformable.attend import deformable_attend, deformable_attend_reference

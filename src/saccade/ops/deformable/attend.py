@@ -1,7 +1,7 @@
 """Multi-scale deformable attention, out[b, n, h] = sum_s a[b, n, h, s] sample(level of s, location[b, n, h, s]).
 
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
+Shape letters: B batch, G heads of D channels with points of their own, N queries, M pixels of all levels, S samples of
+a query.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Convolution whose taps are moved: the map read at each tap's point, then one matrix product.
 
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
+Shape letters: B batch, H, W height and width, C channels that come in, E that go out, k kernel; G groups of channels
+with points of their own, N taps of all positions, K = k k C numbers that a position reads, O offsets of a position.
 """
 
 from __future__ import annotations

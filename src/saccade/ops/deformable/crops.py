@@ -3,8 +3,8 @@
 All queries of a grid see a point at the same fraction of a cell, so the bias of a point is a crop of the table, as
 large as the grid, shifted by that fraction.
 
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
+Shape letters: B batch, H heads (or H, W height and width of a map), G groups of T heads that share points, N points of
+a group, K points at a time, Y and X rows and columns of the table.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Coordinates are (x, y), in pixels, a whole number in the middle of a pixel.
 
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
+Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own, N
+points or queries, M pixels of all levels, S samples of a query, R rows, K sums of I rows each.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     gather_dot (q, rows, i)_ks = q_k . rows[i_ks]               derivatives: gather_sum in q, scatter_sum in rows
     scatter_sum(i, w, g)_r = sum over (k, s) with i_ks = r of w_ks g_k
 
-Shape letters: B batch, H, W height and width, C channels, G groups (or heads) of D channels with points of their own,
-N points or queries, M pixels of all levels, S samples of a query, R rows, K sums, T heads that share points.
+Shape letters: R rows of D channels, K sums, S rows of a sum.
 """
 
 from __future__ import annotations

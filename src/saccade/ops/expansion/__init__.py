@@ -13,9 +13,6 @@ tokens and from the state before it. That state is kept for every F tokens or so
 causality few keys are met pair by pair, a tile of queries at a time, wherever that costs less than features.
 
 There is no normaliser: carry a column of ones in v, or of zeros and ones where some keys are padding.
-
-Shape letters: B batch, H heads, R rows (batch x heads), N queries, M keys, D channels, E value width, F features,
-c tokens of a chunk.
 """
 
 from saccade.ops.expansion.attend import expanded_attend, expanded_attend_reference, in_segments

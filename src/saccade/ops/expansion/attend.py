@@ -2,8 +2,7 @@
 
     o_i = sum_{j<=i} kappa(q_i, k_j) v_j,     kappa(q, k) = a(q) . b(k)
 
-Shape letters: B batch, H heads, R rows (batch x heads), N queries, M keys, D channels, E value width, F features,
-c tokens of a chunk.
+Shape letters: B batch, H heads, K key heads, N queries, M keys, D channels, E value width, F features.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Kernels that are products of features, kappa(q, k) = a(q) . b(k), with the gradients of both sides.
 
-Shape letters: B batch, H heads, R rows (batch x heads), N queries, M keys, D channels, E value width, F features,
-c tokens of a chunk.
+Shape letters: R rows (batch x heads), D channels, F features, c tokens of a chunk; n and m queries and keys of a tile.
 """
 
 from __future__ import annotations

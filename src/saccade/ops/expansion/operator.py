@@ -3,8 +3,7 @@
     inside a chunk      o = tril(kappa(q, k)) v       from the kernel itself, which costs D and not F a pair
     from the past       o = o + a(q) S,  S = sum_j b(k_j)^T v_j  (F x E)
 
-Shape letters: B batch, H heads, R rows (batch x heads), N queries, M keys, D channels, E value width, F features,
-c tokens of a chunk.
+Shape letters: R rows (batch x heads), N queries, M keys, D channels, E value width, F features.
 """
 
 from __future__ import annotations

@@ -13,9 +13,6 @@ token or channel a chunk is built by halving: what reaches from the earlier to t
 
 Backward recomputes each piece from its inputs and from the state before it; nothing of size N x N or N x D x E exists.
 Gradients of decays are sums of the very terms in which the decay occurs, never differences of large sums.
-
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
 """
 
 from saccade.ops.linear.attend import linear_attend, linear_attend_reference, linear_step

@@ -4,8 +4,8 @@
     o_i = sum_j (q_i . k_j) v_j                                                      not causal
     normalised: o_i divided by the same sum with v_j = 1
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width (one
+wider inside where normalised: a column of ones carries the denominator).
 """
 
 from __future__ import annotations

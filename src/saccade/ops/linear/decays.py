@@ -4,8 +4,8 @@ What reaches from the earlier to the later half of a span of 2s tokens is (produ
 middle), an outer product for a factor per head, and (q * products from the middle) (k * products to the middle)^T for
 a factor per channel; then s doubles. Factors only ever multiply, so any decay in (0, 1] is safe over any length.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+Shape letters: b rows of a piece, H heads, T chunks of a piece, c tokens of a chunk, in n spans of s tokens; D feature
+width.
 """
 
 from __future__ import annotations

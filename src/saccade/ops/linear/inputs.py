@@ -1,7 +1,7 @@
 """What linear attention takes: features, a state, decays in one form; what does not fit is refused here.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+Shape letters: B batch, H heads, N tokens, D feature width, E value width (one wider inside where normalised: a column
+of ones carries the denominator).
 """
 
 from __future__ import annotations

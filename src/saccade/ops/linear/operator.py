@@ -5,8 +5,8 @@
 
 Backward recomputes each piece from its inputs and from the state before it.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+Shape letters: B batch (b rows of a piece), H heads, N tokens, D feature width, E value width (one wider inside where
+normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The causal form's pieces of work, and what they are worked on in: few enough chunks at a time to stay in cache.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D feature width, E value width
-(one wider inside where normalised: a column of ones carries the denominator), T chunks of a piece, c tokens of a chunk.
+Shape letters: B batch (b rows of a piece), H query heads, K key heads, N tokens, D feature width, T chunks of a piece,
+c tokens of a chunk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Masks that know differences of positions: causality, windows, and what is seen from everywhere.
-
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
-"""
+"""Masks that know differences of positions: causality, windows, and what is seen from everywhere."""
 
 from __future__ import annotations
 

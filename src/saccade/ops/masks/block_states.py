@@ -1,7 +1,4 @@
-"""What is known of blocks of query-key pairs: their edges, sums over them, and their states.
-
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
-"""
+"""What is known of blocks of query-key pairs: their edges, sums over them, and their states."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Any function of a pair as a mask.
-
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
-"""
+"""Any function of a pair as a mask."""
 
 from __future__ import annotations
 

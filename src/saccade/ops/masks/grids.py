@@ -1,7 +1,4 @@
-"""Neighbourhoods on a grid of tokens.
-
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
-"""
+"""Neighbourhoods on a grid of tokens."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Masks of kept blocks: the base of `masks.blocks`, and of those whose blocks are not cut from the tokens in order.
 
-Shape letters: B batch, H heads, n blocks of queries, m blocks of keys, N tokens.
+Shape letters: B batch, H heads, n blocks of queries, m blocks of keys.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What every mask is, and the three ways in which masks are joined.
 
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
+Shape letters: B batch, H heads, K key heads, N queries, M keys; where B or H has a stroke it may be 1.
 """
 
 from __future__ import annotations

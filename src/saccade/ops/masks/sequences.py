@@ -1,6 +1,6 @@
 """Masks of real tokens, and of sequences that are packed into one row.
 
-Shape letters: B batch, H heads, N queries, M keys; n, m blocks of queries and keys.
+Shape letters: B batch, N queries, M keys, S sequences; m blocks of keys.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Neighbourhoods on 2-D and 3-D grids in C; dilation d is separate grids, one for each residue class.
 
-Shape letters: B batch, H query heads, K key heads, N tokens of the grid, D head dim of q and k, E head dim of v.
+Shape letters: B batch, H query heads, K key heads, N tokens of the grid, D head dim of q and k, E head dim of v, R
+relative positions.
 """
 
 from __future__ import annotations

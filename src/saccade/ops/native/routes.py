@@ -1,7 +1,7 @@
 """Routed block attention in C: each (key block, head) with the queries that chose it is some tasks of one run.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, S tokens per
-block, n key blocks, j blocks chosen per query; T tasks, R = B H N query rows, P choices made.
+Shape letters: B batch, H query heads, K key heads, N queries (Q of a piece), M keys, D head dim, E width of values, n
+key blocks, j blocks chosen per query; T tasks, P choices made.
 """
 
 from __future__ import annotations

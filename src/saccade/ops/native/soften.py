@@ -1,6 +1,6 @@
 """A step of the running softmax in one pass of C, for scores that were made in torch.
 
-Shape letters: B batch, H query heads, n queries and m keys of a tile.
+Shape letters: B batch, H query heads, n queries and m keys of a tile, E width of values.
 """
 
 from __future__ import annotations

@@ -14,9 +14,6 @@ two of scores without their maximum (rows whose sum leaves the safe range are co
 is divided instead of the weights. The backward pass computes the weights again: nothing of T x T is kept. On a CPU the
 buffers of a piece (some 10 MB a thread that calls) stay from call to call: the first touch of a page of new memory
 costs more than the arithmetic on it.
-
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
-c windows of a piece, T tokens of a window, R = G T rows of a window.
 """
 
 from saccade.ops.partitions.attend import packed_window_attend, window_attend, window_bias

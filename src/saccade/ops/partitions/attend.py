@@ -2,8 +2,8 @@
 
     out_i = sum_j softmax_j(scale q_i . k_j + bias[h, i mod window, j mod window]) v_j,   j in the window of i
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
-c windows of a piece, T tokens of a window, R = G T rows of a window.
+Shape letters: B batch, H query heads, K key heads, N tokens, D head dim of q and k, E of v, P masks, T tokens of a
+window.
 """
 
 from __future__ import annotations

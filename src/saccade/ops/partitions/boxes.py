@@ -1,7 +1,7 @@
 """The parts into which the borders of a grid cut its windows: at most 3^d kinds of equal boxes, as views.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
-c windows of a piece, T tokens of a window, R = G T rows of a window.
+Shape letters: B batch, H heads, N tokens of the grid, P masks, T tokens of a window; X and Y what stands before and
+after the tokens.
 """
 
 from __future__ import annotations

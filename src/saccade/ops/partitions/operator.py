@@ -4,8 +4,8 @@
     dV = P^T dO,   dS = P * (dO V^T - rowsum(dO * O) + dlse),   dQ = scale * dS K,   dK = scale * dS^T Q
     dbias = sum of dS over windows
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
-c windows of a piece, T tokens of a window, R = G T rows of a window.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, T tokens of a
+window; n windows of a piece, each for every key head that it has.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Pieces of boxes whose scores stay in the cache: loading, scoring, storing.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim of q and k, E of v, P masks;
-c windows of a piece, T tokens of a window, R = G T rows of a window.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N tokens, D head dim; n windows of a piece, each for
+every key head that it has; T tokens of a window, R = G T rows of a window.
 """
 
 from __future__ import annotations

@@ -9,8 +9,7 @@ attended to its block densely; the parts of a query are merged by their LSEs. Th
 Tiles have a size that depends on shapes alone and list their queries in order: what a query gets is the same, bit for
 bit, whatever later queries choose.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block,
-n blocks, j blocks chosen per query, R = B H N query rows, T tiles, t queries per tile.
+S are the tokens of a block.
 """
 
 from saccade.ops.routed.attend import routed_attend

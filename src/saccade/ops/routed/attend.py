@@ -2,8 +2,8 @@
 
     out_i = softmax over { j <= i : j // S = i // S }  u  { j : j // S in chosen_i }  of (scale q_i . k_j)  v_j
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block,
-n blocks, j blocks chosen per query, R = B H N query rows, T tiles, t queries per tile.
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, E width of values, S
+tokens per block, j blocks chosen per query.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The parts of a query are merged by their LSEs. The backward pass gives every part the *merged* output and LSE, which
 makes the parts' own gradients exact.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block,
-n blocks, j blocks chosen per query, R = B H N query rows, T tiles, t queries per tile.
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block, n
+key blocks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which queries chose which key block: listed in order by one sort, and cut into tiles of one size.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block,
-n blocks, j blocks chosen per query, R = B H N query rows, T tiles, t queries per tile.
+Shape letters: B batch, H query heads, K key heads (K divides H), N queries, n key blocks, j blocks chosen per query, R
+= B H N query rows, T tiles, t queries per tile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Attention of equal tiles of queries to one key block each, forward and backward, as a batch.
 
-Shape letters: B batch, H query heads, K key heads (K divides H), N queries, M keys, D head dim, S tokens per block,
-n blocks, j blocks chosen per query, R = B H N query rows, T tiles, t queries per tile.
+Shape letters: T tiles (or blocks), t queries per tile, S tokens per block, D head dim.
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ Tensors that it is made of (slopes, tables, biases) receive their gradients on e
 Positions count from 0 for queries and keys alike; `shifted(mod, offset)` is for queries that begin at `offset`, as in
 decoding with a cache.
 
-Shape letters: B batch, H heads, N queries, M keys, R reach of a table of distances, n buckets.
-
 >>> import torch, saccade
 >>> from saccade import score_mods
 >>> q = k = v = torch.randn(1, 2, 8, 4)

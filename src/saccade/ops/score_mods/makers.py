@@ -1,6 +1,6 @@
 """The modifications by name, made of what they need, which is checked here.
 
-Shape letters: B batch, H heads, N queries, M keys, R reach of a table of distances, n buckets.
+Shape letters: B batch, H heads, N queries, M keys, R distances of a table (-r to r), n buckets.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     s'_ij = mod(s_ij, b, h, i, j)           with FlexAttention's signature (score, b, h, q_idx, kv_idx) -> score
 
-Shape letters: B batch, H heads, N queries, M keys, R reach of a table of distances, n buckets.
+Shape letters: B batch, H heads, N queries, M keys, r reach of a table of distances, n buckets.
 """
 
 from __future__ import annotations

@@ -19,10 +19,6 @@ What makes it fast:
 
 Dilation d is d separate grids (card `neighborhood`: residue classes), and query heads that share a key head are
 further rows of a tile.
-
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
 """
 
 from saccade.ops.windows.forecast import density, extra_bytes, regular, relative_time

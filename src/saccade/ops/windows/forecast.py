@@ -1,8 +1,6 @@
 """What a backend asks before it runs: whether a pattern is regular, how many pairs are computed, how long it takes.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
+Shape letters: N queries, M keys, C independent grids (batch x key heads x residue classes).
 """
 
 from __future__ import annotations

@@ -3,9 +3,7 @@
 A window on an axis says which keys each of its queries sees. Equal tiles at equal distances are a segment, a segment of
 each axis is a part, and a part has one bias: 0 where a query of the tile sees a key of the box, -inf elsewhere.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
+Shape letters: N queries, M keys, T rows of a tile (positions x query heads that share a key head), L keys of its box.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The operators `saccade::window_attend` and its backward: in C where there is some, else by `passes`.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
+Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v, X of
+any; C independent grids (batch x key heads).
 """
 
 from __future__ import annotations

@@ -4,9 +4,7 @@
     dS = P * (dO V_box^T - rowsum(dO * O) + dlse)
     dQ = scale * dS K_box,   dK_box += scale * dS^T Q,   dV_box += P^T dO
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
+Shape letters: C independent grids (batch x key heads), G query heads that share a key head, N tokens, X channels.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Views of the tiles and boxes of a part, in portions whose copies and in pieces whose scores stay in the cache.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D head dim of q and k, E of v;
-C independent grids (batch x key heads x residue classes), m tiles and L keys of a box along an axis or in all,
-T rows of a tile (positions x G), R keys of a strip, S strips at a time.
+Shape letters: C independent grids (batch x key heads), G query heads that share a key head, N tokens, X channels; T
+rows of a tile (positions x G), L keys of its box, R keys of a strip, S strips at a time.
 """
 
 from __future__ import annotations

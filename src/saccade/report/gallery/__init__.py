@@ -11,8 +11,6 @@ there. Then the network sees whole photographs, some with such a square, and `at
   relative to an even share), and where the middle of the photograph looks (likewise, of its row of A).
 
 Everything that the page says is computed: `saccade gallery` writes it, `make gallery` the one in docs/.
-
-Shape letters: B batch, P photographs, C channels, H and W height and width, S side of a square picture.
 """
 
 from saccade.report.gallery.exhibits import (

@@ -1,6 +1,6 @@
 """Values as small PNG pictures and bars.
 
-Shape letters: B batch, P photographs, C channels, H and W height and width, S side of a square picture.
+Shape letters: C channels, H and W height and width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the gallery holds: how it is made, its pictures, a gate after training, the table of all.
 
-Shape letters: B batch, P photographs, C channels, H and W height and width, S side of a square picture.
+Shape letters: P photographs, C channels, H and W height and width, S side of a square picture.
 """
 
 from __future__ import annotations

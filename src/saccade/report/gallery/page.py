@@ -1,6 +1,6 @@
 """The page: a table, and a section of pictures for each gate.
 
-Shape letters: B batch, P photographs, C channels, H and W height and width, S side of a square picture.
+Shape letters: P photographs, C channels, H and W height and width, S side of a square picture.
 """
 
 from __future__ import annotations

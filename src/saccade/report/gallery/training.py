@@ -1,6 +1,7 @@
 """The same small CNN trained with each gate at the same place, and what the gates show afterwards.
 
-Shape letters: B batch, P photographs, C channels, H and W height and width, S side of a square picture.
+Shape letters: B batch, P photographs, C channels, H and W height and width, N = H W positions, S side of a square
+picture.
 """
 
 from __future__ import annotations

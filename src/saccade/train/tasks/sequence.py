@@ -1,7 +1,4 @@
-"""Tasks on token sequences.
-
-Shape letters: B batch, N tokens, C channels.
-"""
+"""Tasks on token sequences."""
 
 from __future__ import annotations
 

@@ -14,10 +14,6 @@ stays in cache, and P is computed again in the backward pass. Extra memory is tw
 scores. Half precision is computed in float32. On the CPU `saccade.ops.native` does it in C where it can.
 
 Windows and neighbourhoods are regular, which `saccade.ops.windows` uses: `run` hands those over.
-
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v;
-n, m blocks of queries and keys; R query blocks of all heads, r those of one piece, c key blocks of each of them,
-q and k positions within a query and a key block.
 """
 
 from saccade.ops.backends.blocksparse.attend import blocksparse_attend

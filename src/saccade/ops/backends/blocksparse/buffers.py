@@ -1,8 +1,7 @@
 """Tokens as blocks, and the working memory of pieces.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v;
-n, m blocks of queries and keys; R query blocks of all heads, r those of one piece, c key blocks of each of them,
-q and k positions within a query and a key block.
+Shape letters: B batch, H query heads, N queries, D head dim of q and k, E head dim of v; n query blocks, r those of one
+piece of all heads, P tensors for which there is room.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     dP = d out V_S^T,   ds = P * (dP - delta + d lse),   delta = rowsum(d out * out)
     dV_S += P^T d out,  dq_i = scale * ds K_S,  dK_S += scale * ds^T q_i,  db = the sum of ds over each block
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v;
-n, m blocks of queries and keys; R query blocks of all heads, r those of one piece, c key blocks of each of them,
-q and k positions within a query and a key block.
+Shape letters: N queries, M keys, D head dim of q and k, E head dim of v; R query blocks of all heads, r those of one
+piece, P pairs of a query block and a key block, S the key blocks of a query block side by side, q and k positions
+within a query and a key block.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
 Windows and neighbourhoods are regular, which `saccade.ops.windows` uses: `run` hands those over.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v;
-n, m blocks of queries and keys; R query blocks of all heads, r those of one piece, c key blocks of each of them,
-q and k positions within a query and a key block.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
 """
 
 from __future__ import annotations

@@ -28,9 +28,6 @@ tuned by `saccade.autotune`). On top come row states and gradient accumulators, 
 
 Second derivatives are refused. Random numbers (dropout, also inside the score) are drawn from a seed per tile,
 so that the backward pass sees the same ones and leaves the global generator alone.
-
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
 """
 
 from saccade.ops.backends.stream.forecast import CANDIDATES, extra_bytes, refusal, relative_time, trials

@@ -8,9 +8,6 @@ the whole normalisation is a recursion over row scalars, (state, r): it is run o
 tile, then backwards, one small autograd step per tile. Where the normaliser has a closed form one round suffices:
 
     dS = grad(S, P, dP, delta),   delta_i = <dO_i, out_i>, for softmax less d lse
-
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
 """
 
 from __future__ import annotations

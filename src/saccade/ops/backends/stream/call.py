@@ -1,7 +1,7 @@
 """One call: its tiles, who may see whom in them, and their scores.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
+Shape letters: B batch, H query heads, K key heads, G = H / K, D head dim of queries and keys, n and m the queries and
+keys of a tile.
 """
 
 from __future__ import annotations

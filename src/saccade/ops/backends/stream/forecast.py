@@ -1,7 +1,6 @@
 """What the planner asks: the path's share of dense SDPA's time, its memory, and what `saccade.autotune` times.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
+Shape letters: B batch, H heads, N tokens, D head dim.
 """
 
 from __future__ import annotations

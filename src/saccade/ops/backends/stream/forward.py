@@ -1,7 +1,7 @@
 """The forward pass: blocks of queries over the tiles of keys, each with its normaliser's row state.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
+Shape letters: B batch, H query heads, K key heads, N queries, D and E head dims of keys and values, m the keys of a
+tile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The path itself: a small tile to learn from, the tiles laid, then the function with its gradient.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D and E head dims of keys and values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Learning about a score from one small tile: what it captures, whether it draws, what it keeps per pair.
 
-Shape letters: B batch, H query heads, K key heads, G = H / K, N queries, M keys, D and E head dims of keys and
-values, n and m the queries and keys of a tile.
+Shape letters: B batch, H query heads, n the queries of a tile.
 """
 
 from __future__ import annotations
