@@ -1,9 +1,12 @@
 """The floors of the house: nothing imports what stands above it, no room another room, and nothing in a circle.
 
+And what a module says it gives, it has.
+
 Imports inside functions count, and, but for circles, those for type checking. Names of modules in strings
 (`"saccade.attention.moba:f"`) do not: the catalogue and the integrations find rooms by name.
 """
 
+import importlib
 from graphlib import CycleError, TopologicalSorter
 
 import pytest
@@ -66,6 +69,12 @@ def test_a_room_has_the_one_form(room: str) -> None:
     for module, targets in GRAPH.items():
         if room_of(module) == room and module.split(".")[-1] not in beside:
             assert not targets & {f"{room}.{name}" for name in beside}, f"{module} imports its claim or its ports"
+
+
+@pytest.mark.parametrize("module", sorted(name for name, path in MODULES.items() if "__all__ = [" in path.read_text()))
+def test_every_name_that_a_module_exports_is_there(module: str) -> None:
+    loaded = importlib.import_module(module)
+    assert not [name for name in loaded.__all__ if not hasattr(loaded, name)]
 
 
 def test_the_floors_are_seen() -> None:

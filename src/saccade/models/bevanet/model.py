@@ -232,7 +232,7 @@ def hard_cross_entropy(
     Args:
         logits_BKHW, labels_BHW: of the same size; labels of `IGNORE` do not count.
         threshold: probability of the true class from which a pixel is easy.
-        keep: pixels that are counted at least, in order of their loss.
+        keep: pixels that are counted at least, those of the greatest loss.
     """
     loss = F.cross_entropy(logits_BKHW, labels_BHW, ignore_index=IGNORE, reduction="none")
     loss = loss[labels_BHW != IGNORE]

@@ -109,7 +109,7 @@ class DomainAttentionResNet(nn.Module):
         in_channels: 3, or 1 for grey images.
 
     Raises:
-        ValueError: if `counts` are not those of four stages, or the width does not fit `DomainAttention`.
+        ValueError: if `counts` are not those of four stages, or a number is below 1.
     """
 
     def __init__(
