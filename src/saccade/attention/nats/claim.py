@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: recall among distractors, with the cache that roles leave."""
 
 from __future__ import annotations
 

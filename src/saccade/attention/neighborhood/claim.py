@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the fused form is exact, fast and small."""
 
 from __future__ import annotations
 

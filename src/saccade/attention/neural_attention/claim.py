@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: a lookup that no dot product can express, and a small text model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: two lookups, one upon the other, in one layer."""
 
 from __future__ import annotations
 

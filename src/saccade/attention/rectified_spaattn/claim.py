@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the error that pooling corrects, at each drop rate."""
 
 from __future__ import annotations
 

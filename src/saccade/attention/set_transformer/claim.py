@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the largest number of a set, and mixtures of Gaussians."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: digits, where positions are known by the kernel alone."""
 
 from __future__ import annotations
 

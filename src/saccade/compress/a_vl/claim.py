@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: attention that drifts over an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: recall at equal bytes of state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the XOR of a tone and a spot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: digits, with attention late or everywhere."""
 
 from __future__ import annotations
 

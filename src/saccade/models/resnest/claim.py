@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: noisy digits, with branches and without."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: time by pixels, and a far patch that is to be named."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: two far marks that are to be compared, and digits."""
 
 from __future__ import annotations
 

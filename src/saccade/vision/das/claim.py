@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: an answer that lies beyond the square of the kernel."""
 
 from __future__ import annotations
 

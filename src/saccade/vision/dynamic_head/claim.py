@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: an object whose evidence lies in another level."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: small transformers on few digits, with attention or one kernel."""
 
 from __future__ import annotations
 
