@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saccade import catalogue, masks
 from saccade.attention import multi_token
-from saccade.attention.multi_token import Kernels, MultiTokenAttention, find_block, multi_token_attend
+from saccade.attention.multi_token import Kernels, MultiTokenAttention, multi_token_attend
+from saccade.attention.multi_token.claim import find_block
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import measure
 

@@ -40,22 +40,17 @@ from saccade.attention.adaptive_filter.dynamics import ComplexRMSNorm, LinearDyn
 from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention
 from saccade.attention.adaptive_filter.network import AdaptiveFilterBlock, AdaptiveFilterNetwork
 from saccade.attention.adaptive_filter.operator import (
-    BLOCK,
     Bias,
     Dynamics,
     InnerResidual,
     Rotation,
     Weighting,
     adaptive_filter_attend,
-    check_times,
     common_frame,
-    filter_in_common_frame,
-    with_times,
 )
 from saccade.catalogue import register
 
 __all__ = [
-    "BLOCK",
     "AdaptiveFilterAttention",
     "AdaptiveFilterBlock",
     "AdaptiveFilterNetwork",
@@ -67,10 +62,7 @@ __all__ = [
     "Rotation",
     "Weighting",
     "adaptive_filter_attend",
-    "check_times",
     "common_frame",
-    "filter_in_common_frame",
-    "with_times",
 ]
 
 

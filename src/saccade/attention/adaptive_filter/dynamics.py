@@ -1,6 +1,6 @@
 """The linear dynamics whose noise the filter knows, and the norm of complex channels.
 
-Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q and k (real), d = D / 2, E of values.
+Shape letters: B batch, H heads, N tokens, E real numbers of a head, d complex channels of a head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,20 @@ from saccade.attention.adaptive_filter.operator import Dynamics, Rotation
 class LinearDynamics(nn.Module):
     """Learned `Dynamics`: decay (sigmoid(raw) - 1) s_r - 1e-5 and noises softplus(raw), all of a head or each channel.
 
-    Raw parameters stay where their quantity is switched off, as in the authors' checkpoints, and are not trained.
+    s_r = 10 / (2 seq_len). Raw parameters stay where their quantity is switched off, as in the authors' checkpoints,
+    and are not trained.
+
+    Args:
+        heads: H.
+        channels: d.
+        seq_len: L_max, the length to which decay and frequencies are scaled.
+        each_channel: parameters (H, d), for the tensor form; else (H,).
+        rotation: frequencies "learned" or "fixed" (in conjugate pairs, times 2 pi s_r), "rope" (unscaled) or "none".
+        rope_base: base of "fixed" and "rope".
+        decay, process_noise, key_noise: False sets mu, sigma, eta to exactly 0.
+
+    Raises:
+        ValueError: if the rotation is unknown, or an odd number of channels is to turn in pairs.
     """
 
     def __init__(
@@ -76,7 +89,12 @@ class LinearDynamics(nn.Module):
 
 
 class ComplexRMSNorm(nn.Module):
-    """z <- z rsqrt(mean(z^2 over channels, real and imaginary) + 1e-6) weight, a weight for each complex channel."""
+    """z <- z rsqrt(mean(z^2 over channels, real and imaginary) + 1e-6) weight, a weight for each complex channel.
+
+    Args:
+        heads: H.
+        channels: d.
+    """
 
     def __init__(self, heads: int, channels: int) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""Adaptive Filter Attention as a layer.
+"""`AdaptiveFilterAttention`: projections and learned dynamics around the filter, the gate, the step ahead.
 
-Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q and k (real), d = D / 2, E of values.
+Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q and k (real), d = D / 2, E of values,
+X all heads side by side.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Blocks of adaptive filters, and a network of them.
 
-Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q and k (real), d = D / 2, E of values.
+Shape letters: B batch, N tokens, C channels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from saccade.attention.adaptive_filter.layer import AdaptiveFilterAttention
 
 
 class AdaptiveFilterBlock(nn.Module):
-    """x <- x + attention(norm(x));  x <- x + W2 relu(W1 norm(x)). `attention` maps (B, N, C) to itself."""
+    """x <- x + attention(norm(x));  x <- x + W2 relu(W1 norm(x)).
+
+    Args:
+        attention: any layer (B, N, C) -> (B, N, C).
+        dim: C.
+        hidden_dim: inner width, 4 dim where None.
+    """
 
     def __init__(self, attention: nn.Module, dim: int, hidden_dim: int | None = None) -> None:
         super().__init__()
@@ -37,6 +43,9 @@ class AdaptiveFilterNetwork(nn.Module):
         layers: how many blocks.
         attention: dim -> attention layer; `AdaptiveFilterAttention(dim, **arguments)` where None.
         arguments: of that.
+
+    Raises:
+        ValueError: if there is no layer, or as `AdaptiveFilterAttention`.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
-"""Adaptive Filter Attention: the mathematics, as functions of tensors.
+"""The filter as functions of tensors: the common frame, the score of a tile, the isotropic and the tensor form.
 
-Shape letters: B batch, H heads, N queries, M keys, C channels, D head dim of q and k (real), d = D / 2, E of values.
+Shape letters: B batch, H heads, N queries, M keys, D head dim of q and k (real), d = D / 2, E of values, e = E / 2,
+X = D + 1: channels and the token's time.
 """
 
 from __future__ import annotations
@@ -101,7 +102,14 @@ class Weighting:
 
 
 def common_frame(z_BHNE: Tensor, frequency_He: Tensor | None, times_BN: Tensor, *, back: bool = False) -> Tensor:
-    """z e^(-i omega t), or z e^(i omega t) with `back`; halves of E are real and imaginary parts; times (1 or B, N)."""
+    """z e^(-i omega t), or z e^(i omega t) with `back`: complex numbers turned by their times.
+
+    Args:
+        z_BHNE: halves of the last axis are real and imaginary parts.
+        frequency_He: omega of each complex channel; None leaves z as it is.
+        times_BN: t, (1 or B, N).
+        back: out of the common frame instead of into it.
+    """
     if frequency_He is None:
         return z_BHNE
     angles = (times_BN[:, None, :, None] * frequency_He[:, None]).to(z_BHNE.dtype)
@@ -130,15 +138,19 @@ def adaptive_filter_attend(
     Args:
         q_BHND, k_BHMD, v_BHME: halves of the last axis are real and imaginary parts.
         dynamics: of the keys and, without `value_dynamics`, of the values.
+        temperature_H, robustness_H: temp and nu, one for all heads or one a head.
+        weighting: the paper's robust weights where None.
+        value_dynamics: of the values, where they have a system of their own.
         rotate_values: False leaves e in the common frame, without e^(i omega t_i); None does not turn values at all.
         times: (N,) or (B, N), rising; 0, 1, 2 ... where None. Needs N = M.
         mask: as `attend`'s, beside causality.
+        causal: no query sees a later key; otherwise N = M.
 
     Returns:
         e (B, H, N, E), and log P (B, H, N, 1), in the tensor form (B, H, N, d).
 
     Raises:
-        ValueError: if shapes do not fit.
+        ValueError: if shapes do not fit, or the weighting is one that these dynamics or the tensor form do not have.
     """
     if times is not None and q_BHND.shape[2] != k_BHMD.shape[2]:
         raise ValueError(f"times need as many queries as keys, got {q_BHND.shape[2]} and {k_BHMD.shape[2]}")

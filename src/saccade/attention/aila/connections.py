@@ -1,6 +1,6 @@
 """What a layer takes from all earlier ones: attention over depth, and the plainer forms beside which it is judged.
 
-Shape letters: ... any leading axes, J earlier outputs, C width, H heads, D = C / H; B batch, N positions.
+Shape letters: ... any leading axes, J earlier outputs, C width, H heads, D = C / H.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ def depth_attend(q_HD: Tensor, k_JHD: Tensor, v_JHD: Tensor) -> tuple[Tensor, Te
     """One query a position over its earlier layers: out (..., H, D) and the weights (..., H, J).
 
     a_j = softmax_j(q . k_j / sqrt(D)),   out = sum_j a_j v_j
+
+    Args:
+        q_HD: the query, (..., H, D).
+        k_JHD, v_JHD: keys and values of the earlier layers, (..., J, H, D).
 
     >>> q, k = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 3, 4, 8)
     >>> out, weights = depth_attend(q, k, k)
@@ -57,7 +61,11 @@ class Connection(nn.Module):
 
 
 class GatedConnection(Connection):
-    """Architecture 1, gated: H input-dependent weighted means of J earlier outputs, and a linear layer over them."""
+    """Architecture 1, gated: H input-dependent weighted means of J earlier outputs, and a linear layer over them.
+
+    Args:
+        dim, num_heads, sources: C, H and J.
+    """
 
     def __init__(self, dim: int, num_heads: int, sources: int) -> None:
         super().__init__()
@@ -72,7 +80,12 @@ class GatedConnection(Connection):
 
 
 class ConcatConnection(Connection):
-    """Architecture 1, plainest: one linear layer over J earlier outputs; `warm` starts it at c = h_{l-1}."""
+    """Architecture 1, plainest: one linear layer over J earlier outputs.
+
+    Args:
+        dim, sources: C and J.
+        warm: start at c = h_{l-1}.
+    """
 
     def __init__(self, dim: int, sources: int, *, warm: bool = False) -> None:
         super().__init__()
@@ -87,7 +100,12 @@ class ConcatConnection(Connection):
 
 
 class ScalarConnection(Connection):
-    """Architecture 1, cheapest: one learned weight for each of J earlier outputs, `project` with a map of each."""
+    """Architecture 1, cheapest: one learned weight for each of J earlier outputs.
+
+    Args:
+        dim, sources: C and J.
+        project: a linear map of each output before they are added.
+    """
 
     def __init__(self, dim: int, sources: int, *, project: bool = False) -> None:
         super().__init__()
@@ -119,6 +137,9 @@ class AttentionConnection(Connection):
         dim, num_heads: C and H, a divisor of C.
         query: "newest" or "learned".
         targets: layers that share these projections; a learned query has a row for each.
+
+    Raises:
+        ValueError: if the heads do not divide C, or the query is of another kind.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Layers joined by connections over depth, and the paper's recurrent network of them.
 
-Shape letters: ... any leading axes, J earlier outputs, C width, H heads, D = C / H; B batch, N positions.
+Shape letters: ... any leading axes, B batch, N tokens, M tokens so far, C width, H heads, L layers.
 """
 
 from __future__ import annotations
@@ -222,9 +222,9 @@ class AILA(AILAStack):
         dim, num_heads: C and H, of the connections and of attention hosts.
         causal: no token reads a later one. Otherwise recurrent hosts run in both directions, half the width each.
         layers: L.
-        host: "attention": a pre-norm block of `mechanism`, a slug of the catalogue, and a feed-forward layer;
-            "lstm", "gru"; "mlp": Linear and ReLU, every token alone.
-        mechanism_options: its other arguments.
+        host: "attention": a pre-norm block of `mechanism` and a feed-forward layer; "lstm", "gru"; "mlp": Linear and
+            ReLU, every token alone.
+        mechanism: a slug of the catalogue; mechanism_options: its other arguments.
         stack: `AILAStack`'s other arguments.
 
     Raises:

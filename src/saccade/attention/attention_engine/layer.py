@@ -1,6 +1,6 @@
-"""attention-engine as a layer.
+"""`EngineAttention`: the parallel pattern between projections, by the name of a variant.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v, L latent width.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v.
 """
 
 from __future__ import annotations

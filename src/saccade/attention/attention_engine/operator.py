@@ -1,6 +1,7 @@
-"""attention-engine: the mathematics, as functions of tensors.
+"""Instances of both patterns as functions of tensors, and the resource model that says which tile fits a GPU.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v, L latent width.
+Shape letters: B batch, H query heads, K key heads, G groups of heads, N queries, M keys, D head dim, E head dim of v,
+L latent width.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ class Identity(Normalizer):
 def softmax_attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None = None, scale: float | None = None
 ) -> Tensor:
-    """softmax(scale q k^T) v."""
+    """softmax(scale q k^T) v.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
+        mask: which pairs count; all where None.
+        scale: D ** -0.5 where None.
+    """
     return attend(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale)
 
 
@@ -46,7 +53,14 @@ def sigmoid_attend(
     mask: Mask | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """sigmoid(scale q k^T + bias) v, as the paper writes it: (tanh((s + bias) / 2) + 1) / 2, and no normalisation."""
+    """sigmoid(scale q k^T + bias) v, as the paper writes it: (tanh((s + bias) / 2) + 1) / 2, and no normalisation.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
+        bias: one number for all scores, which may be learned.
+        mask: which pairs count; all where None.
+        scale: D ** -0.5 where None.
+    """
     return attend(
         q_BHND,
         k_BKMD,
@@ -61,7 +75,13 @@ def sigmoid_attend(
 def relu_attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *, mask: Mask | None = None, scale: float | None = None
 ) -> Tensor:
-    """max(scale q k^T, 0) v."""
+    """max(scale q k^T, 0) v.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
+        mask: which pairs count; all where None.
+        scale: D ** -0.5 where None.
+    """
     return attend(q_BHND, k_BKMD, v_BKME, mask=mask, scale=scale, normalize="relu")
 
 
@@ -80,9 +100,12 @@ def retention_attend(
     """p v / max(sum_j |p_j|, 1) with p = scale q k^T * decay: parallel retention.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
         decay: factors per head, (H,) in (0, 1]: decay^(i - j); or a given matrix (B or 1, H, N, M).
         causal: no query sees a later key.
         offset: the key at which query 0 stands.
+        mask: which pairs count beside causality.
+        scale: D ** -0.5 where None.
         exact_gradient: let the gradient go through the normaliser; the authors treat it as a constant.
     """
     if causal:
@@ -100,16 +123,27 @@ def retention_attend(
 def retnet_attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, gamma_H: Tensor, *, scale: float | None = None, **options: Any
 ) -> Any:
-    """RetNet's linear form: g = log gamma_h. `options` are `linear_attend`'s `state`, `return_state`, `chunk_size`."""
+    """RetNet's linear form: g = log gamma_h.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H, N = M.
+        gamma_H: decay factors of the heads, in (0, 1].
+        scale: 1 where None.
+        options: `linear_attend`'s `state`, `return_state`, `chunk_size`.
+    """
     return linear_attend(q_BHND, k_BKMD, v_BKME, decay=gamma_H, scale=scale, **options)
 
 
 def gated_retention_attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, log_decay_BHN: Tensor, *, scale: float | None = None, **options: Any
 ) -> Any:
-    """Simple gated linear attention: S_t = exp(g_t) S_{t-1} + k_t v_t^T, g_t <= 0 given (log sigmoid of a gate).
+    """Simple gated linear attention: S_t = exp(g_t) S_{t-1} + k_t v_t^T.
 
-    scale is D ** -0.5 where None.
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H, N = M.
+        log_decay_BHN: g_t <= 0, the log sigmoid of a gate.
+        scale: D ** -0.5 where None.
+        options: `linear_attend`'s `state`, `return_state`, `chunk_size`.
     """
     scale = q_BHND.shape[-1] ** -0.5 if scale is None else scale
     return linear_attend(q_BHND, k_BKMD, v_BKME, decay=log_decay_BHN.exp(), scale=scale, **options)
@@ -125,6 +159,7 @@ def mamba2_attend(x_BHNE: Tensor, dt_BHN: Tensor, a_H: Tensor, b_BGND: Tensor, c
         dt_BHN: step sizes, positive.
         a_H: A, negative.
         b_BGND, c_BGND: shared by the heads of a group; G divides H.
+        options: `linear_attend`'s `state`, `return_state`, `chunk_size`.
     """
     heads = x_BHNE.shape[1]
     decay = (dt_BHN * a_H[:, None]).exp()
@@ -141,6 +176,8 @@ def mla_attend(
         q_BHND: queries with the key projection absorbed: latent part, then rotary part.
         latent_BMD: the cache, (B, M, L + rotary channels).
         value_dim: L.
+        mask: which pairs count; all where None.
+        scale: D ** -0.5 where None.
 
     Raises:
         ValueError: if `value_dim` is not between 1 and D.
@@ -155,6 +192,11 @@ def split_attend(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, splits: int, *, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Decoding with the keys in `splits` parts, put together by their log-sum-exps: o = sum_c w_c o_c.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
+        splits: how many parts; fewer where there are fewer keys.
+        scale: D ** -0.5 where None.
 
     Returns:
         out (B, H, N, E), lse (B, H, N).
@@ -175,7 +217,15 @@ def split_attend(
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU has for one kernel: registers and shared memory of a multiprocessor, the shape of a matrix product."""
+    """What a GPU has for one kernel.
+
+    Attributes:
+        registers: of a multiprocessor; registers_per_thread: the most that one thread has.
+        shared_bytes: shared memory of a multiprocessor.
+        tile_m, tile_n: rows and columns of one matrix product.
+        threads_per_product: threads that make it together.
+        multiprocessors: how many there are.
+    """
 
     registers: int
     registers_per_thread: int
@@ -191,7 +241,14 @@ H100 = Device(65536, 255, 232448, 64, 16, 128, 132)
 
 @dataclass(frozen=True)
 class Tile:
-    """A fused kernel's sizes; `*_shared` say that scores or output go through shared memory beside registers."""
+    """A fused kernel's sizes.
+
+    Attributes:
+        block_m, block_n: queries and keys of a tile.
+        threads: of a block.
+        stages: tiles of k and v held at a time.
+        scores_shared, output_shared: scores, output go through shared memory beside registers.
+    """
 
     block_m: int
     block_n: int
@@ -232,7 +289,12 @@ def schedule(
 
     Args:
         head_dim, value_dim: D and E.
+        device: what the kernel is for.
+        element_bytes: of a number of q, k and v.
         largest: the largest side of a tile that is tried.
+
+    Raises:
+        ValueError: if a size is not positive.
 
     >>> len(schedule(128, 128)) > 0, schedule(128, 4096)
     (True, [])

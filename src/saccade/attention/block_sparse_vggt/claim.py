@@ -11,7 +11,7 @@ from torch import Tensor
 from saccade.attention.block_sparse_vggt.operator import FrameBlocks, block_sparse_vggt_attend, vggt_block_map
 from saccade.catalogue import Claim, ClaimResult
 from saccade.ops.attend import attend
-from saccade.ops.hilbert import hilbert_order as hilbert_order
+from saccade.ops.hilbert import hilbert_order
 from saccade.ops.selection import block_sparsity, top_blocks
 
 if TYPE_CHECKING:

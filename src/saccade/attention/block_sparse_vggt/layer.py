@@ -1,7 +1,7 @@
-"""Block-sparse global attention for multi-view transformers (VGGT, pi^3) as a layer.
+"""VGGT's global attention layer, dense and block-sparse, and how the one takes the other's place in a model.
 
-Shape letters: B batch, H query heads, K key heads, N tokens of all frames, F frames, P tokens per frame, S special
-tokens per frame, C channels, D head dim, E width of values, T patches of all frames; n, m blocks of queries and keys.
+Shape letters: B batch, H heads, N tokens of all frames, M = N keys, P tokens per frame, S special tokens per frame,
+C channels, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from saccade.attention.block_sparse_vggt.operator import block_sparse_vggt_attend
 from saccade.layers.constants import Constants
 from saccade.ops.attend import attend
-from saccade.ops.hilbert import hilbert_order as hilbert_order
+from saccade.ops.hilbert import hilbert_order
 from saccade.ops.rope import rotate
 
 
@@ -128,7 +128,7 @@ class BlockSparseGlobalAttention(Constants, GlobalAttention):
     """`GlobalAttention` with block-sparse attention among patches.
 
     Args:
-        dim, num_heads, causal, ...: `GlobalAttention`'s.
+        dim, num_heads, causal: `GlobalAttention`'s; layer: its other arguments.
         tokens_per_frame: P. Where None, each token at position (0, 0) of a call's `pos` is a special one, which tells
             the frames; without `pos` all tokens are one frame.
         num_special_tokens: S per frame.

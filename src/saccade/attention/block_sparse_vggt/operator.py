@@ -1,7 +1,7 @@
-"""Block-sparse global attention for multi-view transformers (VGGT, pi^3): the mathematics, as functions of tensors.
+"""Which blocks of patches see each other, and the attention over frames that keeps to it, as functions of tensors.
 
 Shape letters: B batch, H query heads, K key heads, N tokens of all frames, F frames, P tokens per frame, S special
-tokens per frame, C channels, D head dim, E width of values, T patches of all frames; n, m blocks of queries and keys.
+tokens per frame, D head dim, E width of values, T patches of all frames; n, m blocks of queries and keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
-from saccade.ops.hilbert import hilbert_order as hilbert_order
 from saccade.ops.masks import Mask
 from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.selection import pool_blocks, top_blocks

@@ -28,8 +28,6 @@ from saccade.attention.comateformer.operator import (
     Gate,
     Mode,
     Unnormalised,
-    check,
-    check_share,
     comateformer_attend,
     shared_attend,
 )
@@ -42,8 +40,6 @@ __all__ = [
     "Gate",
     "Mode",
     "Unnormalised",
-    "check",
-    "check_share",
     "comateformer_attend",
     "combine",
     "shared_attend",

@@ -1,4 +1,4 @@
-"""Comateformer as a layer.
+"""The layer, the attention between two sentences, and what puts combined attention into a BERT.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, C channels, D head dim, E head dim of values.
 """
@@ -201,7 +201,7 @@ def combine(
     Args:
         model: a model with a list of layers that have `attention.self`.
         shares: share of combined attention in layer 1, 2 ...; a layer of share 0 is left as it is.
-        options: mode, alpha, beta and gate, as `Comateformer`'s.
+        mode: as `Comateformer`'s; options: its alpha, beta and gate.
 
     Returns:
         the model.

@@ -1,6 +1,6 @@
-"""Comateformer: the mathematics, as functions of tensors.
+"""Combined attention as a function of tensors, alone and with softmax in the rest of a layer.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, C channels, D head dim, E head dim of values.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of values.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def comateformer_attend(
     """sum_j M_ij v_j, see the paper's page.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
         mask: as `attend`'s; the mean of the centred gate is over the pairs that it allows.
         causal: no query sees a later key (query 0 stands at key 0).
         scale: s, D^-1/2 where None.
@@ -154,7 +155,19 @@ def shared_attend(
     dropout: float = 0.0,
     **options: Any,
 ) -> Tensor:
-    """Combined attention in a share of a layer and softmax in the rest, see the paper's page."""
+    """Combined attention in a share of a layer and softmax in the rest, see the paper's page.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
+        share: of the heads, or of the weight in each head, from 0 to 1.
+        mode: "heads" or "blend".
+        mask: of both, causality included.
+        dropout: probability that a weight is dropped.
+        options: `comateformer_attend`'s alpha, beta, gate and scale.
+
+    Returns:
+        (B, H, N, E).
+    """
     H = q_BHND.shape[1]
     if mode == "blend":
         parts = [

@@ -1,7 +1,7 @@
-"""Combiner as a layer.
+"""The layer, what it keeps of finished segments while it decodes, and the paper's block around it.
 
-Shape letters: B batch, H query heads, N tokens, D head dim, E width of values, C channels; G = B H, L = n s tokens with
-those that fill up the last segment, l level, p pairs of blocks of a level.
+Shape letters: B batch, H query heads, K key heads, N tokens, M keys, D head dim, E width of values, C channels; s
+tokens of a segment.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class CombinerCache:
 
     "fixed" keeps one abstraction per finished segment, O(s + n) in all; "rowmajor" row_out and its keys; "mixture" all
     tokens and the abstractions left and right of each; "logn" all tokens, as a merged block's values are computed anew.
+
+    Args:
+        variant, segment: those of the layer; "logn" reads no segment.
+        pool: how a span's queries and keys become one.
+        scale: factor of the dot product.
 
     Attributes:
         length: tokens seen.

@@ -1,7 +1,7 @@
-"""Combiner: the mathematics, as functions of tensors.
+"""The four variants as functions of tensors, on spans that are pooled once and joined by their log-sum-exps.
 
-Shape letters: B batch, H query heads, N tokens, D head dim, E width of values, C channels; G = B H, L = n s tokens with
-those that fill up the last segment, l level, p pairs of blocks of a level.
+Shape letters: B batch, H query heads, K key heads, N tokens, D head dim, E width of values; G = B H, L = n s tokens
+with those that fill up the last of n segments of s.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def combiner_attend(
 
     Args:
         q_BHND, k_BKND, v_BKNE: self-attention; K divides H; E may differ from D.
-        variant: see above; "logn" has no segments.
+        variant: see the paper's page; "logn" has no segments.
         segment: s, about sqrt(N) where None (a multiple of 16 from 16 on).
         causal: "logn" and "rowmajor" are causal only.
         pooling: "max", "mean" or "sum", with "relu-", "identity-" or "deepset-" before it.

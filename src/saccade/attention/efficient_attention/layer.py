@@ -1,4 +1,4 @@
-"""Efficient Attention as a layer.
+"""The layer on sequences, the paper's module on feature maps, and the non-local block beside which it is judged.
 
 Shape letters: B batch, N queries, M keys, C channels, H query heads, K key heads, D key width, E value width; in maps
 H and W are height and width.

@@ -1,7 +1,6 @@
-"""Efficient Attention: the mathematics, as functions of tensors.
+"""E(Q, K, V) as a function of tensors: whole, in pieces that stay in cache, and causal, with a state.
 
-Shape letters: B batch, N queries, M keys, C channels, H query heads, K key heads, D key width, E value width; in maps
-H and W are height and width.
+Shape letters: B batch, N queries, M keys, H query heads, K key heads, D key width, E value width.
 """
 
 from __future__ import annotations
@@ -43,19 +42,21 @@ def efficient_attend(
     state: EfficientState | None = None,
     return_state: bool = False,
 ) -> Any:
-    """rho_q(Q) (rho_k(K)^T V), see the equations at the top of this file.
+    """rho_q(Q) (rho_k(K)^T V), see the paper's page.
 
     Args:
         q_BHND, k_BKMD, v_BKME: K divides H; N = M where causal.
         mask: bool (B, M), True = real token, or `saccade.masks.padding`.
         causal: position i sees positions j <= i (not in the paper).
+        normalization: "softmax" or "scaling".
         state: of an earlier causal call, whose positions come before these; return_state: also return the new one.
 
     Returns:
         out (B, H, N, E), or (out, state).
 
     Raises:
-        ValueError: if shapes do not fit, the mask is of pairs, or there is a state without causality.
+        ValueError: if shapes do not fit, the normalisation is unknown, the mask is of pairs, or there is a state
+            without causality.
 
     >>> import torch
     >>> q, k, v = torch.randn(1, 1, 5, 4), torch.randn(1, 1, 5, 4), torch.ones(1, 1, 5, 2)

@@ -1,6 +1,6 @@
-"""Fastmax as a layer.
+"""`FastmaxAttention`: projections around `fastmax_attend`, and a cache of one size.
 
-Shape letters: B batch, H heads, K key heads, N queries, M keys, D head dim, E value width, F features.
+Shape letters: B batch, H heads, K key heads, N queries, M keys, D head dim, E value width.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fastmax: the mathematics, as functions of tensors.
+"""Fastmax as a function of tensors: the normalisation of queries and keys, the factorised sums, their dropout.
 
 Shape letters: B batch, H heads, K key heads, N queries, M keys, D head dim, E value width, F features.
 """
@@ -37,6 +37,13 @@ def fastmax_normalize(
     centered      y / max_n |y_n|,  y = x - mean over the tokens of the head   (`normalize = 1`)
     limited       limit x / max_n |x_n|  (the CUDA library); with `norm_bound`, limit x / norm_bound
     standardized  each token less its mean over channels, over its standard deviation (the paper's text)
+
+    Args:
+        x_BHND: queries or keys.
+        normalization: one of the four.
+        valid_BN: bool, True = counts; all where None.
+        limit: the largest norm of "limited".
+        norm_bound: what stands in the place of its maximum, so that no token changes another.
     """
     wide = x_BHND if x_BHND.dtype == torch.float64 else x_BHND.float()
     if normalization == "plain" or not x_BHND.numel():
@@ -77,16 +84,17 @@ def fastmax_attend(
     return_state: bool = False,
     chunk_size: int | None = None,
 ) -> Any:
-    """o_i = sum_j f(q^_i . k^_j) v_j / sum_j f(q^_i . k^_j), see the top of this file; a row without keys gives zeros.
+    """o_i = sum_j f(q^_i . k^_j) v_j / sum_j f(q^_i . k^_j), see the paper's page; a row without keys gives zeros.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: K divides H; N = M where causal.
         degree: p, 1 or 2.
         normalization, limit, norm_bound: of q and k, see `fastmax_normalize`.
         causal: sums over j <= i. The statistics of "centered" and "limited" without a bound still see all tokens.
         mask_BM: bool, True = real key; query_mask_BN: the same for queries (of the statistics only).
         temperature: t; None: 8 where "plain", else 1.
         coefficients: a0, a1, a2.
-        dropout: of features, see the top of this file.
+        dropout: of features, see the paper's page.
         state: sums over earlier tokens (B, H, F, E + 1); return_state: also return them after the last token.
         chunk_size: of the causal form; the result does not depend on it.
 
@@ -94,7 +102,7 @@ def fastmax_attend(
         out (B, H, N, E), or (out, state).
 
     Raises:
-        ValueError: if shapes do not fit or an option is unknown.
+        ValueError: if shapes do not fit, an option is unknown, or there is dropout with a state.
     """
     if degree not in (1, 2):
         raise ValueError(f"degree must be 1 or 2, got {degree}")

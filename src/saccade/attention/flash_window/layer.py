@@ -1,6 +1,6 @@
-"""Flash Window Attention as a layer.
+"""The fused attention on windows, as a function and as Swin's layer, and how it takes that layer's place.
 
-Shape letters: B batch, N tokens, C channels, H heads, D head dim; W windows, T tokens of a window, P masks.
+Shape letters: W windows, H heads, T tokens of a window, D head dim, E width of values, P masks.
 """
 
 from __future__ import annotations

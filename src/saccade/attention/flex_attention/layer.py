@@ -1,8 +1,7 @@
-"""flex-attention as a layer.
+"""`FlexAttention`: projections around softmax attention whose modifications are chosen by name.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v; R, C rows and columns
-of blocks; P pages of S tokens, T tokens of all sequences laid end to end.
-"""  # noqa: E501
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from saccade.ops.score_mods import ScoreMod
 
 
 class FlexAttention(QKVAttention):
-    """Softmax attention with modifications by name, as a layer.
+    """Softmax attention with modifications by name.
 
     Args:
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.

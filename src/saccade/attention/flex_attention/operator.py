@@ -1,8 +1,8 @@
-"""flex-attention: the mathematics, as functions of tensors.
+"""Modifications of scores and masks, FlexAttention's block lists, jagged batches, and the paged cache.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v; R, C rows and columns
-of blocks; P pages of S tokens, T tokens of all sequences laid end to end.
-"""  # noqa: E501
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E head dim of v, R rotary channels,
+P pages, T tokens of all sequences laid end to end.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def relative() -> ScoreMod:
 
 
 def rope_part(q_BHNR: Tensor, k_BKMR: Tensor, scale: float) -> ScoreMod:
-    """s + scale q_rope . k_rope: the decoupled rotary part of multi-head latent attention; K divides H."""
+    """s + scale q_rope . k_rope: the decoupled rotary part of multi-head latent attention.
+
+    Args:
+        q_BHNR, k_BKMR: the rotated channels; K divides H.
+        scale: of their product.
+    """
     group = q_BHNR.shape[1] // k_BKMR.shape[1]
 
     def mod(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -39,14 +44,30 @@ def rope_part(q_BHNR: Tensor, k_BKMR: Tensor, scale: float) -> ScoreMod:
 
 
 def dilated_window(reach: int, dilation: int) -> Mask:
-    """|i - j| <= reach and |i - j| a multiple of `dilation`."""
+    """|i - j| <= reach and |i - j| a multiple of `dilation`.
+
+    Args:
+        reach: the largest distance.
+        dilation: 1 is a plain window.
+
+    Raises:
+        ValueError: if `reach` is negative or `dilation` below 1.
+    """
     if reach < 0 or dilation < 1:
         raise ValueError(f"reach must not be negative and dilation at least 1, got {reach} and {dilation}")
     return masks.window(reach, reach) & masks.function(lambda b, h, q, k: (q - k) % dilation == 0)
 
 
 def global_window(tokens: int, left: int, right: int = 0) -> Mask:
-    """A sliding window, and the first `tokens` keys for everybody."""
+    """A sliding window, and the first `tokens` keys for everybody.
+
+    Args:
+        tokens: how many.
+        left, right: keys before and after a query that it sees.
+
+    Raises:
+        ValueError: if `tokens` is negative or the window would hold no key.
+    """
     return masks.prefix(tokens) | masks.window(left, right)
 
 
@@ -55,6 +76,14 @@ class BlockMask:
     """FlexAttention's block lists: columns by row, and (`q_*`) rows by column; entries after the counted ones are none.
 
     A block is partial where some of its pairs are allowed, full where all are; pairs beyond the last token are not.
+
+    Attributes:
+        kv_num_blocks, kv_indices: how many partial blocks each row has, (B', H', rows), and their columns, (B', H',
+            rows, columns).
+        full_kv_num_blocks, full_kv_indices: the same of the full ones.
+        q_num_blocks, q_indices, full_q_num_blocks, full_q_indices: the same with rows and columns exchanged.
+        shape: numbers of queries and keys.
+        block_size: queries and keys of a block.
     """
 
     kv_num_blocks: Tensor
@@ -69,7 +98,7 @@ class BlockMask:
     block_size: tuple[int, int]
 
     def to_dense(self) -> Tensor:
-        """1 where a block is partial or full, (B', H', R, C)."""
+        """1 where a block is partial or full, (B', H', rows, columns)."""
         dense = torch.zeros_like(self.kv_indices)
         columns = torch.arange(dense.shape[-1], device=dense.device)
         for count, index in ((self.kv_num_blocks, self.kv_indices), (self.full_kv_num_blocks, self.full_kv_indices)):
@@ -85,6 +114,11 @@ class BlockMask:
 
 def create_block_mask(mask: Mask, n: int, m: int, block_size: int | Sequence[int] = 128) -> BlockMask:
     """The block lists of a mask for `n` queries and `m` keys, each block judged by all its pairs.
+
+    Args:
+        mask: any mask object; B' and H' are its batch and heads, 1 where it does not vary.
+        n, m: numbers of queries and keys.
+        block_size: of a block, one number or (queries, keys).
 
     Raises:
         ValueError: if the mask is not for these lengths or the block size not positive.
@@ -126,8 +160,11 @@ def activation_attend(
     f(S) V = out exp(lse) - N sum of allowed v. The paper's trick; a `Normalizer` says the same directly.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
         function: f, element-wise.
         offset: N, so large that f(s) + N > 0.
+        mask: which pairs count; all where None.
+        scale: D ** -0.5 where None.
     """
     plain: dict[str, Any] = {"mask": mask, "scale": scale}
     mod = lambda s, b, h, i, j: (function(s) + offset).log()  # noqa: E731
@@ -142,6 +179,7 @@ def attend_jagged(q: Any, k: Any, v: Any, *, mask: Mask | None = None, **options
     The sequences are laid end to end and kept apart by a document mask, so empty pairs cost nothing.
 
     Args:
+        q, k, v: such nested tensors, with sequences of the same lengths.
         mask: within each sequence, positions counted from its first token; one that does not vary over the batch.
         options: `attend`'s, but `return_lse`.
 
@@ -176,6 +214,10 @@ class PagedCache:
         pages, page_size: the pool holds pages * page_size tokens.
         batch: sequences.
         num_kv_heads, head_dim, value_dim: K, D, E (D where None).
+        device, dtype: of keys and values.
+
+    Raises:
+        ValueError: if a number is not positive.
 
     >>> cache = PagedCache(pages=8, page_size=4, batch=2, num_kv_heads=1, head_dim=2)
     >>> cache.append(1, torch.randn(1, 5, 2), torch.randn(1, 5, 2))
@@ -281,7 +323,14 @@ class PagedCache:
 
 @dataclass(frozen=True, eq=False)
 class PagedMask(Mask):
-    """A mask of logical positions over a pool of pages."""
+    """A mask of logical positions over a pool of pages.
+
+    Attributes:
+        inner: the mask of logical positions.
+        logical_page_BP: which page of its sequence each page of the pool is; -1 where it is none.
+        lengths_B: tokens of each sequence.
+        page_size: tokens of a page.
+    """
 
     inner: Mask
     logical_page_BP: Tensor

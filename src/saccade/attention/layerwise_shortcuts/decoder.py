@@ -1,7 +1,6 @@
 """The stack as a language model.
 
-Shape letters: B batch, N queries, M tokens that are attended to, S depths, C channels, H query heads, K key heads,
-D head dim, E width of given values, V vocabulary.
+Shape letters: B batch, N tokens, S depths, C channels, H heads, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ class ShortcutDecoder(nn.Module):
     Args:
         vocab: V.
         dim, num_heads, layers, depths: this library's small GPT with the paper's example depths.
-        positions: "rotary", "learned" (up to `max_length`) or "sinusoidal"; the last two are added to h_0 only.
+        positions: "rotary", "learned" or "sinusoidal"; the last two are added to h_0 only.
+        max_length: how many positions are learned.
         stack: `ShortcutStack`'s other arguments.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Layerwise attention shortcuts as a layer.
+"""The features of the depths, and the cross-attention by which the last layer chooses among them.
 
 Shape letters: B batch, N queries, M tokens that are attended to, S depths, C channels, H query heads, K key heads,
-D head dim, E width of given values, V vocabulary.
+D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ from saccade.ops.pattern import GivenMask, Pattern
 
 
 class DepthFeature(nn.Module):
-    """f = MLP(LN(h)), C -> hidden -> C with GELU; `residual` adds LN(h), `hidden` 0 leaves LN(h) alone."""
+    """f = MLP(LN(h)), C -> hidden -> C with GELU.
+
+    Args:
+        dim: C.
+        hidden: inner width; 0 leaves LN(h) alone.
+        residual: add LN(h), and start with an MLP that gives 0.
+    """
 
     def __init__(self, dim: int, hidden: int, *, residual: bool = False) -> None:
         super().__init__()

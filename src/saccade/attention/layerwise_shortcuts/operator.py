@@ -1,7 +1,7 @@
-"""Layerwise attention shortcuts: the mathematics, as functions of tensors.
+"""Attention to tokens at several depths, and each depth's share in it, as functions of tensors.
 
-Shape letters: B batch, N queries, M tokens that are attended to, S depths, C channels, H query heads, K key heads,
-D head dim, E width of given values, V vocabulary.
+Shape letters: B batch, N queries, M tokens that are attended to, S depths, H query heads, K key heads, D head dim,
+E width of values.
 """
 
 from __future__ import annotations
@@ -28,7 +28,12 @@ Depths = Sequence[int] | Literal["all"] | None
 
 @dataclass(frozen=True, eq=False)
 class DepthMask(Mask):
-    """A mask of tokens over keys that hold each token `depths` times in a row."""
+    """A mask of tokens over keys that hold each token `depths` times in a row.
+
+    Attributes:
+        tokens: the mask over (query, token) pairs.
+        depths: S.
+    """
 
     tokens: Mask
     depths: int
@@ -97,6 +102,8 @@ def shortcut_attend(
         q_BHND: queries; query 0 stands at token `offset`.
         k_BKMSD, v_BKMSE: keys and values of M tokens at S depths; K divides H.
         mask: over (query, token) pairs, for every depth; without causality.
+        causal: no query sees a later token.
+        offset: tokens before query 0.
         scale: D ** -0.5 where None.
 
     Raises:
@@ -138,7 +145,10 @@ def depth_shares(
     """How much of each query's attention goes to each depth, (B, H, N, S); rows sum to 1, or to 0 without any key.
 
     share_l = exp(lse_l - lse) with lse_l the log of the sum of exponentials over the keys of depth l alone: no map of
-    weights is made. Arguments are `shortcut_attend`'s.
+    weights is made.
+
+    Args:
+        q_BHND, k_BKMSD, mask, causal, offset, scale: `shortcut_attend`'s.
 
     Raises:
         ValueError: if shapes do not fit.

@@ -1,7 +1,6 @@
-"""Blocks with shortcuts from earlier depths, one on the other.
+"""Blocks one on the other, of which the last has shortcuts from earlier depths.
 
-Shape letters: B batch, N queries, M tokens that are attended to, S depths, C channels, H query heads, K key heads,
-D head dim, E width of given values, V vocabulary.
+Shape letters: B batch, N tokens, M tokens so far, S depths, L layers, C channels, H heads, E width of given values.
 """
 
 from __future__ import annotations
@@ -22,7 +21,13 @@ from saccade.ops.masks import Mask
 
 
 class ShortcutBlock(PreNormBlock):
-    """The last layer: a pre-norm block whose attention is `ShortcutAttention`, with `before` after a self-attention."""
+    """The last layer: a pre-norm block whose attention is `ShortcutAttention`.
+
+    Args:
+        attention: the cross-attention to the features.
+        ffn_dim: inner width of the feed-forward layer, 4 dim where None.
+        before: a self-attention that comes first, as `last_layer="add"` has it; None for none.
+    """
 
     def __init__(self, attention: ShortcutAttention, ffn_dim: int | None, before: nn.Module | None) -> None:
         super().__init__(attention, attention.dim, ffn_dim)
@@ -52,7 +57,7 @@ class ShortcutStack(nn.Module):
         depths: the depths that the last layer reads, 0 (the input) to L - 1; "all" for 1 to L - 1; None for an ordinary
             last layer.
         include_below, last_layer: see the paper's page.
-        host: the mechanism of layers 1 to L - 1, a slug of the catalogue; `host_options` are its other arguments.
+        host: the mechanism of layers 1 to L - 1, a slug of the catalogue; host_options: its other arguments.
         ffn_dim: inner width of the feed-forward layers, 4 dim where None.
         shortcuts: `ShortcutAttention`'s other arguments.
 

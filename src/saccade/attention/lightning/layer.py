@@ -1,6 +1,7 @@
-"""Lightning attention as a layer.
+"""Lightning attention in its two published layers, and TransNormerLLM: its block, its cache, the language model.
 
-Shape letters: B batch, N tokens, C channels, H heads, D query/key width, E value width, I hidden channels (H x E).
+Shape letters: B batch, N tokens, M tokens so far, C channels, H heads, D query/key width, E value width, I hidden
+channels (H x E).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ class LRPE(nn.Module):
     """x -> [x cos(theta t), x sin(theta t)], t the position: q_i . k_j becomes sum_c q_ic k_jc cos(theta_c (i - j)).
 
     theta (H, 1, D) is learned, from 10000^(-2 m / (H D)), m = 0..HD-1 over heads and channels.
+
+    Args:
+        num_heads, head_dim: H and D.
     """
 
     def __init__(self, num_heads: int, head_dim: int) -> None:
@@ -44,7 +48,12 @@ class LRPE(nn.Module):
 
 @dataclass
 class LightningCache:
-    """What a layer keeps of the past: KV (B, H, D, E), of the same size however many tokens there were."""
+    """What a layer keeps of the past, of the same size however many tokens there were.
+
+    Attributes:
+        state: KV (B, H, D, E).
+        length: tokens seen.
+    """
 
     state: Tensor
     length: int = 0
@@ -55,7 +64,7 @@ class LightningCache:
 
 
 class LightningAttention(nn.Module):
-    """Lightning attention as a layer, in either published form.
+    """Lightning attention between projections, in either published form.
 
     "transnormer": y = Wo [SRMSNorm(o) * u],  q, k = SiLU(x Wq), SiLU(x Wk);  v, u = x Wv, x Wu
     "gated":       y = Wo [LayerNorm(o) * sigmoid(W_b W_a x)],  q, k, v = SiLU of projections
@@ -66,7 +75,7 @@ class LightningAttention(nn.Module):
         dim: channels C.
         num_heads: H.
         causal: must be True.
-        form: see above.
+        form: "transnormer" or "gated".
         hidden_dim: I, dim where None.
         layer_index, num_layers: where the layer stands, for the slopes.
         slopes: decay rates of the heads, instead of `decay_slopes`.
@@ -219,7 +228,12 @@ def _norm(kind: str, width: int) -> nn.Module:
 
 
 class SGLU(nn.Module):
-    """y = [(x W1) * (x W2)] W3: a gated linear unit without any activation function."""
+    """y = [(x W1) * (x W2)] W3: a gated linear unit without any activation function.
+
+    Args:
+        dim, hidden_dim: widths of x and of the products.
+        bias: of all three.
+    """
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = False) -> None:
         super().__init__()
@@ -231,7 +245,17 @@ class SGLU(nn.Module):
 
 
 class TransNormerBlock(nn.Module):
-    """x <- x + GLA(norm(x));  x <- x + SGLU(norm(x)). Arguments beyond glu_dim are `LightningAttention`'s."""
+    """x <- x + GLA(norm(x));  x <- x + SGLU(norm(x)).
+
+    Args:
+        dim, num_heads: `LightningAttention`'s; attention: its other arguments.
+        glu_dim: hidden channels of the SGLU.
+        norm: of the inputs and of the attention's output, "srms", "layer" or "rms".
+        bias: of all projections.
+
+    Raises:
+        ValueError: as `LightningAttention`.
+    """
 
     def __init__(
         self, dim: int, num_heads: int, glu_dim: int, *, norm: Norm = "srms", bias: bool = False, **attention: Any

@@ -1,6 +1,6 @@
-"""Lightning attention: the mathematics, as functions of tensors.
+"""Linear attention with the decays of the heads, as functions of tensors, and the rule that gives the decays.
 
-Shape letters: B batch, N tokens, C channels, H heads, D query/key width, E value width, I hidden channels (H x E).
+Shape letters: B batch, N tokens, H heads, D query/key width, E value width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,9 +34,13 @@ def lightning_attend(
     """o_i = sum_{j<=i} exp(-slope (i - j)) (q_i . k_j) v_j.
 
     Args:
+        q_BHND, k_BHND, v_BHNE: queries, keys and values, not scaled here.
         slope: (H,) or (H, 1, 1), >= 0 (infinity: a token sees itself alone); None for no decay.
         block_size: tokens of a block; see `linear_attend`.
         state: KV of earlier tokens (B, H, D, E); return_state: also return KV after the last.
+
+    Returns:
+        out (B, H, N, E), or (out, state).
 
     Raises:
         ValueError: if shapes do not fit.
@@ -61,11 +65,16 @@ def decay_slopes(
     the largest power of two P < H, then the first H - P of the entries 0, 2, 4... of those of 2 P.
     "paper": s_h = (8 h / H) (1 - l / L).
 
-    >>> decay_slopes(4)
-    [0.25, 0.0625, 0.015625, 0.00390625]
+    Args:
+        num_heads, num_layers: H and L.
+        layer_index: l.
+        rule: "code" or "paper".
 
     Raises:
-        ValueError: if the layer is not among the layers.
+        ValueError: if there is no head, the layer is not among the layers, or the rule is another.
+
+    >>> decay_slopes(4)
+    [0.25, 0.0625, 0.015625, 0.00390625]
     """
     if num_heads < 1:
         raise ValueError(f"num_heads must be at least 1, got {num_heads}")

@@ -17,7 +17,7 @@ Mega-chunk attends inside chunks of C tokens, at a cost linear in N; the average
 |---|---|
 | damping delta, alpha of the EMA | sigmoid of the raw `alpha`, `delta`: the code's names, swapped against the paper's |
 | EMA beta, eta | `beta`, `gamma` / sqrt(h); the 1 / sqrt(h) is the code's only |
-| z, v, h | key_dim, value_dim, ema_dim |
+| z, v, h (Z, V in costs) | key_dim, value_dim, ema_dim |
 | phi | `attention`: "softmax", "laplace", "relu2" |
 | b_rel | `position`: "simple", one learned number per distance up to max_positions (the chunk size), or "rotary" |
 
@@ -26,8 +26,6 @@ The rotary bias is the product of two learned vectors, each rotated to its place
 What the paper leaves open: padded tokens enter the average as 0 and are no keys; a query without keys gets A V = 0 (the
 authors unmask a row that is padding throughout; nothing real depends on it). More than one head is not in the paper:
 z and v are split over heads, each with its own part of Q, K, gamma and beta. The default position is rotary.
-
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ from saccade.attention.mega.attention import MegaAttention, MegaCache, Norm
 from saccade.attention.mega.block import MegaBlock, NormalizedFeedForward
 from saccade.attention.mega.cross_attention import MegaCrossAttention
 from saccade.attention.mega.ema import DampedEMA
-from saccade.attention.mega.norms import ScaleNorm
 from saccade.attention.mega.operator import (
     Attention,
     Laplace,
@@ -59,7 +56,6 @@ __all__ = [
     "Norm",
     "NormalizedFeedForward",
     "RotaryBias",
-    "ScaleNorm",
     "SimpleBias",
     "SquaredRelu",
     "laplace",

@@ -1,4 +1,4 @@
-"""The layers: damped average, gated attention on it, gated cross-attention, normalised feed-forward, a block.
+"""The Mega layer: gated attention on a damped average, whole, in chunks, in a stream of pieces, and while decoding.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
 """
@@ -40,7 +40,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class MegaCache:
-    """State of the average, and keys and values of all tokens, or of those in the chunk that is not full yet."""
+    """What the layer keeps while it decodes.
+
+    Attributes:
+        average: state of the damped average; None before the first token.
+        keys: keys and values of all tokens, or of those in the chunk that is not full yet.
+        length: tokens seen.
+    """
 
     average: Tensor | None = None
     keys: KVCache = field(default_factory=KVCache)
@@ -53,7 +59,7 @@ class MegaCache:
 
 
 class MegaAttention(nn.Module):
-    """The Mega layer, with its gated residual; equations at the top of this file.
+    """The Mega layer, with its gated residual; equations on the paper's page.
 
     Args:
         dim: channels C.

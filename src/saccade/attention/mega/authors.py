@@ -1,6 +1,6 @@
 """How the authors' modules, parameters and arguments map to ours.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+Shape letters: B batch, N queries, M keys, C channels, H heads, E width of given values.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The feed-forward network with its norm, and the block of both.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+Shape letters: B batch, N tokens, M tokens of a context, C channels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from saccade.layers.initialization import start_language_model
 
 
 class NormalizedFeedForward(nn.Module):
-    """y = x + W2 f(W1 norm(x)), or norm(x + W2 f(W1 x)) where not prenorm."""
+    """y = x + W2 f(W1 norm(x)), or norm(x + W2 f(W1 x)) where not prenorm.
+
+    Args:
+        dim, hidden_dim: widths of x and of W1 x.
+        norm, prenorm, activation, feature_dropout: `MegaAttention`'s.
+        dropout: of the hidden channels and of the output.
+
+    Raises:
+        ValueError: if a width is not positive or a name is unknown.
+    """
 
     def __init__(
         self,

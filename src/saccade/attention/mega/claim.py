@@ -1,6 +1,6 @@
 """The paper's claim at laptop size: what the average is worth, and what chunks cost.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+Shape letters: B batch, N tokens, C channels.
 """
 
 from __future__ import annotations

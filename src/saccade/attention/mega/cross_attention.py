@@ -23,7 +23,15 @@ class MegaCrossAttention(nn.Module):
 
         [u | r | q] = norm(x) W_q;  k = c W_k,  v = f(c W_v);  y = x + u (f((A v * r) W_h) - x)
 
-    Arguments as in `MegaAttention`; the value width is dim. The simple bias counts x and context from their starts.
+    The simple bias counts x and context from their starts.
+
+    Args:
+        dim, num_heads, key_dim: C, H and Z; the value width is dim.
+        attention, position, max_positions, norm, prenorm, activation: `MegaAttention`'s.
+        dropout: of f((A v * r) W_h); attn_drop: of the weights; feature_dropout: drop whole channels instead.
+
+    Raises:
+        ValueError: if sizes do not fit or a name is unknown.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The multi-dimensional damped moving average as a layer.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+Shape letters: B batch, N tokens, C channels; h averages per channel.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class DampedEMA(nn.Module):
         dim: channels; ema_dim: h, averages per channel.
         bidirectional: a second bank runs backwards; both see the current token.
         truncation: taps of the kernel, all where None.
+
+    Raises:
+        ValueError: if a number is not positive.
     """
 
     def __init__(

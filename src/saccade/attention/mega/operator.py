@@ -1,6 +1,6 @@
 """Mega's attention as a function: softmax, Laplace or squared ReLU of biased scores, in chunks or whole.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, Z key width, V value width, E width of given values.
+Shape letters: B batch, N queries, M keys, H heads, Z key width of a head, E width of values.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ class _Elementwise(Normalizer):
 
 
 class Laplace(_Elementwise):
+    """`laplace` of each score."""
+
     def function(self, scores: Tensor) -> Tensor:
         return laplace(scores)
 
@@ -58,6 +60,8 @@ class Laplace(_Elementwise):
 
 
 class SquaredRelu(_Elementwise):
+    """relu(s)^2 of each score."""
+
     def function(self, scores: Tensor) -> Tensor:
         return scores.relu().square()
 
@@ -109,15 +113,20 @@ def mega_attend(
     """A V with the paper's attention functions and relative biases; query 0 stands at key `offset`.
 
     Args:
+        q_BHNZ, k_BHMZ, v_BHME: queries and keys not scaled yet, values.
+        attention: "softmax", "laplace" or "relu2".
         bias: B; None for none.
         mask: bool (B, M), True = real token, or 4 axes, or a mask object (softmax), on top of causality.
+        causal: no query sees a later key.
+        offset: the key at which query 0 stands.
         dropout: of the weights.
 
     Returns:
         (B, H, N, E).
 
     Raises:
-        ValueError: if shapes do not fit, positions exceed the simple bias, or a mask's keys cannot be counted.
+        ValueError: if shapes do not fit, the attention is unknown, positions exceed the simple bias, or a mask's keys
+            cannot be counted.
     """
     if attention not in NORMALIZERS:
         raise ValueError(f"attention must be one of {', '.join(NORMALIZERS)}, got {attention!r}")

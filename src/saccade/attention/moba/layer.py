@@ -1,7 +1,6 @@
-"""MoBA as a layer.
+"""The layer, and its cache, which keeps the mean key of each completed block.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M tokens, D head dim, E width of values, S tokens per
-block, n blocks, L = n S, j = top_k - 1 chosen blocks.
+Shape letters: B batch, H query heads, K key heads, N queries, M tokens, D head dim, E width of values, n blocks.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class MoBACache(KVCache):
 
 
 class MoBA(QKVAttention):
-    """Mixture of block attention as a layer; it has the parameters of `SoftmaxAttention` and takes its weights.
+    """Mixture of block attention between projections; it has the parameters of `SoftmaxAttention`.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.

@@ -1,4 +1,4 @@
-"""MoBA: the mathematics, as functions of tensors.
+"""The choice of blocks and the attention over them, as functions of tensors; the last token's row; the definition.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M tokens, D head dim, E width of values, S tokens per
 block, n blocks, L = n S, j = top_k - 1 chosen blocks.
@@ -92,7 +92,12 @@ def moba_attend(
 
 def moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
     """Pairs that `moba_attend` computes per head: token t has its own block up to itself, and top_k - 1 of the whole
-    blocks before it."""
+    blocks before it.
+
+    Args:
+        n: tokens; m, causal, offset: not read, as MoBA is causal self-attention.
+        options: `block_size` and `top_k`.
+    """
     size, top_k = options["block_size"], options["top_k"]
     t_N = torch.arange(n, dtype=torch.float64)
     return float((t_N % size + 1 + (t_N // size).clamp(max=top_k - 1) * size).sum())
@@ -113,6 +118,8 @@ def moba_route(
     Args:
         q_BHLD: queries in whole blocks, from block `first_block` on.
         k_BKMD: keys in whole blocks.
+        block_size, top_k: `moba_attend`'s.
+        first_block: where the queries begin.
         start_Bn: first block of each block's own sequence; 0 where None.
     """
     B, H, L, D = q_BHLD.shape
@@ -166,6 +173,9 @@ def moba_attend_reference(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The definition, line by line, for one sequence per batch row: the oracle of the tests. Quadratic.
+
+    Args:
+        q_BHND, k_BHND, v_BHNE, block_size, top_k, scale: `moba_attend`'s; as many queries as keys.
 
     Returns:
         out (B, H, N, E), and the chosen blocks (B, H, N, n) as bool, before the causal mask.

@@ -1,7 +1,7 @@
-"""MoH as a layer.
+"""The layer, and the parameter-free router put into a Llama.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E width of values,
-R routed heads (h_r), L queries in a list, S tokens of a stretch, T tokens with those that fill up the last one.
+R routed heads (h_r).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class MoH(KeepsLoss, QKVAttention):
         router: "trained", or "query-norm" without parameters.
         qk_norm: layer norm of each head's queries and keys (DiT's option).
         form: of `gated_attend`.
-        balance: beta, the weight of L_b in training.
+        balance: the weight of L_b in a training loop that adds it.
 
     Raises:
         ValueError: if the numbers of heads do not fit, or an option is unknown.
@@ -144,7 +144,12 @@ class MoH(KeepsLoss, QKVAttention):
 
 
 class QueryNormGate(KeepsLoss, nn.Module):
-    """The parameter-free router inside somebody else's attention layer: from q_proj's output to o_proj's input."""
+    """The parameter-free router inside somebody else's attention layer: from q_proj's output to o_proj's input.
+
+    Args:
+        num_heads: of the layer.
+        shared_heads, routed_heads: h_s and K.
+    """
 
     def __init__(self, num_heads: int, shared_heads: int, routed_heads: int) -> None:
         super().__init__()
@@ -175,6 +180,7 @@ def convert_llama(model: nn.Module, *, shared: float = 0.5, routed: float = 0.25
     `balance_loss(model)`, to adapt the model to its fewer heads.
 
     Args:
+        model: changed in place.
         shared, routed: shares of the heads that are shared, and routed and active.
 
     Returns:

@@ -1,7 +1,7 @@
-"""MoH: the mathematics, as functions of tensors.
+"""The two routers, attention whose heads are gated in two forms, the balance loss, and the published configurations.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E width of values,
-R routed heads (h_r), L queries in a list, S tokens of a stretch, T tokens with those that fill up the last one.
+Shape letters: B batch, N queries, M keys, H heads, K key heads, D head dim, E width of values, R routed heads (h_r),
+L queries in a list, n stretches of S tokens, T tokens with those that fill up the last one.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def trained_routing(
         routed_BNR: R = 0 where every head is shared.
         shared_BNH: (B, N, shared_heads); None where there are fewer than two shared heads: s = 1.
         balance_BN2: None where there are no shared or no routed heads.
+        shared_heads: h_s.
         top_k: K, active routed heads.
     """
     chances, active = _choose(routed_BNR, top_k)
@@ -72,6 +73,9 @@ def query_norm_routing(q_BHND: Tensor, *, shared_heads: int, top_k: int, straigh
     """The gates of the parameter-free router: 0 or 1, from the norms of the queries before rotary positions.
 
     Args:
+        q_BHND: queries of all heads, the shared ones first.
+        shared_heads: h_s.
+        top_k: K, active routed heads.
         straight_through: give the chosen heads' gates the gradient of their p.
     """
     norms_BNR = torch.linalg.vector_norm(_at_least_float(q_BHND[:, shared_heads:]), dim=-1).transpose(1, 2)
@@ -87,7 +91,12 @@ def query_norm_routing(q_BHND: Tensor, *, shared_heads: int, top_k: int, straigh
 
 
 def load_balance_loss(chances_BNR: Tensor, active_BNR: Tensor, real_BN: Tensor | None = None) -> Tensor:
-    """L_b = h_r^2 mean_i(P_i f_i), over the tokens that `real_BN` marks: K where p is uniform, more where it is not."""
+    """L_b = h_r^2 mean_i(P_i f_i): K where p is uniform, more where it is not.
+
+    Args:
+        chances_BNR, active_BNR: p and m of a `Routing`.
+        real_BN: bool, True = counts; all tokens where None.
+    """
     active_BNR = active_BNR.to(chances_BNR.dtype)
     if real_BN is None:
         real_BN = torch.ones_like(chances_BNR[..., 0], dtype=torch.bool)
@@ -126,15 +135,19 @@ def gated_attend(
     """Attention whose head outputs are multiplied by gates, (B, H, N, E); rows with gate 0 need not be computed.
 
     Args:
+        q_BHND, k_BKMD, v_BKME: K divides H.
         gates_BNH: of each query token.
         shared_heads: the first heads, whose gates are never 0.
         mask: as `attend` takes it, or bool (B, M), True = real token.
         causal: query i sees the keys up to offset + i.
+        offset: the key at which query 0 stands.
+        scale: D ** -0.5 where None.
         form: "masked" computes every head; "gathered" computes a routed head for the queries with a gate other than 0
             alone; "auto" takes the one that was measured to be faster.
 
     Raises:
-        ValueError: if "gathered" is asked for under a mask other than padding, or causal with M other than offset + N.
+        ValueError: if the form is unknown, or "gathered" is asked for under a mask other than padding, or causal with M
+            other than offset + N.
     """
     (B, H, N, _), M = q_BHND.shape, k_BKMD.shape[2]
     pattern = Pattern.of(mask, B, N, M, heads=H, causal=causal, offset=offset)
@@ -285,7 +298,13 @@ def balance_loss(model: nn.Module) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """Width, heads, shared heads and active routed heads of a layer."""
+    """A layer of a published model.
+
+    Attributes:
+        dim, heads: C and h.
+        shared: h_s.
+        routed: K, how many of the others are active.
+    """
 
     dim: int
     heads: int
@@ -295,7 +314,13 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published configuration: every layer's heads, and what else its attention has."""
+    """A published configuration.
+
+    Attributes:
+        head_dim: D, of all layers.
+        layers: every layer's heads, from the first on.
+        options: what else `MoH` is given.
+    """
 
     head_dim: int
     layers: tuple[LayerHeads, ...]

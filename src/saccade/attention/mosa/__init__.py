@@ -34,10 +34,10 @@ from __future__ import annotations
 
 from saccade.attention.mosa.layer import MoSA
 from saccade.attention.mosa.other_heads import OtherHeads, RecentKeys
-from saccade.attention.mosa.sparse_heads import MoSACache, SparseHeads, attend_chosen, budget
+from saccade.attention.mosa.sparse_heads import MoSACache, SparseHeads, budget
 from saccade.catalogue import register
 
-__all__ = ["MoSA", "MoSACache", "OtherHeads", "RecentKeys", "SparseHeads", "attend_chosen", "budget"]
+__all__ = ["MoSA", "MoSACache", "OtherHeads", "RecentKeys", "SparseHeads", "budget"]
 
 
 register(

@@ -1,7 +1,6 @@
-"""MoSA as a layer.
+"""The layer: sparse heads and other heads side by side, with what both cost.
 
-Shape letters: B batch, N tokens, M tokens so far, C channels, E sparse heads, H other heads, S slots (k), D head dim,
-F width of given values.
+Shape letters: B batch, N tokens, M tokens so far, C channels, H all heads, D head dim, F width of given values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The heads beside the sparse ones, dense or in a window, and the keys that a window remembers.
 
-Shape letters: B batch, N tokens, M tokens so far, C channels, E sparse heads, H other heads, S slots (k), D head dim,
-F width of given values.
+Shape letters: B batch, N tokens, M tokens so far, C channels, H other heads, D head dim, F width of given values.
 """
 
 from __future__ import annotations
@@ -19,7 +18,14 @@ from saccade.ops.rope import rotate
 
 
 class OtherHeads(nn.Module):
-    """H dense heads, or local ones with a window: x (B, N, C) -> (B, N, C). Arguments are `MoSA`'s."""
+    """H dense heads, or local ones with a window: x (B, N, C) -> (B, N, C).
+
+    Args:
+        dim, num_heads, head_dim: C, H and D.
+        causal: no token sees a later one.
+        window: tokens of a bucket of local heads, which rotate the whole head with base 10000; None: dense.
+        rotate_fraction, rope_base: `MoSA`'s, of dense heads.
+    """
 
     def __init__(
         self,

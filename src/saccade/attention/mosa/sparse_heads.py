@@ -1,7 +1,6 @@
 """Heads that choose their tokens: each takes the k of greatest score, and attends among them alone.
 
-Shape letters: B batch, N tokens, M tokens so far, C channels, E sparse heads, H other heads, S slots (k), D head dim,
-F width of given values.
+Shape letters: B batch, N tokens, C channels, E sparse heads, S slots (k), D head dim, F width of given values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,12 @@ from saccade.ops.rope import rotate
 
 
 def budget(length: int, sparsity: int) -> int:
-    """k, the tokens that a head picks of `length`: floor(length / sparsity), at least 2, at most all."""
+    """k, the tokens that a head picks: floor(length / sparsity), at least 2, at most all.
+
+    Args:
+        length: N.
+        sparsity: rho.
+    """
     return min(max(length // sparsity, 2), length)
 
 
@@ -36,7 +40,11 @@ def attend_chosen(
 class SparseHeads(nn.Module):
     """E heads with their router: x (B, N, C) -> the sum of what they put at the tokens they picked, (B, N, C).
 
-    Arguments are `MoSA`'s; parameters have the authors' layout: qkv (E, C, 3 D) with thirds Q, K, V, out (E, D, C).
+    Parameters have the authors' layout: qkv (E, C, 3 D) with thirds Q, K, V, out (E, D, C).
+
+    Args:
+        dim, num_heads, head_dim: C, E and D.
+        sparsity, causal, routing, include_first, rotate_fraction, rope_base: `MoSA`'s.
     """
 
     def __init__(
@@ -155,6 +163,10 @@ class SparseHeads(nn.Module):
 
 class MoSACache:
     """What `MoSA` keeps while it decodes: per sparse head its best tokens so far, and the other heads' keys.
+
+    Args:
+        slots: k.
+        window: of local other heads; None where they are dense.
 
     Attributes:
         length: tokens seen.

@@ -1,7 +1,6 @@
-"""MRA as a layer.
+"""The layer, which puts an image's tokens in the order of its patches.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
-block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from saccade.ops.pattern import Pattern, Said
 
 
 class MRA(Constants, QKVAttention):
-    """MRA-2 as a layer; it has the parameters of `SoftmaxAttention` and takes its weights.
+    """MRA-2 between projections; it has the parameters of `SoftmaxAttention` and takes its weights.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.

@@ -1,4 +1,4 @@
-"""MRA: the mathematics, as functions of tensors.
+"""Attention at several resolutions as a function of tensors, what it costs, and the order that makes patches blocks.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
 block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
@@ -54,7 +54,7 @@ def mra_attend(
         mask: bool (B, M), True = real token, or the same as a mask object. Where N = M the queries that are padding
             are left out of their blocks' means and give 0.
         scale: factor of the dot product, D ** -0.5 where None.
-        released_ranking: see above; for two resolutions only, the second 1.
+        released_ranking: see the paper's page; for two resolutions only, the second 1.
         return_map: also return which tiles of the first scale were cut.
 
     Returns:
@@ -183,6 +183,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mode: str, first: int, diagonal: int
 def patch_order(grid: tuple[int, int], patch: tuple[int, int] = (4, 8)) -> Tensor:
     """Row-major tokens of an image, put in the order in which each patch is one block of consecutive tokens.
 
+    Args:
+        grid: (height, width) of the image in tokens.
+        patch: (height, width) of a patch.
+
     Returns:
         int64 (height * width,): `x[:, order]` has the patches in a row, `y[:, order.argsort()]` undoes it.
 
@@ -198,7 +202,15 @@ def patch_order(grid: tuple[int, int], patch: tuple[int, int] = (4, 8)) -> Tenso
 
 def mra_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> float:
     """Scores that `mra_attend` computes per head: exact pairs of the last scale and pairs of block means; at most n m,
-    which is what it amounts to where all tiles are chosen."""
+    which is what it amounts to where all tiles are chosen.
+
+    Args:
+        n, m: numbers of queries and keys; causal, offset: not read, as MRA is bidirectional.
+        options: `resolutions`, `num_blocks` and `blocks_per_row`.
+
+    Raises:
+        ValueError: if the options do not fit together.
+    """
     scales = scales_of(options["resolutions"])
     budget = _per_cut(options["num_blocks"], len(scales) - 1, "num_blocks")
     per_row = _per_cut(options["blocks_per_row"], len(scales) - 1, "blocks_per_row")

@@ -1,7 +1,7 @@
 """From coarse scores to finer ones: which blocks are refined, level after level.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
-block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
+Shape letters: B batch, H heads, N queries, C width of a mean, E width of values; X, Y blocks of queries and keys,
+m chosen tiles, r children per side of a tile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Sums over tiles of a resolution, their way to tokens, and how parts are merged.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, b tokens per
-block; X, Y blocks of queries and keys, m chosen tiles, r children per side of a tile.
+Shape letters: B batch, H heads, N tokens, E width of values, r children per side of a tile.
 """
 
 from __future__ import annotations

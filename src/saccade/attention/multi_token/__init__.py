@@ -38,7 +38,7 @@ other and again in the backward pass: linear in M, never (B, H, N, M). A causal 
 from __future__ import annotations
 
 from saccade.attention.multi_token.layer import MultiTokenAttention, MultiTokenCache
-from saccade.attention.multi_token.operator import Kernels, PadKey, find_block, key_origin, multi_token_attend
+from saccade.attention.multi_token.operator import Kernels, PadKey, multi_token_attend
 from saccade.catalogue import register
 
 __all__ = [
@@ -46,8 +46,6 @@ __all__ = [
     "MultiTokenAttention",
     "MultiTokenCache",
     "PadKey",
-    "find_block",
-    "key_origin",
     "multi_token_attend",
 ]
 

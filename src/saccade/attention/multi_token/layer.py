@@ -1,7 +1,7 @@
-"""Multi-Token Attention as a layer.
+"""The layer: kernels that start as the identity, norm and gate of the heads, and the queries that decoding keeps.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, R rows of a block with those before it, m keys of
-a block, D head dim, E width of values, P heads that a kernel reads, Q and T sizes of a kernel over queries and keys.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, P heads that a
+kernel reads, Q and T sizes of a kernel over queries and keys.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class MultiTokenCache(KVCache):
 
 
 class MultiTokenAttention(QKVAttention):
-    """Multi-Token Attention as a layer. Decoding keeps keys, values and the last 2 (c_q - 1) queries.
+    """Multi-Token Attention between projections. Decoding keeps keys, values and the last 2 (c_q - 1) queries.
 
     The authors put the convolutions into every fourth layer (`kernel_size=None` elsewhere); head mixing, norm and gate
     into all.

@@ -1,7 +1,8 @@
-"""Multi-Token Attention: the mathematics, as functions of tensors.
+"""Attention whose scores and weights are convolved and mixed, block of queries after block, as a function of tensors.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, R rows of a block with those before it, m keys of
-a block, D head dim, E width of values, P heads that a kernel reads, Q and T sizes of a kernel over queries and keys.
+a block, D head dim, E width of values, P heads that a kernel reads, Q and T sizes of a kernel over queries and keys;
+X strips of c columns, in the gradient of a kernel.
 """
 
 from __future__ import annotations
@@ -182,6 +183,7 @@ def multi_token_attend(
 
     Args:
         q_BHND, k_BKMD, v_BKME: queries, keys, values; K divides H.
+        kernels: what is convolved and mixed, for H heads.
         mask: (B, M) padding, 4 axes of pairs, or a mask object; True = may attend.
         causal: no query attends to a later key.
         scale: of the dot products, D ** -0.5 where None.
@@ -311,32 +313,3 @@ def _hidden(pattern: Pattern, first: int, shape: tuple[int, int, int, int], devi
     banned = banned.expand(*banned.shape[:2], R, m)
     foreign = {*pattern.says} - {"causal", "padding"}
     return _Hidden(banned if pairs is None else banned | pairs, 0, foreign=bool(foreign), empty=True)
-
-
-#: the toy task: letters 0 to 7, then the end of a block and the start of the question
-LETTERS, _BLOCKS, WIDTH = 8, 6, 3
-
-
-def find_block(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Six blocks of three letters, then two letters of one of them, then that block; and where it starts.
-
-    No other block has both letters. Returns tokens (B, N) and labels (B, N), -100 but for the block asked for.
-    """
-    end, ask = LETTERS, LETTERS + 1
-    target_BW = torch.rand(batch, LETTERS, generator=generator).argsort(-1)[:, :WIDTH]
-    order_BW = torch.rand(batch, WIDTH, generator=generator).argsort(-1)
-    query_B2 = target_BW.gather(1, order_BW[:, :2])
-    blocks = torch.randint(LETTERS, (batch, _BLOCKS, WIDTH), generator=generator)
-    # a block with both letters gets one of them replaced, by a letter that is neither
-    other = torch.rand(batch, LETTERS, generator=generator).scatter(1, query_B2, -1.0).argmax(1)
-    both = (blocks[..., None] == query_B2[:, None, None]).any(2).all(-1)
-    first = (blocks == query_B2[:, None, :1]) & both[..., None]
-    blocks = torch.where(first, other[:, None, None], blocks)
-    place_B = torch.randint(_BLOCKS, (batch,), generator=generator)
-    blocks[torch.arange(batch), place_B] = target_BW
-    ended = F.pad(blocks, (0, 1), value=end).flatten(1)
-    asked = F.pad(query_B2, (1, 1), value=ask)
-    tokens = torch.cat([ended, asked, target_BW], 1)
-    labels = torch.full_like(tokens, -100)
-    labels[:, -WIDTH:] = target_BW
-    return tokens[:, :-1], labels[:, 1:]
