@@ -1,1 +1,1 @@
-"""Sequence mechanisms, a file a paper."""
+"""Sequence mechanisms: a folder a paper."""
