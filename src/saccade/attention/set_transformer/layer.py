@@ -82,6 +82,9 @@ class SAB(nn.Module):
         dim: C, the width of the output.
         num_heads: H.
         **block: `layer_norm` and `scale` of `MAB`.
+
+    Raises:
+        ValueError: if `MAB` refuses an argument.
     """
 
     def __init__(self, in_dim: int, dim: int, num_heads: int = 4, **block: Any) -> None:
@@ -153,6 +156,9 @@ class SetTransformer(nn.Module):
         encoder_blocks: 2, as published.
         decoder_blocks: SABs after pooling: the code's model has 2, the point-cloud one 0.
         dropout: before and after pooling (0.5 for point clouds).
+
+    Raises:
+        ValueError: if a number of points or outputs is below 1, or `MAB` refuses an argument.
     """
 
     def __init__(

@@ -41,6 +41,9 @@ class Block(PreNormBlock):
         dim, num_heads, mlp_dim: channels, heads, hidden width of the MLP.
         drop_path: probability of dropping a branch of this layer.
         dropout, attn_drop: after each branch and in the MLP, and of attention weights.
+
+    Raises:
+        ValueError: if the heads do not divide the channels.
     """
 
     def __init__(

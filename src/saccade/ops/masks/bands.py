@@ -142,6 +142,9 @@ def and_causal(mask: Mask | None, offset: int = 0) -> Mask:
     Args:
         mask: to be combined, or None.
         offset: the key at which query 0 stands.
+
+    Raises:
+        ValueError: if `offset` is no integer.
     """
     return causal(offset) if mask is None else mask & causal(offset)
 
