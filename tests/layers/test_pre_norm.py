@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from saccade.layers.drop_path import drop_path_rates
-from saccade.layers.mlp import MLP
 from saccade.layers.norms import ChannelNorm, ScaleNorm, SimpleRMSNorm
 from saccade.layers.pre_norm import PreNormBlock
 
@@ -42,21 +41,6 @@ def test_without_attention_and_with_another_mlp() -> None:
     torch.testing.assert_close(block(x), x + block.mlp(block.norm2(x)))
     dropped = PreNormBlock(nn.Linear(8, 8), 8, drop_path=1.0)
     assert torch.equal(dropped(x), x)
-
-
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("gelu", nn.GELU()), ("gelu-tanh", nn.GELU(approximate="tanh")), ("relu", nn.ReLU())],
-)
-def test_the_mlp(name: str, function: nn.Module) -> None:
-    torch.manual_seed(0)
-    mlp, x = MLP(4, activation=name), torch.randn(3, 4)
-    torch.testing.assert_close(mlp(x), mlp.fc2(function(mlp.fc1(x))))
-    assert mlp.fc1.out_features == 16
-    with pytest.raises(ValueError, match="hidden must be positive, got 0"):
-        MLP(4, 0)
-    with pytest.raises(ValueError, match="activation must be one of gelu, gelu-tanh, relu, got 'swish'"):
-        MLP(4, activation="swish")
 
 
 def test_rates_rise_linearly() -> None:

@@ -41,8 +41,8 @@ class Arguments:
         defaults: what the authors' constructor has where an argument is not given and ours has something else, or
             where `derived` reads it.
         derived: our arguments that are functions of several of theirs.
-        inert: arguments of theirs that do nothing here; where this is given, all others that the table does not name
-            are refused. Otherwise they are left out.
+        inert: arguments of theirs that do nothing here, or that `derived` alone reads; where this is given, all others
+            that the table does not name are refused. Otherwise they are left out.
         **fixed: arguments of ours that are always the same.
     """
 

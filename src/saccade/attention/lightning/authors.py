@@ -30,7 +30,9 @@ _MODEL = Names(
     {
         "model.embed_tokens.{leaf}": "embedding.{leaf}",
         **_ATTENTION.within("model.layers.{i}.token_mixer.", "layers.{i}.attention."),
-        "model.layers.{i}.channel_mixer.{name*}": "layers.{i}.glu.{name}",
+        "model.layers.{i}.channel_mixer.l1.{leaf}": "layers.{i}.glu.gate_proj.{leaf}",
+        "model.layers.{i}.channel_mixer.l2.{leaf}": "layers.{i}.glu.up_proj.{leaf}",
+        "model.layers.{i}.channel_mixer.l3.{leaf}": "layers.{i}.glu.down_proj.{leaf}",
         "model.{name*}": "{name}",
         "lm_head.{leaf}": "head.{leaf}",
     }

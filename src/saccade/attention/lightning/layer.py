@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from saccade.attention.lightning.operator import Form, Norm, TransNormerOutput, decay_slopes
 from saccade.layers.initialization import start_language_model
+from saccade.layers.mlp import GatedMLP
 from saccade.layers.norms import SimpleRMSNorm
 from saccade.ops.linear import linear_attend, linear_step
 from saccade.ops.pattern import GivenMask, Pattern
@@ -227,7 +228,7 @@ def _norm(kind: str, width: int) -> nn.Module:
     )
 
 
-class SGLU(nn.Module):
+class SGLU(GatedMLP):
     """y = [(x W1) * (x W2)] W3: a gated linear unit without any activation function.
 
     Args:
@@ -236,12 +237,7 @@ class SGLU(nn.Module):
     """
 
     def __init__(self, dim: int, hidden_dim: int, bias: bool = False) -> None:
-        super().__init__()
-        self.l1, self.l2 = (nn.Linear(dim, hidden_dim, bias=bias) for _ in range(2))
-        self.l3 = nn.Linear(hidden_dim, dim, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l3(self.l1(x) * self.l2(x))
+        super().__init__(dim, hidden_dim, activation="identity", bias=bias)
 
 
 class TransNormerBlock(nn.Module):

@@ -1,8 +1,10 @@
-"""How the authors' modules, parameters and arguments map to ours."""
+"""How the authors' modules, parameters and arguments map to ours: tables, but for the runs that look inside or call
+twice, and for what the authors' nested arguments say together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from saccade.attention.relational.layers import DualAttention, RelationalAttenti
 from saccade.attention.relational.model import DualAttentionLM
 from saccade.attention.relational.symbols import RETRIEVERS
 from saccade.catalogue import AuthorsPort, Names
-from saccade.catalogue.ports import calls
+from saccade.catalogue.ports import Argument, Arguments, calls
 
 _LINEAR = Names({
     "wq.{leaf}": "q_proj.{leaf}",
@@ -44,54 +46,177 @@ _SYMBOLS = Names({
     "symbol_library.weight": "symbol_library",  # of positions: an embedding
     "rel_pos_enc.rel_pos_embeddings": "table",
 })  # fmt: skip
-_LM = Names({
-    "layers.token_embedder.{leaf}": "token_embedding.{leaf}",
-    "layers.positional_embedder.{leaf}": "position_embedding.{leaf}",
-    **_SYMBOLS.within("layers.symbol_retrievers.{i}.", "retrievers.{i}."),
-    "layers.blocks.{i}.norm1.{leaf}": "blocks.{i}.norm1.{leaf}",
-    "layers.blocks.{i}.norm2.{leaf}": "blocks.{i}.norm2.{leaf}",
-    **_DUAL.within("layers.blocks.{i}.dual_attn.", "blocks.{i}.attention."),
-    "layers.blocks.{i}.ff_block.linear1.{leaf}": "blocks.{i}.mlp.inner.{leaf}",
-    "layers.blocks.{i}.ff_block.linear2.{leaf}": "blocks.{i}.mlp.out.{leaf}",
-    "layers.blocks.{i}.ff_block.linear3.{leaf}": "blocks.{i}.mlp.factor.{leaf}",
-    "layers.norm.{leaf}": "norm.{leaf}",
-    "layers.final_out.{leaf}": "head.{leaf}",
-})  # fmt: skip
 
 
-def _known(args: dict[str, Any], *names: str) -> None:
-    unknown = sorted(set(args) - set(names))
-    if unknown:
-        raise ValueError(f"this port knows the arguments {', '.join(names)}, got {', '.join(unknown)}")
+def _language_model(mlp: Names) -> Names:
+    return Names({
+        "layers.token_embedder.{leaf}": "token_embedding.{leaf}",
+        "layers.positional_embedder.{leaf}": "position_embedding.{leaf}",
+        **_SYMBOLS.within("layers.symbol_retrievers.{i}.", "retrievers.{i}."),
+        "layers.blocks.{i}.norm1.{leaf}": "blocks.{i}.norm1.{leaf}",
+        "layers.blocks.{i}.norm2.{leaf}": "blocks.{i}.norm2.{leaf}",
+        **_DUAL.within("layers.blocks.{i}.dual_attn.", "blocks.{i}.attention."),
+        **mlp.within("layers.blocks.{i}.ff_block.", "blocks.{i}.mlp."),
+        "layers.norm.{leaf}": "norm.{leaf}",
+        "layers.final_out.{leaf}": "head.{leaf}",
+    })  # fmt: skip
 
 
-_BRANCH = ("n_kv_heads", "add_bias_kv", "add_bias_out")
-_RELATIONAL = (*_BRANCH, "key_dim", "n_relations", "rel_proj_dim", "rel_activation", "symmetric_rels")
+_PLAIN = _language_model(Names({"linear1.{leaf}": "fc1.{leaf}", "linear2.{leaf}": "fc2.{leaf}"}))
+_GATED = _language_model(Names({
+    "linear1.{leaf}": "gate_proj.{leaf}",
+    "linear2.{leaf}": "down_proj.{leaf}",
+    "linear3.{leaf}": "up_proj.{leaf}",
+}))  # fmt: skip
 
 
-def _relational_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "num_relations": args.get("n_relations"),
-        "relation_dim": args.get("rel_proj_dim"),
-        "relation_activation": args.get("rel_activation") or "identity",
-        "symmetric": bool(args.get("symmetric_rels", False)),
-        "key_dim": args.get("key_dim"),
-    }
+def _convert_lm(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Their first layer is a gate where there is a third."""
+    return (_GATED if any(".ff_block.linear3." in name for name in state) else _PLAIN)(state)
 
 
-def _build_relational(args: dict[str, Any]) -> nn.Module:
-    _known(args, "d_model", "n_heads", "total_n_heads", "dropout", "use_relative_positional_symbols", *_RELATIONAL)
-    dim, heads = int(args["d_model"]), int(args["n_heads"])
-    return RelationalAttention(
-        dim,
-        heads,
-        num_kv_heads=args.get("n_kv_heads"),
-        head_dim=dim // int(args.get("total_n_heads") or heads),
-        proj_bias=bool(args.get("add_bias_out", False)),
-        kv_bias=bool(args.get("add_bias_kv", False)),
-        dropout=float(args.get("dropout") or 0.0),
-        **_relational_arguments(args),
-    )
+#: of relational heads
+_RELATIONAL: dict[str, Argument] = {
+    "n_relations": "num_relations",
+    "rel_proj_dim": "relation_dim",
+    "rel_activation": ("relation_activation", lambda name: name or "identity"),
+    "symmetric_rels": "symmetric",
+    "key_dim": "key_dim",
+}
+_BUILD_RELATIONAL = Arguments(
+    RelationalAttention,
+    {
+        "d_model": "dim",
+        "n_heads": "num_heads",
+        "n_kv_heads": "num_kv_heads",
+        "add_bias_out": "proj_bias",
+        "add_bias_kv": "kv_bias",
+        "dropout": "dropout",
+        **_RELATIONAL,
+    },
+    needed=("n_heads",),
+    derived={"head_dim": lambda args: args["d_model"] // (args.get("total_n_heads") or args["n_heads"])},
+    inert=("total_n_heads", "use_relative_positional_symbols"),
+)
+
+
+def _flat(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with those of the sensory heads as `sa_...` and of the relational ones as `ra_...`."""
+    flat = {name: value for name, value in args.items() if name not in ("sa_kwargs", "ra_kwargs")}
+    for branch in ("sa", "ra"):
+        flat |= {f"{branch}_{name}": value for name, value in (args.get(f"{branch}_kwargs") or {}).items()}
+    return flat
+
+
+def _of_both(name: str, default: Any) -> Callable[[dict[str, Any]], tuple[Any, Any]]:
+    return lambda args: (args.get(f"sa_{name}", default), args.get(f"ra_{name}", default))
+
+
+_DUAL_TABLE: dict[str, Argument] = {
+    "d_model": "dim",
+    "n_heads_ra": "relational_heads",
+    "share_attn_params": "share_attention",
+    **{f"ra_{theirs}": ours for theirs, ours in _RELATIONAL.items()},
+}
+_DUAL_DERIVED: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "num_heads": lambda args: args["n_heads_sa"] + args["n_heads_ra"],
+    "num_kv_heads": _of_both("n_kv_heads", None),
+    "proj_bias": _of_both("add_bias_out", False),
+    "kv_bias": _of_both("add_bias_kv", False),
+}
+#: what is read by `derived`, and what does nothing
+_DUAL_READ = (
+    *("n_heads_sa", "ra_use_relative_positional_symbols"),
+    *(f"{branch}_{name}" for branch in ("sa", "ra") for name in ("n_kv_heads", "add_bias_out", "add_bias_kv")),
+)
+_BUILD_DUAL = Arguments(
+    DualAttention,
+    {**_DUAL_TABLE, "dropout": "dropout"},
+    needed=("n_heads_sa", "n_heads_ra"),
+    derived=_DUAL_DERIVED,
+    inert=_DUAL_READ,
+    causal=True,
+    symbols=None,
+)
+
+_RETRIEVER_ARGUMENTS = {
+    "symbolic": Arguments(
+        RETRIEVERS["symbolic"],
+        {"d_model": "dim", "n_heads": "num_heads", "n_symbols": "num_symbols"},
+        needed=("n_heads", "n_symbols"),
+        inert=("dropout",),
+    ),
+    "positional": Arguments(RETRIEVERS["positional"], {"symbol_dim": "dim", "max_length": "max_length"}, inert=()),
+    "relative": Arguments(RETRIEVERS["relative"], {"symbol_dim": "dim", "max_rel_pos": "max_distance"}, inert=()),
+    "relational": Arguments(
+        RETRIEVERS["relational"],
+        {
+            "d_model": "dim",
+            "rel_n_heads": "relation_heads",
+            "symbolic_attn_n_heads": "num_heads",
+            "n_symbols": "num_symbols",
+            "nbhd_delta": "distance",
+            "causal_nbhd": "causal",
+            "include_self": "include_self",
+            "normalize_rels": "normalize",
+        },
+        needed=("rel_n_heads", "symbolic_attn_n_heads", "n_symbols"),
+        inert=("dropout",),
+    ),
+}
+#: what only one kind of retrievers has
+_MARKS = {"max_length": "positional", "max_rel_pos": "relative", "nbhd_delta": "relational"}
+
+
+def _kind(args: dict[str, Any]) -> str:
+    return next((kind for mark, kind in _MARKS.items() if mark in args), "symbolic")
+
+
+def _build_retriever(args: dict[str, Any]) -> nn.Module:
+    return _RETRIEVER_ARGUMENTS[_kind(args)](args)
+
+
+#: the language model's words
+_NORMS = {"layernorm": "layer", "rmsnorm": "rms"}
+_RETRIEVALS = {
+    "symbolic_attention": "symbolic",
+    "positional_symbols": "positional",
+    "position_relative": "relative",
+}
+
+
+def _symbol_options(args: dict[str, Any]) -> dict[str, Any]:
+    given = args["symbol_retrieval_kwargs"]
+    options = _RETRIEVER_ARGUMENTS[_kind(given)].ours(given)
+    return {name: value for name, value in options.items() if name != "dim"}
+
+
+def _symbols(args: dict[str, Any]) -> str:
+    kind, said = _kind(args["symbol_retrieval_kwargs"]), args.get("symbol_retrieval")
+    if said is not None and _RETRIEVALS.get(said) != kind:
+        raise ValueError(f"symbol_retrieval_kwargs are those of {kind} symbols, got symbol_retrieval {said!r}")
+    return kind
+
+
+_BUILD_LM = Arguments(
+    DualAttentionLM,
+    {
+        **_DUAL_TABLE,
+        "vocab_size": "vocab",
+        "n_layers": "num_layers",
+        "dff": "hidden",
+        "activation": "activation",
+        "norm_first": "norm_first",
+        "norm_type": ("norm", lambda name: _NORMS.get(name.lower(), name)),
+        "pos_enc_type": ("rope", {"RoPE": True, "pos_emb": False}),
+        "max_block_size": "max_length",
+        "dropout_rate": "dropout",
+    },
+    needed=("n_heads_sa", "n_heads_ra", "max_block_size"),
+    defaults={"pos_enc_type": "pos_emb"},
+    derived={**_DUAL_DERIVED, "symbols": _symbols, "symbol_options": _symbol_options},
+    inert=(*_DUAL_READ, "symbol_retrieval", "symbol_retrieval_kwargs", "bias"),  # their `bias` reaches nothing
+)
 
 
 def _pairs(symbols: Tensor, x: Tensor, args: dict[str, Any]) -> Tensor:
@@ -114,33 +239,6 @@ def _run_relational(module: RelationalAttention, inputs: dict[str, Tensor], args
     return outputs
 
 
-def _build_dual(args: dict[str, Any]) -> nn.Module:
-    names = ("d_model", "n_heads_sa", "n_heads_ra", "dropout", "sa_kwargs", "ra_kwargs", "share_attn_params")
-    _known(args, *names)
-    return DualAttention(
-        int(args["d_model"]),
-        int(args["n_heads_sa"]) + int(args["n_heads_ra"]),
-        True,
-        symbols=None,
-        dropout=float(args.get("dropout") or 0.0),
-        **_dual_arguments(args),
-    )
-
-
-def _dual_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    sensory, relational = args.get("sa_kwargs") or {}, args.get("ra_kwargs") or {}
-    _known(sensory, *_BRANCH)
-    _known(relational, "use_relative_positional_symbols", *_RELATIONAL)
-    return {
-        "relational_heads": int(args["n_heads_ra"]),
-        "num_kv_heads": (sensory.get("n_kv_heads"), relational.get("n_kv_heads")),
-        "proj_bias": tuple(bool(branch.get("add_bias_out", False)) for branch in (sensory, relational)),
-        "kv_bias": tuple(bool(branch.get("add_bias_kv", False)) for branch in (sensory, relational)),
-        "share_attention": bool(args.get("share_attn_params", False)),
-        **_relational_arguments(relational),
-    }
-
-
 def _run_dual(module: DualAttention, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     x = inputs["x"]
     outputs = {"y": module(x, symbols=_pairs(inputs["symbols"], x, args))}
@@ -150,79 +248,6 @@ def _run_dual(module: DualAttention, inputs: dict[str, Tensor], args: dict[str, 
     return outputs
 
 
-def _retriever_arguments(args: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Kind and arguments of a retriever, from the authors' names of its arguments."""
-    if "max_rel_pos" in args:
-        _known(args, "symbol_dim", "max_rel_pos")
-        return "relative", {"max_distance": int(args["max_rel_pos"])}
-    if "max_length" in args:
-        _known(args, "symbol_dim", "max_length")
-        return "positional", {"max_length": int(args["max_length"])}
-    if "nbhd_delta" in args:
-        names = ("d_model", "rel_n_heads", "symbolic_attn_n_heads", "n_symbols", "nbhd_delta", "causal_nbhd")
-        _known(args, *names, "include_self", "normalize_rels", "dropout")
-        return "relational", {
-            "relation_heads": int(args["rel_n_heads"]),
-            "num_heads": int(args["symbolic_attn_n_heads"]),
-            "num_symbols": int(args["n_symbols"]),
-            "distance": int(args["nbhd_delta"]),
-            "causal": bool(args.get("causal_nbhd", True)),
-            "include_self": bool(args.get("include_self", False)),
-            "normalize": bool(args.get("normalize_rels", True)),
-        }
-    _known(args, "d_model", "n_heads", "n_symbols", "dropout")
-    return "symbolic", {"num_heads": int(args["n_heads"]), "num_symbols": int(args["n_symbols"])}
-
-
-def _build_retriever(args: dict[str, Any]) -> nn.Module:
-    kind, options = _retriever_arguments(args)
-    return RETRIEVERS[kind](int(args["d_model"] if "d_model" in args else args["symbol_dim"]), **options)
-
-
-_NORMS = {"layernorm": "layer", "rmsnorm": "rms", "none": "none"}
-_RETRIEVALS = {
-    "symbolic_attention": "symbolic",
-    "positional_symbols": "positional",
-    "position_relative": "relative",
-}
-
-
-def _build_lm(args: dict[str, Any]) -> nn.Module:
-    _known(
-        args,
-        *("vocab_size", "d_model", "n_layers", "n_heads_sa", "n_heads_ra", "dff", "dropout_rate", "activation"),
-        *("norm_first", "norm_type", "max_block_size", "symbol_retrieval", "symbol_retrieval_kwargs", "pos_enc_type"),
-        *("sa_kwargs", "ra_kwargs", "share_attn_params", "bias"),  # their `bias` reaches nothing
-    )
-    kind, options = _retriever_arguments(args.get("symbol_retrieval_kwargs") or {})
-    if _chosen("symbol_retrieval", args.get("symbol_retrieval"), _RETRIEVALS, kind) != kind:
-        raise ValueError(f"symbol_retrieval_kwargs are those of {kind} symbols, got {args['symbol_retrieval']}")
-    positions = {"RoPE": True, "pos_emb": False}
-    return DualAttentionLM(
-        int(args["vocab_size"]),
-        int(args["d_model"]),
-        int(args["n_layers"]),
-        int(args["n_heads_sa"]) + int(args["n_heads_ra"]),
-        symbols=kind,
-        symbol_options=options,
-        rope=_chosen("pos_enc_type", args.get("pos_enc_type"), positions, False),
-        max_length=int(args["max_block_size"]),
-        hidden=args.get("dff"),
-        activation=str(args.get("activation", "swiglu")),
-        norm_first=bool(args.get("norm_first", True)),
-        norm=_chosen("norm_type", str(args.get("norm_type", "layernorm")).lower(), _NORMS, "layer"),
-        dropout=float(args.get("dropout_rate") or 0.0),
-        **_dual_arguments(args),
-    )
-
-
-def _chosen(name: str, value: Any, names: Mapping[str, Any], default: Any) -> Any:
-    """Our word for theirs."""
-    if value is not None and value not in names:
-        raise ValueError(f"{name} must be one of {', '.join(names)}, got {value!r}")
-    return default if value is None else names[value]
-
-
 def _run_lm(module: DualAttentionLM, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     logits = module(inputs["ids"])
     loss = F.cross_entropy(logits.flatten(0, 1), inputs["targets"].flatten())
@@ -230,14 +255,9 @@ def _run_lm(module: DualAttentionLM, inputs: dict[str, Tensor], args: dict[str, 
 
 
 PORTS = (
-    AuthorsPort("relational_attention", build=_build_relational, convert=_RELATIONS, run=_run_relational),
-    AuthorsPort("dual_attention", build=_build_dual, convert=_DUAL, run=_run_dual),
-    AuthorsPort(
-        "symbolic_attention",
-        build=_build_retriever,
-        convert=_SYMBOLS,
-        run=calls("x", gives="symbols"),
-    ),
+    AuthorsPort("relational_attention", build=_BUILD_RELATIONAL, convert=_RELATIONS, run=_run_relational),
+    AuthorsPort("dual_attention", build=lambda args: _BUILD_DUAL(_flat(args)), convert=_DUAL, run=_run_dual),
+    AuthorsPort("symbolic_attention", build=_build_retriever, convert=_SYMBOLS, run=calls("x", gives="symbols")),
     AuthorsPort(
         "position_relative_symbols",
         build=_build_retriever,
@@ -245,10 +265,7 @@ PORTS = (
         run=lambda module, inputs, args: {"symbols": module.pairs(inputs["x"].shape[1])},
     ),
     AuthorsPort(
-        "relational_symbolic_attention",
-        build=_build_retriever,
-        convert=_SYMBOLS,
-        run=calls("x", gives="symbols"),
+        "relational_symbolic_attention", build=_build_retriever, convert=_SYMBOLS, run=calls("x", gives="symbols")
     ),
-    AuthorsPort("dat_lm", build=_build_lm, convert=_LM, run=_run_lm),
+    AuthorsPort("dat_lm", build=lambda args: _BUILD_LM(_flat(args)), convert=_convert_lm, run=_run_lm),
 )

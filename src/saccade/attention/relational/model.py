@@ -21,27 +21,8 @@ from saccade.attention.relational.layers import (
 from saccade.attention.relational.operator import ACTIVATIONS
 from saccade.attention.relational.symbols import RETRIEVERS
 from saccade.layers.initialization import start_language_model
+from saccade.layers.mlp import MLP, GatedMLP
 from saccade.ops.masks import Mask
-
-
-class _FeedForward(nn.Module):
-    """out(act(inner x)), or out(silu(inner x) * factor x)."""
-
-    def __init__(self, dim: int, hidden: int | None, activation: str, dropout: float) -> None:
-        super().__init__()
-        gated = activation == "swiglu"
-        if not gated and activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be swiglu, {', '.join(ACTIVATIONS)}, got {activation!r}")
-        hidden = hidden or (8 * dim // 3 if gated else 4 * dim)
-        self.inner, self.out = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.factor = nn.Linear(dim, hidden) if gated else None
-        self.activation, self.dropout = "silu" if gated else activation, nn.Dropout(dropout)
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        h = ACTIVATIONS[self.activation](self.inner(x_BNC))
-        h = h if self.factor is None else h * self.factor(x_BNC)
-        return self.dropout(self.out(h))
-
 
 #: the norms that the authors' blocks know
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -85,16 +66,25 @@ class DualAttentionBlock(nn.Module):
         self.norm_first = norm_first
         self.norm1, self.norm2, self.dropout = NORMS[norm](dim), NORMS[norm](dim), nn.Dropout(dropout)
         self.attention = DualAttention(dim, num_heads, causal, symbols=None, dropout=dropout, **attention)
-        self.mlp = _FeedForward(dim, hidden, activation, dropout)
+        self.mlp = _feed_forward(dim, hidden, activation)
 
     def forward(
         self, x_BNC: Tensor, symbols: Tensor | None, *, mask: Tensor | Mask | None = None, cache: Any = None
     ) -> Tensor:
         if self.norm_first:
             x_BNC = x_BNC + self.attention(self.norm1(x_BNC), symbols=symbols, mask=mask, cache=cache)
-            return x_BNC + self.mlp(self.norm2(x_BNC))
+            return x_BNC + self.dropout(self.mlp(self.norm2(x_BNC)))
         x_BNC = self.dropout(self.norm1(x_BNC + self.attention(x_BNC, symbols=symbols, mask=mask, cache=cache)))
-        return self.norm2(x_BNC + self.mlp(x_BNC))
+        return self.norm2(x_BNC + self.dropout(self.mlp(x_BNC)))
+
+
+def _feed_forward(dim: int, hidden: int | None, activation: str) -> MLP | GatedMLP:
+    if activation == "swiglu":
+        return GatedMLP(dim, hidden, bias=True)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be swiglu, {', '.join(ACTIVATIONS)}, got {activation!r}")
+    # the authors' GELU is by tanh
+    return MLP(dim, hidden, activation="gelu-tanh" if activation == "gelu" else activation)
 
 
 class DualAttentionLM(nn.Module):
@@ -184,5 +174,6 @@ class DualAttentionLM(nn.Module):
                 nn.init.normal_(module.relation_weights, std=0.02)
             if isinstance(module, SensoryAttention):
                 nn.init.normal_(module.out_proj.weight, std=last)
-            if isinstance(module, _FeedForward):
-                nn.init.normal_(module.out.weight, std=last)
+            if isinstance(module, (MLP, GatedMLP)):
+                down = module.fc2 if isinstance(module, MLP) else module.down_proj
+                nn.init.normal_(down.weight, std=last)

@@ -10,11 +10,11 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.compress.a_vl.cache import AVLCache, AVLLayerCache
 from saccade.compress.a_vl.selection import AVLOptions
+from saccade.layers.mlp import GatedMLP
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import GivenMask, Pattern, Said
@@ -100,18 +100,11 @@ class _Block(nn.Module):
         super().__init__()
         self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
         self.self_attn = AVL(dim, **attention)
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(dim, hidden, bias=False),
-                "up_proj": nn.Linear(dim, hidden, bias=False),
-                "down_proj": nn.Linear(hidden, dim, bias=False),
-            }
-        )
+        self.mlp = GatedMLP(dim, hidden)
 
     def forward(self, x_BNC: Tensor, **attention: Any) -> Tensor:
         x_BNC = x_BNC + self.self_attn(self.input_layernorm(x_BNC), **attention)
-        y_BNC, mlp = self.post_attention_layernorm(x_BNC), self.mlp
-        return x_BNC + mlp["down_proj"](F.silu(mlp["gate_proj"](y_BNC)) * mlp["up_proj"](y_BNC))
+        return x_BNC + self.mlp(self.post_attention_layernorm(x_BNC))
 
 
 class AVLDecoder(nn.Module):
