@@ -172,7 +172,7 @@ def test_options() -> None:
 
 def test_initialisation() -> None:
     model = tiny(dims=(32, 64), num_heads=(1, 2))
-    position, embed = model.stages[1].position, model.stages[1].embed
+    position, embed = model.stages[1].position, model.stages[1].embed.proj
     assert position.weight.std().item() == pytest.approx((2 / 9) ** 0.5, rel=0.15)
     assert embed.weight.std().item() == pytest.approx((2 / (4 * 64)) ** 0.5, rel=0.05)
     assert model.stages[1].blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)

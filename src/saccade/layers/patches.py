@@ -23,6 +23,28 @@ def filled_to(x_BCHW: Tensor, size: int) -> Tensor:
     return F.pad(x_BCHW, (0, right, 0, down)) if down or right else x_BCHW
 
 
+class PatchEmbedding(nn.Module):
+    """A linear map of each patch, and layer norm: (B, C', H, W) to (B, H // patch, W // patch, C), channels last.
+
+    What is left of the map beyond whole patches is not seen (`filled` first sees it); a map smaller than one patch is
+    filled to one.
+
+    Args:
+        in_channels: C'.
+        dim: C.
+        patch: side of a patch.
+        norm_eps: of the norm.
+    """
+
+    def __init__(self, in_channels: int, dim: int, patch: int, *, norm_eps: float = 1e-5) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj, self.norm = nn.Conv2d(in_channels, dim, patch, patch), nn.LayerNorm(dim, norm_eps)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.norm(self.proj(filled_to(x_BCHW, self.patch)).permute(0, 2, 3, 1))
+
+
 class PatchMerging(nn.Module):
     """Half the resolution, twice the channels: 2 x 2 neighbours side by side, layer norm, linear; maps (B, C, H, W).
 

@@ -22,8 +22,7 @@ _MERGING = Names(
 _MADE_ANEW = ("relative_position_index", "attn_mask")
 _NAMES = Names(
     {
-        "patch_embed.proj.{leaf}": "embed.{leaf}",
-        "patch_embed.norm.{leaf}": "embed_norm.{leaf}",
+        "patch_embed.{name*}": "embed.{name}",
         "layers.{i}.blocks.{j}.attn.{name*}": "stages.{i}.{j}.attention.{name}",
         "layers.{i}.blocks.{j}.{name*}": "stages.{i}.{j}.{name}",
         **{f"layers.{{i}}.blocks.{{j}}.attn.{name}": None for name in _MADE_ANEW},

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.drop_path import drop_path_rates
-from saccade.layers.patches import filled
+from saccade.layers.patches import PatchEmbedding, filled
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.ops.deformable import deformable_conv
@@ -203,10 +203,7 @@ class LIT(Backbone):
         self.map_sizes = [(-(-image[0] // stride), -(-image[1] // stride)) for stride in self.strides]
         if min(map(min, self.map_sizes)) < 1:
             raise ValueError(f"image_size must be positive, got {image_size}")
-        self.embed, self.embed_norm = (
-            nn.Conv2d(in_channels, dims[0], patch_size, patch_size),
-            nn.LayerNorm(dims[0], norm_eps),
-        )
+        self.embed = PatchEmbedding(in_channels, dims[0], patch_size, norm_eps=norm_eps)
         self.drop = nn.Dropout(drop)
         rates = iter(drop_path_rates(drop_path, sum(depths)))
         stages = []
@@ -246,8 +243,7 @@ class LIT(Backbone):
     def pyramid(self, x_BCHW: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """`features`, and the class token (B, C) where there is one."""
         check_images(x_BCHW, self.in_channels)
-        x_BHWC = self.embed(filled(x_BCHW, self.patch_size)).permute(0, 2, 3, 1)
-        x_BHWC = self.drop(self.embed_norm(x_BHWC))
+        x_BHWC = self.drop(self.embed(filled(x_BCHW, self.patch_size)))
         maps: list[Tensor] = []
         token_BC: Tensor | None = None
         for i, stage in enumerate(self.stages):

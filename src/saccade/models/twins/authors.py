@@ -16,8 +16,7 @@ from saccade.models.twins.network import DEPTHS, PCPVT, GlobalSubsampledAttentio
 _ATTENTION = Names({"sr.{leaf}": "reduce.{leaf}", "{name*}": "{name}"})
 _NAMES = Names(
     {
-        "patch_embeds.{i}.proj.{leaf}": "stages.{i}.embed.{leaf}",
-        "patch_embeds.{i}.norm.{leaf}": "stages.{i}.embed_norm.{leaf}",
+        "patch_embeds.{i}.{name*}": "stages.{i}.embed.{name}",
         "pos_block.{i}.proj.0.{leaf}": "stages.{i}.position.{leaf}",
         **_ATTENTION.within("blocks.{i}.{j}.attn.", "stages.{i}.blocks.{j}.attention."),
         "blocks.{i}.{j}.{name*}": "stages.{i}.blocks.{j}.{name}",

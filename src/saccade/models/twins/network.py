@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from saccade.layers.drop_path import drop_path_rates
 from saccade.layers.initialization import start_transformer
-from saccade.layers.patches import filled_to
+from saccade.layers.patches import PatchEmbedding, filled_to
 from saccade.layers.positions import ConditionalPosition
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.models.backbone import Backbone, check_images
@@ -158,14 +158,12 @@ class Stage(nn.Module):
         self, inputs: int, dim: int, patch: int, blocks: Sequence[PreNormBlock], drop: float, norm: bool
     ) -> None:
         super().__init__()
-        self.embed, self.embed_norm = nn.Conv2d(inputs, dim, patch, patch), nn.LayerNorm(dim)
-        self.drop = nn.Dropout(drop)
+        self.embed, self.drop = PatchEmbedding(inputs, dim, patch), nn.Dropout(drop)
         self.blocks, self.position = nn.ModuleList(blocks), ConditionalPosition(dim)
         self.norm = nn.LayerNorm(dim) if norm else None
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        x_BHWC = self.embed(filled_to(x_BCHW, self.embed.kernel_size[0])).permute(0, 2, 3, 1)
-        x_BHWC = self.drop(self.embed_norm(x_BHWC))
+        x_BHWC = self.drop(self.embed(x_BCHW))
         for i, block in enumerate(self.blocks):
             x_BHWC = block(x_BHWC)
             if i == 0:
