@@ -7,6 +7,8 @@ import torch
 
 from saccade.catalogue.lab import Trial
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops import masks
+from saccade.ops.attend import attend
 from saccade.train.data import IGNORE
 from saccade.train.lab import Lab, run_claim
 
@@ -31,6 +33,31 @@ def test_recall_trains_the_mixer_that_it_is_given() -> None:
     model, loss, accuracy = Lab(smoke=True).recall(lambda dim: SoftmaxAttention(dim, 4, causal=True))
     assert any(isinstance(module, SoftmaxAttention) for module in model.modules())
     assert loss > 0 and 0 <= accuracy <= 1
+
+
+def test_a_mechanism_beside_sdpa_has_the_figures_that_are_asked_for() -> None:
+    lab, calls = Lab(smoke=True), []
+
+    def doubled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        calls.append("attend")
+        assert not torch.is_grad_enabled()
+        return 2 * attend(q, k, v, mask=masks.causal())
+
+    q, k, v = torch.randn(3, 1, 2, 9, 4, requires_grad=True)
+    times = lab.beside_sdpa("twice", doubled, (q, k, v))
+    assert list(times) == ["sdpa_seconds", "twice_seconds", "speedup_ratio"] and calls == ["attend"]
+    assert times["speedup_ratio"] == times["sdpa_seconds"] / times["twice_seconds"] > 0
+    all_of_it = lab.beside_sdpa(
+        "twice", doubled, (q, k, v), causal=True, size="9", density=0.5, select=lambda: calls.append("select")
+    )
+    assert list(all_of_it) == [
+        *("density_9", "l1_error_9", "sdpa_causal_9_seconds", "twice_9_seconds"),
+        *("speedup_ratio", "share_of_ideal_speedup", "selection_share_of_dense_time"),
+    ]
+    assert all_of_it["l1_error_9"] == pytest.approx(1.0, abs=1e-5)
+    assert all_of_it["share_of_ideal_speedup"] == all_of_it["speedup_ratio"] * 0.5
+    assert calls == ["attend", "attend", "attend", "select"]
+    assert lab.l1_error(torch.tensor([1.0, -3.0]), torch.tensor([2.0, -2.0])) == 0.5
 
 
 def test_forms_start_alike_and_see_the_same_batches() -> None:

@@ -132,6 +132,23 @@ class Lab(Protocol):
     ) -> Trials:
         """Train each form from each seed, on the same batches and steps, and measure it."""
 
+    def beside_sdpa(
+        self,
+        name: str,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        *,
+        causal: bool = False,
+        size: str = "",
+        density: float | None = None,
+        select: Callable[[], object] | None = None,
+        repeats: int = 3,
+    ) -> dict[str, float]:
+        """Figures of a mechanism beside SDPA on the same queries, keys and values: times, and error and density."""
+
+    def l1_error(self, out: Tensor, exact: Tensor) -> float:
+        """The distance of `out` to `exact`, relative to the size of `exact`, in the sum of absolute values."""
+
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Cross entropy of (inputs..., targets), in nats."""
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -178,6 +179,51 @@ class Lab:
         batches = (draw(generator) for _ in itertools.count())
         losses = self.train(model, batches, loss, steps, lr=lr, description=description) if steps else []
         return Trial(form, seed, model.eval(), losses, batches)
+
+    def beside_sdpa(
+        self,
+        name: str,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        qkv: tuple[Tensor, Tensor, Tensor],
+        *,
+        causal: bool = False,
+        size: str = "",
+        density: float | None = None,
+        select: Callable[[], object] | None = None,
+        repeats: int = 3,
+    ) -> dict[str, float]:
+        """Figures of a mechanism beside SDPA on the same queries, keys and values; without gradients.
+
+        Args:
+            name: the mechanism's in the figures.
+            attend: a function of queries, keys and values (B, H, N, D); what it selects is selected in each call.
+            qkv: what both are given.
+            causal: SDPA is causal, as the mechanism must be.
+            size: stands in the names, such as "16k".
+            density: the share of the pairs that the mechanism looks at; with it, error and density are figures too.
+            select: its selection alone, where that is to be timed.
+
+        Returns:
+            `sdpa_seconds`, `{name}_seconds` and `speedup_ratio`; with a density, also `density`, `l1_error` and
+            `share_of_ideal_speedup`, of 1 / density; with `select`, also `selection_share_of_dense_time`.
+        """
+        mark, figures = f"_{size}" if size else "", {}
+        with torch.no_grad():
+            dense = partial(F.scaled_dot_product_attention, *qkv, is_causal=causal)
+            if density is not None:
+                figures = {f"density{mark}": density, f"l1_error{mark}": self.l1_error(attend(*qkv), dense())}
+            sdpa, seconds = self.seconds(dense, repeats), self.seconds(partial(attend, *qkv), repeats)
+            figures |= {f"sdpa{'_causal' if causal else ''}{mark}_seconds": sdpa, f"{name}{mark}_seconds": seconds}
+            figures["speedup_ratio"] = sdpa / seconds
+            if density is not None:
+                figures["share_of_ideal_speedup"] = sdpa / seconds * density
+            if select is not None:
+                figures["selection_share_of_dense_time"] = self.seconds(select, repeats) / sdpa
+        return figures
+
+    def l1_error(self, out: Tensor, exact: Tensor) -> float:
+        """The distance of `out` to `exact`, relative to the size of `exact`, in the sum of absolute values."""
+        return float((out - exact).abs().sum() / exact.abs().sum())
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Cross entropy of (inputs..., targets), in nats: of the model's logits, whatever axes stand before classes."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.moba.layer import MoBA
@@ -50,19 +50,13 @@ def _claim(lab: Lab) -> ClaimResult:
     with torch.no_grad():
         right = (model(tokens).argmax(-1) == labels)[asked]
     measured["moba_switched_to_full_recall_accuracy"] = right.float().mean().item()
-    with lab.seeded(), torch.no_grad():
+    with lab.seeded():
         q, k, v = torch.randn(3, 1, 4, lab.size(32768, 64), 64)
-        block_size = lab.size(512, 16)
-        dense = lab.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=3)
-        sparse = lab.seconds(lambda: moba_attend(q, k, v, block_size=block_size, top_k=3), repeats=3)
-    measured |= {
-        "sdpa_causal_32k_seconds": dense,
-        "moba_32k_seconds": sparse,
-        "speedup_ratio": dense / sparse,
-    }
+    blocks = partial(moba_attend, block_size=lab.size(512, 16), top_k=3)
+    measured |= lab.beside_sdpa("moba", blocks, (q, k, v), causal=True, size="32k")
     gap = measured["dense_recall_accuracy"] - measured["moba_recall_accuracy"]
     ahead = measured["moba_recall_accuracy"] - measured["window_recall_accuracy"]
-    return ClaimResult(measured, holds=gap < 0.15 and ahead > 0.3 and dense / sparse > 4)
+    return ClaimResult(measured, holds=gap < 0.15 and ahead > 0.3 and measured["speedup_ratio"] > 4)
 
 
 CLAIM = Claim(

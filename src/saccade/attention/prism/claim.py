@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,25 +78,16 @@ def _claim(lab: Lab) -> ClaimResult:
         N = lab.size(16384, 256)
         q, k = _slash_heads(4, N, 64, N // 8 + size // 2, lab.generator())
         v = torch.randn(q.shape, generator=lab.generator())
-        out, keep = prism_attend(q, k, v, **taus, return_map=True)
-        dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        measured["density_16k"] = 1 - float(prism_sparsity(keep).mean())
-        measured["l1_error_16k"] = float((out - dense).abs().sum() / dense.abs().sum())
-        sdpa = lab.seconds(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True), repeats=3)
-        sparse = lab.seconds(lambda: prism_attend(q, k, v, **taus), repeats=3)
-        selection = lab.seconds(lambda: prism_blocks(q, k, **taus), repeats=3)
-    measured |= {
-        "sdpa_causal_16k_seconds": sdpa,
-        "prism_16k_seconds": sparse,
-        "speedup_ratio": sdpa / sparse,
-        "share_of_ideal_speedup": sdpa / sparse * measured["density_16k"],
-        "selection_share_of_dense_time": selection / sdpa,
-    }
+        select = partial(prism_blocks, q, k, **taus)
+        density = 1 - float(prism_sparsity(select()).mean())
+    measured |= lab.beside_sdpa(
+        "prism", partial(prism_attend, **taus), (q, k, v), causal=True, size="16k", density=density, select=select
+    )
     holds = (
         measured["prism_recalled_mass"] > 0.9
         and measured["prism_density"] < 0.5 * measured["uncalibrated_density"]
         and measured["plain_pooling_recalled_mass"] < measured["prism_recalled_mass"] - 0.2
-        and sdpa / sparse > 1.5
+        and measured["speedup_ratio"] > 1.5
     )
     return ClaimResult(measured, holds=holds)
 
