@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import saccade
-from saccade.train import files, measures, runs
+from saccade.train import files, fingerprints, measures, runs
 from saccade.train.data import generator_at
 from saccade.train.entries import Entry, parse
-from saccade.train.model import SequenceModel
+from saccade.train.model import SequenceModel, first_names
 from saccade.train.result import CompareResult, SeedRecord
 from saccade.train.tasks import TASKS, Text
 
@@ -85,7 +85,7 @@ def test_the_folder_holds_config_metrics_checkpoints_and_result(text: CompareRes
     assert [json.loads(line) for line in lines] == text["softmax"].runs[1].curve
     assert json.loads((folder / "config.json").read_text()) == text.config
     tensors, _ = files.read_tensors(folder / "mine" / "seed-0" / "checkpoint.safetensors")
-    assert int(tensors["step"]) == 3 and "model.blocks.1.mixer.linear.weight" in tensors
+    assert int(tensors["step"]) == 3 and "model.blocks.1.attention.linear.weight" in tensors
     loaded = CompareResult.load(folder)
     assert loaded.to_json() == text.to_json() and loaded["softmax"].maps.keys() == text["softmax"].maps.keys()
     assert not [path for path in folder.rglob("*") if path.suffix == ".part"]
@@ -110,7 +110,7 @@ def test_a_finished_folder_is_returned_and_another_comparison_refused(text: Comp
 def test_what_is_around_the_mechanism_starts_the_same() -> None:
     task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
     models = [task.model(mechanism, 0) for mechanism in parse({"a": "softmax", "b": RunningMean})]
-    for name in ("embedding.weight", "blocks.1.mlp.up.weight", "head.weight"):
+    for name in ("embedding.weight", "blocks.1.mlp.fc1.weight", "head.weight"):
         first, second = (model.get_parameter(name) for model in models)
         assert torch.equal(first, second)
     other = task.model(parse(["softmax"])[0], 1)
@@ -437,6 +437,26 @@ def test_killed_runs_end_with_the_metrics_of_those_that_were_not(tmp_path) -> No
         path = Path(files.folder_name(name)) / "seed-0" / "checkpoint.safetensors"
         ends = [files.read_tensors(found.folder / path)[0] for found in (whole, resumed)]
         assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0] if key != "history.seconds")
+
+
+def test_a_run_stopped_under_the_first_names_of_its_tensors_goes_on(tmp_path) -> None:
+    task = Text(Text.budgets["quick"].changed(TEXT), torch.device("cpu"))
+    mine, folder = parse({"mine": RunningMean})[0], tmp_path / "stopped"
+    whole = runs.train_run(task, mine, 0, 6, tmp_path / "whole")
+    stopped = runs.Run(task, mine, 0, 6, folder)
+    stopped.advance(3)
+    runs.save_checkpoint(stopped.training, stopped.losses, stopped.times, folder)
+    tensors, _ = files.read_tensors(folder / "checkpoint.safetensors")
+    first = {f"model.{name}": f"model.{old}" for name, old in first_names(stopped.model).items()}
+    assert first["model.blocks.1.mlp.fc2.bias"] == "model.blocks.1.mlp.down.bias" and len(first) == 2 * (2 + 4)
+    assert first["model.blocks.0.attention.linear.weight"] == "model.blocks.0.mixer.linear.weight"
+    old = {first.get(name, name): tensor for name, tensor in tensors.items()}
+    files.write_tensors(folder / "checkpoint.safetensors", old, {"step": "3"})
+    assert runs.Run(task, mine, 0, 6, folder).step == 3
+    assert runs.train_run(task, mine, 0, 6, folder).quality == whole.quality
+    # a folder also knows the caller's networks by the names of their tensors
+    network = SequenceModel(lambda layer: nn.Linear(8, 8), vocab=5, dim=8, layers=2)
+    assert fingerprints.network(network)["parameters"] == "fe7839a5042279e1"
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from saccade.train.model import first_names
+
 #: packages whose code is not the caller's; their versions are not looked at
 _LIBRARIES = ("torch", "saccade", "numpy", "builtins")
 
@@ -43,8 +45,9 @@ def code(*things: Any) -> str:
 
 
 def network(model: nn.Module) -> dict[str, str]:
-    """Digests of a model's parameters (names, shapes, types) and of its classes that are the caller's."""
-    shapes = [(name, str(p.dtype), list(p.shape)) for name, p in (*model.named_parameters(), *model.named_buffers())]
+    """Digests of a model's parameters (first names, shapes, types) and of its classes that are the caller's."""
+    first, tensors = first_names(model), (*model.named_parameters(), *model.named_buffers())
+    shapes = [(first.get(name, name), str(p.dtype), list(p.shape)) for name, p in tensors]
     kinds = {type(module) for module in model.modules()}
     own = sorted((kind for kind in kinds if _is_own(kind)), key=lambda kind: kind.__qualname__)
     return {

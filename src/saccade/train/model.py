@@ -9,7 +9,7 @@ Shape letters: B batch, N tokens, C channels, V vocabulary, K classes, H and W h
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,39 +18,37 @@ from torch import Tensor, nn
 
 from saccade.layers.initialization import start_language_model
 from saccade.layers.positions import sinusoids
+from saccade.layers.pre_norm import PreNormBlock
 
 
-class MLP(nn.Module):
-    """C -> 4 C -> C with GELU.
+class Block(PreNormBlock):
+    """A pre-norm block that also takes weights under the names of its first version, as folders of runs have them."""
 
-    Args:
-        dim: C.
-    """
+    #: first name -> name
+    RENAMED: Mapping[str, str] = {"mixer.": "attention.", "mlp.up.": "mlp.fc1.", "mlp.down.": "mlp.fc2."}
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x_BNC)))
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        for first, name in self.RENAMED.items():
+            for key in [key for key in state_dict if key.startswith(prefix + first)]:
+                state_dict[prefix + name + key.removeprefix(prefix + first)] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
 
-class Block(nn.Module):
-    """x = x + mixer(norm(x));  x = x + mlp(norm(x)).
-
-    Args:
-        dim: C.
-        mixer: the mechanism.
-    """
-
-    def __init__(self, dim: int, mixer: nn.Module) -> None:
-        super().__init__()
-        self.norm1, self.mixer = nn.LayerNorm(dim), mixer
-        self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
-
-    def forward(self, x_BNC: Tensor, **arguments: Any) -> Tensor:
-        x_BNC = x_BNC + self.mixer(self.norm1(x_BNC), **arguments)
-        return x_BNC + self.mlp(self.norm2(x_BNC))
+def first_names(model: nn.Module) -> dict[str, str]:
+    """The first names of a model's tensors that are called otherwise now, by their names."""
+    prefixes = {
+        f"{path}.{name}": f"{path}.{first}"
+        for path, block in model.named_modules()
+        if isinstance(block, Block)
+        for first, name in Block.RENAMED.items()
+    }
+    tensors = (name for name, _ in (*model.named_parameters(), *model.named_buffers()))
+    return {
+        name: first + name.removeprefix(prefix)
+        for name in tensors
+        for prefix, first in prefixes.items()
+        if name.startswith(prefix)
+    }
 
 
 class Caches(list[Any]):
@@ -91,7 +89,7 @@ class SequenceModel(nn.Module):
         for embedding in (self.embedding, self.before):
             if embedding is not None:  # the same size, or a token is not seen beside the one before it
                 start_language_model(embedding)
-        self.blocks = nn.ModuleList(Block(dim, mixer(layer)) for layer in range(layers))
+        self.blocks = nn.ModuleList(Block(mixer(layer), dim) for layer in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab if classes is None else classes)
         start_language_model(self.head)
@@ -127,7 +125,7 @@ class SequenceModel(nn.Module):
     @property
     def mixers(self) -> list[Any]:
         """The mechanisms, by layer."""
-        return [block.mixer for block in self.blocks]
+        return [block.attention for block in self.blocks]
 
     @property
     def decodes(self) -> bool:
@@ -241,7 +239,7 @@ class TwoStream(nn.Module):
         self.patch, self.tokens = patch, (size // patch) ** 2
         self.embeddings = nn.ModuleList(nn.Linear(patch * patch, dim) for _ in range(2))
         self.positions = nn.ParameterList(nn.Parameter(0.02 * torch.randn(self.tokens, dim)) for _ in range(2))
-        self.encoders = nn.ModuleList(Block(dim, encoder(stream)) for stream in range(2))
+        self.encoders = nn.ModuleList(Block(encoder(stream), dim) for stream in range(2))
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.head = nn.Linear(2 * dim, classes)
         self.fusion = fusion
