@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from saccade.catalogue import AuthorsPort, Names, load_state
-from saccade.catalogue.ports import Argument, Arguments
+from saccade.catalogue.names import Place, laid
+from saccade.catalogue.ports import Argument, Arguments, calls
 from saccade.models.dat.attention import DeformableAttention
 from saccade.models.dat.model import DAT, ConvMLP, Stage
 
@@ -40,7 +41,7 @@ _LAYER: dict[str, Argument] = {
     "attn_drop": "attn_drop",
     "proj_drop": "proj_drop",
 }
-build_attention = Arguments(
+_BUILD_ATTENTION = Arguments(
     DeformableAttention,
     {**_LAYER, "n_heads": "num_heads", "q_size": ("map_size", _size)},
     needed=("q_size", "n_groups", "stride", "ksize", "offset_range_factor"),
@@ -53,7 +54,7 @@ def _drop_path(args: dict[str, Any]) -> list[float]:
     return list(rates) if isinstance(rates, (list, tuple)) else [rates] * len(args["stage_spec"])
 
 
-build_stage = Arguments(
+_BUILD_STAGE = Arguments(
     Stage,
     {
         **_LAYER,
@@ -85,57 +86,73 @@ build_stage = Arguments(
 )
 
 
-def build_network(args: dict[str, Any]) -> DAT:
-    """Their `DAT`; what is not given is as in DAT-T++."""
-    dims = args.get("dims", (64, 128, 256, 512))
-    depths = args.get("depths", (2, 4, 18, 2))
-    count = len(dims)
+def _patterns(args: dict[str, Any]) -> list[str]:
+    depths = args["depths"]
     specs = args.get("stage_spec") or [["N", "D"] * (depth // 2) for depth in depths[:-1]] + [["D"] * depths[-1]]
-    if args.get("patch_size", 4) != 4:
-        raise ValueError(f"patch_size must be 4, got {args['patch_size']}")
     if [len(spec) for spec in specs] != list(depths):
         raise ValueError(f"stage_spec must have as many letters as depths {depths}, got {specs}")
+    return ["".join(spec) for spec in specs]
 
-    def of_stages(name: str, default: Any) -> list[Any]:
-        return list(args.get(name, [default] * count))
 
-    kinds = {"use_pe": of_stages("use_pes", True), "dwc_pe": of_stages("dwc_pes", False),
-             "fixed_pe": of_stages("fixed_pes", False), "log_cpb": of_stages("log_cpb", False)}  # fmt: skip
-    return DAT(
-        dims,
-        ["".join(spec) for spec in specs],
-        args.get("heads", (2, 4, 8, 16)),
-        args.get("groups", (1, 2, 4, 8)),
-        args.get("strides", (8, 4, 2, 1)),
-        args.get("ksizes", (9, 7, 5, 3)),
-        offset_range=of_stages("offset_range_factor", -1),
-        window=of_stages("window_sizes", 7),
-        neighborhood=of_stages("nat_ksizes", 7),
-        image_size=_size(args.get("img_size", 224)),
-        stem_dim=args.get("dim_stem", dims[0]),
-        conv_stem=args.get("use_conv_patches", True),
-        conv_mlp=of_stages("use_dwc_mlps", True),
-        local_perception=of_stages("use_lpus", True),
-        expansion=args.get("expansion", 4),
-        layer_scale=[_scale(value) for value in of_stages("layer_scale_values", -1)],
-        bias=[_bias({name: values[i] for name, values in kinds.items()}) for i in range(count)],
-        offsets=[not off for off in of_stages("no_offs", False)],
-        drop_path=args.get("drop_path_rate", 0.0),
-        attn_drop=args.get("attn_drop_rate", 0.0),
-        proj_drop=args.get("drop_rate", 0.0),
-        drop=args.get("drop_rate", 0.0),
-        num_classes=args.get("num_classes", 1000),
-    )
+def _biases(args: dict[str, Any]) -> list[str | None]:
+    """`_bias` of each stage."""
+    kinds = {"use_pe": "use_pes", "dwc_pe": "dwc_pes", "fixed_pe": "fixed_pes", "log_cpb": "log_cpb"}
+    rows = [args.get(theirs, [kind == "use_pe"] * len(args["depths"])) for kind, theirs in kinds.items()]
+    return [_bias(dict(zip(kinds, row))) for row in zip(*rows)]
+
+
+_NETWORK_ARGUMENTS = Arguments(
+    DAT,
+    {
+        "dims": "dims",
+        "heads": "num_heads",
+        "groups": "groups",
+        "strides": "strides",
+        "ksizes": "kernel_sizes",
+        "offset_range_factor": "offset_range",
+        "window_sizes": "window",
+        "nat_ksizes": "neighborhood",
+        "img_size": ("image_size", _size),
+        "dim_stem": "stem_dim",
+        "use_conv_patches": "conv_stem",
+        "use_dwc_mlps": "conv_mlp",
+        "use_lpus": "local_perception",
+        "expansion": "expansion",
+        "layer_scale_values": ("layer_scale", lambda values: [_scale(value) for value in values]),
+        "no_offs": ("offsets", lambda values: [not off for off in values]),
+        "drop_path_rate": "drop_path",
+        "attn_drop_rate": "attn_drop",
+        "drop_rate": "drop",
+        "num_classes": "num_classes",
+    },
+    defaults={"depths": (2, 4, 18, 2)},
+    derived={"patterns": _patterns, "bias": _biases, "proj_drop": lambda args: args.get("drop_rate", 0.0)},
+)
+
+
+def _build_network(args: dict[str, Any]) -> nn.Module:
+    """Their `DAT`; what is not given is as in DAT-T++."""
+    if args.get("patch_size", 4) != 4:  # an argument of theirs that ours does not have
+        raise ValueError(f"patch_size must be 4, got {args['patch_size']}")
+    return _NETWORK_ARGUMENTS(args)
+
+
+def _pointwise(theirs: str, ours: str) -> dict[str, Place]:
+    """A 1 x 1 convolution there, a linear layer here."""
+    return {
+        f"{theirs}.weight": laid(f"{ours}.weight", lambda weight: weight.squeeze(3).squeeze(2)),
+        f"{theirs}.bias": f"{ours}.bias",
+    }
 
 
 _DEFORMABLE = Names({
     "conv_offset.0.{leaf}": "offset_conv.{leaf}",
     "conv_offset.1.norm.{leaf}": "offset_norm.{leaf}",
-    "conv_offset.3.{leaf}": "offset_proj.{leaf}",
-    "proj_q.{leaf}": "q_proj.{leaf}",
-    "proj_k.{leaf}": "k_proj.{leaf}",
-    "proj_v.{leaf}": "v_proj.{leaf}",
-    "proj_out.{leaf}": "out_proj.{leaf}",
+    **_pointwise("conv_offset.3", "offset_proj"),
+    **_pointwise("proj_q", "q_proj"),
+    **_pointwise("proj_k", "k_proj"),
+    **_pointwise("proj_v", "v_proj"),
+    **_pointwise("proj_out", "out_proj"),
     "rpe_table": "bias_table",
     "rpe_table.{leaf}": "bias_conv.{leaf}",
     "rpe_table.{layer}.{leaf}": "bias_network.{layer}.{leaf}",
@@ -150,14 +167,14 @@ _WINDOWS = Names({
     "attn_mask": None,
 })  # fmt: skip
 _MLP = Names({
-    "linear1.0.{leaf}": "linear1.{leaf}",
+    **_pointwise("linear1.0", "linear1"),
     "dwc.{leaf}": "conv.{leaf}",
-    "linear2.0.{leaf}": "linear2.{leaf}",
+    **_pointwise("linear2.0", "linear2"),
     "chunk.linear1.{leaf}": "linear1.{leaf}",
     "chunk.linear2.{leaf}": "linear2.{leaf}",
 })  # fmt: skip
 _STAGE = Names({
-    "proj.{leaf}": "proj.{leaf}",
+    **_pointwise("proj", "proj"),
     "local_perception_units.{i}.{leaf}": "blocks.{i}.local.{leaf}",
     "layer_norms.{k}.norm.{leaf}": lambda t: "blocks.{}.norm{}.{}".format(*_half(t["k"]), t["leaf"]),
     "layer_scales.{k}.weight": lambda t: "blocks.{}.scale{}".format(*_half(t["k"])),
@@ -176,9 +193,6 @@ _NETWORK = Names({
     "cls_head.{leaf}": "head.{leaf}",
 })  # fmt: skip
 
-#: what is a 1 x 1 convolution there and a linear layer here
-_LINEAR = re.compile(r"(?:.*\.)?(?:[qkv]_proj|out_proj|offset_proj|linear[12]|stages\.\d+\.proj|proj)\.weight")
-
 
 def _half(k: str) -> tuple[int, int]:
     """The block of their k-th norm or scale, and whether it is the block's first or second."""
@@ -191,23 +205,7 @@ def _convert(names: Names, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # `proj_out` is the last layer of windows too; the other layers of its attention tell which it is
     windows = tuple(name.removesuffix("proj_qkv.weight") for name in state if name.endswith("proj_qkv.weight"))
     outs = {f"{stem}proj_out.{leaf}": f"{stem}windows_out.{leaf}" for stem in windows for leaf in ("weight", "bias")}
-    placed = names({outs.get(name, name): tensor for name, tensor in state.items()})
-    return {
-        name: tensor[:, :, 0, 0] if tensor.shape[2:] == (1, 1) and _LINEAR.fullmatch(name) else tensor
-        for name, tensor in placed.items()
-    }
-
-
-def convert_deformable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _convert(_DEFORMABLE, state)
-
-
-def convert_mlp(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _convert(_MLP, state)
-
-
-def convert_stage(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return _convert(_STAGE, state)
+    return names({outs.get(name, name): tensor for name, tensor in state.items()})
 
 
 def convert_network(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,21 +247,20 @@ def _on_map(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]) 
     return {"y": module(inputs["x"].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)}
 
 
-def _network(module: DAT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    out = module(inputs["x"])
-    assert out.logits is not None
-    return {"logits": out.logits, "stage1": out.features[1], "stage3": out.features[3]}
+_RUN_NETWORK = calls(
+    "x", gives={"logits": "logits", "stage1": lambda out: out.features[1], "stage3": lambda out: out.features[3]}
+)
 
 
 PORTS = (
-    AuthorsPort("network", build_network, convert_network, _network),
-    AuthorsPort("dattention", build_attention, convert_deformable, _attention),
-    AuthorsPort("dattention_logcpb", build_attention, convert_deformable, _attention),
+    AuthorsPort("network", _build_network, convert_network, _RUN_NETWORK),
+    AuthorsPort("dattention", _BUILD_ATTENTION, _DEFORMABLE, _attention),
+    AuthorsPort("dattention_logcpb", _BUILD_ATTENTION, _DEFORMABLE, _attention),
     AuthorsPort(
         "convmlp",
         build=Arguments(ConvMLP, {"channels": "dim", "expansion": "expansion", "drop": "drop"}, needed=("expansion",)),
-        convert=convert_mlp,
+        convert=_MLP,
         run=_on_map,
     ),
-    AuthorsPort("stage", build_stage, convert_stage, _on_map),
+    AuthorsPort("stage", _BUILD_STAGE, partial(_convert, _STAGE), _on_map),
 )
