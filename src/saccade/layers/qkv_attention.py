@@ -5,7 +5,8 @@
 A call is four steps, of which a subclass gives `attend` and may replace any other: `project` makes queries, keys and
 values (and what else the mechanism reads off its tokens, which is handed on), `remember` joins them to what a cache
 holds, `attend` is the mechanism, `out` joins the heads. The mask is resolved once, before; `takes` says what it may
-be.
+be. A mechanism that is called with more than tokens, mask and cache names it in a `forward` of its own, which hands it
+to `steps`, and so to `project`.
 
 Shape letters: B batch, N queries, M keys, C channels, H query heads, K key heads, D head dim, E width of given values.
 """
@@ -94,10 +95,14 @@ class QKVAttention(nn.Module):
         Raises:
             ValueError: if the arguments do not fit together, or the mask says what this mechanism cannot take.
         """
+        return self.steps(x_BNC, context_BMC, mask, cache)
+
+    def steps(self, x_BNC: Tensor, context_BMC: Tensor | None, mask: GivenMask, cache: Any, **inputs: Any) -> Tensor:
+        """A call; `inputs` are what `project` takes beside tokens and positions."""
         self.check(x_BNC, context_BMC, cache)
         start = 0 if cache is None else cache.length
         pattern = self.pattern(mask, x_BNC, context_BMC, cache)
-        projected = self.project(x_BNC, context_BMC, self.positions(x_BNC, context_BMC, start))
+        projected = self.project(x_BNC, context_BMC, self.positions(x_BNC, context_BMC, start), **inputs)
         if cache is None:
             return self.out(self.attend(*projected[:3], pattern, *projected[3:]))
         return self.out(self.remember(cache, *projected[:3], pattern, *projected[3:]))
@@ -114,7 +119,7 @@ class QKVAttention(nn.Module):
     def project(self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None) -> tuple[Any, ...]:
         """Queries (B, H, N, D) of `x_BNC`, keys (B, K, M, D) and values (B, K, M, E) of the context or of `x_BNC`.
 
-        Whatever comes after these three is handed to `attend`.
+        Whatever comes after these three is handed to `remember` and `attend`.
 
         Args:
             positions: of the tokens, (N,); None where the layer has none.

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 class AdaptiveFilterAttention(QKVAttention):
     """Causal attention as a learned filter; real in, real out, complex inside.
 
+    `forward` is its own: the mechanism gives e and log P beside z, and the step after it reads them.
+
     Args:
         dim: channels C.
         num_heads: heads H.

@@ -16,6 +16,7 @@ from saccade.attention.layerwise_shortcuts.operator import depth_shares, shortcu
 from saccade.layers.cache import KVCache
 from saccade.layers.mlp import MLP
 from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 
 
@@ -116,8 +117,29 @@ class ShortcutAttention(QKVAttention):
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        q, k, v, pattern = self._prepare(x_BNC, hidden, mask, cache)
-        return self.out(self.attend(q, k, v, pattern))
+        return self.steps(x_BNC, None, mask, cache, hidden=hidden)
+
+    def project(  # type: ignore[override]
+        self, x_BNC: Tensor, context_BMC: None, positions: Tensor | None, *, hidden: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, H, N, D), keys and values (B, K, M, S, D)."""
+        shapes = [tuple(h.shape) for h in hidden]
+        if shapes != [tuple(x_BNC.shape)] * self.depths:
+            raise ValueError(f"hidden must be {self.depths} tensors of shape {tuple(x_BNC.shape)}, got {shapes}")
+        c_BMSC = self.features(hidden)
+        q = self.split_heads(self.q_proj(x_BNC), self.num_heads)
+        k, v = (p(c_BMSC).unflatten(-1, (-1, self.head_dim)).permute(0, 3, 1, 2, 4) for p in (self.k_proj, self.v_proj))
+        if positions is not None:
+            q, k = self.rotate(q, positions), self.rotate(k, positions[:, None])
+        return q, k, v
+
+    def remember(  # type: ignore[override]
+        self, cache: KVCache, q_BHND: Tensor, k_BKNSD: Tensor, v_BKNSE: Tensor, pattern: Pattern
+    ) -> Tensor:
+        # all depths of a token side by side: the cache counts tokens
+        k, v = cache.append(k_BKNSD.flatten(3), v_BKNSE.flatten(3))
+        k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
+        return self.attend(q_BHND, k, v, pattern)
 
     def attend(self, q_BHND: Tensor, k_BKMSD: Tensor, v_BKMSE: Tensor, pattern: Pattern) -> Tensor:
         where: dict[str, Any] = {"mask": pattern.rest, "causal": pattern.causal, "offset": pattern.offset}
@@ -131,7 +153,7 @@ class ShortcutAttention(QKVAttention):
         """
         if self.combine == "features":
             raise ValueError("combine='features' has no attention over depths to show")
-        q, k, _, pattern = self._prepare(x_BNC, hidden, mask, None)
+        q, k, pattern = self._looked_at(x_BNC, hidden, mask)
         return depth_shares(q, k, mask=pattern.rest, causal=pattern.causal)
 
     def mix(  # type: ignore[override]
@@ -142,32 +164,17 @@ class ShortcutAttention(QKVAttention):
         `attention_map(layer, x, hidden=hidden)` is the map over tokens, `attention_map(layer, x, hidden=hidden,
         values=(B, H, M * S)).unflatten(-1, (M, S))` the one by depth.
         """
-        q, k, _, pattern = self._prepare(x_BNC, hidden, mask, None)
+        q, k, pattern = self._looked_at(x_BNC, hidden, mask)
         M, S = k.shape[2:4]
         per_key = values_BHME.shape[2] == M * S
         v = values_BHME.unflatten(2, (M, S)) if per_key else values_BHME[:, :, :, None].expand(-1, -1, -1, S, -1)
-        k = k.repeat_interleave(self.num_heads // k.shape[1], 1)
-        return self.attend(q, k, v, pattern)
+        return self.attend(q, repeat_heads(k, self.num_heads), v, pattern)
 
-    def _prepare(
-        self, x_BNC: Tensor, hidden: Sequence[Tensor], mask: GivenMask, cache: KVCache | None
-    ) -> tuple[Tensor, Tensor, Tensor, Pattern]:
-        self.check(x_BNC, None, cache)
-        shapes = [tuple(h.shape) for h in hidden]
-        if shapes != [tuple(x_BNC.shape)] * self.depths:
-            raise ValueError(f"hidden must be {self.depths} tensors of shape {tuple(x_BNC.shape)}, got {shapes}")
-        pattern = self.pattern(mask, x_BNC, None, cache)
-        c_BMSC = self.features(hidden)
-        q = self.split_heads(self.q_proj(x_BNC), self.num_heads)
-        k, v = (p(c_BMSC).unflatten(-1, (-1, self.head_dim)).permute(0, 3, 1, 2, 4) for p in (self.k_proj, self.v_proj))
-        positions = self.positions(x_BNC, None, pattern.offset)
-        if positions is not None:
-            q, k = self.rotate(q, positions), self.rotate(k, positions[:, None])
-        if cache is not None:
-            # all depths of a token side by side: the cache counts tokens
-            k, v = cache.append(k.flatten(3), v.flatten(3))
-            k, v = (x.unflatten(-1, (-1, self.head_dim)) for x in (k, v))
-        return q, k, v, pattern
+    def _looked_at(self, x_BNC: Tensor, hidden: Sequence[Tensor], mask: GivenMask) -> tuple[Tensor, Tensor, Pattern]:
+        self.check(x_BNC, None, None)
+        pattern = self.pattern(mask, x_BNC, None, None)
+        q, k, _ = self.project(x_BNC, None, self.positions(x_BNC, None, 0), hidden=hidden)
+        return q, k, pattern
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, depths={self.depths}, combine={self.combine!r}"

@@ -62,6 +62,8 @@ class RollingCache(KVCache):
 class NeighborhoodAttention(QKVAttention):
     """Projections around `neighborhood_attend`, for sequences, images (B, H, W, C) and videos (B, T, H, W, C).
 
+    `forward` is its own: it takes grids, and a context's keys come beside the tokens', not in their place.
+
     Args:
         dim, num_heads, num_kv_heads, head_dim, qkv_bias, proj_bias: as in `QKVAttention`.
         causal: for all axes, or per axis (causal in time, free in space: `(True, False, False)`).

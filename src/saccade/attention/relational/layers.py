@@ -134,27 +134,57 @@ class RelationalAttention(SensoryAttention):
         Raises:
             ValueError: if the arguments do not fit together.
         """
-        self.check(x_BNC, context_BMC, cache)
+        return self.steps(x_BNC, context_BMC, mask, cache, symbols=symbols)
+
+    def project(
+        self,
+        x_BNC: Tensor,
+        context_BMC: Tensor | None,
+        positions: Tensor | None,
+        *,
+        symbols: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        """q, k, values of symbols, and the relations' queries and keys; without symbols, which `mix` replaces, those
+        of the weights alone."""
+        q, k, v = super().project(x_BNC, context_BMC, positions)
+        if symbols is None:
+            return q, k, v
         if symbols.ndim not in (2, 3, 4) or symbols.shape[-1] != self.dim:
             raise ValueError(
                 f"symbols must be (B, M, {self.dim}), a table (2 m + 1, {self.dim}) or pairs (B, N, M, {self.dim}), "
                 f"got {tuple(symbols.shape)}"
             )
-        pattern = self.pattern(mask, x_BNC, context_BMC, cache)
-        q, k, _ = self.project(x_BNC, context_BMC, self.positions(x_BNC, context_BMC, pattern.offset))
-        source = x_BNC if context_BMC is None else context_BMC
-        q_rel, k_rel = self._relation_heads(self.q_rel_proj(x_BNC)), self._relation_heads(self.k_rel_proj(source))
         values = self.v_proj(symbols).unflatten(-1, (self.num_kv_heads, -1))
         values = values if symbols.ndim == 4 else values.transpose(-3, -2)
-        if cache is not None:
-            k, k_rel = cache.append("key", k), cache.append("relation key", k_rel)
-            values = cache.append("symbol", values) if symbols.ndim == 3 else values
-        out = relational_attend(
-            q,
-            k,
+        source = x_BNC if context_BMC is None else context_BMC
+        q_rel, k_rel = self._relation_heads(self.q_rel_proj(x_BNC)), self._relation_heads(self.k_rel_proj(source))
+        return q, k, values, q_rel, k_rel
+
+    def remember(  # type: ignore[override]
+        self,
+        cache: NamedCache,
+        q_BHND: Tensor,
+        k_BKND: Tensor,
+        values: Tensor,
+        pattern: Pattern,
+        q_rel: Tensor,
+        k_rel: Tensor,
+    ) -> Tensor:
+        k_BKMD, k_rel = cache.append("key", k_BKND), cache.append("relation key", k_rel)
+        if values.ndim == 4:  # of tokens; a table and pairs are complete
+            values = cache.append("symbol", values)
+        return self.attend(q_BHND, k_BKMD, values, pattern, q_rel, k_rel)
+
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, *relations: Tensor) -> Tensor:
+        if not relations:
+            return super().attend(q_BHND, k_BKMD, v_BKME, pattern)
+        q_rel, k_rel = relations
+        return relational_attend(
+            q_BHND,
+            k_BKMD,
             q_rel,
             k_rel,
-            values,
+            v_BKME,
             self.relation_weights,
             activation=self.relation_activation,
             mask=pattern.rest,
@@ -162,7 +192,6 @@ class RelationalAttention(SensoryAttention):
             offset=pattern.offset,
             scale=self.head_dim**-0.5,
         )
-        return self.out(out)
 
     def relations(self, x_BNC: Tensor, context_BMC: Tensor | None = None) -> Tensor:
         """r (B, N, M, R), for looking inside; quadratic."""

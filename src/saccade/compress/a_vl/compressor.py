@@ -23,6 +23,8 @@ from saccade.ops.pattern import GivenMask, Pattern, Said
 class AVL(QKVAttention):
     """Causal attention that decodes with an A-VL cache; without one it is plain causal softmax attention.
 
+    `forward` is its own for a prompt that has lost tokens: its positions differ by row, and its cache wants its length.
+
     Args:
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         causal: must be True.
