@@ -1,7 +1,7 @@
 """Images and maps in patches: filled up to whole ones, embedded (Dosovitskiy et al., arXiv 2010.11929), and merged by
 two between stages (Swin: Liu et al., arXiv 2103.14030).
 
-Shape letters: B batch, C channels, H height, W width of a map, h, w in patches.
+Shape letters: B batch, C channels, H height, W width of a map.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 
     y = concat_h( softmax(q_h k_h^T / sqrt(D) + bias_h + mask) v_h ) Wo     in each window, (q, k, v) = x Wqkv
 
-Shape letters: B batch, N tokens, C channels, H heads, D head dim; W windows, T tokens of a window, P masks.
+Shape letters: B batch, N tokens, C channels, H heads, D head dim, E width of given values; W windows, T tokens of a
+window, P masks.
 """
 
 from __future__ import annotations

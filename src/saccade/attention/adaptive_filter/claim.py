@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the next state of a damped oscillator that is measured with noise."""
 
 from __future__ import annotations
 

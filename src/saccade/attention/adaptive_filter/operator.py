@@ -20,11 +20,7 @@ from saccade.ops.autocast import off
 from saccade.ops.masks import Mask
 
 Bias = Literal["none", "precision", "linear"]
-
-
 InnerResidual = Literal["learned", "precision", "sum", "none"]
-
-
 Rotation = Literal["learned", "fixed", "rope", "none"]
 
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: few digits and a text, with weights over depth and without."""
 
 from __future__ import annotations
 

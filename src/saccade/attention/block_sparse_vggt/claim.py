@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: shifted views of one field, the weights that few blocks keep, and their time."""
 
 from __future__ import annotations
 

@@ -175,6 +175,7 @@ def vggt_block_map(
 def pooled_shares(
     q_BHTD: Tensor, k_BKTD: Tensor, block_q: int, block_k: int, pool: Literal["mean", "max"], scale: float | None
 ) -> Tensor:
+    """P (B, H, n, m): softmax attention of the blocks' pooled queries to their pooled keys."""
     q_BHnD = pool_blocks(q_BHTD, block_q, mode=pool)
     k_BHmD = repeat_heads(pool_blocks(k_BKTD, block_k, mode=pool), q_BHTD.shape[1])
     return (q_BHnD @ k_BHmD.mT * (q_BHTD.shape[3] ** -0.5 if scale is None else scale)).softmax(-1)

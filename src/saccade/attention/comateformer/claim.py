@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: pairs of sentences that differ by one token."""
 
 from __future__ import annotations
 

@@ -21,8 +21,6 @@ from saccade.ops.masks import Mask
 from saccade.ops.normalizers import Normalizer, State
 
 Gate = Literal["doubled", "centred"]
-
-
 Mode = Literal["heads", "blend"]
 
 

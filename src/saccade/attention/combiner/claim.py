@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: bytes and recall from afar with the local pattern alone and with abstractions."""
 
 from __future__ import annotations
 

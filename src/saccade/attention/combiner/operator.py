@@ -24,20 +24,10 @@ from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import running_max
 
 Variant = Literal["fixed", "logn", "rowmajor", "mixture"]
-
-
 Attended = tuple[Tensor, Tensor]
-
-
 Map = Callable[[Tensor], Tensor]
-
-
 RowKeys = Callable[[Tensor, Tensor], Tensor]
-
-
 _VARIANTS = ("fixed", "logn", "rowmajor", "mixture")
-
-
 _INF = math.inf
 
 
@@ -134,12 +124,15 @@ class Pooling:
         return x if ok is None else x.masked_fill(~ok[..., None], -_INF if self.kind == "max" else 0.0)
 
     def reduce(self, state: Tensor, dim: int) -> Tensor:
+        """The state of a span from those of its tokens, along `dim`."""
         return state.amax(dim) if self.kind == "max" else state.sum(dim)
 
     def both(self, a: Tensor, b: Tensor) -> Tensor:
+        """The state of two spans together."""
         return torch.maximum(a, b) if self.kind == "max" else a + b
 
     def running(self, state: Tensor, dim: int) -> Tensor:
+        """The states of all spans that begin at the start of `dim`."""
         if self.kind != "max":
             return state.cumsum(dim)
         return state.cummax(dim).values if state.requires_grad else running_max(state, dim)
@@ -332,6 +325,7 @@ def _join(a: Attended, b: Attended | None) -> Attended:
 
 
 def pooling_of(pooling: str, transform: Map | None) -> Pooling:
+    """The pooling of a name such as "max" or "relu-max"; ValueError for another, or for a transform out of place."""
     before, _, kind = pooling.rpartition("-")
     if kind not in ("max", "mean", "sum") or before not in ("", "identity", "relu", "deepset"):
         raise ValueError(
@@ -343,6 +337,7 @@ def pooling_of(pooling: str, transform: Map | None) -> Pooling:
 
 
 def segment_length(N: int, segment: int | None) -> int:
+    """s for N tokens: what is given, or the root of N, rounded up, from 16 on to a multiple of 16."""
     if segment is not None:
         return min(segment, N)
     root = math.isqrt(N - 1) + 1
@@ -350,6 +345,7 @@ def segment_length(N: int, segment: int | None) -> int:
 
 
 def check_variant(variant: str, causal: bool, segment: int | None) -> None:
+    """Raise ValueError unless there is such a variant with these options."""
     if variant not in _VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, got {variant!r}")
     if not causal and variant in ("logn", "rowmajor"):

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: a map on which a network must look up what stands far away, and time by size."""
 
 from __future__ import annotations
 

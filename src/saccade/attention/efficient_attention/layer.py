@@ -114,8 +114,10 @@ class EfficientAttention2d(nn.Module):
         self.out_proj = nn.Conv2d(value_channels, channels, 1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Raises:
-        ValueError: if x is not (B, channels, H, W).
+        """x + W_r E(x W_q, x W_k, x W_v), of the shape of x.
+
+        Raises:
+            ValueError: if x is not (B, channels, H, W).
         """
         self._check(x_BCHW)
         out_BHNE = self.mix(x_BCHW, self._heads(self.v_proj(x_BCHW)))

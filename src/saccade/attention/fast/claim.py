@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: digits read as tokens, and time by length."""
 
 from __future__ import annotations
 

@@ -18,8 +18,6 @@ from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
 
 Normalization = Literal["plain", "centered", "limited", "standardized"]
-
-
 NORMALIZATIONS = ("plain", "centered", "limited", "standardized")
 
 

@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the time of a window and of a soft cap."""
 
 from __future__ import annotations
 

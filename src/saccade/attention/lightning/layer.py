@@ -137,7 +137,9 @@ class LightningAttention(nn.Module):
         mask: GivenMask = None,
         cache: LightningCache | None = None,
     ) -> Tensor:
-        """Args:
+        """The layer's output (B, N, C) for `x_BNC`, which continues what `cache` has seen.
+
+        Args:
             mask: bool (B, M), True = real token; others get v = 0. With a cache, M counts all tokens so far.
             cache: of `new_cache`; the sequence goes on where it ended.
 
@@ -364,7 +366,11 @@ class TransNormerLM(nn.Module):
     def forward(
         self, tokens_BN: Tensor, *, mask: GivenMask = None, cache: TransNormerCache | None = None
     ) -> TransNormerOutput:
-        """tokens_BN: int64. mask and cache as in `LightningAttention`."""
+        """Logits of the next token after each of `tokens_BN` (int64); mask and cache as in `LightningAttention`.
+
+        Raises:
+            ValueError: if the tokens are no integers (B, N).
+        """
         if tokens_BN.ndim != 2 or tokens_BN.is_floating_point():
             raise ValueError(f"tokens must be integers (batch, tokens), got {tokens_BN.dtype} {tuple(tokens_BN.shape)}")
         x_BNC = self.embedding(tokens_BN) * self.scale

@@ -16,8 +16,6 @@ from torch import Tensor
 from saccade.ops.linear import linear_attend
 
 Form = Literal["transnormer", "gated"]
-
-
 Norm = Literal["srms", "layer", "rms"]
 
 

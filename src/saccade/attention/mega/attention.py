@@ -131,7 +131,9 @@ class MegaAttention(nn.Module):
         mask: GivenMask = None,
         cache: MegaCache | None = None,
     ) -> Tensor:
-        """Args:
+        """The layer's output (B, N, C) for `x_BNC`, which continues what `cache` has seen.
+
+        Args:
             mask: bool (B, M), True = real token (with a cache M counts all tokens so far); pairs, 4 axes or a mask
                 object, where all tokens are in one chunk.
             cache: of `new_cache`; the sequence goes on where it ended.
@@ -320,6 +322,7 @@ class MegaAttention(nn.Module):
 
 
 def sizes_of(dim: int, key_dim: int, **rest: Any) -> dict[str, Any]:
+    """Arguments of a published block: values and feed-forward layer are twice as wide as the input."""
     return {"dim": dim, "key_dim": key_dim, "value_dim": 2 * dim, "ffn_dim": 2 * dim, **rest}
 
 
@@ -330,6 +333,7 @@ def width_of_keys(dim: int, num_heads: int) -> int:
 
 
 def check_names(dim: int, num_heads: int, key_dim: int, value_dim: int, attention: str, activation: str) -> None:
+    """Raise ValueError unless the heads divide the widths and the names are known."""
     if dim < 1:
         raise ValueError(f"dim must be positive, got {dim}")
     if num_heads < 1 or min(key_dim, value_dim) < 1 or key_dim % num_heads or value_dim % num_heads:
@@ -341,5 +345,6 @@ def check_names(dim: int, num_heads: int, key_dim: int, value_dim: int, attentio
 
 
 def check_tokens(x_BNC: Tensor, dim: int) -> None:
+    """Raise ValueError unless there are tokens of width `dim`."""
     if x_BNC.ndim != 3 or x_BNC.shape[-1] != dim:
         raise ValueError(f"x must be (batch, tokens, {dim}), got {tuple(x_BNC.shape)}")

@@ -118,8 +118,14 @@ class MegaBlock(nn.Module):
         context_mask: Tensor | None = None,
         cache: MegaCache | None = None,
     ) -> Tensor:
-        """Raises:
-        ValueError: if a context is given to a block without cross-attention, or none to one with it.
+        """The block's output (B, N, C) for `x_BNC`, which continues what `cache` has seen.
+
+        Args:
+            mask, context_mask: bool (B, N) and (B, M), True = real token; with a cache N counts all tokens so far.
+            cache: of `new_cache`.
+
+        Raises:
+            ValueError: if a context is given to a block without cross-attention, or none to one with it.
         """
         if (context_BMC is None) != (self.cross is None):
             raise ValueError(f"a context must be given if and only if cross=True, got {context_BMC is not None}")

@@ -65,7 +65,9 @@ class MegaCrossAttention(nn.Module):
         self.apply(start_language_model)
 
     def forward(self, x_BNC: Tensor, context_BMC: Tensor, *, mask: GivenMask = None, start: int = 0) -> Tensor:
-        """Args:
+        """The tokens (B, N, C) after they have read the context.
+
+        Args:
             mask: bool (B, M) of the context, True = real token; or pairs.
             start: position of the first of `x_BNC`, where they are decoded piece by piece.
 

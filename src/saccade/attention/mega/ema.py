@@ -46,8 +46,10 @@ class DampedEMA(nn.Module):
         self.omega = nn.Parameter(torch.randn(dim))
 
     def forward(self, x_BNC: Tensor, valid_BN: Tensor | None = None) -> Tensor:
-        """Args:
-        valid_BN: True = real token; others enter the average as 0.
+        """SiLU(EMA(x) + omega x), of the shape of x.
+
+        Args:
+            valid_BN: True = real token; others enter the average as 0.
         """
         given = x_BNC if valid_BN is None else x_BNC * valid_BN[..., None]
         if self.bidirectional:

@@ -27,6 +27,7 @@ class Dropout(nn.Module):
 
 
 def norm_of(kind: str | None, dim: int) -> nn.Module:
+    """The norm of a name, for tokens of width `dim`; ValueError for another name."""
     norms: dict[str | None, Callable[[], nn.Module]] = {
         "layer": lambda: nn.LayerNorm(dim),
         "scale": ScaleNorm,

@@ -178,6 +178,7 @@ def _keys_seen(pattern: Pattern, q_BHNZ: Tensor, M: int) -> Tensor:
 
 
 def position_bias(position: str | None, reach: int, key_dim: int, num_heads: int) -> SimpleBias | RotaryBias | None:
+    """The bias of a name: "simple" for positions below `reach`, "rotary", or None. ValueError for another."""
     if position not in ("rotary", "simple", None):
         raise ValueError(f"position must be 'rotary', 'simple' or None, got {position!r}")
     if position is None:

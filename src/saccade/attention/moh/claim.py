@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: digits with six of eight heads, and how evenly the heads are used."""
 
 from __future__ import annotations
 

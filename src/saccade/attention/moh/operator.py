@@ -20,8 +20,6 @@ from saccade.ops.merge import merge
 from saccade.ops.pattern import GivenMask, Pattern
 
 Router = Literal["trained", "query-norm"]
-
-
 Form = Literal["auto", "masked", "gathered"]
 
 

@@ -90,6 +90,7 @@ def attend_kept(
     scale: float | None,
     released_ranking: bool,
 ) -> tuple[Tensor, Tensor]:
+    """`mra_attend` after its mask: the output and which tiles of the first scale were cut."""
     _check(q, k, v, mode, first_blocks, diagonal_blocks)
     scales = scales_of(resolutions)
     budget = _per_cut(num_blocks, len(scales) - 1, "num_blocks")
@@ -158,6 +159,7 @@ def attend_kept(
 
 
 def scales_of(resolutions: Sequence[int]) -> list[int]:
+    """s_0 > s_1 > ..., checked."""
     scales = list(resolutions)
     fits = all(isinstance(s, int) and s >= 1 for s in scales)
     if len(scales) < 2 or not fits or any(a <= b or a % b for a, b in zip(scales, scales[1:])):

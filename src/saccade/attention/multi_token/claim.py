@@ -1,4 +1,4 @@
-"""The paper's claim as an experiment."""
+"""The paper's claim at laptop size: the block that holds both letters of a question."""
 
 from __future__ import annotations
 

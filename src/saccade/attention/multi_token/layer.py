@@ -148,6 +148,7 @@ class MultiTokenAttention(QKVAttention):
 
     @property
     def kernels(self) -> Kernels:
+        """The learned kernels and mixings, as `multi_token_attend` takes them."""
         return Kernels(self.kernel, self.kernel_after, self.mixing, self.head_mixing, self.pad_key)
 
     def remember(
