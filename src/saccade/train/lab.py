@@ -202,10 +202,11 @@ class Lab:
             size: stands in the names, such as "16k".
             density: the share of the pairs that the mechanism looks at; with it, error and density are figures too.
             select: its selection alone, where that is to be timed.
+            repeats: timed calls of each.
 
         Returns:
             `sdpa_seconds`, `{name}_seconds` and `speedup_ratio`; with a density, also `density`, `l1_error` and
-            `share_of_ideal_speedup`, of 1 / density; with `select`, also `selection_share_of_dense_time`.
+            `share_of_ideal_speedup` (the ideal is 1 / density); with `select`, also `selection_share_of_dense_time`.
         """
         mark, figures = f"_{size}" if size else "", {}
         with torch.no_grad():
@@ -222,7 +223,11 @@ class Lab:
         return figures
 
     def l1_error(self, out: Tensor, exact: Tensor) -> float:
-        """The distance of `out` to `exact`, relative to the size of `exact`, in the sum of absolute values."""
+        """The distance of `out` to `exact`, relative to the size of `exact`, in the sum of absolute values.
+
+        Args:
+            out, exact: of one shape.
+        """
         return float((out - exact).abs().sum() / exact.abs().sum())
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
