@@ -1,5 +1,5 @@
-"""Every python block of README.md runs when it is pasted alone, and those of a page in docs/ one after the other; what
-packages export tells its arguments and errors.
+"""Every python block of README.md runs when it is pasted alone, and those of a page in docs/ one after the other.
+Docstrings tell the arguments and errors of what packages export, and a file's legend every letter of its names.
 """
 
 from __future__ import annotations
@@ -183,3 +183,33 @@ def test_what_is_exported_tells_its_arguments_and_errors() -> None:
 def test_a_short_docstring_is_found(code: str, expected: list[str]) -> None:
     node = ast.parse(code).body[0]
     assert isinstance(node, (ast.FunctionDef, ast.ClassDef)) and lacks(node) == expected
+
+
+def letters_without_a_word(text: str) -> str:
+    """Letters in the suffixes of a file's names, `q_BHND`, that its legend does not list."""
+    code = re.sub(r'"""(?:.|\n)*?"""|\'{3}(?:.|\n)*?\'{3}|"[^"\n]*"|\'[^\'\n]*\'|#.*', "", text)
+    suffixes = re.findall(r"\b_?[a-z]\w*?_([A-Z][A-Za-z0-9]*)\b", code)
+    legend = re.search(r"^Shape letters: (.*(?:\n.+)*)", text, re.MULTILINE)
+    listed = re.findall(r"(?<!\w)[A-Za-z](?!\w)", legend.group(1)) if legend else []
+    return "".join(sorted({letter for letter in "".join(suffixes) if letter.isalpha()} - set(listed)))
+
+
+def test_a_file_lists_the_letters_of_its_names() -> None:
+    """The letters of a room's `authors.py` and `claim.py` are those of its other files."""
+    files = [path for path in (ROOT / "src").rglob("*.py") if path.name not in ("authors.py", "claim.py")]
+    short = [
+        f"{path}: {found}" for path in files if (found := letters_without_a_word(path.read_text(encoding="utf-8")))
+    ]
+    assert not short, "\n".join(short)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("q_BHN = 1", "BHN"),
+        ('"""Of tokens.\n\nShape letters: B batch, N tokens,\nH heads.\n"""\nq_BHN = _made(k_BH1D)', "D"),
+        ('"""Of tokens.\n\nShape letters: B batch, H, W picture, n, m blocks.\n"""\nkeep_BHnm = x_BHW + LARGE_N', ""),
+    ],
+)
+def test_a_letter_that_is_not_listed_is_found(text: str, expected: str) -> None:
+    assert letters_without_a_word(text) == expected

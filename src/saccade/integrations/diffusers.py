@@ -18,7 +18,8 @@ models where tokens meet, so permuting there is the same as permuting tokens and
 and nothing that a model does between blocks needs to know (control nets, per-token timesteps, first-frame
 tokens).
 
-Shape letters: B batch, H heads, N tokens, V visual tokens, D head dim, S sequences, L their length.
+Shape letters: B batch, H heads, N tokens, V visual tokens, D head dim, E width of values, S sequences, L their length,
+T tokens of all sequences.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Importing this module registers every mechanism of `saccade.integrations.mechani
 Options come from `switch`, else from the model's config (`config.saccade = {"top_k": 4}`, saved with the model), else
 they are the mechanism's defaults.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, S sequences,
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values, S sequences,
 L their length, T = B N tokens.
 """
 

@@ -1,4 +1,7 @@
-"""What a mechanism keeps of the past while it decodes."""
+"""What a mechanism keeps of the past while it decodes.
+
+Shape letters: B batch, K key heads, N new tokens, D head dim, E width of values.
+"""
 
 from __future__ import annotations
 

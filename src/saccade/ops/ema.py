@@ -11,8 +11,8 @@ linear in N, in matrix products, no loop over tokens. And by FFT, as published, 
 to its first `taps`, which no recurrence of E numbers gives. Powers of q are only ever of q itself, over spans that
 begin and end in one chunk, so that nothing is divided by a vanishing product.
 
-Shape letters: B batch, N tokens, C channels, E dimensions, T tokens of a chunk, n chunks, L taps, K rows of
-a recurrence.
+Shape letters: B batch, N tokens, C channels, E dimensions, T tokens of a chunk, n chunks, L taps (a pieces of them),
+K rows of a recurrence.
 """
 
 from __future__ import annotations

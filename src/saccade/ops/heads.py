@@ -1,4 +1,7 @@
-"""Queries, keys and values: what they must be, and heads that share keys and values (grouped-query attention)."""
+"""Queries, keys and values: what they must be, and heads that share keys and values (grouped-query attention).
+
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,8 @@
 lse = log(exp(lse_a) + exp(lse_b)),   out = out_a exp(lse_a - lse) + out_b exp(lse_b - lse)
 
 A learned sink (GPT-OSS, arXiv 2508.10925) is a part of its own: one key of score s_h whose value is 0.
+
+Shape letters: B batch, H heads, N queries, E width of values.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 A layer or function makes it from what it was given, says once which of its parts the mechanism can take, and hands it
 down. What is left is read off its fields, or off `mask`, which is all of it as one mask object.
 
-Shape letters: B batch, N queries, M keys.
+Shape letters: B batch, H heads, N queries, M keys.
 """
 
 from __future__ import annotations

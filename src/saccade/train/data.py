@@ -13,7 +13,7 @@
 
 Everything random comes from a `torch.Generator`: the same generator state gives the same data.
 
-Shape letters: B batch, N tokens, P key-value pairs, C channels, H, W picture.
+Shape letters: B batch, N tokens, L bytes of a text, P key-value pairs, C channels, H, W picture.
 """
 
 from __future__ import annotations

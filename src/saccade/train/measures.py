@@ -1,4 +1,7 @@
-"""What is measured on a mechanism beside its quality: decoding, memory, growth with length, attention maps."""
+"""What is measured on a mechanism beside its quality: decoding, memory, growth with length, attention maps.
+
+Shape letters: B batch, N tokens.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ lines logged after it are dropped.
 
 The runs of a comparison take turns of a few steps (`take_turns`), so that whatever disturbs the machine meets all of
 them. Each has random numbers of its own, and computes what it would compute alone.
+
+Shape letters: B batch, N tokens, V vocabulary.
 """
 
 from __future__ import annotations

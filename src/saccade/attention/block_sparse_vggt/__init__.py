@@ -5,7 +5,7 @@ Wang et al., "Faster VGGT with Block-Sparse Global Attention", arXiv 2509.07120.
 The tokens are frames side by side, each with S special tokens (camera, registers) before its patches.
 
     O_special = dense attention of the special queries over all keys
-    P         = softmax_j(<qbar_i, kbar_j> / sqrt(d))      block means of the patches' q (b_q tokens) and k (b_k tokens)
+    P         = softmax_j(<qbar_i, kbar_j> / sqrt(D))      block means of the patches' q (b_q tokens) and k (b_k tokens)
     n_i       = #{j : c_j <= tau + 1e-5},  c = sums of P_i in falling order          (cdf_threshold)
               = int(T_k (1 - rho)),  T_k the number of key blocks                    (sparse_ratio)
               = the larger of both, where both are given;  at least 1

@@ -5,17 +5,17 @@ Zhang, "Flash Window Attention: speedup the attention computation for Swin Trans
     P = softmax(s q k^T + b + m_w),   o = P v                     per window w and head; b: relative positions
     dv = P^T do,   dP = do v^T,   dS = P * (dP - rowsum(P * dP)),   dq = s dS k,   dk = s dS^T q,   db = sum_w dS
 
-The paper gives one window and head to one GPU program that holds the whole N x N matrix on chip, walks over the
+The paper gives one window and head to one GPU program that holds the whole T x T matrix on chip, walks over the
 feature dimension in chunks, and computes P again in the backward pass, so that memory sees q, k, v, b and o only.
 `saccade.ops.partitions` keeps what carries over to a machine with caches: pieces of windows whose scores stay on chip,
-P computed again, nothing of N x N kept; there the whole feature dimension is one chunk.
+P computed again, nothing of T x T kept; there the whole feature dimension is one chunk.
 
 | here          | paper    | meaning                                              | default      |
 |---------------|----------|------------------------------------------------------|--------------|
-| `window_size` | window   | tokens per axis; N = their product                   | 7 (Swin)     |
+| `window_size` | window   | tokens per axis; T = their product                   | 7 (Swin)     |
 | `shift`       | shift    | cyclic shift of the windows, w // 2 in odd blocks    | 0            |
 | `scale`       | s        | factor of the product; the bias is added after it    | D ** -0.5    |
-| `mask`        | m        | (P, N, N), added; window i takes mask i mod P        | none         |
+| `mask`        | m        | (P, T, T), added; window i takes mask i mod P        | none         |
 
 Choices that the paper leaves open: the author's module forgets the shift mask when its kernel is on and skips `proj`;
 his kernel's dq and dk lack s, and weights are rounded to the input's dtype before they are summed. Here the mask

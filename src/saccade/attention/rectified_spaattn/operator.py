@@ -1,7 +1,7 @@
 """Rectified SpaAttn: the pooled map, the blocks that it makes critical, and the attention that it corrects.
 
-Shape letters: B batch, H query heads, K key heads, N tokens, V visual tokens, T text tokens, D head dim, E width of
-values; n, m blocks of visual queries and keys.
+Shape letters: B batch, H query heads, K key heads, N tokens (M the same, as keys), V visual tokens, T text tokens,
+D head dim, E width of values; n, m blocks of visual queries and keys.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Shape letters: B batch, N tokens of a modality, T tokens of all, S bottlenecks, C channels, K classes, V modalities,
 F frames, H height, W width (for a spectrogram time and frequency); inside the attention of a block as in
-`QKVAttention`.
+`QKVAttention`: H and K heads, N queries, M keys, D head dim, E width of values.
 """
 
 from __future__ import annotations

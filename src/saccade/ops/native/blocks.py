@@ -1,7 +1,7 @@
 """Block maps in C: each query block is a task, each key block that it visits a run. And ranges of keys, without a map.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n, m
-blocks of queries and keys; R query blocks of all heads, P (query block, key block) pairs.
+blocks of queries and keys; R query blocks of all heads, P (query block, key block) pairs, T tasks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks: rows that meet the same runs of keys, attended by `attend.c` and differentiated by `gradients.c`.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys of a head, D head dim of q and k, E head dim of v;
-T tasks, R rows of all tasks, L runs of keys of all tasks.
+T tasks, R rows of all tasks, L runs of keys of all tasks; s shares of a row.
 """
 
 from __future__ import annotations
