@@ -1,4 +1,4 @@
-"""The multi-dimensional damped moving average as a layer.
+"""The multi-dimensional damped moving average, learned: whole, or a few tokens after a state.
 
 Shape letters: B batch, N tokens, C channels; h averages per channel.
 """
