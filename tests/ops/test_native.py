@@ -363,3 +363,16 @@ def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     out = blocksparse_attend(q, k, v, masks.window(9), block_size=16)
     assert out.dtype == dtype
     assert out.equal(blocksparse_attend(q.float(), k.float(), v.float(), masks.window(9), block_size=16).to(dtype))
+
+
+def test_the_planner_takes_c_for_many_small_causal_problems_and_for_unequal_widths() -> None:
+    """Torch's kernel computes nearly all of 128 x 128, and as if keys and values had one width, the larger."""
+
+    def backend(N: int, D: int, E: int, batch: int = 64, **options: Any) -> str:
+        q, v = torch.empty(batch, 4, N, D), torch.empty(batch, 4, N, E)
+        return saccade.plan(q, q, v, **options).backend
+
+    assert backend(128, 64, 64, mask=masks.causal()) == "blocksparse"
+    assert backend(128, 64, 64, batch=1, mask=masks.causal()) == "sdpa"
+    assert backend(512, 64, 128) == "blocksparse"
+    assert backend(512, 64, 64) == "sdpa"

@@ -29,6 +29,9 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
 }
 
+#: query rows of a key head that are not weighed where a mask is plain
+FEW_ROWS = 40
+
 
 def choose(problem: Problem, asked: str | None = None) -> str:
     """The backend that runs `problem`: the only place where that is decided, but for plain calls (`sdpa.at_once`).
@@ -61,12 +64,15 @@ def choose(problem: Problem, asked: str | None = None) -> str:
 
 def _is_settled(problem: Problem) -> bool:
     """Torch has fused it, and no other path is faster."""
-    return problem.mask is None or (sdpa.is_causal(problem) and not _causal_in_c(problem))
+    if problem.mask is None:
+        return problem.D == problem.E or not _in_c(problem)
+    return sdpa.is_causal(problem) and (problem.needs_grad or not _in_c(problem))
 
 
-def _causal_in_c(problem: Problem) -> bool:
-    """Causal inference in float32 on the CPU: torch's kernel computes much of what lies above the diagonal."""
-    if problem.needs_grad or problem.dtype != torch.float32 or torch.compiler.is_compiling():
+def _in_c(problem: Problem) -> bool:
+    """Float32 on the CPU: torch's kernel computes much of what lies above the diagonal of causal inference, and as if
+    keys and values had one width, the larger."""
+    if problem.dtype != torch.float32 or torch.compiler.is_compiling():
         return False
     return native.forecast(problem.device, problem.dtype) is None
 
@@ -75,7 +81,7 @@ def _is_small(problem: Problem) -> bool:
     if problem.B * problem.H * problem.N * problem.M <= sdpa.SMALL:
         return True
     # laying out the keys for a path that skips some would take longer than reading them once
-    few_rows = problem.N * problem.H < 0.9 * blocksparse.LAYOUT_ROWS * problem.K
+    few_rows = problem.N * problem.H < FEW_ROWS * problem.K
     return few_rows and problem.device.type == "cpu" and isinstance(problem.mask, (Band, Dense, Padding))
 
 

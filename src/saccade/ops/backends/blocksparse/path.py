@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native, windows
-from saccade.ops.backends import stream
+from saccade.ops.backends import sdpa, stream
 from saccade.ops.backends.blocksparse.operator import PIECE_BYTES, attend_blocks_of
 from saccade.ops.masks import PARTIAL
 from saccade.ops.planning import Problem
 from saccade.ops.score_mods import steps
 
 #: query rows of a key head whose attention takes as long as laying out its keys and values for C (measured)
-LAYOUT_ROWS = 45
+LAYOUT_ROWS = 10
 
 
 def refusal(problem: Problem) -> str | None:
@@ -58,8 +58,8 @@ def _cannot_modify(problem: Problem) -> str | None:
 def relative_time(problem: Problem) -> float:
     """Expected time as a share of dense SDPA's.
 
-    Measured: in C at 1.2 times SDPA's rate; in torch pieces run at three quarters of it, slower where masked, and a
-    call and a piece cost a moment.
+    Measured: in C at 1.2 times SDPA's rate, which computes with keys and values of one width, the larger; in torch
+    pieces run at three quarters of it, slower where masked, and a call and a piece cost a moment.
 
     Args:
         problem: one call of `attend`.
@@ -73,10 +73,18 @@ def relative_time(problem: Problem) -> float:
     block_q, block_k = problem.block_size
     pairs = problem.B * problem.H * problem.N * problem.M
     if in_c:
-        return problem.density * 0.82 + 0.1 * partial + layout + 4e-4 / problem.dense_seconds
+        widths = (problem.D + problem.E) / (2 * max(problem.D, problem.E))
+        return widths * (_density_in_c(problem) * 0.82 + 0.1 * partial + layout) + 4e-4 / problem.dense_seconds
     bytes_per_pair = block_k * (max(problem.D, problem.E) + block_q) * 4
     pieces = problem.density * pairs / (block_q * block_k) * bytes_per_pair / PIECE_BYTES
     return problem.density / 0.75 + partial + (6e-4 + 5e-5 * pieces) / problem.dense_seconds
+
+
+def _density_in_c(problem: Problem) -> float:
+    """As `density`; rows of a causal mask are cut where they end, not at the blocks of the plan."""
+    if problem.N == problem.M and sdpa.is_causal(problem):
+        return min(problem.density, 0.5 + 8 / problem.N)
+    return problem.density
 
 
 def extra_bytes(problem: Problem) -> int:
