@@ -8,8 +8,9 @@ from torch import nn
 
 import saccade
 from saccade.catalogue import part
+from saccade.ops.statistics import STATISTICS, channel_gate
 from saccade.train.lab import Lab
-from saccade.vision.cbam import CBAM, POOLS, BasicBlock, Bottleneck, channel_gate, initialize
+from saccade.vision.cbam import CBAM, POOLS, BasicBlock, Bottleneck, initialize
 from saccade.vision.cbam.claim import shapes
 
 
@@ -42,10 +43,10 @@ def test_average_pooling_alone_is_squeeze_and_excitation(x):
 
 
 def test_poolings_are_those_of_the_card(x):
-    torch.testing.assert_close(POOLS["lp"](x), F.lp_pool2d(x, 2, kernel_size=(9, 7))[..., 0, 0])
-    torch.testing.assert_close(POOLS["max"](x), F.max_pool2d(x, (9, 7))[..., 0, 0])
-    torch.testing.assert_close(POOLS["lse"](x), x.double().exp().sum((2, 3)).log().float())
-    assert POOLS["lse"](x + 200).isfinite().all()
+    torch.testing.assert_close(STATISTICS["lp"](x, (2, 3), False), F.lp_pool2d(x, 2, kernel_size=(9, 7))[..., 0, 0])
+    torch.testing.assert_close(STATISTICS["max"](x, (2, 3), False), F.max_pool2d(x, (9, 7))[..., 0, 0])
+    torch.testing.assert_close(STATISTICS["lse"](x, (2, 3), False), x.double().exp().sum((2, 3)).log().float())
+    assert STATISTICS["lse"](x + 200, (2, 3), False).isfinite().all()
     gates = {pool: channel_gate(x, lambda z: z / 8, [pool]) for pool in POOLS}
     both = channel_gate(x, lambda z: z / 8, list(POOLS))
     torch.testing.assert_close(both.logit(), sum(gate.logit() for gate in gates.values()), rtol=1e-3, atol=1e-3)

@@ -5,15 +5,47 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
+
+
+def conv_norm_act(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    stride: int = 1,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    activation: Callable[[], nn.Module] | None = nn.ReLU,
+) -> nn.Sequential:
+    """Convolution, norm, activation; at stride 1 the map keeps its size.
+
+    Args:
+        in_channels, out_channels, stride, dilation, groups, bias: of the convolution.
+        kernel_size: odd.
+        norm: called with `out_channels`; None leaves it out.
+        activation: None leaves it out.
+    """
+    padding = kernel_size // 2 * dilation
+    steps: list[nn.Module] = [
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=bias)
+    ]
+    if norm is not None:
+        steps.append(norm(out_channels))
+    if activation is not None:
+        steps.append(activation())
+    return nn.Sequential(*steps)
 
 
 def conv_norm_relu(
     in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, *, bias: bool = False
 ) -> nn.Sequential:
     """Convolution, batch norm, ReLU; at stride 1 the map keeps its size. `kernel_size` is odd."""
-    convolution = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return conv_norm_act(in_channels, out_channels, kernel_size, stride, bias=bias)
 
 
 def norm_relu_conv(in_channels: int, out_channels: int, kernel_size: int = 1, dilation: int = 1) -> nn.Sequential:

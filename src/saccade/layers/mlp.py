@@ -33,17 +33,21 @@ class MLP(nn.Module):
         hidden: F, 4 C where None.
         activation: of `ACTIVATIONS`.
         drop: dropout after the activation and at the end.
+        bias: of both linears.
 
     Raises:
         ValueError: if `hidden` is not positive or the activation unknown.
     """
 
-    def __init__(self, dim: int, hidden: int | None = None, *, activation: str = "gelu", drop: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, hidden: int | None = None, *, activation: str = "gelu", drop: float = 0.0, bias: bool = True
+    ) -> None:
         super().__init__()
         width = 4 * dim if hidden is None else hidden
         _check(width, activation)
         self.activation = activation
-        self.fc1, self.fc2, self.drop = nn.Linear(dim, width), nn.Linear(width, dim), nn.Dropout(drop)
+        self.fc1, self.fc2 = nn.Linear(dim, width, bias=bias), nn.Linear(width, dim, bias=bias)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(ACTIVATIONS[self.activation](self.fc1(x)))))

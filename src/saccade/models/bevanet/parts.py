@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from saccade.layers.convolution import depthwise, norm_relu_conv
 from saccade.layers.resize import resize
+from saccade.ops.statistics import spatial_gate
 
 
 class Kernel(NamedTuple):
@@ -50,7 +51,7 @@ class CKS(nn.Module):
         """The outputs of the small kernel, of the strip along the width and of that along the height."""
         total = small_BCHW + across_BCHW + down_BCHW
         hidden = self.reduce(total.mean((2, 3), keepdim=True))
-        where = self.squeeze(torch.cat([total.mean(1, keepdim=True), total.amax(1, keepdim=True)], 1)).sigmoid()
+        where = spatial_gate(total, self.squeeze, ("avg", "max"))
         small, across, down = (
             expand(hidden).sigmoid() * place for expand, place in zip(self.expand, where.split(1, 1), strict=True)
         )

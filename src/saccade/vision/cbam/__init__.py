@@ -22,9 +22,9 @@ spatial gate's norm starts at weight 0, so that M_s is 1/2 everywhere and the ga
 from __future__ import annotations
 
 from saccade.catalogue import register
-from saccade.vision.cbam.gate import CBAM, POOLS, BasicBlock, Bottleneck, channel_gate, initialize, spatial_gate
+from saccade.vision.cbam.gate import CBAM, POOLS, BasicBlock, Bottleneck, initialize
 
-__all__ = ["CBAM", "POOLS", "BasicBlock", "Bottleneck", "channel_gate", "initialize", "spatial_gate"]
+__all__ = ["CBAM", "POOLS", "BasicBlock", "Bottleneck", "initialize"]
 
 
 register(

@@ -1,11 +1,11 @@
 """CBAM: both gates as functions, the module, ResNet's blocks with it, and the authors' initialisation.
 
-Shape letters: B batch, C channels, H height, W width, P poolings.
+Shape letters: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,36 +14,10 @@ from torch import Tensor, nn
 from saccade.layers import residual
 from saccade.layers.initialization import start_convolution
 from saccade.ops.feature_maps import check_map
+from saccade.ops.statistics import channel_gate, check_statistics, spatial_gate
 
-#: descriptors (B, C) of a map (B, C, H, W); "lp" and "lse" are sums over positions, as in the authors' code
-POOLS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "avg": lambda x_BCHW: x_BCHW.mean((2, 3)),
-    "max": lambda x_BCHW: x_BCHW.amax((2, 3)),
-    "lp": lambda x_BCHW: torch.linalg.vector_norm(x_BCHW, dim=(2, 3)),
-    "lse": lambda x_BCHW: x_BCHW.logsumexp((2, 3)),
-}
-
-
-def channel_gate(x_BCHW: Tensor, mlp: Callable[[Tensor], Tensor], pool_types: Sequence[str] = ("avg", "max")) -> Tensor:
-    """M_c, (B, C, 1, 1): the sigmoid of the sum of `mlp` (on (..., C)) over the poolings of `x_BCHW`.
-
-    Args:
-        x_BCHW: F.
-        mlp: W1 ReLU(W0 . + b0) + b1, shared by the poolings.
-        pool_types: names of `POOLS`.
-    """
-    pooled_PBC = torch.stack([POOLS[pool](x_BCHW) for pool in pool_types])
-    return mlp(pooled_PBC).sum(0).sigmoid()[..., None, None]
-
-
-def spatial_gate(x_BCHW: Tensor, convolution: Callable[[Tensor], Tensor]) -> Tensor:
-    """M_s, (B, 1, H, W): the sigmoid of `convolution` ((B, 2, H, W) -> (B, 1, H, W)) on [max_C; mean_C].
-
-    Args:
-        x_BCHW: F', the map after its channel gate.
-        convolution: of the two pooled maps, with its norm.
-    """
-    return convolution(torch.cat([x_BCHW.amax(1, keepdim=True), x_BCHW.mean(1, keepdim=True)], 1)).sigmoid()
+#: the poolings of the authors' code, of `saccade.ops.statistics.STATISTICS`; "lp" and "lse" are sums over positions
+POOLS = ("avg", "max", "lp", "lse")
 
 
 class CBAM(nn.Module):
@@ -53,7 +27,7 @@ class CBAM(nn.Module):
         channels: C.
         reduction: r; the MLP is C // r wide.
         kernel_size: k of the spatial gate's convolution, odd.
-        pool_types: any of "avg", "max", "lp", "lse".
+        pool_types: any of `POOLS`.
         spatial: False leaves the spatial gate out (the authors' `no_spatial`).
 
     Raises:
@@ -75,9 +49,7 @@ class CBAM(nn.Module):
             raise ValueError(f"reduction must be between 1 and the number of channels ({channels}), got {reduction}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if not pool_types or isinstance(pool_types, str) or not set(pool_types) <= set(POOLS):
-            raise ValueError(f"pool_types must be some of {', '.join(POOLS)}, got {pool_types!r}")
-        self.channels, self.pool_types = channels, tuple(pool_types)
+        self.channels, self.pool_types = channels, check_statistics(pool_types, "pool_types", POOLS)
         self.reduce = nn.Linear(channels, channels // reduction)
         self.expand = nn.Linear(channels // reduction, channels)
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False) if spatial else None

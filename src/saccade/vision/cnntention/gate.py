@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saccade.layers.residual import BasicBlock, PaddedShortcut
 from saccade.ops.attend import attend
 from saccade.ops.feature_maps import check_map
+from saccade.ops.statistics import channel_gate, spatial_gate
 
 Form = Literal["self", "multi-head", "cbam"]
 
@@ -106,11 +107,9 @@ class ResidualCBAM(nn.Module):
 
     def gates(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The channel gate (B, C, 1, 1), the map after it, and the spatial gate of that, (B, 1, H, W)."""
-        pooled = torch.stack([x_BCHW.amax((2, 3)), x_BCHW.mean((2, 3))])
-        channel = self.up(F.relu(self.down(pooled))).sum(0).sigmoid()[:, :, None, None]
+        channel = channel_gate(x_BCHW, lambda s: self.up(F.relu(self.down(s))))
         gated = channel * x_BCHW
-        both = torch.cat([gated.amax(1, keepdim=True), gated.mean(1, keepdim=True)], 1)
-        return channel, gated, self.conv(both).sigmoid()
+        return channel, gated, spatial_gate(gated, self.conv)
 
     def gate(self, x_BCHW: Tensor) -> Tensor:
         """Both gates multiplied, (B, C, H, W)."""
