@@ -74,6 +74,8 @@ class Summary:
         complexity: time and memory.
         note: what a reader must know beside it.
         invariants: what its tests hold.
+        tasks: of a whole network: the tasks on which it can be compared, with constructor arguments of a size that a
+            laptop trains.
 
     Raises:
         ValueError: if there is no such kind.
@@ -91,6 +93,7 @@ class Summary:
     complexity: str = ""
     note: str = ""
     invariants: tuple[str, ...] = ()
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", named(self.kind))

@@ -133,10 +133,11 @@ def page(
         + "</div>",
     ]
     if maps:
+        along = "image by image" if _shows_images(result) else "by layer and head"
         sections += [
-            "<h2>Where they attend</h2>",
+            f"<h2>{'What they make of images' if _shows_images(result) else 'Where they attend'}</h2>",
             f'<p class="muted">{_maps_caption(result)}</p>',
-            *(f"<h3>{escape(name)}</h3>{_picture(png, f'{name} by layer and head')}" for name, png in maps.items()),
+            *(f"<h3>{escape(name)}</h3>{_picture(png, f'{name} {along}')}" for name, png in maps.items()),
         ]
     sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
     return (
@@ -161,8 +162,15 @@ def _png(figure: Figure, colors: int | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def _shows_images(result: CompareResult) -> bool:
+    """Pictures of what networks make of images stand in the place of attention maps."""
+    return any(array.ndim == 4 for record in result.mechanisms for array in record.maps.values())
+
+
 def _maps_caption(result: CompareResult) -> str:
     """What the maps show: weights between tokens have heads before rows and columns, a gate's map has none."""
+    if _shows_images(result):
+        return "On the first held-out images, after training."
     axes = {array.ndim for record in result.mechanisms for array in record.maps.values()}
     said = {
         3: "Effective weights: rows are queries, columns keys.",

@@ -86,8 +86,8 @@ def _measure(
             longest = record.scaling[-1].length if record.scaling else 0
             why = refused[0] if refused else "a longer one would take too long here"
             record.notes.append(f"measured up to length {longest}: {why}")
-    maps: dict[str, Tensor] = {}
-    if settings.map_length and mechanism.slug != NONE:
+    maps = task.pictures(model.eval()) if settings.map_length else {}
+    if settings.map_length and mechanism.slug != NONE and not maps:
         maps, why = attention_maps(task, model)
         if why:
             record.notes.append(why)

@@ -188,10 +188,13 @@ def memory_against_length(result: CompareResult, figure: FigureBase) -> None:
 
 
 def attention_maps(record: MechanismRecord, limit: int = 8) -> Figure | None:
-    """A mechanism's maps on a sample, a row per layer and a column per head; None where it has none."""
+    """A mechanism's maps on a sample, a row per layer and a column per head; None where it has none.
+
+    Pictures (P, height, width, 3) are shown as they are, a row each.
+    """
     if not record.maps:
         return None
-    grids = [array if array.ndim == 3 else array[None] for array in record.maps.values()]
+    grids = [array[None] if array.ndim == 2 else array for array in record.maps.values()]
     columns = min(limit, max(len(grid) for grid in grids))
     figure = new_figure(1.9 * columns + 0.4, 2.1 * len(grids))
     panels = figure.subplots(len(grids), columns, squeeze=False)
@@ -200,6 +203,10 @@ def attention_maps(record: MechanismRecord, limit: int = 8) -> Figure | None:
             axes.set(xticks=[], yticks=[])
             if head >= len(grid):
                 axes.set_visible(False)
+                continue
+            if grid.ndim == 4:
+                axes.imshow(grid[head].clip(0, 1))
+                axes.set_title(name if head == 0 else "", fontsize=8)
                 continue
             weights = abs(grid[head])
             # a power below 1 shows small weights beside the few large ones

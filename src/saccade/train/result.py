@@ -99,7 +99,7 @@ class MechanismRecord:
         scaling: time and memory of the mechanism alone (forward and backward, one sequence) against length.
         fits: `seconds` and `bytes` (and `forward_seconds`) as power laws of the length, where measured.
         maps: attention maps on a sample: name ("layer 0", ...) -> array (heads, queries, keys), or (height, width) for
-            gates. Not in the JSON.
+            gates; of whole networks what they make of images, (pictures, height, width, 3). Not in the JSON.
         notes: what a reader must know, one sentence each.
         marks: short marks for tables that belong to notes: "future" (sees later tokens), "causal" (causal in a task
             that is not).

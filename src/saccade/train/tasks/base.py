@@ -134,6 +134,10 @@ class Task:
     def tokens_per_step(self) -> int:
         return self.settings.batch * self.settings.length
 
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """What a trained model makes of held-out images, in place of attention maps: rows of (P, H, W, 3) by name."""
+        return {}
+
     def sample(self) -> tuple[Any, ...]:
         """One held-out input for attention maps (without targets)."""
         return next(iter(self.held_out()))[:-1]
