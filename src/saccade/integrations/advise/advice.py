@@ -1,0 +1,131 @@
+"""What was measured, the frontier of it, and the recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from saccade.integrations.mechanisms import MECHANISMS
+from saccade.ops.measure import machine
+from saccade.tables import table
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mechanism at one setting.
+
+    Attributes:
+        slug, options: what ran.
+        seconds: median time of a call (the whole model's, where one was given).
+        speedup: dense attention's time over it.
+        deviation: of the output, relative L1.
+        density: share of dense attention's query-key pairs that were computed.
+        worst_layer: the largest deviation of one layer on its own inputs; of the one call, where only shapes are given.
+        agreement: share of positions whose most likely token is dense attention's; None without logits.
+    """
+
+    slug: str
+    options: Mapping[str, Any]
+    seconds: float
+    speedup: float
+    deviation: float
+    density: float
+    worst_layer: float
+    agreement: float | None = None
+
+    @property
+    def name(self) -> str:
+        """`slug:option=value,...`, as `saccade compare` reads it."""
+        told = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.slug}:{told}" if told else self.slug
+
+
+@dataclass
+class Advice:
+    """What `advise` found; prints itself as the frontier and the recommendation.
+
+    Attributes:
+        subject: the model's class, or the shapes.
+        context: tokens.
+        tolerance: the largest deviation that is acceptable.
+        dense_seconds: time with dense attention.
+        trials: everything that was measured.
+        skipped: mechanism -> why it could not run here.
+        warning: what the figures do not say, "" where there is nothing to warn of.
+        on_model: whether it is of a model, not of shapes.
+    """
+
+    subject: str
+    context: int
+    tolerance: float
+    dense_seconds: float
+    trials: list[Trial] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    warning: str = ""
+    on_model: bool = True
+
+    @property
+    def frontier(self) -> list[Trial]:
+        """The trials that no other beats in both speed and deviation, fastest first."""
+        best: list[Trial] = []
+        for trial in sorted(self.trials, key=lambda t: (-t.speedup, t.deviation)):
+            if not best or trial.deviation < best[-1].deviation:
+                best.append(trial)
+        return best
+
+    @property
+    def best(self) -> Trial | None:
+        """The fastest setting within the tolerance, if it is faster than dense attention."""
+        fit = [t for t in self.trials if t.deviation <= self.tolerance and t.speedup > 1.0]
+        return max(fit, key=lambda t: t.speedup, default=None)
+
+    def code(self) -> str:
+        """The line that applies the recommendation."""
+        best = self.best
+        if best is None:
+            return "# keep dense attention"
+        arguments = "".join(f", {name}={value!r}" for name, value in best.options.items())
+        if self.on_model:
+            return f'with saccade.switch(model, "{best.slug}"{arguments}):'
+        entry = MECHANISMS[best.slug]
+        name = entry.function.__name__
+        return f"from {entry.place} import {name}; {name}(q, k, v{arguments})"
+
+    def table(self, everything: bool = False) -> str:
+        """A line per setting on the frontier (or of all), then the recommendation."""
+        shown = sorted(self.trials, key=lambda t: -t.speedup) if everything else self.frontier
+        columns = ["setting", "speed-up", "deviation", "worst layer", "density"]
+        rows = [
+            [t.name, f"{t.speedup:.2f} x", f"{t.deviation:.2e}", f"{t.worst_layer:.2e}", f"{t.density:.1%}"]
+            for t in shown
+        ]
+        if any(trial.agreement is not None for trial in shown):
+            columns.append("same next token")
+            for row, trial in zip(rows, shown):
+                row.append("" if trial.agreement is None else f"{trial.agreement:.1%}")
+        title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
+        lines = [table(columns, rows, title=title)]
+        lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
+        if self.warning:
+            lines.append(f"mind: {self.warning}")
+        best = self.best
+        if best is None:
+            lines.append(f"nothing is faster than dense attention within a deviation of {self.tolerance:g}: keep it")
+        else:
+            lines.append(f"within a deviation of {self.tolerance:g}: {best.name}, {best.speedup:.2f} x as fast")
+        return "\n".join([*lines, "    " + self.code()])
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, with the frontier and the recommendation by name."""
+        best = self.best
+        return {
+            **asdict(self),
+            "frontier": [trial.name for trial in self.frontier],
+            "recommendation": None if best is None else best.name,
+            "code": self.code(),
+            "machine": machine(),
+        }

@@ -1,0 +1,116 @@
+"""Every mechanism at each of its settings, beside dense attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.integrations.advise.advice import Advice
+from saccade.integrations.advise.benches import Bench, ModelBench, ShapesBench
+from saccade.integrations.advise.inputs import model_inputs, shape_inputs
+from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+
+
+def trials(context: int, mechanisms: Sequence[str] | None = None) -> list[tuple[Mechanism, dict[str, Any]]]:
+    """What `advise` would run at a context length: (mechanism, options), in order.
+
+    Args:
+        context: tokens.
+        mechanisms: names; all where None.
+
+    Raises:
+        ValueError: if a mechanism is unknown.
+    """
+    entries = [mechanism(slug) for slug in mechanisms] if mechanisms else list(MECHANISMS.values())
+    return [
+        (entry, dict(options))
+        for entry in entries
+        if entry.slug != "softmax"
+        for options in (entry.settings(context) if entry.settings else [{}])
+    ]
+
+
+def advise(
+    model: nn.Module | Sequence[int],
+    *,
+    context: int | None = None,
+    inputs: Mapping[str, Any] | Sequence[Tensor] | Tensor | None = None,
+    tolerance: float = 0.05,
+    causal: bool = True,
+    mechanisms: Sequence[str] | None = None,
+    dense_layers: Sequence[int | str] = (),
+    repeats: int = 3,
+    seed: int = 0,
+    on_trial: Callable[[str], None] | None = None,
+) -> Advice:
+    """Measure the training-free mechanisms over their settings against dense attention.
+
+    Args:
+        model: a transformers model, or the shapes (B, H, N, D) of queries (five numbers: (B, H, K, N, D) with K key
+            heads).
+        context: tokens to measure at; longer sample inputs are cut to it. All of them where None.
+        inputs: what the model is called with (a mapping, or token ids); q, k, v where `model` is shapes. Random where
+            None, and the advice then warns that its deviations mean little.
+        tolerance: the largest acceptable deviation.
+        causal: for shapes: whether the attention is causal.
+        mechanisms: names to try; all where None.
+        dense_layers: layers that stay dense, as in `saccade.switch`.
+        repeats: timed calls of each, the median counts.
+        seed: of random inputs.
+        on_trial: called with the name of each setting before it runs.
+
+    Raises:
+        ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, or a name or
+            argument is wrong.
+
+    >>> advice = advise((1, 2, 128, 16), mechanisms=["window"], repeats=1)
+    >>> {trial.slug for trial in advice.trials}, advice.dense_seconds > 0
+    ({'window'}, True)
+    """
+    check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanisms)
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(model, nn.Module):
+        bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
+    else:
+        bench = ShapesBench(shape_inputs(model, inputs, context, generator), causal, repeats)
+    bench.measure_dense()
+    advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds, on_model=isinstance(model, nn.Module))
+    if inputs is None:
+        advice.warning = "the inputs were random: give your own, deviations depend on them"
+    for entry, options in trials(bench.context, mechanisms):
+        if entry.slug in advice.skipped:
+            continue
+        if on_trial is not None:
+            on_trial(f"{entry.slug} {options}")
+        try:
+            advice.trials.append(bench.measure(entry, options))
+        except ValueError as error:
+            advice.skipped[entry.slug] = " ".join(str(error).split())
+    # dense attention again: a machine that was busy at the beginning would flatter everything else
+    bench.measure_dense()
+    advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
+    advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
+    return advice
+
+
+def check(
+    *, tolerance: float = 0.05, repeats: int = 1, context: int | None = None, mechanisms: Sequence[str] | None = None
+) -> None:
+    """Refuse what `advise` would refuse whatever the model is.
+
+    Args:
+        tolerance, repeats, context, mechanisms: as in `advise`.
+
+    Raises:
+        ValueError: if a number is out of range or a mechanism unknown.
+    """
+    if not tolerance >= 0 or repeats < 1:
+        raise ValueError(f"tolerance must not be negative and repeats at least 1, got {tolerance} and {repeats}")
+    if context is not None and context < 1:
+        raise ValueError(f"context must be positive, got {context}")
+    for slug in mechanisms or ():
+        mechanism(slug)

@@ -1,0 +1,132 @@
+"""Dense attention and mechanisms timed on the same inputs: in a whole model, or alone.
+
+Shape letters: B batch, H query heads, N tokens, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade.integrations.advise.advice import Trial
+from saccade.integrations.mechanisms import Mechanism
+from saccade.ops import masks
+from saccade.ops.attend import attend
+from saccade.ops.measure import seconds
+
+
+class Bench:
+    """Dense attention once, then a mechanism at a time."""
+
+    subject: str
+    context: int
+    dense_seconds: float
+
+    def measure_dense(self) -> None:
+        raise NotImplementedError
+
+    def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
+        raise NotImplementedError
+
+
+class ModelBench(Bench):
+    """A whole model, with the mechanism in its layers."""
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], dense_layers: Sequence[int | str], repeats: int
+    ) -> None:
+        self.model, self.inputs, self.dense_layers, self.repeats = model, inputs, dense_layers, repeats
+        self.subject = type(model).__name__
+        self.context = max(x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1)
+
+    @torch.no_grad()
+    def measure_dense(self) -> None:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            self.dense, self.has_logits = _output(self.model(**self.inputs))
+            self.dense_seconds = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
+        finally:
+            self.model.train(was_training)
+
+    @torch.no_grad()
+    def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
+        from saccade.integrations.transformers import switch
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with switch(self.model, entry.slug, dense_layers=self.dense_layers, report=True, **options) as report:
+                out, _ = _output(self.model(**self.inputs))
+            if not any(layer.calls for layer in report.layers):
+                raise ValueError("no layer could run it on these inputs: all ran dense attention")
+            with switch(self.model, entry.slug, dense_layers=self.dense_layers, **options):
+                took = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
+        finally:
+            self.model.train(was_training)
+        agreement = (out.argmax(-1) == self.dense.argmax(-1)).float().mean().item() if self.has_logits else None
+        return Trial(
+            entry.slug,
+            dict(options),
+            took,
+            self.dense_seconds / took,
+            _relative(out, self.dense),
+            report.density,
+            max(layer.relative_error for layer in report.layers),
+            agreement,
+        )
+
+
+class ShapesBench(Bench):
+    """The attention alone."""
+
+    def __init__(self, inputs: tuple[Tensor, Tensor, Tensor], causal: bool, repeats: int) -> None:
+        self.q, self.k, self.v = inputs
+        self.causal, self.repeats = causal, repeats
+        B, H, N, D = self.q.shape
+        self.subject = f"{B} x {H} heads ({self.k.shape[1]} of keys) of {D}, {'causal' if causal else 'bidirectional'}"
+        self.context = N
+
+    @torch.no_grad()
+    def measure_dense(self) -> None:
+        mask = masks.causal() if self.causal else None
+        self.dense = attend(self.q, self.k, self.v, mask=mask)
+        self.dense_seconds = seconds(lambda: attend(self.q, self.k, self.v, mask=mask), repeats=self.repeats)
+
+    @torch.no_grad()
+    def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
+        if not (entry.causal if self.causal else entry.bidirectional):
+            raise ValueError(f"not defined for {'causal' if self.causal else 'bidirectional'} attention")
+        entry.check(options)
+        q, k, v = self.q, self.k, self.v
+        out = entry.run(q, k, v, causal=self.causal, options=options)
+        took = seconds(lambda: entry.run(q, k, v, causal=self.causal, options=options), repeats=self.repeats)
+        kept, pairs = entry.work(q, k, v, causal=self.causal, options=options)
+        off = _relative(out, self.dense)
+        return Trial(entry.slug, dict(options), took, self.dense_seconds / took, off, kept / pairs, off)
+
+
+def _relative(out: Tensor, dense: Tensor) -> float:
+    return float((out - dense).abs().sum(dtype=torch.float64) / dense.abs().sum(dtype=torch.float64).clamp(min=1e-30))
+
+
+def _output(result: Any) -> tuple[Tensor, bool]:
+    """The tensor on which deviation is measured, and whether it is logits over a vocabulary."""
+    for name in ("logits", "last_hidden_state"):
+        found = getattr(result, name, None)
+        if isinstance(found, Tensor):
+            return found.float(), name == "logits"
+    for found in _tensors(result):
+        return found.float(), False
+    raise ValueError(f"the model returned no tensor but {type(result).__name__}")
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, (tuple, list)):
+        for item in result:
+            yield from _tensors(item)
