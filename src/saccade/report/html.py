@@ -21,7 +21,8 @@ from saccade.train.plotting import PANELS, attention_maps, darken, is_wide, pane
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from saccade.train.result import CompareResult, MechanismRecord
+    from saccade.train.records import MechanismRecord
+    from saccade.train.result import CompareResult
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; }

@@ -37,7 +37,8 @@ from saccade.train.entries import NONE, Entry, parse
 from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
 from saccade.train.measures import Measures, keep_measures, measure
 from saccade.train.progress import Update, bar, showing, track
-from saccade.train.result import CompareResult, MechanismRecord, Metric
+from saccade.train.records import MechanismRecord, Metric
+from saccade.train.result import CompareResult
 from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
 from saccade.train.scaling import ScalingPoint, fits
 from saccade.train.tasks import TASKS, Own, Task, Text, fingerprint, is_paths

@@ -21,7 +21,7 @@ from saccade.train.entries import NONE, Entry
 from saccade.train.files import folder_name, write_tensors, write_text
 from saccade.train.loop import Training
 from saccade.train.model import SequenceModel
-from saccade.train.result import MechanismRecord
+from saccade.train.records import MechanismRecord
 from saccade.train.runs import sees_future
 from saccade.train.scaling import ScalingPoint, fits, sweep
 from saccade.train.tasks import SequenceTask, Task

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, FigureBase
 
-    from saccade.train.result import CompareResult, MechanismRecord
+    from saccade.train.records import MechanismRecord
+    from saccade.train.result import CompareResult
 
 #: told apart by most readers with a colour-vision deficiency too (Okabe and Ito)
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")

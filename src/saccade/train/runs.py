@@ -32,7 +32,7 @@ from saccade.train.files import append_line, build, read_json, read_tensors, wri
 from saccade.train.loop import NotFinite, Training
 from saccade.train.model import SequenceModel
 from saccade.train.progress import track
-from saccade.train.result import SeedRecord
+from saccade.train.records import SeedRecord
 from saccade.train.tasks import TURN, Task
 
 #: lines of the learning curve between two evaluations

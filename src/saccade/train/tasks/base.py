@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saccade import catalogue
 from saccade.train.data import IGNORE
 from saccade.train.entries import NONE, Entry
-from saccade.train.result import Metric
+from saccade.train.records import Metric
 from saccade.train.tasks.settings import Settings
 
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from saccade.train import fingerprints
 from saccade.train.data import IGNORE
 from saccade.train.entries import Entry
-from saccade.train.result import Metric
+from saccade.train.records import Metric
 from saccade.train.tasks.base import TURN, Task
 from saccade.train.tasks.settings import Settings
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from saccade.train import data as sources
 from saccade.train.data import generator_at
-from saccade.train.result import Metric
+from saccade.train.records import Metric
 from saccade.train.tasks.base import TRAIN
 from saccade.train.tasks.sequence import SequenceTask
 from saccade.train.tasks.settings import LONG_SWEEP, STANDARD_SWEEP, Settings
