@@ -32,18 +32,16 @@ from torch import Tensor, nn
 import saccade
 from saccade.ops.measure import machine
 from saccade.train import fingerprints
-from saccade.train.data import read_files
+from saccade.train.arguments import budget_of, place_of, seeds_of, task_of, with_baseline
+from saccade.train.comparison_folder import finished_in, joined, mechanism_folder, planned_steps
 from saccade.train.entries import NONE, Entry, parse
-from saccade.train.files import LOCK, build, folder_name, locked, make_folder, read_arrays, read_json, write_text
-from saccade.train.measures import Measures, keep_measures, measure
+from saccade.train.files import locked, make_folder, write_text
+from saccade.train.measures import keep_measures, measure, read_measures
 from saccade.train.progress import Update, bar, showing, track
 from saccade.train.records import MechanismRecord, Metric
 from saccade.train.result import CompareResult
-from saccade.train.runs import Run, plan_steps, read_record, take_turns, trained_model
-from saccade.train.scaling import ScalingPoint, fits
-from saccade.train.tasks import TASKS, Own, Task, Text, fingerprint, is_paths
-
-BUDGETS = ("quick", "standard", "long")
+from saccade.train.runs import Run, read_record, take_turns, trained_model
+from saccade.train.tasks import Own, Task, fingerprint, is_paths
 
 #: bytes of parameters, gradients and moments up to which models are trained in turns; larger ones one after the other
 TOGETHER = 2 * 2**30
@@ -102,9 +100,9 @@ def compare(
     """
     own = data is not None and not is_paths(data) and not isinstance(data, Tensor)
     entries = parse(mechanisms)
-    seeds = _seeds(seed)
-    place = _place(device)
-    preset, seconds = _budget(budget)
+    seeds = seeds_of(seed)
+    place = place_of(device)
+    preset, seconds = budget_of(budget)
     config_budget = budget if seconds is None else f"{seconds:g} s"
     if "steps" in settings:
         seconds = None
@@ -116,8 +114,8 @@ def compare(
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} needs data= with the caller's own batches beside it")
-        job = _task(task, preset, settings, place, data)
-        entries = _with_baseline(job, entries)
+        job = task_of(task, preset, settings, place, data)
+        entries = with_baseline(job, entries)
         for entry in entries:
             job.check(entry)
     with ExitStack() as stack:
@@ -129,22 +127,22 @@ def compare(
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="saccade-")))
         else:
             folder = Path(out)
-            finished = _finished(folder, config)
+            finished = finished_in(folder, config)
             if finished is not None:
                 return finished
             make_folder(folder)
             stack.enter_context(locked(folder))
             for draft in folder.rglob(".*.part"):  # of a run that was killed while it wrote
                 draft.unlink(missing_ok=True)
-        finished = _finished(folder, config)  # another run may have had the lock until now
+        finished = finished_in(folder, config)  # another run may have had the lock until now
         if finished is not None:
             return finished
         tried = tried or _try_out(job, entries, seeds[0])
-        entries, config = _joined(folder, entries, config, seeds)
+        entries, config = joined(folder, entries, config, seeds)
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         groups = [entries] if sum(one.bytes for one in tried.values()) <= TOGETHER else [[entry] for entry in entries]
-        folders = {kept["name"]: _mechanism_folder(folder, kept) for kept in config["mechanisms"]}
-        steps = job.settings.steps if seconds is None else _planned_steps(job, groups, seeds[0], seconds, folder)
+        folders = {kept["name"]: mechanism_folder(folder, kept) for kept in config["mechanisms"]}
+        steps = job.settings.steps if seconds is None else planned_steps(job, groups, seeds[0], seconds, folder)
         failed = _train(job, groups, seeds, steps, folders)
         metric = job.metric if job.metric.chance is not None else replace(job.metric, chance=job.chance())
         unkept: list[str] = []
@@ -197,7 +195,7 @@ def _measured(
         done = read_record(own_folder / f"seed-{seed}", seed, steps)
         assert done is not None
         record.runs.append(done)
-    if not _read_measures(record, own_folder / "measures.json", folder):
+    if not read_measures(record, folder):
         trained = trained_model(job, entry, seeds[0], own_folder / f"seed-{seeds[0]}")
         with bar(f"measuring {entry.name}", len(job.settings.lengths)) as update:
             measure(job, entry, trained, record, lambda point: update(words=f"length {point.length}"))
@@ -213,50 +211,6 @@ def _keeping(unkept: list[str]) -> Iterator[None]:
         yield
     except OSError as error:
         unkept.append(str(error))
-
-
-def _mechanism_folder(folder: Path, definition: dict[str, Any]) -> Path:
-    """The mechanism's own folder, with its definition in it.
-
-    Raises:
-        ValueError: if another definition is there.
-    """
-    path = folder / folder_name(definition["name"]) / "mechanism.json"
-    if path.is_file():
-        difference = _difference(read_json(path), definition, "mechanism")
-        if difference:
-            raise ValueError(f"{path.parent} holds the runs of another mechanism: {difference}; choose another folder")
-    else:
-        write_text(path, json.dumps(definition, indent=2) + "\n")
-    return path.parent
-
-
-def _planned_steps(job: Task, groups: list[list[Entry]], seed: int, seconds: float, folder: Path) -> int:
-    """Steps for every mechanism, decided once: a resumed run, and one that is added later, have the same schedule."""
-    path = folder / "steps.json"
-    if not path.is_file():
-        write_text(path, json.dumps({"steps": plan_steps(job, groups, seed, seconds)}) + "\n")
-    found = read_json(path)
-    steps = found.get("steps") if isinstance(found, dict) else None
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise ValueError(f"{path} is damaged (steps is {steps!r:.60}); delete {folder} to do it again")
-    return steps
-
-
-def _read_measures(record: MechanismRecord, path: Path, folder: Path) -> bool:
-    """Fill a record from a finished measurement; False where there is none."""
-    if not path.is_file():
-        return False
-    try:
-        kept = build(Measures, read_json(path))
-        record.scaling = [build(ScalingPoint, point) for point in kept.scaling]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
-    for name in ("parameters", "train_bytes", "notes", "marks", "decode", "waited"):
-        setattr(record, name, getattr(kept, name))
-    record.fits = fits(record.scaling)
-    record.maps = read_arrays(folder / "maps" / f"{folder_name(record.name)}.safetensors") if kept.maps else {}
-    return True
 
 
 @dataclass(frozen=True)
@@ -289,67 +243,6 @@ def _try_out(job: Task, entries: list[Entry], seed: int) -> dict[str, _Tried]:
     return tried
 
 
-def _task(name: str, preset: str, settings: dict[str, Any], device: torch.device, data: Any) -> Task:
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
-    kind = TASKS[name]
-    sizes = kind.budgets[preset].changed(settings)
-    if data is None:
-        return kind(sizes, device)
-    if kind is not Text:
-        raise ValueError(f"data files are for task 'text', got task {name!r}")
-    return Text(sizes, device, data if isinstance(data, Tensor) else read_files(data))
-
-
-def _with_baseline(job: Task, entries: list[Entry]) -> list[Entry]:
-    if job.baseline is None or any(entry.slug == job.baseline for entry in entries):
-        return entries
-    return [Entry(job.baseline, job.baseline), *entries]
-
-
-def _place(device: str | torch.device | None) -> torch.device:
-    """Where to train.
-
-    Raises:
-        ValueError: if torch knows no such device, or there is none here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-        if place.type != "meta":
-            torch.zeros((), device=place).item()
-            return place
-        why = "it holds no figures"
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError, TypeError, AttributeError) as error:
-        why = " ".join(str(error).split()).partition(". ")[0][:200]
-    raise ValueError(
-        f"device {str(device)!r} cannot be used here ({why}); leave it out for the best there is"
-    ) from None
-
-
-def _seeds(seed: int | Sequence[int]) -> list[int]:
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    if not seeds or any(not isinstance(s, int) or isinstance(s, bool) or s < 0 for s in seeds):
-        raise ValueError(f"seed must be one or several integers from 0 on, got {seed!r}")
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"the seeds must differ, got {seeds}")
-    return seeds
-
-
-def _budget(budget: str | float) -> tuple[str, float | None]:
-    """The preset whose sizes hold, and the seconds where that is what was asked."""
-    if isinstance(budget, str) and budget in BUDGETS:
-        return budget, None
-    try:
-        seconds = float(budget)
-    except (TypeError, ValueError):
-        seconds = 0.0
-    if isinstance(budget, bool) or not 0 < seconds < float("inf"):
-        raise ValueError(f"budget must be {', '.join(BUDGETS)} or a positive number of seconds, got {budget!r}")
-    return "quick", seconds
-
-
 def _config(
     job: Task,
     entries: list[Entry],
@@ -378,77 +271,3 @@ def _config(
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     """A configuration as JSON keeps it."""
     return json.loads(json.dumps(config, default=str))
-
-
-def _finished(folder: Path, config: dict[str, Any]) -> CompareResult | None:
-    """The result of a folder, if it holds all that is asked for.
-
-    Raises:
-        ValueError: if it holds another comparison, or other files.
-    """
-    there = _config_in(folder, config)
-    if there is None or not (folder / "result.json").is_file():
-        return None
-    names = {entry["name"] for entry in there["mechanisms"]}
-    result = CompareResult.load(folder)
-    # a mechanism that was added later, in a run that was then stopped, is in the configuration and not in the result
-    complete = result.config == there and {entry["name"] for entry in config["mechanisms"]} <= names
-    return result if complete else None
-
-
-def _joined(
-    folder: Path, entries: list[Entry], config: dict[str, Any], seeds: list[int]
-) -> tuple[list[Entry], dict[str, Any]]:
-    """The mechanisms that a folder has and those asked for, and the configuration with all of them.
-
-    Raises:
-        ValueError: if one of the caller's own that is not asked for has yet to be finished.
-    """
-    there = _config_in(folder, config)
-    if there is None:
-        return entries, config
-    asked = {entry.name: entry for entry in entries}
-    joined = []
-    for kept in there["mechanisms"]:
-        name, own_folder = kept["name"], folder / folder_name(kept["name"])
-        needed = ["measures.json", *(f"seed-{seed}/final.json" for seed in seeds)]
-        if name not in asked and kept["slug"] is None and not all((own_folder / file).is_file() for file in needed):
-            raise ValueError(f"{folder} has unfinished runs of {name!r}, a constructor of yours: give it here too")
-        joined.append(asked.pop(name) if name in asked else Entry(name, kept["slug"], kept["options"]))
-    new = [entry for entry in config["mechanisms"] if entry["name"] in asked]
-    return [*joined, *asked.values()], {**config, "mechanisms": [*there["mechanisms"], *new]}
-
-
-def _config_in(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The configuration in a folder; None if it is empty or not there.
-
-    Raises:
-        ValueError: if it is another one in more than the mechanisms' number, or the folder holds other files.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        if folder.is_dir() and any(entry.name != LOCK for entry in folder.iterdir()):
-            raise ValueError(f"{folder} holds other files and no comparison; choose an empty or a new folder")
-        return None
-    there = read_json(path)
-    if not isinstance(there, dict) or not isinstance(there.get("mechanisms"), list):
-        raise ValueError(f"{path} is damaged (no configuration of a comparison); choose another folder")
-    kept = {entry.get("name"): entry for entry in there["mechanisms"] if isinstance(entry, dict)}
-    common = {entry["name"]: (kept[entry["name"]], entry) for entry in config["mechanisms"] if entry["name"] in kept}
-    difference = _difference({**there, "mechanisms": []}, {**config, "mechanisms": []}) or next(
-        filter(None, (_difference(*pair, f"mechanism {name}") for name, pair in common.items())), ""
-    )
-    if difference:
-        raise ValueError(f"{folder} holds another comparison: {difference}; choose another folder")
-    return there
-
-
-def _difference(there: Any, asked: Any, name: str = "") -> str:
-    """The first setting in which two configurations differ, in words; empty if they do not."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        for key in dict.fromkeys([*there, *asked]):
-            found = _difference(there.get(key), asked.get(key), f"{name}.{key}" if name else str(key))
-            if found:
-                return found
-        return ""
-    return "" if there == asked else f"{name} is {there!r} there and {asked!r} here"

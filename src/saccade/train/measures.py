@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from saccade.ops.measure import Watch, peak_bytes, synchronize
 from saccade.train.entries import NONE, Entry
-from saccade.train.files import folder_name, write_tensors, write_text
+from saccade.train.files import build, folder_name, read_arrays, read_json, write_tensors, write_text
 from saccade.train.loop import Training
 from saccade.train.model import SequenceModel
 from saccade.train.records import MechanismRecord
@@ -128,6 +128,27 @@ def keep_measures(record: MechanismRecord, folder: Path) -> None:
         record.waited,
     )
     write_text(folder / name / "measures.json", json.dumps(asdict(kept), indent=2) + "\n")
+
+
+def read_measures(record: MechanismRecord, folder: Path) -> bool:
+    """Fill a record from what `keep_measures` wrote; False where there is nothing.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    path = folder / folder_name(record.name) / "measures.json"
+    if not path.is_file():
+        return False
+    try:
+        kept = build(Measures, read_json(path))
+        record.scaling = [build(ScalingPoint, point) for point in kept.scaling]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it to do its part again") from error
+    for name in ("parameters", "train_bytes", "notes", "marks", "decode", "waited"):
+        setattr(record, name, getattr(kept, name))
+    record.fits = fits(record.scaling)
+    record.maps = read_arrays(folder / "maps" / f"{folder_name(record.name)}.safetensors") if kept.maps else {}
+    return True
 
 
 def notes(task: Task, mechanism: Entry, model: nn.Module) -> tuple[list[str], list[str]]:
