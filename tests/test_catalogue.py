@@ -109,6 +109,20 @@ def test_a_kind_without_usual_inputs_asks_for_them() -> None:
         part.kind.inputs(part, torch.nn.Identity(), 4)
 
 
+def test_a_kind_says_what_is_wrong_with_an_output() -> None:
+    scalar = torch.zeros(())
+    for name, right, wrong, said in (
+        ("gate", torch.zeros(2, 3), torch.zeros(3, 2), "must have the input's shape (2, 3), got torch.Size([3, 2])"),
+        ("model", catalogue.ClaimResult({}, True), {}, "a whole model returns a dataclass, got dict"),
+        ("analysis", catalogue.ClaimResult({}, True), [1], "an analysis returns a dataclass, got list"),
+        ("objective", (scalar, {"square": scalar}), scalar, "a scalar and its named terms, got Tensor"),
+        ("objective", (scalar, {}), (torch.zeros(1), {}), "a scalar and its named terms, got tuple"),
+    ):
+        kind = catalogue.KINDS[name]
+        assert not kind.complaint((torch.zeros(2, 3),), right)
+        assert said in kind.complaint((torch.zeros(2, 3),), wrong)
+
+
 @pytest.fixture
 def checkpoint() -> dict[str, torch.Tensor]:
     recorded = load_file(GOLDEN / "cbam" / "cbam.a.safetensors")

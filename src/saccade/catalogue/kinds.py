@@ -85,6 +85,10 @@ class Kind(str):
         """`inputs` of a part that gives none of its own."""
         raise ValueError(f"{part.slug!r} is {self.words}: its registration must say inputs=")
 
+    def run(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """The output of the call that the table gives."""
+        return module(*inputs)
+
     def complaint(self, inputs: tuple[Any, ...], output: Any) -> str:
         """What is wrong with a call's output; "" where it is what the kind promises."""
         return ""
@@ -182,7 +186,7 @@ class Model(Kind):
         return (torch.randn(2, 3, size, size + 2),)
 
     def complaint(self, inputs: tuple[Any, ...], output: Any) -> str:
-        return "" if dataclasses.is_dataclass(output) else f"a model returns a dataclass, got {type(output).__name__}"
+        return _no_dataclass(self, output)
 
 
 class Compressor(Kind):
@@ -201,17 +205,35 @@ class Wrapper(Kind):
     call = "with wrapper(model, ...):"
     output = "the model's own"
 
+    def run(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        """The output of the model, which is the first of the inputs, under the wrapper."""
+        model, *given = inputs
+        with module(model):
+            return model(*given)
+
+    def trial(self, part: Part) -> None:
+        """None: what it costs depends on the model."""
+
 
 class Objective(Kind):
     words = "an objective"
     call = "objective(...)"
     output = "a scalar and its named terms"
 
+    def complaint(self, inputs: tuple[Any, ...], output: Any) -> str:
+        loss, terms = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+        if getattr(loss, "shape", None) == () and isinstance(terms, Mapping):
+            return ""
+        return f"{self.words} returns a scalar and its named terms, got {type(output).__name__}"
+
 
 class Analysis(Kind):
     words = "an analysis"
     call = "function(model or recorded attention, inputs)"
     output = "a dataclass"
+
+    def complaint(self, inputs: tuple[Any, ...], output: Any) -> str:
+        return _no_dataclass(self, output)
 
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -249,3 +271,7 @@ def _other_shape(x: Any, output: Any) -> str:
     if getattr(output, "shape", None) == x.shape:
         return ""
     return f"the output must have the input's shape {tuple(x.shape)}, got {getattr(output, 'shape', type(output))}"
+
+
+def _no_dataclass(kind: Kind, output: Any) -> str:
+    return "" if dataclasses.is_dataclass(output) else f"{kind.words} returns a dataclass, got {type(output).__name__}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _PACKAGE = Path(__file__).parent.parent
 #: the floors on which rooms stand
-_FLOORS = ("attention", "vision", "fusion", "compress", "models", "explain")
+_FLOORS = ("attention", "vision", "fusion", "compress", "adapt", "models", "explain")
 #: what every comparison is measured against; not one of the 119
 _BASELINES = (
     {

@@ -92,7 +92,7 @@ def show(
 
 def new(
     slug: Annotated[str, typer.Argument(help="A planned paper's name, as `saccade list` has it.")],
-    kind: Annotated[str, typer.Option(help="What the room will hold: sequence, gate, fusion or model.")],
+    kind: Annotated[str, typer.Option(help=f"What the room will hold: {', '.join(catalogue.KINDS)}.")],
     root: Annotated[Path | None, typer.Option(help="The source checkout; this package's own by default.")] = None,
 ) -> None:
     """Lay out an empty room for a paper, with its test: `saccade new loftr --kind model`.
