@@ -1,0 +1,39 @@
+"""Data that needs no network: text, digits, and generators that are themselves the benchmark.
+
+| name | what | from |
+|---|---|---|
+| `text_bytes` | 465 kB of English | CPython's `pydoc_data.topics` |
+| `read_files` | the user's own files as bytes | |
+| `digits` | 1797 images of handwritten digits, 8 x 8 | scikit-learn (extra `saccade[data]`) |
+| `paired` | two noisy views of a digit, either may be missing | the same |
+| `photographs` | faces, animals, things, in colour or grey | scikit-image (the same extra) |
+| `crops` | windows of the same places of such pictures and their labels | |
+| `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
+| `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
+
+Everything random comes from a `torch.Generator`: the same generator state gives the same data.
+"""
+
+from saccade.train.data.draws import generator_at, rows
+from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs
+from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
+from saccade.train.data.text import read_files, text_bytes, windows
+
+__all__ = [
+    "IGNORE",
+    "LISTOPS_TOKENS",
+    "PHOTOGRAPHS",
+    "Digits",
+    "Paired",
+    "crops",
+    "digits",
+    "generator_at",
+    "listops",
+    "paired",
+    "photographs",
+    "read_files",
+    "recall",
+    "rows",
+    "text_bytes",
+    "windows",
+]
