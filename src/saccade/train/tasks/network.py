@@ -7,7 +7,7 @@ number of classes, so that networks of like size meet under one budget.
 A subclass gives data and truth in batches `(input, ..., truth)`, what the network is called with (`inputs`, by name),
 the loss on what it returns, the quality of that, and pictures of the first held-out images.
 
-Shape letters: B batch, H height, W width.
+Shape letters: B batch, C channels, H height, W width, P pictures that are shown.
 """
 
 from __future__ import annotations
