@@ -1,4 +1,5 @@
-"""The floors of the house: nothing imports what stands above it, no room another room, and nothing in a circle.
+"""The floors of the house: nothing imports what stands above it, no room another room, and nothing in a circle; and the
+form of its rooms and files.
 
 And what a package says it gives, it has.
 
@@ -15,6 +16,9 @@ from saccade import catalogue
 from saccade.report.architecture import FLOORS, MODULES, floor_of, graph, package_of
 
 ROOMS = {paper.room for paper in [*catalogue.papers(), catalogue.paper("softmax")] if paper.room}
+
+#: of a file
+MOST_LINES = 400
 
 
 def room_of(module: str) -> str | None:
@@ -75,6 +79,12 @@ def test_a_room_has_the_one_form(room: str) -> None:
 def test_a_package_has_every_name_that_it_exports(package: str) -> None:
     loaded = importlib.import_module(package)
     assert not [name for name in getattr(loaded, "__all__", ()) if not hasattr(loaded, name)]
+
+
+def test_no_file_is_so_long_that_two_things_live_in_it() -> None:
+    """Where one is, it is parted by what it holds, not by length."""
+    lines = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    assert not {module: count for module, count in lines.items() if count > MOST_LINES}
 
 
 def test_the_floors_are_seen() -> None:
