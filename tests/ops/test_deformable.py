@@ -176,11 +176,16 @@ def test_bias_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     table = torch.randn(2, 9, 9, requires_grad=True)
     points = (torch.rand(2, 7, 1, 2) * 4).requires_grad_()
     results = []
-    for size in (2**20, 500):
-        monkeypatch.setattr(crops, "_PIECE_BYTES", size)
+    for size in (2**20, 500, None):
+        if size is None:  # all at once, in C where there is some
+            monkeypatch.undo()
+        else:
+            monkeypatch.setattr(crops, "_PIECE_BYTES", size)
+            monkeypatch.setattr(crops, "_in_c", lambda *_: False)
         out = bias_at_points(table, points, (5, 5))
         results.append((out, *torch.autograd.grad(out.square().sum(), (table, points))))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
 
 
 def test_bias_on_pixels_is_the_table() -> None:

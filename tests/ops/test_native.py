@@ -19,7 +19,7 @@ from saccade.attention.nats import Lifetimes
 from saccade.ops import masks, score_mods
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
-from saccade.ops.native import build
+from saccade.ops.native import build, gather
 from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
 from saccade.ops.native.routes import attend_routes
@@ -376,3 +376,86 @@ def test_the_planner_takes_c_for_many_small_causal_problems_and_for_unequal_widt
     assert backend(128, 64, 64, batch=1, mask=masks.causal()) == "sdpa"
     assert backend(512, 64, 128) == "blocksparse"
     assert backend(512, 64, 64) == "sdpa"
+
+
+@few
+@given(
+    st.integers(1, 40), st.integers(1, 70), st.integers(1, 9), st.integers(1, 80), st.sampled_from([1, 2, 5]),
+    st.sampled_from([torch.int32, torch.int64]), st.integers(0, 99),
+)  # fmt: skip
+def test_sums_over_rows(R: int, K: int, S: int, D: int, threads: int, kind: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows, query = (torch.randn(n, D, generator=generator) for n in (R, K))
+    weight, index = torch.randn(K, S, generator=generator), torch.randint(R, (K, S), generator=generator)
+    read = rows.double()[index]
+    added = torch.zeros(R, D, dtype=torch.double)
+    added.index_add_(0, index.flatten(), (weight.double()[..., None] * query.double()[:, None]).flatten(0, 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [
+            gather.gather(rows, index.to(kind), weight),
+            gather.gather_dot(query, rows, index.to(kind)),
+            gather.scatter(index.to(kind), weight, query, R),
+        ]
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(
+        found, ((weight.double()[..., None] * read).sum(1), (read @ query.double()[..., None])[..., 0], added)
+    ):
+        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-5 * max(1.0, float(y.abs().max())))
+
+
+@pytest.mark.parametrize("stray", [-1, 5, 2**31 - 1])
+def test_indices_that_are_no_rows_are_refused(stray: int) -> None:
+    index, weight = torch.tensor([[0, stray], [1, 4]]), torch.ones(2, 2)
+    for call in (
+        lambda: gather.gather(torch.ones(5, 3), index, weight),
+        lambda: gather.gather_dot(torch.ones(2, 3), torch.ones(5, 3), index),
+        lambda: gather.scatter(index, weight, torch.ones(2, 3), 5),
+    ):
+        with pytest.raises(IndexError, match="5 rows"):
+            call()
+    table, places = torch.ones(1, 1, 4, 4), [torch.tensor([0]), torch.tensor([0]), torch.tensor([0])]
+    for axis in range(3):
+        places[axis] = torch.tensor([stray])
+        with pytest.raises(IndexError, match="windows"):
+            gather.crops(table, *places, torch.zeros(1), torch.zeros(1), 2, 2)
+        with pytest.raises(IndexError, match="windows"):
+            gather.crops_gradients(torch.ones(1, 1, 2, 2), table, *places, torch.zeros(1), torch.zeros(1))
+        places[axis] = torch.tensor([0])
+
+
+@few
+@given(
+    st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.sampled_from([(1, 1), (7, 9), (3, 17), (16, 33)]),
+    st.sampled_from([1, 2, 5]), st.integers(0, 99),
+)  # fmt: skip
+def test_crops(G: int, T: int, K: int, size: tuple[int, int], threads: int, seed: int) -> None:
+    (H, W), generator = size, torch.Generator().manual_seed(seed)
+    table = torch.randn(G, T, 2 * H + 3, 2 * W + 2, generator=generator)
+    group = torch.randint(G, (K,), generator=generator)
+    top, left = torch.randint(H + 3, (K,), generator=generator), torch.randint(W + 2, (K,), generator=generator)
+    down, across = torch.rand(2, K, generator=generator)
+    grad = torch.randn(K, T, H, W, generator=generator)
+
+    def defined(table: Tensor, down: Tensor, across: Tensor) -> Tensor:
+        windows = []
+        for k in range(K):
+            cells = table[group[k], :, top[k] : top[k] + H + 1, left[k] : left[k] + W + 1]
+            lines = cells[:, :-1] + (cells[:, 1:] - cells[:, :-1]) * down[k]
+            windows.append(lines[..., :-1] + (lines[..., 1:] - lines[..., :-1]) * across[k])
+        return torch.stack(windows)
+
+    leaves = [x.double().requires_grad_() for x in (table, down, across)]
+    expected = defined(*leaves)
+    gradients = torch.autograd.grad(expected, leaves, grad.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = gather.crops(table, group, top, left, down, across, H, W)
+        of = gather.crops_gradients(grad, table, group, top, left, down, across)
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip((found, *of), (expected.detach(), *gradients)):
+        torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-5 * max(1.0, float(y.abs().max())))

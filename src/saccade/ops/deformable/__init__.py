@@ -12,8 +12,9 @@ other's derivatives are among them (differentiable any number of times):
     gather_dot (q, rows, i)_ks = q_k . rows[i_ks]               derivatives: gather_sum in q, scatter_sum in rows
     scatter_sum(i, w, g)_r = sum over (k, s) with i_ks = r of w_ks g_k
 
-On CPUs they run on `embedding_bag`, on the sampled product of sparse matrices, and on an `embedding_bag` over the
-sorted indices: rows are read once, in the cache, and added in registers.
+In single precision on CPUs they are C (`ops.native.gather`). Elsewhere on CPUs they run on `embedding_bag`, on the
+sampled product of sparse matrices, and on an `embedding_bag` over the sorted indices: rows are read once, in the cache,
+and added in registers.
 
 A bias that depends on where a key's sampling point lies relative to a query (`bias_at_points`), from a table with one
 cell per pixel of displacement: all queries of a grid see a point at the same fraction of a cell, so the bias of a

@@ -19,6 +19,7 @@ from torch import Tensor
 from saccade.ops.deformable.points import Size, working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only
+from saccade.ops.native import gather
 
 #: bytes of windows that are worked on at a time, so that they stay in the cache
 _PIECE_BYTES = 2**19
@@ -27,6 +28,16 @@ _PIECE_BYTES = 2**19
 def _pieces(like: Tensor, keys: int, numbers: int) -> Iterator[slice]:
     step = keys if like.device.type != "cpu" else max(1, _PIECE_BYTES // max(1, numbers * like.element_size()))
     return (slice(start, start + step) for start in range(0, keys, max(1, step)))
+
+
+def _in_c(table: Tensor, top_K: Tensor) -> bool:
+    return top_K.dtype == torch.float32 and gather.in_c(table, table.numel())
+
+
+def _places(top_K: Tensor, left_K: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Whole positions, and the fractions beyond them; those of NaN are 0 and NaN."""
+    top, left = (x.floor().nan_to_num(0.0) for x in (top_K, left_K))
+    return top.int(), left.int(), top_K - top, left_K - left
 
 
 def _floors(top_K: Tensor, left_K: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -39,6 +50,8 @@ def _floors(top_K: Tensor, left_K: Tensor, like: Tensor) -> tuple[Tensor, Tensor
 @torch.library.custom_op("saccade::shifted_crops", mutates_args=())
 def _crops(table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor, height: int, width: int) -> Tensor:
     """Windows (K, T, height, width) of the table of a group at positions between its cells."""
+    if _in_c(table_GTYX, top_K):
+        return gather.crops(table_GTYX, group_K, *_places(top_K, left_K), height, width)
     K, T = top_K.shape[0], table_GTYX.shape[1]
     windows = table_GTYX.unfold(2, height + 1, 1).unfold(3, width + 1, 1)
     top, left, down, across = _floors(top_K, left_K, table_GTYX)
@@ -54,6 +67,8 @@ def _crops(table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor, h
 def _crops_backward(
     grad_KTHW: Tensor, table_GTYX: Tensor, top_K: Tensor, left_K: Tensor, group_K: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _in_c(table_GTYX, top_K):
+        return gather.crops_gradients(grad_KTHW, table_GTYX, group_K, *_places(top_K, left_K))
     K, T, H, W = grad_KTHW.shape
     Y, X = table_GTYX.shape[2:]
     windows = table_GTYX.unfold(2, H + 1, 1).unfold(3, W + 1, 1)

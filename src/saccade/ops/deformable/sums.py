@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.native import gather
+
 
 @torch.library.custom_op("saccade::gather_sum", mutates_args=())
 def gather_sum(rows_RD: Tensor, index_KS: Tensor, weight_KS: Tensor) -> Tensor:
@@ -28,6 +30,8 @@ def gather_sum(rows_RD: Tensor, index_KS: Tensor, weight_KS: Tensor) -> Tensor:
     """
     if not index_KS.numel() or not rows_RD.shape[1]:
         return rows_RD.new_zeros(index_KS.shape[0], rows_RD.shape[1])
+    if gather.in_c(rows_RD, len(rows_RD)):
+        return gather.gather(rows_RD, index_KS, weight_KS)
     return F.embedding_bag(
         index_KS.contiguous(), rows_RD.contiguous(), per_sample_weights=weight_KS.contiguous(), mode="sum"
     )
@@ -45,6 +49,8 @@ def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
     K, S = index_KS.shape
     if not index_KS.numel() or not rows_RD.shape[1]:
         return rows_RD.new_zeros(K, S)
+    if gather.in_c(rows_RD, len(rows_RD)):
+        return gather.gather_dot(query_KD, rows_RD, index_KS)
     if rows_RD.device.type != "cpu":
         return (rows_RD[index_KS] @ query_KD[:, :, None])[..., 0]
     if rows_RD.shape[0] <= S:
@@ -72,6 +78,8 @@ def scatter_sum(index_KS: Tensor, weight_KS: Tensor, grad_KD: Tensor, rows: int)
     S = index_KS.shape[1]
     if not index_KS.numel() or not rows or not grad_KD.shape[1]:
         return grad_KD.new_zeros(rows, grad_KD.shape[1])
+    if gather.in_c(grad_KD, rows):
+        return gather.scatter(index_KS, weight_KS, grad_KD, rows)
     flat, weights = index_KS.reshape(-1), weight_KS.reshape(-1)
     if grad_KD.device.type != "cpu":
         out = grad_KD.new_zeros(rows, grad_KD.shape[1])

@@ -30,7 +30,7 @@ __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", 
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (
-    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c", "team.c"),
+    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c", "gather.c", "team.c"),
     ("grid.h", "lists.h", "vectors.h"),
 )
 
@@ -57,6 +57,11 @@ _SIGNATURES = {
     "saccade_team": "pi",
     "saccade_linear": "pppppppllllllllifi",
     "saccade_linear_sums": "pppppllllllllii",
+    "saccade_gather": "pppplllli",
+    "saccade_gather_dot": "pppplllli",
+    "saccade_scatter": "ppppllllii",
+    "saccade_crops": "pppppppllllllli",
+    "saccade_crops_gradients": "pppppppppplllllllii",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
