@@ -25,6 +25,8 @@ Coordinates are (x, y), in pixels, a whole number in the middle of a pixel: `pix
 Points outside the map read zeros ("zeros") or the nearest pixel of the border ("border"), as in `F.grid_sample`.
 Discrete forms have gradients in weights and maps, none in locations.
 
+`roi_align` reads the maps of a pyramid inside boxes, from each box's level, by the same sums.
+
 Exporters (torch.export, ONNX) see operators of torch's own, and grid sampling in none but `bias_at_points`. Numbers of
 images may stay open (`dynamic_shapes`).
 """
@@ -33,6 +35,7 @@ from saccade.ops.deformable.attend import deformable_attend, deformable_attend_r
 from saccade.ops.deformable.convolution import deformable_conv
 from saccade.ops.deformable.crops import bias_at_points
 from saccade.ops.deformable.points import Samples, level_pixels, pixels, sample, samples
+from saccade.ops.deformable.regions import roi_align
 from saccade.ops.deformable.sums import gather_dot, gather_sum, scatter_sum
 
 __all__ = [
@@ -45,6 +48,7 @@ __all__ = [
     "gather_sum",
     "level_pixels",
     "pixels",
+    "roi_align",
     "sample",
     "samples",
     "scatter_sum",

@@ -1,0 +1,85 @@
+"""Boxes: their two notations, how much they overlap, and the best of those that overlap.
+
+    corners    (x0, y0, x1, y1)          centres    (x, y, width, height)
+
+    IoU  = |a and b| / |a or b|
+    GIoU = IoU - (|hull| - |a or b|) / |hull|,   hull: the smallest box around both (Rezatofighi, arXiv 1902.09630)
+
+Shape letters: N, M boxes; leading axes are the same for both, or broadcast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["area", "suppress", "to_centres", "to_corners", "union_shares"]
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """(x, y, width, height) -> (x0, y0, x1, y1), (..., 4).
+
+    >>> to_corners(torch.tensor([2.0, 3.0, 2.0, 4.0])).tolist()
+    [1.0, 1.0, 3.0, 5.0]
+    """
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], -1)
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """(x0, y0, x1, y1) -> (x, y, width, height), (..., 4)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], -1)
+
+
+def area(boxes: Tensor) -> Tensor:
+    """Of boxes by their corners, (...,); 0 where a corner lies on the wrong side."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+
+
+def union_shares(a_N4: Tensor, b_M4: Tensor, *, generalized: bool = False) -> Tensor:
+    """IoU, or GIoU, of each pair of boxes by their corners: (..., N, M); 0 where both are empty.
+
+    Args:
+        a_N4, b_M4: boxes, with the same leading axes.
+        generalized: GIoU, in [-1, 1].
+
+    >>> union_shares(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [5, 5, 6, 6]])).tolist()
+    [[0.3333333432674408, 0.0]]
+    """
+    a, b = a_N4[..., :, None, :], b_M4[..., None, :, :]
+    common = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area(a) + area(b) - common
+    share = common / union.clamp(min=1e-12)
+    if not generalized:
+        return share
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    return share - (hull - union) / hull.clamp(min=1e-12)
+
+
+def suppress(boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor | None = None, *, most: float = 0.5) -> Tensor:
+    """Non-maximum suppression: the numbers of the boxes that stay, the best first.
+
+    Box by box from the best score down, a box stays unless a better one that stays overlaps it by more than `most`.
+
+    Args:
+        boxes_N4: by their corners.
+        scores_N: of each.
+        labels_N: boxes of different labels do not meet; None is one label.
+        most: the largest IoU that two boxes may have.
+
+    >>> boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5], [6, 6, 8, 8]])
+    >>> suppress(boxes, torch.tensor([0.6, 0.9, 0.3])).tolist()
+    [1, 2]
+    """
+    order_N = scores_N.argsort(descending=True, stable=True)
+    boxes_N4 = boxes_N4[order_N]
+    over_NN = (union_shares(boxes_N4, boxes_N4) > most).triu(1)
+    if labels_N is not None:
+        over_NN &= labels_N[order_N][:, None] == labels_N[order_N]
+    stays_N = torch.ones_like(order_N, dtype=torch.bool)
+    while True:  # after n rounds the first n boxes are settled; most often a few rounds settle all
+        settled_N = ~(over_NN & stays_N[:, None]).any(0)
+        if torch.equal(settled_N, stays_N):
+            return order_N[stays_N]
+        stays_N = settled_N
