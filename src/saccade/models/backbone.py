@@ -105,6 +105,18 @@ class Backbone(Complete):
         return stacked(pictures)
 
 
+def maps_of(said: Any) -> list[Tensor]:
+    """The maps that a backbone gave, from fine to coarse: a list, a `Backbone`'s output, or one of transformers.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    maps = next((getattr(said, name) for name in ("features", "feature_maps") if hasattr(said, name)), said)
+    if not isinstance(maps, (list, tuple)) or not maps or not all(isinstance(x, Tensor) and x.ndim == 4 for x in maps):
+        raise ValueError(f"a backbone must give maps (batch, channels, height, width), got {type(said).__name__}")
+    return list(maps)
+
+
 def check_images(x_BCHW: Tensor, channels: int) -> None:
     """Raise ValueError unless `x` is (B, channels, H, W) with at least one pixel."""
     if x_BCHW.ndim != 4 or x_BCHW.shape[1] != channels or 0 in x_BCHW.shape[2:]:

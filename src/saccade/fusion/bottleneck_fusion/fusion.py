@@ -1,8 +1,7 @@
 """MBT: the stack of layers on the modalities' tokens, and the paper's classifier of video and sound around it.
 
 Shape letters: B batch, N tokens of a modality, T tokens of all, S bottlenecks, C channels, K classes, V modalities,
-F frames, H height, W width (for a spectrogram time and frequency); inside the attention of a block as in
-`QKVAttention`: H and K heads, N queries, M keys, D head dim, E width of values.
+F frames, H height, W width (for a spectrogram time and frequency).
 """
 
 from __future__ import annotations
@@ -18,20 +17,7 @@ from saccade.fusion.bottleneck_fusion.operator import MBTOutput, across, jointly
 from saccade.layers.drop_path import drop_path_rates
 from saccade.layers.mlp import MLP
 from saccade.layers.pre_norm import PreNormBlock
-from saccade.layers.qkv_attention import QKVAttention
-from saccade.ops.attend import attend
-from saccade.ops.pattern import Pattern
-
-
-class _SelfAttention(QKVAttention):
-    """Dense softmax attention with biases and without positions."""
-
-    def __init__(self, dim: int, num_heads: int, dropout: float) -> None:
-        super().__init__(dim, num_heads, rope=False, qkv_bias=True, proj_bias=True)
-        self.dropout = dropout
-
-    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
-        return attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, dropout=self.dropout if self.training else 0.0)
+from saccade.layers.softmax_attention import SoftmaxAttention
 
 
 class Block(PreNormBlock):
@@ -50,7 +36,7 @@ class Block(PreNormBlock):
         self, dim: int, num_heads: int, mlp_dim: int, *, drop_path: float, dropout: float, attn_drop: float
     ) -> None:
         super().__init__(
-            _SelfAttention(dim, num_heads, attn_drop),
+            SoftmaxAttention(dim, num_heads, rope=False, qkv_bias=True, proj_bias=True, attn_drop=attn_drop),
             dim,
             mlp=MLP(dim, mlp_dim, activation="gelu-tanh", drop=dropout),
             attention_drop=dropout,
