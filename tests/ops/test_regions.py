@@ -48,7 +48,7 @@ def _pyramid(sizes=((9, 7), (5, 4), (1, 1)), channels=3):
 def test_roi_align_is_its_definition(size: int, samples: int) -> None:
     maps, strides = _pyramid(), (32, 64, 128)
     corner = 400 * torch.rand(2, 6, 2, dtype=torch.double, generator=torch.Generator().manual_seed(1)) - 90
-    extent = torch.tensor([3.0, 60.0, 230.0, 460.0, 900.0, 0.0], dtype=torch.double)[:, None] * torch.tensor([1, 0.7])
+    extent = torch.tensor([3.0, 60.0, 700.0, 1300.0, 2600.0, 0.0], dtype=torch.double)[:, None] * torch.tensor([1, 0.7])
     boxes = torch.cat([corner, corner + extent], -1)
     assert box_levels(boxes, strides).unique().tolist() == [0, 1, 2]
     torch.testing.assert_close(roi_align(maps, boxes, strides, size, samples=samples),
@@ -57,7 +57,7 @@ def test_roi_align_is_its_definition(size: int, samples: int) -> None:
 
 def test_roi_align_has_the_derivatives_of_its_definition() -> None:
     maps = [x.requires_grad_() for x in _pyramid(((4, 3), (2, 2)), channels=2)]
-    boxes = torch.tensor([[[3.0, 5, 37, 61]], [[10, 20, 300, 301]]], dtype=torch.double).requires_grad_()
+    boxes = torch.tensor([[[3.3, 5.1, 37.7, 61.9]], [[10.2, 20.4, 300.6, 301.9]]], dtype=torch.double).requires_grad_()
     assert torch.autograd.gradcheck(lambda a, b, boxes: roi_align([a, b], boxes, (16, 32), 2), (*maps, boxes))
 
 

@@ -55,8 +55,9 @@ class _Detector(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, dim, 4, 4)
         self.encoder = GlobalContextEncoder(dim) if context else None
+        # one stage: a second would look where the first one moves the boxes, out to the background
         self.head = DiffusionHead(
-            4, dim, 2, strides=(4,), hidden=2 * dim, num_heads=4, inner=8, pooled=4, context=context
+            4, dim, 1, strides=(4,), hidden=2 * dim, num_heads=4, inner=8, pooled=4, context=context
         )
 
     def forward(self, image: Tensor, boxes_BN4: Tensor) -> Tensor:

@@ -77,7 +77,12 @@ def focal_eiou_loss(boxes: Tensor, targets: Tensor, gamma: float = 0.5) -> Tenso
 
 
 def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The focal loss of each logit, for a target of 0 or 1."""
+    """The focal loss of each logit.
+
+    Args:
+        logits: for a sigmoid.
+        targets: 0 or 1, of the same shape.
+    """
     p = logits.sigmoid()
     wrong = torch.where(targets > 0, 1 - p, p)
     weight = torch.where(targets > 0, ALPHA, 1 - ALPHA)
@@ -110,7 +115,7 @@ def match(logits_BNK: Tensor, boxes_BN4: Tensor, objects: Objects, extent_4: Ten
         + OUTSIDE * ~inside_BNG
     ).masked_fill(~objects.real_BG[:, None], torch.inf)
     counts_BG = share_BNG.topk(min(CANDIDATES, share_BNG.shape[1]), 1).values.sum(1).int().clamp(min=1)
-    ranks_BNG = cost_BNG.argsort(1, stable=True).argsort(1)
+    ranks_BNG = cost_BNG.argsort(dim=1, stable=True).argsort(1)
     got_BNG = (ranks_BNG < counts_BG[:, None]) & objects.real_BG[:, None]
     cheapest_BNG = F.one_hot(cost_BNG.masked_fill(~got_BNG, torch.inf).argmin(2), cost_BNG.shape[2]).bool()
     return got_BNG & cheapest_BNG

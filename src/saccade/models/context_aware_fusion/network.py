@@ -1,6 +1,6 @@
 """C-DiffDet+: a pyramid of maps, the scene's context, and the decoder that turns noise into boxes.
 
-Shape letters: B batch, N proposals, K classes, S stages, C channels, H height, W width.
+Shape letters: B batch, N proposals, M context tokens, K classes, S stages, C channels, H height, W width.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A box is read from the level of its size: a box of 224 x 224 pixels from stride 
 (Lin et al., arXiv 1612.03144). Coordinates are those of the image; a whole number is an edge between pixels, which
 detectron2 calls aligned. Points up to a pixel outside the map read its border, those beyond read zeros.
 
-Shape letters: B batch, N boxes, C channels, H height, W width, P cells on an axis of the output.
+Shape letters: B batch, N boxes, M pixels of all levels, C channels, H height, W width, P cells on an axis of the output.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def roi_align(
         pixels,
     )
     values_BM1C = torch.cat([x.flatten(2) for x in maps], 2).mT[:, :, None]
-    return read.sum(values_BM1C).view(B, N, size, size, -1).permute(0, 1, 4, 2, 3)
+    return read.sum(values_BM1C).view(B, N, size, size, maps[0].shape[1]).permute(0, 1, 4, 2, 3)
 
 
 def _border(points: Tensor, length: Tensor) -> tuple[list[Tensor], list[Tensor]]:

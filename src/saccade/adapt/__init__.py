@@ -1,0 +1,1 @@
+"""What is put on or around somebody else's model: a folder a paper."""
