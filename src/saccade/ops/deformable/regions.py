@@ -6,7 +6,8 @@ A box is read from the level of its size: a box of 224 x 224 pixels from stride 
 (Lin et al., arXiv 1612.03144). Coordinates are those of the image; a whole number is an edge between pixels, which
 detectron2 calls aligned. Points up to a pixel outside the map read its border, those beyond read zeros.
 
-Shape letters: B batch, N boxes, M pixels of all levels, C channels, H height, W width, P cells on an axis of the output.
+Shape letters: B batch, N boxes, M pixels of all levels, C channels, H height, W width, P cells on an axis of the
+output.
 """
 
 from __future__ import annotations
