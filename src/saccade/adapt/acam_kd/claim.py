@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from saccade.adapt.acam_kd.objective import ACAMKD, overlap
+from saccade.adapt.acam_kd.objective import ACAMKD, LevelDistillation, overlap
 from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.convolution import conv_norm_relu
 
@@ -106,6 +106,7 @@ def _claim(lab: Lab) -> ClaimResult:
         found = {"miou": _miou(logits, label)}
         if isinstance(trial.model.objective, ACAMKD):
             (level,) = trial.model.objective.levels
+            assert isinstance(level, LevelDistillation)
             masks = level.masks(level.fuse(teachers[0](image)[0], level.align(features)))
             found["overlap"] = sum(overlap(each, "pairwise").item() for each in masks) / 2
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _STAGE = Names(
         "bboxes_delta.{leaf}": "deltas.{leaf}",
     }
 )
-_REDUCTIONS = {"none": lambda loss: loss, "mean": torch.mean, "sum": torch.sum}
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda loss: loss, "mean": torch.mean, "sum": torch.sum}
 
 
 def _fuse(module: ContextFusion, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def _run_stage(module: DecoderStage, inputs: dict[str, Tensor], args: dict[str, 
     boxes = inputs["boxes"]
     regions = inputs["roi_features"].unflatten(0, boxes.shape[:2])
     proposals = inputs["proposal_features"].view(*boxes.shape[:2], -1)
-    found = {}
+    found: dict[str, Tensor] = {}
     for mark, more in (("", (inputs["global_context"][:, None], None)), ("_noctx", (None, proposals))):
         logits, better, features = module(regions, boxes, inputs["time_emb"], *more)
         found |= {

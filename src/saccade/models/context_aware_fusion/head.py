@@ -177,6 +177,7 @@ class DiffusionHead(nn.Module):
         dim: C.
         stages: S.
         strides: of the maps, each twice the one before.
+        pooled: P.
         detach: boxes carry no gradient from a stage to the next, as the authors'.
         **arguments: of `DecoderStage`.
 
@@ -191,16 +192,17 @@ class DiffusionHead(nn.Module):
         stages: int = 6,
         *,
         strides: Sequence[int] = (4, 8, 16, 32),
+        pooled: int = 7,
         detach: bool = True,
         **arguments: int | float | bool,
     ) -> None:
         super().__init__()
         if stages < 1 or dim < 4 or dim % 2:
             raise ValueError(f"stages must be positive and dim even and at least 4, got {stages} and {dim}")
-        self.dim, self.strides, self.detach = dim, tuple(strides), detach
+        self.dim, self.strides, self.pooled, self.detach = dim, tuple(strides), pooled, detach
         self.time = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
         self.stages = nn.ModuleList(
-            DecoderStage(num_classes, dim, **arguments)  # type: ignore[arg-type]
+            DecoderStage(num_classes, dim, pooled=pooled, **arguments)  # type: ignore[arg-type]
             for _ in range(stages)
         )
         for name, parameter in self.named_parameters():
@@ -228,7 +230,7 @@ class DiffusionHead(nn.Module):
         said: list[Decoded] = []
         proposals_BNC = None
         for stage in self.stages:
-            regions = roi_align(maps, boxes_BN4, self.strides, stage.pooled)
+            regions = roi_align(maps, boxes_BN4, self.strides, self.pooled)
             said.append(stage(regions, boxes_BN4, time_BT, context_BMC, proposals_BNC))
             _, boxes_BN4, proposals_BNC = said[-1]
             boxes_BN4 = boxes_BN4.detach() if self.detach else boxes_BN4
