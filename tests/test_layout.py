@@ -53,6 +53,8 @@ def test_every_planned_paper_can_be_laid_out(checkout: Path) -> None:
             text = path.read_text(encoding="utf-8")
             compile(text, path.name, "exec")
             assert max(map(len, text.splitlines())) <= 120 and "$" not in text
+            imports = re.findall(r"^from saccade.*", text, re.MULTILINE)
+            assert imports == sorted(imports)
 
 
 def test_rooms_run_from_the_start_and_their_tests_name_what_is_missing(tmp_path: Path) -> None:

@@ -28,8 +28,7 @@ arXiv $arxiv. <The idea in a sentence.>
 Source of what the paper leaves open: <what was chosen, and why>.
 """
 
-${imports}from saccade.catalogue import register
-from saccade.$floor.$name.$file import $Class
+$imports
 
 __all__ = ["$Class"]
 
@@ -120,11 +119,14 @@ def lay_out(slug: str, kind: str, root: str | Path | None = None) -> list[Path]:
     root = Path(__file__).parents[3] if root is None else Path(root)
     if not (root / "src" / "saccade").is_dir() or not (root / "tests").is_dir():
         raise ValueError(f"rooms are laid out in a source checkout, with src/saccade and tests in it; {root} is none")
+    module = "".join(word[:1].upper() + word[1:] for word in slug.split("-"))
+    registers = "from saccade.catalogue import register"
+    takes = f"from saccade.{pattern.floor}.{name}.{pattern.file} import {module}"
     words = {
         "floor": pattern.floor,
         "file": pattern.file,
         "example": pattern.example,
-        "imports": "import torch\n\n" if pattern.inputs else "",
+        "imports": ("import torch\n\n" if pattern.inputs else "") + "\n".join(sorted([registers, takes])),
         "inputs": f"    inputs=lambda module, size: {pattern.inputs},\n" if pattern.inputs else "",
         "kinds": " or ".join(kind for kind, other in PATTERNS.items() if other.floor == pattern.floor),
         "slug": slug,
@@ -132,7 +134,7 @@ def lay_out(slug: str, kind: str, root: str | Path | None = None) -> list[Path]:
         "name": name,
         "title": fill(f"{entry.title.rstrip('.')}.", 110),
         "arxiv": entry.arxiv,
-        "Class": "".join(word[:1].upper() + word[1:] for word in slug.split("-")),
+        "Class": module,
     }
     floor = root / "src" / "saccade" / pattern.floor
     room = floor / name
