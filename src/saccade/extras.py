@@ -15,6 +15,7 @@ EXTRAS = {
     "skimage": "data",
     "scipy": "data",
     "matplotlib": "plots",
+    "torchmetrics": "metrics",
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",

@@ -46,7 +46,7 @@ class SeedRecord:
         metrics: further figures by name: `train_loss` (mean of the last tenth), `steps`, `tokens`, `seconds` (of
             training steps), `tokens_per_second` (batch tokens over the median step), `waited` (the share of its time
             that training stood in the queue for a processor, see `saccade.ops.measure.Watch`), `teacher_forced` (the
-            quality as seen with all tokens at once, where that differs).
+            quality as seen with all tokens at once, where that differs), and those of the task (`Task.figures`).
         curve: one dict per logged step: `step`, `tokens`, `seconds`, `loss`, `lr`, and `quality` where it was
             evaluated (for a text model that sees the future: teacher-forced).
         folder: of this run, relative to the result's; holds metrics.jsonl and checkpoint.safetensors.

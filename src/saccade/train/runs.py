@@ -149,7 +149,7 @@ class Run:
     def _evaluate(self) -> tuple[float, dict[str, float]]:
         last = self.losses[-max(1, len(self.losses) // 10) :]
         warm = self.times[2:] if len(self.times) > 4 else self.times
-        metrics = {
+        metrics = self.task.figures(self.model) | {
             "train_loss": statistics.fmean(last),
             "steps": float(self.steps),
             "tokens": float(self.steps * self.task.tokens_per_step),

@@ -62,6 +62,9 @@ register(
     build=HAN,
     example={"scale": 2, "groups": 2, "blocks": 1, "channels": 8, "reduction": 4, "value_range": 1.0},
     inputs=lambda module, size: (torch.rand(2, 3, size, size + 2),),
+    tasks={
+        "restore": {"scale": 1, "groups": 2, "blocks": 3, "channels": 24, "reduction": 8, "value_range": 1.0},
+    },
     published=(
         Published(
             "HAN x2",

@@ -8,6 +8,7 @@
 | `paired` | two noisy views of a digit, either may be missing | the same |
 | `photographs` | faces, animals, things, in colour or grey | scikit-image (the same extra) |
 | `crops` | windows of the same places of such pictures and their labels | |
+| `hazy` | such pictures in haze, by its physical model | |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -15,6 +16,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 """
 
 from saccade.train.data.draws import generator_at, rows
+from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.text import read_files, text_bytes, windows
@@ -24,10 +26,13 @@ __all__ = [
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
     "Digits",
+    "Hazy",
     "Paired",
     "crops",
+    "depths",
     "digits",
     "generator_at",
+    "hazy",
     "listops",
     "paired",
     "photographs",

@@ -123,6 +123,10 @@ class Task:
             scored += int(counts.sum())
         return right / scored
 
+    def figures(self, model: nn.Module) -> dict[str, float]:
+        """Further figures of held-out data by name, kept beside the quality of each run."""
+        return {}
+
     def chance(self) -> float | None:
         """The quality that guessing reaches: always the commonest answer, and two standard errors. None: not known."""
         answers = torch.cat([batch[-1].flatten() for batch in self.held_out()])
