@@ -24,10 +24,14 @@ class SuperResolved:
     Attributes:
         image: (B, 3, s H, s W) in the input's range; in [0, 1] in what `predict` gives.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
+        inner_images: (B, 3, H, W) each, that inner layers of some networks give back, in training only.
+        inner_embeddings: (B, E, H, W) each, the projections of those, in training only.
     """
 
     image: Tensor
     images: list[Tensor] | None = None
+    inner_images: list[Tensor] | None = None
+    inner_embeddings: list[Tensor] | None = None
 
 
 class Restorer(Complete):
