@@ -26,11 +26,13 @@ class Complete(nn.Module):
     Attributes:
         authors_module: the authors' port of the whole network.
         in_channels: of the images, 3 or 1.
+        runs_alone: whether files are all that `predict` needs.
     """
 
     slug: ClassVar[str]
     authors_module: ClassVar[str] = "network"
     in_channels: int = 3
+    runs_alone: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, name: str, **changes: Any) -> Self:

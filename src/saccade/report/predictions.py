@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors.torch import save
@@ -37,7 +37,7 @@ def build(model: str, size: str | None = None, weights: str | Path | None = None
     (wanted,) = parse([model])
     slug = str(wanted.slug)
     made = None if wanted.slug is None else catalogue.part(slug).build
-    if not (isinstance(made, type) and issubclass(made, Complete)):
+    if not _runs_on_files(made):
         raise ValueError(f"{slug!r} does not run on files; {', '.join(runnable())} do")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -49,7 +49,11 @@ def build(model: str, size: str | None = None, weights: str | Path | None = None
 def runnable() -> list[str]:
     """The parts that run on files."""
     parts = [catalogue.part(part.slug) for part in catalogue.parts() if part.kind.published]
-    return [part.slug for part in parts if isinstance(part.build, type) and issubclass(part.build, Complete)]
+    return [part.slug for part in parts if _runs_on_files(part.build)]
+
+
+def _runs_on_files(build: Any) -> TypeGuard[type[Complete]]:
+    return isinstance(build, type) and issubclass(build, Complete) and build.runs_alone
 
 
 def read_names(path: str | Path) -> list[str]:
