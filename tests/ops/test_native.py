@@ -127,7 +127,8 @@ def test_blocks(
 def modifications(B: int, H: int, N: int, M: int) -> dict[str, tuple[tuple[int, ...], Callable[[Tensor], Any]]]:
     """By name: the shape of a parameter, and what is made of it."""
     return {
-        "alibi": ((H,), score_mods.alibi),
+        # slopes below 1, as ALiBi's are: the LSE, from which weights are made again, is rounded at the size of scores
+        "alibi": ((H,), lambda p: score_mods.alibi(p.sigmoid())),
         "cap": ((1,), lambda p: score_mods.soft_cap(0.7)),
         "distances": ((1, 31), score_mods.relative_bias),
         "buckets": ((H, 8), lambda p: score_mods.bucketed_bias(p, max_distance=40)),

@@ -5,7 +5,8 @@
  *
  * where the ds of dq and dk is that before the changes of scores, with the gradients of what they add on its way.
  *
- * Scores are made again. Tasks of one owner run one after the other and add to gradients of keys and values that are
+ * Scores are made again, and weights by the LSE, whose rounding at the size of the largest score is theirs too, the same
+ * for a whole row: at scores of some 100, 1e-5 of what the row gives. Tasks of one owner run one after the other and add to gradients of keys and values that are
  * the owner's alone: no two threads write to one place, and sums are made in one order.
  *
  * D and E are multiples of LANES here. Other letters as in attend.c.
