@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from saccade.cli import main
+from saccade.train.tasks import Text
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -185,6 +186,15 @@ def test_several_data_files_may_follow_one_option(tmp_path) -> None:
     assert _repeat_data(["compare", "softmax"]) == ["compare", "softmax"]
 
 
+@pytest.fixture
+def small_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quick budget of `text`, at sizes of a test."""
+    small = {"dim": 16, "layers": 1, "length": 32, "batch": 4, "evaluation_size": 8, "lengths": (32, 64)}
+    quick = Text.budgets["quick"].changed({**small, "sweep_seconds": 0.01, "decode_tokens": 4, "map_length": 16})
+    monkeypatch.setitem(Text.budgets, "quick", quick)
+
+
+@pytest.mark.usefixtures("small_text")
 def test_compare_writes_a_report_and_prints_json(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 400)
@@ -196,6 +206,7 @@ def test_compare_writes_a_report_and_prints_json(capsys: pytest.CaptureFixture[s
     assert "softmax" in page and page.count("<img ") == len(list((tmp_path / "run").glob("*.png")))
 
 
+@pytest.mark.usefixtures("small_text")
 @pytest.mark.parametrize("as_json", [False, True])
 def test_what_was_measured_is_shown_before_anything_is_drawn(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path, as_json: bool

@@ -400,7 +400,7 @@ saccade.compare(json.loads(sys.argv[3]), task="text", out=sys.argv[1], **json.lo
 
 def test_killed_runs_end_with_the_metrics_of_those_that_were_not(tmp_path) -> None:
     """Two mechanisms in turns, one with random numbers of its own; killed twice, once with lines after a checkpoint."""
-    sizes = {**SMALL, "steps": 160, "evaluations": 20}
+    sizes = {**SMALL, "steps": 80, "evaluations": 20}
     mechanisms = ["softmax", "fast:dropout=0.3"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
