@@ -19,6 +19,7 @@ EXTRAS = {
     "onnx": "onnx",
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
+    "pywt": "wavelets",
 }
 
 
