@@ -10,5 +10,12 @@ from torch import Tensor
 
 
 def resize(x_BCHW: Tensor, like_BCHW: Tensor, *, align_corners: bool = False) -> Tensor:
-    """Bilinear interpolation to height and width of another map; `align_corners` as in `F.interpolate`."""
-    return F.interpolate(x_BCHW, like_BCHW.shape[2:], mode="bilinear", align_corners=align_corners)
+    """Linear interpolation to height and width of another map, or to the three sizes of another volume.
+
+    Args:
+        x_BCHW: a map, or a volume.
+        like_BCHW: of the size that is wanted.
+        align_corners: as in `F.interpolate`.
+    """
+    mode = "trilinear" if x_BCHW.ndim == 5 else "bilinear"
+    return F.interpolate(x_BCHW, like_BCHW.shape[2:], mode=mode, align_corners=align_corners)

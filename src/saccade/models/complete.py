@@ -80,7 +80,12 @@ class Complete(nn.Module):
             load_state(self, state if own else catalogue.port(self.slug, self.authors_module).convert(state))
         except Exception as error:  # what a port meets in a file it was not written for is any exception
             raise ValueError(f"{path} does not fit {type(self).__name__}: {error or type(error).__name__}") from error
+        if not own:
+            self.as_released()
         return self
+
+    def as_released(self) -> None:
+        """Compute as the authors' code does where the paper means another thing; done when their weights are loaded."""
 
     def predict(self, files: str | Path | Sequence[str | Path]) -> Any:
         """What the network says of image files, in evaluation and without gradients.

@@ -31,12 +31,14 @@ class Segmentation:
         logits: (B, K, H, W), at the image's size.
         auxiliary: (B, K, H / 8, W / 8) of a second head, in training only.
         boundary: (B, 1, H / 8, W / 8), logits of a boundary, in training only.
+        heads: logits of all heads that are trained, in training only; which they are, the network says.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
     logits: Tensor
     auxiliary: Tensor | None = None
     boundary: Tensor | None = None
+    heads: list[Tensor] | None = None
     images: list[Tensor] | None = None
 
 
