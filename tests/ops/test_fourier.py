@@ -44,6 +44,10 @@ def test_halves_are_computed_in_float32_and_stay_halves() -> None:
         found = on_spectrum(x.bfloat16(), lambda spectrum: spectrum * 1.5)
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, exact.bfloat16())
+    weight = drawn(3, 4, 3, 2).float()
+    exact = spectral_filter(x, weight, (4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(spectral_filter(x, weight, (4, 4)), exact)
 
 
 @pytest.mark.parametrize("sizes", [(4, 6), (5, 7), (1, 1), (3, 2), (8, 9)])

@@ -56,6 +56,7 @@ def on_spectrum(
     return torch.fft.ifftn(spectrum, dim=axes, norm="ortho").real.to(x.dtype)
 
 
+@exact
 def spectral_filter(x: Tensor, weight: Tensor, size: Sequence[int]) -> Tensor:
     """F^-1( W . F x ) over the last axes of `x`, as many as `size` has; `x` may have another size than the filter.
 
