@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -192,6 +192,31 @@ def test_odd_sizes(slug: str, size: int) -> None:
     assert not catalogue.part(slug).kind.complaint(arguments, output)
 
 
+def agrees(
+    derivative: Tensor, value: Callable[[], Tensor], leaves: list[Tensor], directions: list[Tensor], bound: float
+) -> bool:
+    """Whether it is what `value` changes by, per step, in these directions.
+
+    Where a deep network of ReLUs has a kink within the larger step, the smaller one tells; a wrong derivative agrees at
+    neither.
+    """
+    for step in (1e-6, 1e-8):
+        values = []
+        starts = [leaf.detach().clone() for leaf in leaves]
+        for sign in (1, -1):
+            with torch.no_grad():
+                for leaf, start, direction in zip(leaves, starts, directions, strict=True):
+                    leaf.copy_(start + sign * step * direction)
+            values.append(value().detach())
+        with torch.no_grad():
+            for leaf, start in zip(leaves, starts, strict=True):
+                leaf.copy_(start)
+        measured = (values[0] - values[1]) / (2 * step)
+        if abs(derivative - measured) <= bound * max(abs(measured), 1.0):
+            return True
+    return False
+
+
 @pytest.mark.parametrize("slug", SLUGS)
 def test_gradient_is_the_derivative(slug: str) -> None:
     module = build(slug).double()
@@ -208,15 +233,7 @@ def test_gradient_is_the_derivative(slug: str) -> None:
     gradients = torch.autograd.grad(loss(), leaves, allow_unused=True)
     directions = [torch.randn_like(leaf) for leaf in leaves]
     slope = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True) if g is not None)
-    step = 1e-6
-    values = []
-    with torch.no_grad():
-        for sign in (1, -2):
-            for leaf, direction in zip(leaves, directions, strict=True):
-                leaf += sign * step * direction
-            values.append(loss())
-    measured = (values[0] - values[1]) / (2 * step)
-    assert abs(slope - measured) <= 1e-5 * max(abs(measured), 1.0)
+    assert agrees(slope, torch.no_grad()(loss), leaves, directions, 1e-5)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -238,14 +255,7 @@ def test_the_second_derivative_is_right_or_refused(slug: str) -> None:
             continue
         directions = [torch.randn_like(leaf) for leaf in leaves]
         expected = sum((g * d).sum() for g, d in zip(second, directions, strict=True) if g is not None)
-        values = []
-        for sign in (1, -2):
-            with torch.no_grad():
-                for leaf, direction in zip(leaves, directions, strict=True):
-                    leaf += sign * 1e-6 * direction
-            values.append(slope(power).detach())
-        measured = (values[0] - values[1]) / 2e-6
-        assert abs(expected - measured) <= 1e-4 * max(abs(measured), 1.0)
+        assert agrees(expected, lambda power=power: slope(power), leaves, directions, 1e-4)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
