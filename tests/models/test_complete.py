@@ -48,27 +48,27 @@ def test_every_model_but_the_heads_and_what_needs_a_backbone_runs_on_files() -> 
 @pytest.mark.parametrize("slug", RUNNABLE)
 def test_files_in_answers_and_a_picture_out(slug: str, photograph: Path) -> None:
     model = tiny(slug).train()
-    output = model.predict(photograph)
-    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)]
+    output = model.predict([photograph] * len(model.views))
+    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)] * len(model.views)
     assert torch.equal(output.images[0], read_image(photograph))
     (said,) = model.answer(output)
     assert said
     picture = model.picture(output)
     assert picture.width >= 52 and picture.height >= 40 and len(set(picture.getdata())) > 5
-    twice = model.predict([photograph, photograph])
-    assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
     assert not any(t.requires_grad for t in predictions.tensors(output).values())
+    if len(model.views) == 1:
+        twice = model.predict([photograph, photograph])
+        assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
 
 
 @pytest.mark.parametrize("slug", RUNNABLE)
 def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
     model = tiny(slug)
-    found = predictions.tensors(model.predict(photograph))
-    if slug == "han":
-        assert found["image"].shape == (1, 3, 40 * model.scale, 52 * model.scale)
+    found = predictions.tensors(model.predict([photograph] * len(model.views)))
+    if "image" in found:
+        scale = getattr(model, "scale", 1)
+        assert found["image"].shape == (1, 3, 40 * scale, 52 * scale)
         assert found["image"].min() >= 0 and found["image"].max() <= 1
-    elif slug == "mcaf-net":
-        assert found["image"].shape == (1, 3, 40, 52)
     elif slug == "bevanet":
         assert found["logits"].shape == (1, 3, 40, 52)
     else:

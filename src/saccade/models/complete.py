@@ -27,12 +27,15 @@ class Complete(nn.Module):
         authors_module: the authors' port of the whole network.
         in_channels: of the images, 3 or 1.
         runs_alone: whether files are all that `predict` needs.
+        views: the images of one call, by the names that the network gives them; where there are several, `predict`
+            takes as many files, in this order.
     """
 
     slug: ClassVar[str]
     authors_module: ClassVar[str] = "network"
     in_channels: int = 3
     runs_alone: ClassVar[bool] = True
+    views: ClassVar[tuple[str, ...]] = ("image",)
 
     @classmethod
     def from_config(cls, name: str, **changes: Any) -> Self:
@@ -91,18 +94,21 @@ class Complete(nn.Module):
         """What the network says of image files, in evaluation and without gradients.
 
         Args:
-            files: an image, or several.
+            files: an image, or several; one for each of `views` where these are several.
 
         Returns:
             The output of its task, with maps of the images' own size and the `images` themselves.
 
         Raises:
             OSError: if a file cannot be read.
-            ValueError: if there is none, one is no image, or the images do not go together.
+            ValueError: if there is none, they are not as many as the views, one is no image, or the images do not go
+                together.
         """
         paths = [files] if isinstance(files, (str, Path)) else list(files)
         if not paths:
             raise ValueError("files must be at least one image, got none")
+        if len(self.views) > 1 and len(paths) != len(self.views):
+            raise ValueError(f"files must be {len(self.views)} ({', '.join(self.views)}), got {len(paths)}")
         weight = next(self.parameters())
         images = [read_image(path).to(weight.device, weight.dtype) for path in paths]
         training = self.training
