@@ -9,6 +9,8 @@
 | `digits-cnn` | the digit, by a small CNN with the gate in each block | accuracy | gate |
 | `paired` | the digit of two noisy views, either may be missing | accuracy | fusion |
 | `restore` | a photograph that is in haze, or lost resolution | PSNR | models that restore |
+| `segment` | the class of each pixel: coins, cells, vessels, shapes | mean IoU | models that segment |
+| `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -25,6 +27,8 @@ from saccade.train.tasks.own import Own as Own
 from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
 from saccade.train.tasks.restore import Restore as Restore
+from saccade.train.tasks.segment import Salient as Salient
+from saccade.train.tasks.segment import Segment as Segment
 from saccade.train.tasks.sequence import SequenceTask as SequenceTask
 from saccade.train.tasks.settings import Settings as Settings
 from saccade.train.tasks.text import Text as Text
@@ -32,7 +36,7 @@ from saccade.train.tasks.text import fingerprint as fingerprint
 from saccade.train.tasks.text import is_paths as is_paths
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Restore)
+    task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Restore, Segment, Salient)
 }
 
 
