@@ -204,9 +204,11 @@ def volumes(
         ((line_S - centre_B3[:, axis, None]) / radius_B3[:, axis, None]).reshape(count, *shape)
         for axis, shape in enumerate(((side, 1, 1), (1, side, 1), (1, 1, side)))
     ]
-    inside_BDHW = sum(offset.square() for offset in offsets) <= 1
+    down, across, behind = offsets
+    inside_BDHW = down.square() + across.square() + behind.square() <= 1
     normal_B3 = torch.randn(count, 3, generator=generator)
-    half_BDHW = sum(normal_B3[:, axis, None, None, None] * offset for axis, offset in enumerate(offsets)) > 0
+    along = [normal_B3[:, axis, None, None, None] * offset for axis, offset in enumerate(offsets)]
+    half_BDHW = along[0] + along[1] + along[2] > 0
     label_BDHW = inside_BDHW.long() + (inside_BDHW & half_BDHW)
     stripes_HW = ((torch.arange(side)[:, None] + torch.arange(side)) // 2 % 2).float() - 0.5
     bright_BDHW = inside_BDHW + stripes_HW * (label_BDHW == 2)
