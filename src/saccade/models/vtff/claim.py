@@ -40,17 +40,17 @@ class _Concatenation(nn.Module):
 
 
 class _Classifier(nn.Module):
-    """Two trunks, a fusion, the mean over positions, classes."""
+    """Two trunks, a fusion, a convolution that reads what is fused, the mean over positions, classes."""
 
     def __init__(self, fusion: nn.Module, channels: int) -> None:
         super().__init__()
         self.first, self.second = (
             nn.Sequential(conv_norm_relu(1, channels), conv_norm_relu(channels, channels, stride=2)) for _ in range(2)
         )
-        self.fusion, self.head = fusion, nn.Linear(channels, 10)
+        self.fusion, self.read, self.head = fusion, conv_norm_relu(channels, channels), nn.Linear(channels, 10)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        return self.head(self.fusion(self.first(first), self.second(second)).mean((2, 3)))
+        return self.head(self.read(self.fusion(self.first(first), self.second(second))).mean((2, 3)))
 
 
 def _claim(lab: Lab) -> ClaimResult:
