@@ -121,7 +121,7 @@ class VTFF(Backbone):
             )
         if norm not in NORMS:
             raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
-        made = [ResNetTrunk(18, width=width, stages=stage) for _ in range(2)] if trunks is None else list(trunks)
+        made: list[nn.Module] = list(trunks or (ResNetTrunk(18, width=width, stages=stage) for _ in range(2)))
         channels = {tuple(getattr(trunk, "channels", ()))[-1:] for trunk in made}
         if len(made) != 2 or len(channels) != 1 or channels == {()}:
             raise ValueError("trunks must be two with channels, the same of their last maps")
