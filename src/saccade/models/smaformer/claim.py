@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.catalogue import Claim, ClaimResult
+from saccade.models.segmentation_losses import dice
 from saccade.models.smaformer.network import SMAFormer, segmentation_loss
 
 if TYPE_CHECKING:
@@ -32,11 +33,6 @@ def discs(count: int, side: int, generator: torch.Generator) -> tuple[Tensor, Te
     return F.layer_norm(image, (side, side))[:, None], inside.long()
 
 
-def dice_percent(found: Tensor, truth: Tensor) -> float:
-    """Of two bool masks."""
-    return 200 * float((found & truth).sum() / (found.sum() + truth.sum()).clamp(min=1))
-
-
 def _claim(lab: Lab) -> ClaimResult:
     """Dice of the discs on fresh images after few steps and after all of them; equal width, two seeds."""
     side = lab.size(64, 32)
@@ -44,7 +40,7 @@ def _claim(lab: Lab) -> ClaimResult:
 
     def measure(trial: Trial) -> dict[str, float]:
         found = torch.cat([trial.model(part).logits.argmax(1) for part in image.split(8)])
-        return {"dice_percent": dice_percent(found == 1, label == 1), "parameters": trial.parameters}
+        return {"dice_percent": 100 * dice(found == 1, label == 1), "parameters": trial.parameters}
 
     sizes: dict[str, Any] = {
         "filters": lab.size((8, 16, 16, 32, 32, 64), (4, 4, 4, 4, 4, 8)),
