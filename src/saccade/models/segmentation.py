@@ -46,6 +46,8 @@ class Segmentation:
     @property
     def maps(self) -> list[Tensor]:
         """All maps of logits of the classes, the finest first."""
+        if self.heads is not None:
+            return list(self.heads)
         return [self.logits] if self.auxiliary is None else [self.logits, self.auxiliary]
 
 
