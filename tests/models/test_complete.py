@@ -75,6 +75,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
     elif isinstance(model, Segmenter):
         classes = catalogue.part(slug).example["num_classes"]
         assert found["logits"].shape == (1, classes, 40, 52)
+    elif slug == "rt-detrv2":
+        assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
     else:
         assert found["logits"].ndim == 2
         square = normalised(middle(read_image(photograph), model.image_size)[None], 3)
