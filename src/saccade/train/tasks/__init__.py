@@ -11,6 +11,7 @@
 | `restore` | a photograph that is in haze, or lost resolution | PSNR | models that restore |
 | `segment` | the class of each pixel: coins, cells, vessels, shapes | mean IoU | models that segment |
 | `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
+| `detect` | where digits and shapes lie on photographs | AP | models that find objects |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 from saccade import catalogue
 from saccade.train.tasks.base import TURN as TURN
 from saccade.train.tasks.base import Task as Task
+from saccade.train.tasks.detect import Detect as Detect
 from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
 from saccade.train.tasks.listops import ListOps as ListOps
@@ -36,7 +38,8 @@ from saccade.train.tasks.text import fingerprint as fingerprint
 from saccade.train.tasks.text import is_paths as is_paths
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Restore, Segment, Salient)
+    task.name: task
+    for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Restore, Segment, Salient, Detect)
 }
 
 
