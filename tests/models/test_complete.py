@@ -16,7 +16,7 @@ from saccade.cli import main
 from saccade.models.han import HAN
 from saccade.models.images import colours, middle, normalised, read_image, to_picture
 from saccade.models.resnest import ResNeSt
-from saccade.models.segmentation import Segmenter
+from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
@@ -72,6 +72,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         scale = getattr(model, "scale", 1)
         assert found["image"].shape == (1, 3, 40 * scale, 52 * scale)
         assert found["image"].min() >= 0 and found["image"].max() <= 1
+    elif isinstance(model, SaliencyNetwork):
+        assert found["logits"].shape == (1, 1, 40, 52)
     elif isinstance(model, Segmenter):
         classes = catalogue.part(slug).example["num_classes"]
         assert found["logits"].shape == (1, classes, 40, 52)

@@ -155,6 +155,9 @@ class Lab(Protocol):
     def accuracy(self, model: nn.Module, batch: tuple[Any, ...]) -> float:
         """The share of the targets of (inputs..., targets) that the model names."""
 
+    def task(self, name: str) -> Any:
+        """A task of `saccade.train.tasks` at the size of a quick comparison: its batches, loss, quality and figures."""
+
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits."""
 

@@ -59,7 +59,7 @@ class Saliency:
     Attributes:
         logits: (B, 1, H, W), at the image's size; the map is their sigmoid.
         side: logits (B, 1, h, w) of coarser maps of the same, from fine to coarse; empty where the network has none.
-        images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
+        images: (3, H, W) in [0, 1] each, as `predict` read them, depths too; None in what `forward` gives.
     """
 
     logits: Tensor
@@ -117,13 +117,12 @@ class SaliencyNetwork(Complete):
 
     def see(self, images: Sequence[Tensor]) -> Saliency:
         """Of a network with depth: an image and its depth, whose grey is taken."""
-        with_depth = "depth" in self.views
-        images_B3HW = batch(images)[:: 2 if with_depth else 1]
-        inputs = [self.prepared(_square(images_B3HW, self.image_size))]
-        if with_depth:
-            inputs.append(_square(batch(images)[1::2].mean(1, keepdim=True), self.image_size))
+        views = batch(images)
+        inputs = [self.prepared(_square(views[:: len(self.views)], self.image_size))]
+        if "depth" in self.views:
+            inputs.append(_square(views[1::2].mean(1, keepdim=True), self.image_size))
         said: Saliency = self(*inputs)
-        return Saliency(resize(said.logits, images_B3HW), said.side, list(images_B3HW))
+        return Saliency(resize(said.logits, views), said.side, list(images))
 
     def prepared(self, images_B3HW: Tensor) -> Tensor:
         """Images in [0, 1] as the network takes them."""
@@ -145,7 +144,7 @@ class SaliencyNetwork(Complete):
         maps = output.logits.float().cpu().sigmoid().expand(-1, 3, -1, -1)
         return stacked([
             to_picture(F.pad(image.float().cpu(), (0, map_3HW.shape[2])) + F.pad(map_3HW, (image.shape[2], 0)))
-            for image, map_3HW in zip(output.images or (), maps)
+            for image, map_3HW in zip((output.images or [])[:: len(self.views)], maps)
         ])  # fmt: skip
 
 

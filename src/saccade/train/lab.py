@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
@@ -239,6 +239,24 @@ class Lab:
         """The share of the targets of (inputs..., targets) that the model names; those to be ignored are left out."""
         asked = batch[-1] != data.IGNORE
         return (_logits(model, batch).argmax(-1) == batch[-1])[asked].float().mean().item()
+
+    def task(self, name: str) -> Any:
+        """A task of `saccade.train.tasks` at the size of a quick comparison: its batches, loss, quality and figures.
+
+        Args:
+            name: of `TASKS`.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        from saccade.train.tasks import TASKS
+
+        if name not in TASKS:
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+        settings = TASKS[name].budgets["quick"]
+        if self.smoke:
+            settings = replace(settings, batch=2, evaluation_size=2)
+        return TASKS[name](settings, torch.device("cpu"))
 
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.
