@@ -178,6 +178,9 @@ class CPDRA(nn.Module):
         ValueError: if a number is out of range, or the maps do not fit.
     """
 
+    widths: tuple[int, ...]
+    out_widths: tuple[int, ...]
+
     def __init__(
         self, base: int = 16, reductions: Sequence[int] = (2, 4, 8), kernel_size: int = 7, *, factor: float = 2.0
     ) -> None:
@@ -221,6 +224,9 @@ class CPDRB(nn.Module):
     Raises:
         ValueError: if a number is out of range, or the maps do not fit.
     """
+
+    widths: tuple[int, ...]
+    out_widths: tuple[int, ...]
 
     def __init__(
         self, base: int = 16, reductions: Sequence[int] = (8, 4, 2), kernel_size: int = 7, *, factor: float = 2.0

@@ -5,7 +5,8 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from saccade.models.cpdr.blocks import CPDRA, CPDRB
 from saccade.models.segmentation import Saliency, SaliencyNetwork
 from saccade.ops.feature_maps import check_map
 
-NECKS = {"a": CPDRA, "b": CPDRB}
+NECKS: Mapping[str, type[CPDRA] | type[CPDRB]] = {"a": CPDRA, "b": CPDRB}
 DECODERS = ("concat", "sum")
 
 
@@ -106,7 +107,7 @@ class CPDR(SaliencyNetwork):
         mapped = (b, 2 * b, 4 * b, 8 * b, 8 * b)
         decoded = (8 * b, 4 * b, 2 * b, b) if kind == "concat" else (4 * b, 2 * b, b, b)
         self.mappers = nn.ModuleList(conv_norm_relu(c, m, 1) for c, m in zip(self.channels, mapped))
-        options = {} if reductions is None else {"reductions": reductions}
+        options: dict[str, Any] = {} if reductions is None else {"reductions": reductions}
         self.neck = None if neck == "none" else NECKS[neck](b, kernel_size=kernel_size, factor=factor, **options)
         widths = (4 * b, 2 * b, b, b) if self.neck is None else self.neck.widths
         out_widths = widths[1:] if self.neck is None else self.neck.out_widths
