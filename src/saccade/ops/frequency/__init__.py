@@ -1,13 +1,15 @@
-"""Maps and volumes by their frequencies: Fourier spectra, wavelets, the Laplacian; of any size, over any axes.
+"""Maps and volumes by their frequencies: Fourier, cosines, wavelets, the Laplacian; of any size, over any axes.
 
 | file        | what it holds                                                                            |
 |-------------|------------------------------------------------------------------------------------------|
+| `dct`       | statistics of channels over a cosine basis, on a grid of reference                       |
 | `extension` | what a signal is beyond its ends                                                         |
 | `fourier`   | a function applied to the spectrum; learned spectral filters at any size                 |
 | `wavelets`  | the discrete wavelet transform and its inverse, by convolution                           |
 | `laplacian` | the discrete Laplacian; weights that matter, held at their target (elastic consolidation) |
 """
 
+from saccade.ops.frequency.dct import cosine_basis, dct_statistics, dct_statistics_reference
 from saccade.ops.frequency.extension import EXTENSIONS, extend
 from saccade.ops.frequency.fourier import on_spectrum, resize_spectrum, spectral_filter
 from saccade.ops.frequency.laplacian import (
@@ -24,6 +26,9 @@ __all__ = [
     "EXTENSIONS",
     "WaveletFilters",
     "consolidated",
+    "cosine_basis",
+    "dct_statistics",
+    "dct_statistics_reference",
     "dwt",
     "elastic_penalty",
     "extend",
