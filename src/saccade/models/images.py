@@ -120,6 +120,22 @@ def with_bars(
     return sheet
 
 
+def luma(images_B3HW: Tensor) -> Tensor:
+    """Y of YUV (ITU-R BT.601), (B, 1, H, W), or (1, H, W) of one image."""
+    weight = torch.tensor(_LUMA, device=images_B3HW.device, dtype=images_B3HW.dtype)[:, None, None]
+    return (images_B3HW * weight).sum(-3, keepdim=True)
+
+
+def beside(pictures: Sequence[Picture]) -> Picture:
+    """Pictures right of each other."""
+    size = (sum(each.width for each in pictures), max(each.height for each in pictures))
+    sheet, left = need("PIL.Image", "drawing").new("RGB", size, (255, 255, 255)), 0
+    for each in pictures:
+        sheet.paste(each, (left, 0))
+        left += each.width
+    return sheet
+
+
 def stacked(pictures: Sequence[Picture]) -> Picture:
     """Pictures below each other."""
     if len(pictures) == 1:

@@ -1,7 +1,8 @@
-"""Commands on whole models: `advise`, `insert`, `run`."""
+"""Commands on whole models and what they make: `advise`, `insert`, `run`, `fuse-metrics`."""
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +112,9 @@ def run(
     model: Annotated[
         str, typer.Argument(help="A complete network, its options after a colon: resnest:depths=101,stem_width=64.")
     ],
-    files: Annotated[list[Path], typer.Argument(help="Image files; each is a call of its own.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Image files; each a call of its own, or two by two where a network fuses.")
+    ],
     size: Annotated[
         str | None,
         typer.Option(help="A published size by the paper's name: `saccade show` lists them."),
@@ -139,6 +142,8 @@ def run(
 
     `saccade run han small.png --size 'HAN x2' --weights HAN_BIX2.pt --out large.png`
 
+    `saccade run amfusionnet infrared.png visible.png --weights amfusionnet.pt --out fused.png`
+
     In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
     `model.picture(output)`.
     """
@@ -149,18 +154,40 @@ def run(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device must be cpu, or cuda where torch sees one, got {device!r}")
     called = None if names is None else predictions.read_names(names)
-    targets = predictions.places(files, model.partition(":")[0].strip(), out)
+    calls = predictions.calls(model, files)
+    targets = predictions.places([call[0] for call in calls], model.partition(":")[0].strip(), out)
     network = predictions.build(model, size, weights, seed).to(device)
     if weights is None:
         print("saccade: without --weights the network is untrained, and its answer means nothing", file=sys.stderr)
     answers = []
-    for file, target in zip(files, targets):
-        output = network.predict(file)
+    for call, target in zip(calls, targets):
+        output = network.predict(call)
         (said,) = network.answer(output, called)
         predictions.write(network, output, target, called)
+        file = " + ".join(map(str, call))
         if as_json:
-            answers.append({"file": str(file), "answer": said, "written": str(target)})
+            answers.append({"file": file, "answer": said, "written": str(target)})
         else:
             print(predictions.told(said, file), f"written: {target}", sep="\n", flush=True)
     if as_json:
         print_json(answers)
+
+
+def fuse_metrics(
+    first: Annotated[Path, typer.Argument(help="An image, such as the infrared one.")],
+    second: Annotated[Path, typer.Argument(help="Another of the same place and size, such as the visible one.")],
+    fused: Annotated[Path, typer.Argument(help="What was made of both.")],
+    as_json: AsJson = False,
+) -> None:
+    """How good is a fused image? `saccade fuse-metrics a.png b.png fused.png` prints the twelve measures of this field.
+
+    For anyone's fusion; of colour images the luma counts. `saccade.train.fusion_metrics` defines each measure.
+    """
+    from saccade.tables import table
+    from saccade.train.fusion_metrics import of_files
+
+    found = of_files(first, second, fused)
+    if as_json:
+        print_json({name: value if math.isfinite(value) else None for name, value in found.items()})
+    else:
+        print(table(("measure", "value"), [(name, f"{value:.4f}") for name, value in found.items()], title=str(fused)))
