@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from saccade import catalogue
 from saccade.cli import main
+from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
-from saccade.models.images import colours, middle, normalised, read_image, to_picture
+from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
 from saccade.models.resnest import ResNeSt
-from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
-#: on photographs; the other one's files are volumes, and tested in its room
-SEEING = [slug for slug in RUNNABLE if slug != "hff-net"]
+FUSERS = [slug for slug in RUNNABLE if len(catalogue.part(slug).build.views) > 1]
+ALONE = [slug for slug in RUNNABLE if slug not in FUSERS]
 GOLDEN = Path(__file__).parent.parent / "golden"
 #: a network of BEVANet's, small, as the command takes it
 SMALL = (
@@ -48,37 +48,97 @@ def test_every_model_but_the_heads_and_what_needs_a_backbone_runs_on_files() -> 
     assert set(RUNNABLE) == models - {"dynamic-head", "uplift"}
 
 
-@pytest.mark.parametrize("slug", SEEING)
+@pytest.mark.parametrize("slug", ALONE)
 def test_files_in_answers_and_a_picture_out(slug: str, photograph: Path) -> None:
     model = tiny(slug).train()
-    output = model.predict([photograph] * len(model.views))
-    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)] * len(model.views)
+    output = model.predict(photograph)
+    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)]
     assert torch.equal(output.images[0], read_image(photograph))
     (said,) = model.answer(output)
     assert said
     picture = model.picture(output)
     assert picture.width >= 52 and picture.height >= 40 and len(set(picture.getdata())) > 5
+    twice = model.predict([photograph, photograph])
+    assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
     assert not any(t.requires_grad for t in predictions.tensors(output).values())
-    if len(model.views) == 1:
-        twice = model.predict([photograph, photograph])
-        assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
 
 
-@pytest.mark.parametrize("slug", SEEING)
+@pytest.mark.parametrize("slug", FUSERS)
+def test_two_files_in_one_picture_out(slug: str, photograph: Path, tmp_path: Path) -> None:
+    model, warm = tiny(slug).train(), tmp_path / "warm.png"
+    to_picture(torch.rand(1, 40, 52).expand(3, -1, -1)).save(warm)
+    output = model.predict([warm, photograph])
+    assert model.training and output.image.shape == (1, 3, 40, 52)
+    assert output.image.min() >= 0 and output.image.max() <= 1
+    infrared, visible = (read_image(path) for path in (warm, photograph))
+    assert torch.equal(output.images[0], infrared) and torch.equal(output.images[1], visible)
+    (said,) = model.answer(output)
+    assert said["size"] == "52 x 40" and set(said) == {
+        "size", "correlation with infrared", "correlation with visible"
+    }  # fmt: skip
+    assert model.picture(output).size == (3 * 52, 40)
+    to_picture(torch.rand(3, 8, 9)).save(tmp_path / "small.png")
+    for files, message in (
+        ([warm], r"files must be 2 \(infrared, visible\), got 1"),
+        ([warm, tmp_path / "small.png"], "infrared and visible images must have one size, got 52 x 40 and 9 x 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.predict(files)
+
+
+class Mean(Fuser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, infrared: torch.Tensor, visible: torch.Tensor) -> Fused:
+        return Fused(self.share * infrared + (1 - self.share) * visible)
+
+
+def test_the_fused_image_has_the_visible_ones_colours(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    infrared, visible = 0.4 + 0.2 * torch.rand(2, 3, 6, 7)
+    for name, image in (("warm", infrared), ("seen", visible)):
+        to_picture(image).save(tmp_path / f"{name}.png")
+    output = Mean().predict([tmp_path / "warm.png", tmp_path / "seen.png"])
+    infrared, visible = output.images
+    torch.testing.assert_close(luma(output.image)[0], (luma(infrared) + luma(visible)) / 2)
+    for one, other in ((2, 1), (0, 1)):  # U and V are in proportion to what blue and red are above Y
+        torch.testing.assert_close(output.image[0, one] - output.image[0, other], visible[one] - visible[other])
+
+
+def test_the_command_takes_files_two_by_two(
+    capsys: pytest.CaptureFixture[str], photograph: Path, tmp_path: Path
+) -> None:
+    small, warm = "fsatfusion:grid=(14,14)", tmp_path / "warm.png"
+    to_picture(torch.rand(3, 40, 52)).save(warm)
+    code, out, _ = said(capsys, "run", small, warm, photograph, "--out", tmp_path / "fused.png")
+    assert code == 0 and "correlation with infrared" in out and "warm.png" in out
+    assert Image.open(tmp_path / "fused.png").size == (3 * 52, 40)
+    code, out, _ = said(capsys, "run", small, warm, photograph, photograph, warm, "--out", tmp_path / "both", "--json")
+    assert code == 0 and [row["file"] for row in json.loads(out)] == [
+        f"{warm} + {photograph}",
+        f"{photograph} + {warm}",
+    ]
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {
+        "warm-fsatfusion.png", "photograph-fsatfusion.png"
+    }  # fmt: skip
+    code, _, err = said(capsys, "run", small, warm, "--out", tmp_path / "alone.png")
+    assert code == 2 and "'fsatfusion' takes 2 files together (infrared, visible), got 1" in err
+    assert not (tmp_path / "alone.png").exists()
+
+
+@pytest.mark.parametrize("slug", ALONE)
 def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
     model = tiny(slug)
-    found = predictions.tensors(model.predict([photograph] * len(model.views)))
-    if "image" in found:
-        scale = getattr(model, "scale", 1)
-        assert found["image"].shape == (1, 3, 40 * scale, 52 * scale)
+    found = predictions.tensors(model.predict(photograph))
+    if slug == "han":
+        assert found["image"].shape == (1, 3, 40 * model.scale, 52 * model.scale)
         assert found["image"].min() >= 0 and found["image"].max() <= 1
-    elif isinstance(model, SaliencyNetwork):
-        assert found["logits"].shape == (1, 1, 40, 52)
-    elif isinstance(model, Segmenter):
-        classes = catalogue.part(slug).example["num_classes"]
-        assert found["logits"].shape == (1, classes, 40, 52)
-    elif slug == "rt-detrv2":
-        assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
+    elif slug == "mcaf-net":
+        assert found["image"].shape == (1, 3, 40, 52)
+    elif slug == "bevanet":
+        assert found["logits"].shape == (1, 3, 40, 52)
     else:
         assert found["logits"].ndim == 2
         square = normalised(middle(read_image(photograph), model.image_size)[None], 3)
@@ -99,8 +159,7 @@ def test_weights_of_our_own_names_and_of_the_authors(slug: str, tmp_path: Path) 
 
 
 def test_the_authors_whole_networks_are_taken(tmp_path: Path) -> None:
-    nobodys = {"structured-awareness-decoder"}  # there is no authors' code of the whole
-    with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports and slug not in nobodys]
+    with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports]
     for slug in with_port:
         recording = GOLDEN / slug / f"{catalogue.part(slug).build.authors_module}.a.safetensors"
         assert recording.is_file(), recording

@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade import catalogue
 from saccade.models.complete import Complete
 from saccade.tables import table
-from saccade.train.entries import parse
+from saccade.train.entries import Entry, parse
 from saccade.train.files import make_folder, write_bytes
 
 #: what a picture may be written as, and what the tensors are
@@ -34,16 +34,34 @@ def build(model: str, size: str | None = None, weights: str | Path | None = None
         OSError: if the file cannot be read.
         ValueError: if the part runs on no files, there is no such size, or the weights do not fit.
     """
-    (wanted,) = parse([model])
+    wanted, made = _wanted(model)
     slug = str(wanted.slug)
-    made = None if wanted.slug is None else catalogue.part(slug).build
-    if not _runs_on_files(made):
-        raise ValueError(f"{slug!r} does not run on files; {', '.join(runnable())} do")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = catalogue.create(slug, **wanted.options) if size is None else made.from_config(size, **wanted.options)
     assert isinstance(network, Complete)
     return (network if weights is None else network.load(weights)).eval()
+
+
+def calls(model: str, files: Sequence[Path]) -> list[list[Path]]:
+    """The files of each call: one, or as many as a network takes together.
+
+    Raises:
+        ValueError: if the part runs on no files, or these do not come out even.
+    """
+    views = _wanted(model)[1].views
+    if len(files) % len(views):
+        slug = model.partition(":")[0].strip()
+        raise ValueError(f"{slug!r} takes {len(views)} files together ({', '.join(views)}), got {len(files)}")
+    return [list(files[i : i + len(views)]) for i in range(0, len(files), len(views))]
+
+
+def _wanted(model: str) -> tuple[Entry, type[Complete]]:
+    (wanted,) = parse([model])
+    made = None if wanted.slug is None else catalogue.part(str(wanted.slug)).build
+    if not _runs_on_files(made):
+        raise ValueError(f"{str(wanted.slug)!r} does not run on files; {', '.join(runnable())} do")
+    return wanted, made
 
 
 def runnable() -> list[str]:
@@ -119,7 +137,7 @@ def tensors(output: Any) -> dict[str, Tensor]:
     return found
 
 
-def told(said: dict[str, Any], file: Path) -> str:
-    """An answer as a table."""
+def told(said: dict[str, Any], file: str) -> str:
+    """An answer as a table, under the file's name."""
     rows = [(name, f"{value:.1%}" if isinstance(value, float) else str(value)) for name, value in said.items()]
-    return table(("what", "share" if any(isinstance(v, float) for v in said.values()) else "is"), rows, title=str(file))
+    return table(("what", "share" if any(isinstance(v, float) for v in said.values()) else "is"), rows, title=file)
