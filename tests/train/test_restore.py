@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import saccade
 from saccade import catalogue
-from saccade.train.data import depths, hazy
+from saccade.train.data import depths, hazy, recoloured
 from saccade.train.entries import Entry
 from saccade.train.tasks import taking
 from saccade.train.tasks.restore import JUDGE, LEARN, Restore, coarse
@@ -59,6 +59,20 @@ def test_haze_is_its_model() -> None:
     assert torch.equal(hazy(clear, generator()).image, image)
     grey = hazy(clear, generator(), tint=0).airlight
     assert torch.equal(grey, grey[:, :1].expand_as(grey)) and not torch.equal(light, light[:, :1].expand_as(light))
+
+
+def test_colours_are_exchanged_and_lightness_changed() -> None:
+    images = torch.rand(16, 3, 4, 5, generator=generator(1))
+    out = recoloured(images, generator())
+    assert out.shape == images.shape and out.min() >= 0 and out.max() <= 1
+    gammas, orders = [], set()
+    for before, after in zip(images, out):
+        gamma = (after.log().sum() / before.log().sum()).item()
+        order = [int((before[:, None] ** gamma - after[None]).abs().sum((2, 3))[:, c].argmin()) for c in range(3)]
+        torch.testing.assert_close(before[order] ** gamma, after, rtol=1e-4, atol=1e-4)
+        gammas.append(gamma)
+        orders.add(tuple(order))
+    assert 0.5 <= min(gammas) < 0.8 and 1.2 < max(gammas) <= 2 and len(orders) > 3
 
 
 def test_coarse_images_have_no_fine_detail() -> None:

@@ -81,7 +81,8 @@ def compare(
         list[str], typer.Argument(help="Parts to compare; options as in moba:block_size=32,top_k=3.")
     ],
     task: Annotated[
-        str, typer.Option(help="text, digits, recall, listops, digits-cnn (gates) or paired (fusion).")
+        str,
+        typer.Option(help="text, digits, recall, listops, digits-cnn (gates), paired (fusion), restore (images)."),
     ] = "text",
     budget: Annotated[
         str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism, on the mean.")

@@ -17,7 +17,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
-from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs
+from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.text import read_files, text_bytes, windows
 
@@ -38,6 +38,7 @@ __all__ = [
     "photographs",
     "read_files",
     "recall",
+    "recoloured",
     "rows",
     "text_bytes",
     "windows",

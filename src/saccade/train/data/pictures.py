@@ -121,6 +121,19 @@ def _window(map_HW: Tensor, times: int, top: int, left: int, side: int) -> Tenso
     return map_HW[..., top : top + side, left : left + side]
 
 
+def recoloured(images_B3HW: Tensor, generator: torch.Generator) -> Tensor:
+    """Images with their colours in another order, and darker or brighter (gamma from 1/2 to 2): more to learn from.
+
+    Args:
+        images_B3HW: in [0, 1].
+        generator: of both.
+    """
+    B = len(images_B3HW)
+    order_B3 = torch.rand(B, 3, generator=generator).argsort(1)
+    gamma_B = 2 ** (2 * torch.rand(B, generator=generator) - 1)
+    return images_B3HW[torch.arange(B)[:, None], order_B3] ** gamma_B[:, None, None, None]
+
+
 class Paired(NamedTuple):
     """Two views (B, 1, 8, 8) of the same digits, which of them are there (B, 2), and labels; a missing view is 0.
 

@@ -62,19 +62,23 @@ class Restore(NetworkTask):
         self.measures = need("torchmetrics.functional.image", "the task of restoring images")
 
     def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        return self._damaged(self.learn, self.settings.batch, generator_at(seed, step, TRAIN))
+        """Windows turned any way, their colours exchanged."""
+        generator = generator_at(seed, step, TRAIN)
+        (clear,) = sources.crops(self.learn, self.settings.batch, self.side, generator, turned=True)
+        return self._damaged(sources.recoloured(clear, generator), generator)
 
     @cached_property
     def test(self) -> tuple[Tensor, ...]:
         """All held-out images: damaged, and clear."""
-        return self._damaged(self.judge, self.settings.evaluation_size, generator_at(0, 0, HELD_OUT))
+        generator = generator_at(0, 0, HELD_OUT)
+        (clear,) = sources.crops(self.judge, self.settings.evaluation_size, self.side, generator)
+        return self._damaged(clear, generator)
 
     def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
         yield from self.in_batches(self.test, share)
 
-    def _damaged(self, photographs: list[tuple[Tensor]], count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Windows of photographs: every other one in haze, the rest at less resolution; and as they were."""
-        (clear,) = sources.crops(photographs, count, self.side, generator)
+    def _damaged(self, clear: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Every other image in haze, the rest at less resolution; and as they were."""
         damaged = clear.clone()
         damaged[::2] = hazy(clear[::2], generator).image
         damaged[1::2] = coarse(clear[1::2])
