@@ -135,9 +135,9 @@ def test_a_comparison_keeps_psnr_and_ssim(tmp_path: object) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match="square of an even number"):
+    with pytest.raises(ValueError, match="square of a multiple of 4"):
         Restore(Settings(length=200), torch.device("cpu"))
-    with pytest.raises(ValueError, match="square of an even number"):
+    with pytest.raises(ValueError, match="square of a multiple of 4"):
         Restore(Settings(length=225), torch.device("cpu"))
     with pytest.raises(ValueError, match=r"images must be \(batch, 3"):
         hazy(torch.rand(1, 1, 4, 4), generator())

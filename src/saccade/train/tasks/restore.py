@@ -1,4 +1,4 @@
-"""Photographs that lost something are given back: in haze, or at half their resolution.
+"""Photographs that lost something are given back: in haze, or at a quarter of their resolution.
 
 Shape letters: B batch, C channels, H height, W width.
 """
@@ -25,11 +25,12 @@ from saccade.train.tasks.settings import Settings
 #: photographs that are learned from, and those that are judged on
 LEARN, JUDGE = ("chelsea", "coffee", "rocket"), ("astronaut",)
 #: how much smaller the photographs were that lost resolution
-SCALE = 2
+SCALE = 4
 
 
 class Restore(NetworkTask):
-    """What was the photograph? Every other one is in haze, the rest is at half its resolution (and enlarged again).
+    """What was the photograph? Every other one is in haze, the rest is at a quarter of its resolution (and enlarged
+    again).
 
     The network is given the damaged image and gives the clear one back at the same size. Loss is the mean absolute
     error, quality the mean PSNR of the images of a photograph that was not learned from.
@@ -54,9 +55,7 @@ class Restore(NetworkTask):
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.side = math.isqrt(settings.length)
         if self.side**2 != settings.length or self.side % SCALE:
-            raise ValueError(
-                f"length must be the square of an even number of pixels for restore, got {settings.length}"
-            )
+            raise ValueError(f"length must be the square of a multiple of {SCALE} for restore, got {settings.length}")
         super().__init__(settings, device)
         self.learn, self.judge = ([(image,) for image in sources.photographs(*names)] for names in (LEARN, JUDGE))
         self.measures = need("torchmetrics.functional.image", "the task of restoring images")
