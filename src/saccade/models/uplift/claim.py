@@ -54,27 +54,27 @@ def _claim(lab: Lab) -> ClaimResult:
             "uplift": partial(UPLiFT, _CHANNELS, _PATCH, **sizes),
             "no_attender": partial(UPLiFT, _CHANNELS, _PATCH, **sizes, attender=None),
         },
-        lambda generator: lab.data.crops(learn, lab.size(8, 2), lab.size(128, 32), generator),
+        lambda generator: lab.data.crops(learn, lab.size(6, 2), lab.size(128, 32), generator),
         measure,
-        300, loss=loss, lr=2e-3, seeds=2,
+        250, loss=loss, lr=2e-3, seeds=2,
     )  # fmt: skip
     bilinear = {
         f"bilinear_mse_step{step}": error(F.interpolate(truth[0], truth[step].shape[2:], mode="bilinear"), step)
         for step in range(1, steps + 1)
     }
     measured = {**bilinear, **trials.means("{form}_{figure}")}
-    last = f"mse_step{steps}"
-    return ClaimResult(
-        measured,
-        holds=all(measured[f"uplift_mse_step{step}"] < measured[f"bilinear_mse_step{step}"] for step in (1, steps))
-        and measured[f"uplift_{last}"] < measured[f"no_attender_{last}"],
+    closer = all(measured[f"uplift_mse_step{n}"] < measured[f"bilinear_mse_step{n}"] for n in range(1, steps + 1))
+    stays = measured[f"uplift_mse_step{steps}"] < measured[f"no_attender_mse_step{steps}"]
+    note = (
+        "Closer than bilinear at each step, but closer still without attender: these features follow from the pixels."
     )
+    return ClaimResult(measured, holds=closer and stays, note=note if closer and not stays else "")
 
 
 CLAIM = Claim(
     paper="features at pixel size by repeated steps: mIoU 62.55 on COCO where bilinear gives 59.41 (DINOv2-S/14), and "
     "the attender keeps repeated steps from drifting",
-    expected="trained on one step, it is closer to the features of larger images than bilinear at one and at three "
-    "steps, and at three closer than the same network without attender",
+    expected="trained on one step, it is closer to the features of larger images than bilinear at each of three steps, "
+    "and at the last closer than the same network without attender",
     run=_claim,
 )
