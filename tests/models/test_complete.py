@@ -17,11 +17,14 @@ from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
 from saccade.models.resnest import ResNeSt
+from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
-FUSERS = [slug for slug in RUNNABLE if len(catalogue.part(slug).build.views) > 1]
-ALONE = [slug for slug in RUNNABLE if slug not in FUSERS]
+#: on photographs; the other one's files are volumes, and tested in its room
+SEEING = [slug for slug in RUNNABLE if slug != "hff-net"]
+#: of two images one
+FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]
 GOLDEN = Path(__file__).parent.parent / "golden"
 #: a network of BEVANet's, small, as the command takes it
 SMALL = (
@@ -48,19 +51,20 @@ def test_every_model_but_the_heads_and_what_needs_a_backbone_runs_on_files() -> 
     assert set(RUNNABLE) == models - {"context-aware-fusion", "dynamic-head", "uplift"}
 
 
-@pytest.mark.parametrize("slug", ALONE)
+@pytest.mark.parametrize("slug", SEEING)
 def test_files_in_answers_and_a_picture_out(slug: str, photograph: Path) -> None:
     model = tiny(slug).train()
-    output = model.predict(photograph)
-    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)]
+    output = model.predict([photograph] * len(model.views))
+    assert model.training and [image.shape for image in output.images] == [(3, 40, 52)] * len(model.views)
     assert torch.equal(output.images[0], read_image(photograph))
     (said,) = model.answer(output)
     assert said
     picture = model.picture(output)
     assert picture.width >= 52 and picture.height >= 40 and len(set(picture.getdata())) > 5
-    twice = model.predict([photograph, photograph])
-    assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
     assert not any(t.requires_grad for t in predictions.tensors(output).values())
+    if len(model.views) == 1:
+        twice = model.predict([photograph, photograph])
+        assert model.picture(twice).height == 2 * picture.height and model.answer(twice)[1] == pytest.approx(said)
 
 
 @pytest.mark.parametrize("slug", FUSERS)
@@ -128,17 +132,21 @@ def test_the_command_takes_files_two_by_two(
     assert not (tmp_path / "alone.png").exists()
 
 
-@pytest.mark.parametrize("slug", ALONE)
+@pytest.mark.parametrize("slug", SEEING)
 def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
     model = tiny(slug)
-    found = predictions.tensors(model.predict(photograph))
-    if slug == "han":
-        assert found["image"].shape == (1, 3, 40 * model.scale, 52 * model.scale)
+    found = predictions.tensors(model.predict([photograph] * len(model.views)))
+    if "image" in found:
+        scale = getattr(model, "scale", 1)
+        assert found["image"].shape == (1, 3, 40 * scale, 52 * scale)
         assert found["image"].min() >= 0 and found["image"].max() <= 1
-    elif slug == "mcaf-net":
-        assert found["image"].shape == (1, 3, 40, 52)
-    elif slug == "bevanet":
-        assert found["logits"].shape == (1, 3, 40, 52)
+    elif isinstance(model, SaliencyNetwork):
+        assert found["logits"].shape == (1, 1, 40, 52)
+    elif isinstance(model, Segmenter):
+        classes = catalogue.part(slug).example["num_classes"]
+        assert found["logits"].shape == (1, classes, 40, 52)
+    elif slug == "rt-detrv2":
+        assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
     else:
         assert found["logits"].ndim == 2
         square = normalised(middle(read_image(photograph), model.image_size)[None], 3)
@@ -159,7 +167,8 @@ def test_weights_of_our_own_names_and_of_the_authors(slug: str, tmp_path: Path) 
 
 
 def test_the_authors_whole_networks_are_taken(tmp_path: Path) -> None:
-    with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports]
+    nobodys = {"structured-awareness-decoder"}  # there is no authors' code of the whole
+    with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports and slug not in nobodys]
     for slug in with_port:
         recording = GOLDEN / slug / f"{catalogue.part(slug).build.authors_module}.a.safetensors"
         assert recording.is_file(), recording

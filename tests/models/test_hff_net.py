@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import saccade
+from saccade.cli import main
 from saccade.models.hff_net import (
     AdaptiveLaplacian,
     FrequencyCrossAttention,
@@ -334,3 +335,15 @@ def test_refusals() -> None:
         pyramid(torch.zeros(1, 4, 4), 3)
     with pytest.raises(ValueError, match="sequences"):
         decompose(torch.zeros(4, 4, 4))
+
+
+def test_the_command_takes_a_volume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numpy.save(tmp_path / "head.npy", numpy.random.default_rng(0).normal(size=(17, 20, 18)))
+    model = "hff-net:num_classes=2,low_channels=1,high_channels=4,depth=17,widths=(2,3,4,4,6),side=(3,4),reduction=2"
+    with pytest.raises(SystemExit) as ended:
+        main(["run", model, str(tmp_path / "head.npy"), "--out", str(tmp_path / "head.png")])
+    assert not ended.value.code and "class 0" in capsys.readouterr().out
+    assert (tmp_path / "head.png").stat().st_size > 100
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "hff-net", str(tmp_path / "none.npy")])
+    assert ended.value.code == 2 and "no volume at" in capsys.readouterr().err

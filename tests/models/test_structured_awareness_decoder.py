@@ -175,6 +175,8 @@ def test_heads() -> None:
     output = model(x)
     assert [tuple(head.shape) for head in output.heads] == [(2, 3, 64, 64)] * 4
     assert torch.equal(output.logits, output.heads[0])
+    assert output.maps == output.heads and len(model.eval()(x).maps) == 1
+    model.train()
     model.sum_heads = True
     torch.testing.assert_close(model(x).logits, sum(model(x).heads))
 

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-#: where released checkpoints keep the state dict, where it is not the file itself; the first that is there is taken
+#: where released checkpoints keep the state dict, where it is not the file itself; the first that is there is taken:
+#: the running mean of the weights, with which authors evaluate, before the weights themselves
 _WRAPPERS = (
-    "state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "params", "weights",
-    "params_ema", "model_ema", "ema_state_dict", "ema",
+    "params_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model_state", "model",
+    "module", "network", "net", "params", "weights",
 )  # fmt: skip
 #: dicts around a state dict
 _DEPTH = 8
@@ -188,10 +189,10 @@ def _state_in(loaded: Any, path: Path) -> dict[str, Tensor]:
     for _ in range(_DEPTH):
         if not isinstance(loaded, dict) or all(isinstance(value, Tensor) for value in loaded.values()):
             break
-        inner = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]), None)
-        if inner is None:
+        inner = [loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict) and loaded[key]]
+        if not inner:
             break
-        loaded = inner
+        loaded = next(filter(_leads_to_tensors, inner), inner[0])
     if not isinstance(loaded, dict) or not loaded:
         raise ValueError(f"{path} holds no state dict of tensors")
     others = [f"{key} ({type(value).__name__})" for key, value in loaded.items() if not isinstance(value, Tensor)]
@@ -204,6 +205,17 @@ def _state_in(loaded: Any, path: Path) -> dict[str, Tensor]:
     if empty:
         raise ValueError(f"{path} does not hold all numbers of {listed(empty)}")
     return dict(loaded)
+
+
+def _leads_to_tensors(loaded: Any, depth: int = _DEPTH) -> bool:
+    """Whether a dict is a state dict, or holds one under a usual name."""
+    from torch import Tensor
+
+    if not isinstance(loaded, dict) or not loaded or not depth:
+        return False
+    if all(isinstance(value, Tensor) for value in loaded.values()):
+        return True
+    return any(_leads_to_tensors(loaded.get(key), depth - 1) for key in _WRAPPERS)
 
 
 def _is_held(tensor: Tensor) -> bool:

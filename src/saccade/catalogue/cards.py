@@ -162,7 +162,7 @@ class Published:
     Attributes:
         name: the paper's, e.g. "Twins-SVT-S".
         arguments: of `build`.
-        parameters: in millions.
+        parameters: in millions; None where the paper gives none.
         flops: in thousand millions of multiply-adds on `inputs`; None where the paper gives none.
         inputs: the shapes of the call's named inputs, batch included.
         tolerance: how far the table may be off, as a share.
@@ -171,7 +171,7 @@ class Published:
 
     name: str
     arguments: Mapping[str, Any]
-    parameters: float
+    parameters: float | None = None
     flops: float | None = None
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"pixel_values": (1, 3, 224, 224)})
     tolerance: float = 0.01

@@ -5,8 +5,51 @@ Shape letters: B batch, N tokens, C channels, H height, W width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch norm of maps by numbers that stay as they are, in training too: (x - mean) / sqrt(var + eps) weight + bias.
+
+    Args:
+        channels: C.
+        eps: added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+            self.register_buffer(name, torch.full((channels,), value))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # of a norm that was not frozen
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.batch_norm(x_BCHW, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
+def freeze_norms(module: nn.Module) -> nn.Module:
+    """The module with a `FrozenBatchNorm` of the same numbers in the place of each batch norm of maps in it."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm(child.num_features, child.eps)
+            own = {key: tensor for key, tensor in child.state_dict().items() if key != "num_batches_tracked"}
+            frozen.load_state_dict(own)
+            setattr(module, name, frozen)
+        else:
+            freeze_norms(child)
+    return module
 
 
 class ChannelNorm(nn.LayerNorm):

@@ -106,7 +106,7 @@ class Bottleneck(ResidualBlock):
         width: channels of the 3x3 convolution.
         stride, groups: of the 3x3 convolution.
         expansion: channels of the output over the width.
-        gate, projected, relu: see `ResidualBlock`.
+        gate, projected, shortcut, relu: see `ResidualBlock`.
     """
 
     expansion = 4
@@ -121,9 +121,12 @@ class Bottleneck(ResidualBlock):
         expansion: int = 4,
         gate: Gate | None = None,
         projected: bool = False,
+        shortcut: nn.Module | None = None,
         relu: bool = True,
     ) -> None:
-        super().__init__(in_channels, width * expansion, stride, gate=gate, projected=projected, relu=relu)
+        super().__init__(
+            in_channels, width * expansion, stride, gate=gate, projected=projected, shortcut=shortcut, relu=relu
+        )
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
@@ -162,6 +165,21 @@ class PreActivationBottleneck(nn.Module):
         y_BCHW = F.relu(self.norm1(self.conv1(t_BCHW)))
         y_BCHW = self.conv3(F.relu(self.norm2(self.conv2(y_BCHW))))
         return (x_BCHW if self.shortcut is None else self.shortcut(t_BCHW)) + y_BCHW
+
+
+def pooled_shortcut(in_channels: int, out_channels: int, pool: int, stride: int = 1) -> nn.Sequential:
+    """A shortcut that averages before it projects, so that no pixel is skipped (ResNet-D: arXiv 1812.01187).
+
+    Args:
+        in_channels, out_channels: of input and output.
+        pool: pixels a side that are averaged, of a block with that stride; 1 averages none.
+        stride: of the projection.
+    """
+    return nn.Sequential(
+        nn.AvgPool2d(pool, pool, ceil_mode=True, count_include_pad=False) if pool > 1 else nn.Identity(),
+        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
 
 
 class PaddedShortcut(nn.Module):

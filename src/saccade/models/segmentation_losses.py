@@ -1,4 +1,4 @@
-"""Losses of networks that name the class of every pixel or voxel.
+"""Losses of networks that name the class of every pixel or voxel, and how far two masks overlap.
 
 Shape letters: B batch, K classes, H height, W width.
 """
@@ -33,3 +33,16 @@ def dice_loss(
     y = F.one_hot(labels_BHW, p.shape[1]).movedim(-1, 1).to(p)
     off_K = 1 - (2 * (p * y).sum(axes) + smooth) / (p.square().sum(axes) + y.sum(axes) + smooth)
     return (off_K if weights is None else off_K * off_K.new_tensor(weights)).mean()
+
+
+def dice(found: Tensor, truth: Tensor) -> float:
+    """2 |A and B| / (|A| + |B|) of two masks; 1 where both are empty.
+
+    Args:
+        found, truth: bool, of one shape.
+
+    >>> dice(torch.tensor([True, True, False]), torch.tensor([True, False, False])) == 2 / 3
+    True
+    """
+    total = int(found.sum() + truth.sum())
+    return 2 * int((found & truth).sum()) / total if total else 1.0

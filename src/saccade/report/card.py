@@ -46,7 +46,8 @@ def card(slug: str, *, measure: bool) -> dict[str, Any]:
     if part.build is not None:
         found["options"] = [_option(name, option) for name, option in catalogue.options(slug).items()]
     found["published sizes"] = [
-        f"{size.name}: {size.parameters:.4g} M parameters"
+        size.name
+        + (f": {size.parameters:.4g} M parameters" if size.parameters else "")
         + (f", {size.flops:g} G multiply-adds at {_shapes(size)}" if size.flops else "")
         for size in part.published
     ]

@@ -27,10 +27,9 @@ class Size:
 
     @property
     def error(self) -> float:
-        """The larger deviation of the two from the paper's table, as a share."""
-        paper = self.published
-        wrong = abs(self.parameters / paper.parameters - 1)
-        return wrong if paper.flops is None else max(wrong, abs(self.flops / paper.flops - 1))
+        """The larger deviation of the two from what the paper's table has of them, as a share; 0 of nothing."""
+        pairs = ((self.parameters, self.published.parameters), (self.flops, self.published.flops))
+        return max((abs(ours / theirs - 1) for ours, theirs in pairs if theirs is not None), default=0.0)
 
 
 @lru_cache(maxsize=256)
@@ -67,9 +66,11 @@ def page() -> str:
             continue
         for published in catalogue.part(summary.slug).published:
             size = count(summary.slug, published.name)
-            flops = "" if published.flops is None else f"{published.flops:g}"
+            known = [published.parameters, published.flops]
+            parameters, flops = ("" if figure is None else f"{figure:g}" for figure in known)
+            off = "" if known == [None, None] else f"{size.error:.1%}"
             lines.append(
-                f"| `{summary.slug}` | {published.name} | {published.parameters:g} | {size.parameters:.2f} | {flops} | "
-                f"{size.flops:.2f} | {size.error:.1%} | {published.note} |"
+                f"| `{summary.slug}` | {published.name} | {parameters} | {size.parameters:.2f} | {flops} | "
+                f"{size.flops:.2f} | {off} | {published.note} |"
             )
     return "\n".join(lines) + "\n"

@@ -97,6 +97,7 @@ register(
         "proposals": 5,
         "depth": 18,
         "width": 4,
+        "levels": 2,
         "dim": 8,
         "stages": 2,
         "hidden": 12,

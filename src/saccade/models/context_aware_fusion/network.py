@@ -68,7 +68,7 @@ class CDiffDet(nn.Module):
         proposals: N.
         backbone: gives maps from fine to coarse, each half the size of the one before; has `channels` and `strides`
             (a `Backbone`, a trunk). A ResNet where None.
-        depth, width: of that ResNet, see `ResNetTrunk`.
+        depth, width, levels: of that ResNet: layers, channels of the stem, and how many of its four maps are used.
         dim: C.
         stages, hidden, num_heads, dropout, inner, pooled, detach: of the decoder, see `DiffusionHead`.
         context: the global context; False is DiffusionDet.
@@ -88,6 +88,7 @@ class CDiffDet(nn.Module):
         backbone: nn.Module | None = None,
         depth: int = 50,
         width: int = 64,
+        levels: int = 4,
         dim: int = 256,
         stages: int = 6,
         hidden: int = 2048,
@@ -106,7 +107,7 @@ class CDiffDet(nn.Module):
         if proposals < 1 or not 1 <= steps <= times:
             raise ValueError(f"proposals must be positive and steps from 1 to {times}, got {proposals} and {steps}")
         self.proposals, self.steps = proposals, steps
-        self.backbone = ResNetTrunk(depth, width=width) if backbone is None else backbone
+        self.backbone = ResNetTrunk(depth, width=width, stages=levels) if backbone is None else backbone
         channels, strides = (getattr(self.backbone, name, None) for name in ("channels", "strides"))
         if not channels or not strides:
             raise ValueError(f"backbone must have channels and strides, got {type(self.backbone).__name__} without")

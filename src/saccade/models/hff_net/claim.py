@@ -13,6 +13,7 @@ from saccade.models.hff_net.decomposition import decompose
 from saccade.models.hff_net.losses import hff_loss
 from saccade.models.hff_net.network import HFFNet
 from saccade.models.segmentation import Segmentation
+from saccade.models.segmentation_losses import dice
 
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
@@ -58,11 +59,9 @@ def _claim(lab: Lab) -> ClaimResult:
 
     def measure(trial: Trial) -> dict[str, float]:
         found = torch.cat([trial.model(low[None], high[None]).logits.argmax(1) for low, high in zip(*test[:2])])
-        figures = {}
-        for k, name in ((1, "body"), (2, "texture")):
-            ours, truth = found == k, test[2] == k
-            figures[f"{name}_dice_percent"] = 200 * float((ours & truth).sum() / (ours.sum() + truth.sum()))
-        return figures
+        return {
+            f"{name}_dice_percent": 100 * dice(found == k, test[2] == k) for k, name in ((1, "body"), (2, "texture"))
+        }
 
     sizes: dict[str, Any] = {
         "low_channels": 1,

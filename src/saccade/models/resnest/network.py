@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_relu
-from saccade.layers.residual import ResidualBlock
+from saccade.layers.residual import ResidualBlock, pooled_shortcut
 from saccade.models.backbone import Backbone, check_images
 from saccade.ops.feature_maps import check_map
 
@@ -205,11 +205,8 @@ class Bottleneck(ResidualBlock):
         shortcut: nn.Module = nn.Identity()
         if projected or stride > 1 or in_channels != channels:
             pool = stride if shortcut_pool is None else shortcut_pool
-            shortcut = nn.Sequential(
-                nn.AvgPool2d(pool, pool, ceil_mode=True, count_include_pad=False) if avg_down else nn.Identity(),
-                nn.Conv2d(in_channels, channels, 1, 1 if avg_down else stride, bias=False),
-                nn.BatchNorm2d(channels),
-            )
+            averaged, step = (pool, 1) if avg_down else (1, stride)
+            shortcut = pooled_shortcut(in_channels, channels, averaged, step)
         super().__init__(in_channels, channels, stride, shortcut=shortcut)
         pooled = avd and (stride > 1 or is_first)
         self.drop_block = drop_block

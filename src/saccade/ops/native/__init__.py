@@ -5,7 +5,8 @@
     soften.c      a step of the running softmax over tiles      soften.py
     grid.c        neighbourhoods on 2-D and 3-D grids           grid.py calls it and grid_gradients.c
     linear.c      linear attention                              linear.py
-    gather.c      sums over rows at indices, crops of tables     gather.py
+    gather.c      sums over rows at indices, crops of tables    gather.py
+    wkv.c         bidirectional WKV, forward and backward       wkv.py
     team.c        work of somebody else's on the same threads   ops/workers.py
     vectors.h     the product that all of them are made of
 

@@ -30,7 +30,18 @@ __all__ = ["FLAGS", "address", "compile_source", "forecast", "library", "load", 
 
 FOLDER = Path(__file__).parent
 SOURCES, HEADERS = (
-    ("attend.c", "gradients.c", "soften.c", "grid.c", "grid_gradients.c", "grid8.c", "linear.c", "gather.c", "team.c"),
+    (
+        "attend.c",
+        "gradients.c",
+        "soften.c",
+        "grid.c",
+        "grid_gradients.c",
+        "grid8.c",
+        "linear.c",
+        "gather.c",
+        "wkv.c",
+        "team.c",
+    ),
     ("grid.h", "lists.h", "vectors.h"),
 )
 
@@ -62,6 +73,8 @@ _SIGNATURES = {
     "saccade_scatter": "ppppllllii",
     "saccade_crops": "pppppppllllllli",
     "saccade_crops_gradients": "pppppppppplllllllii",
+    "saccade_wkv": "pppppppplllllli",
+    "saccade_wkv_backward": "ppppppppppppplllllli",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 

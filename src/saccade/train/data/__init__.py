@@ -9,6 +9,7 @@
 | `photographs` | faces, animals, things, in colour or grey | scikit-image (the same extra) |
 | `crops` | windows of the same places of such pictures and their labels | |
 | `hazy` | such pictures in haze, by its physical model | |
+| `scenes` | digits and shapes on such windows, and their boxes | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -18,6 +19,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
+from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.text import read_files, text_bytes, windows
 
@@ -28,6 +30,7 @@ __all__ = [
     "Digits",
     "Hazy",
     "Paired",
+    "Scenes",
     "crops",
     "depths",
     "digits",
@@ -40,6 +43,7 @@ __all__ = [
     "recall",
     "recoloured",
     "rows",
+    "scenes",
     "text_bytes",
     "windows",
 ]

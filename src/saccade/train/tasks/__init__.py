@@ -10,6 +10,9 @@
 | `paired` | the digit of two noisy views, either may be missing | accuracy | fusion |
 | `fuse` | a scene of two views that each lost something | SSIM | models that fuse |
 | `restore` | a photograph that is in haze, or lost resolution | PSNR | models that restore |
+| `segment` | the class of each pixel: coins, cells, vessels, shapes | mean IoU | models that segment |
+| `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
+| `detect` | where digits and shapes lie on photographs | AP | models that find objects |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 from saccade import catalogue
 from saccade.train.tasks.base import TURN as TURN
 from saccade.train.tasks.base import Task as Task
+from saccade.train.tasks.detect import Detect as Detect
 from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
 from saccade.train.tasks.fuse import Fuse as Fuse
@@ -27,6 +31,8 @@ from saccade.train.tasks.own import Own as Own
 from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
 from saccade.train.tasks.restore import Restore as Restore
+from saccade.train.tasks.segment import Salient as Salient
+from saccade.train.tasks.segment import Segment as Segment
 from saccade.train.tasks.sequence import SequenceTask as SequenceTask
 from saccade.train.tasks.settings import Settings as Settings
 from saccade.train.tasks.text import Text as Text
@@ -34,7 +40,8 @@ from saccade.train.tasks.text import fingerprint as fingerprint
 from saccade.train.tasks.text import is_paths as is_paths
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Fuse, Restore)
+    task.name: task
+    for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Fuse, Restore, Segment, Salient, Detect)
 }
 
 
