@@ -24,6 +24,7 @@ from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
 from saccade.ops.native.routes import attend_routes
 from saccade.ops.routed import routed_attend
+from saccade.ops.wkv import DISTANCES, wkv, wkv_reference
 
 INF = float("inf")
 
@@ -460,3 +461,30 @@ def test_crops(G: int, T: int, K: int, size: tuple[int, int], threads: int, seed
         torch.set_num_threads(before)
     for x, y in zip((found, *of), (expected.detach(), *gradients)):
         torch.testing.assert_close(x, y.float(), rtol=1e-5, atol=1e-5 * max(1.0, float(y.abs().max())))
+
+
+@few
+@given(
+    st.integers(1, 3), st.sampled_from([1, 2, 63, 64, 65, 150]), st.sampled_from([1, 16, 33, 80]),
+    st.sampled_from([1e-3, 0.1, 20.0]), st.sampled_from(DISTANCES), st.sampled_from([1, 2, 5]), st.integers(0, 99),
+)  # fmt: skip
+def test_wkv(B: int, T: int, C: int, decay: float, distance: str, threads: int, seed: int) -> None:
+    """Both ways, with decays of either sign."""
+    generator = torch.Generator().manual_seed(seed)
+    k, v, grad = torch.randn(3, B, T, C, generator=generator)
+    w, u = torch.randn(2, C, generator=generator)
+    given, results = (2 * k, v, decay * w, u), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for function, dtype in ((wkv, torch.float32), (wkv_reference, torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in given]
+            out = function(*leaves, distance=distance)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    finally:
+        torch.set_num_threads(before)
+    # gradients are sums over tokens of what cancels, those of w times distances
+    size = max(1.0, results[1][2].abs().max().item()) * v.abs().max().item()
+    for name, x, y in zip("ykvwu", *results, strict=True):
+        bound = 2e-6 * size * {"w": B * T, "u": B}.get(name, 1)
+        torch.testing.assert_close(x, y.float(), rtol=2e-5, atol=bound)

@@ -147,14 +147,15 @@ def progressive_attention(
     """
     _check(q_BCHW, k_BCHW, v_BEHW, region, num_heads)
     B, h, r = q_BCHW.shape[0], num_heads, region * region
-    chosen_Bhn = choose_regions(q_BCHW, k_BCHW, region=region, num_heads=num_heads)
-    q_Bhnrd, k_Bhmrd, v_Bhmre = (_heads(block(x, region), h).movedim(2, -1) for x in (q_BCHW, k_BCHW, v_BEHW))
-    head = torch.arange(h, device=q_BCHW.device)[:, None]
-    place = (torch.arange(B, device=q_BCHW.device)[:, None, None], head, chosen_Bhn)
-    k_Bhnrd, v_Bhnre = k_Bhmrd[place], v_Bhmre[place]
+    q_Bhnrd, k_Bhmrd, v_Bhmre = (_regions(x, region, h) for x in (q_BCHW, k_BCHW, v_BEHW))
+    chosen_Bhn = _choose(q_Bhnrd, k_Bhmrd)
+    regions = k_Bhmrd.shape[2]
+    first_Bh1 = torch.arange(0, B * h * regions, regions, device=q_BCHW.device).view(B, h, 1)
+    row = (first_Bh1 + chosen_Bhn).flatten()
+    k, v = (x.flatten(0, 2).index_select(0, row).view(B, -1, r, x.shape[-1]) for x in (k_Bhmrd, v_Bhmre))
     real = _real(k_BCHW, region)
     mask = None if real is None else real[chosen_Bhn].flatten(1, 2)[:, :, None].expand(-1, -1, r, r)
-    out = attend(*(x.flatten(1, 2) for x in (q_Bhnrd, k_Bhnrd, v_Bhnre)), mask=mask, scale=1.0)
+    out = attend(q_Bhnrd.flatten(1, 2), k, v, mask=mask, scale=1.0)
     out_BEnr = out.unflatten(1, (h, -1)).movedim(-1, 2).flatten(1, 2)
     return unblock(out_BEnr, region, (q_BCHW.shape[2], q_BCHW.shape[3])), chosen_Bhn
 
@@ -167,9 +168,13 @@ def choose_regions(q_BCHW: Tensor, k_BCHW: Tensor, *, region: int, num_heads: in
         region: p.
         num_heads: divides C.
     """
+    return _choose(_regions(q_BCHW, region, num_heads), _regions(k_BCHW, region, num_heads))
+
+
+def _choose(q_Bhnrd: Tensor, k_Bhmrd: Tensor) -> Tensor:
     with torch.no_grad():
-        q, k = (_heads(block(x, region), num_heads).movedim(2, 3).flatten(3) for x in (q_BCHW, k_BCHW))
-        rows = max(1, _TILE // max(1, q.shape[0] * num_heads * k.shape[2]))
+        q, k = q_Bhnrd.flatten(3), k_Bhmrd.flatten(3)
+        rows = max(1, _TILE // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
         return torch.cat([(part @ k.mT).argmax(-1) for part in q.split(rows, 2)], 2)
 
 
@@ -248,6 +253,11 @@ def _aligned(a: Tensor, b: Tensor) -> Tensor:
 
 def _heads(x_BCnr: Tensor, num_heads: int) -> Tensor:
     return x_BCnr.unflatten(1, (num_heads, -1))
+
+
+def _regions(x_BCHW: Tensor, region: int, num_heads: int) -> Tensor:
+    """`block`, the channels of each head last: (B, h, n, r, d)."""
+    return _heads(block(x_BCHW, region), num_heads).movedim(2, -1).contiguous()
 
 
 def _tokens(x_BCHW: Tensor, num_heads: int) -> Tensor:

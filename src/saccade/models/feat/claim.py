@@ -45,7 +45,7 @@ def _unguided(**sizes: Any) -> nn.Module:
 def _claim(lab: Lab) -> ClaimResult:
     """Moving blobs in 16 frames of 16 x 16 x 4; the loss at much and little noise; two seeds, equal budget."""
     diffusion = Diffusion()
-    frames, side, clips = lab.size((16, 16, 4), (3, 4, 1))
+    frames, side, clips = lab.size((16, 16, 2), (3, 4, 1))
 
     def draw(generator: torch.Generator, steps: tuple[int, ...] | None = None) -> Batch:
         clip = blobs(clips, frames, side, generator)
@@ -67,7 +67,7 @@ def _claim(lab: Lab) -> ClaimResult:
             found[name] = sum(values) / len(values)
         return found
 
-    sizes: dict[str, Any] = {"dim": lab.size(64, 8), "depth": lab.size(4, 2), "num_heads": 4, "expansion": 2}
+    sizes: dict[str, Any] = {"dim": lab.size(32, 8), "depth": lab.size(4, 2), "num_heads": 4, "expansion": 2}
     trials = lab.forms(
         {"guided": partial(FEAT, **sizes), "unguided": partial(_unguided, **sizes)},
         draw, measure, 120, loss=loss, lr=3e-3, seeds=2,
