@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ def shapes(count: int, generator: Generator) -> Batch:
 
     Only their outlines tell shapes apart; 0 is the background.
     """
-    at = torch.arange(_SIDE) - 0.0
+    at = torch.arange(_SIDE).float()
     label = torch.zeros(count, _SIDE, _SIDE, dtype=torch.long)
     for k in range(1, _CLASSES):
         centre_B2 = 5 + (_SIDE - 10) * torch.rand(count, 2, generator=generator)
@@ -79,7 +80,7 @@ class _Plain(nn.Module):
         return F.mse_loss(self.align(student[0]), teacher[0]), {}
 
 
-def _learn(lab: Lab, model: nn.Module, loss: Callable[[Batch], Tensor], steps: int, seed: int, name: str) -> nn.Module:
+def _learn(lab: Lab, model: nn.Module, loss: Callable[[Batch], Tensor], steps: int, seed: int, name: str) -> None:
     """SGD with momentum, weight decay and polynomial decay, as the paper trains."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
@@ -89,7 +90,7 @@ def _learn(lab: Lab, model: nn.Module, loss: Callable[[Batch], Tensor], steps: i
         loss(shapes(lab.size(16, 2), generator)).backward()
         optimizer.step()
         schedule.step()
-    return model.eval()
+    model.eval()
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -98,11 +99,10 @@ def _claim(lab: Lab) -> ClaimResult:
     image, label = shapes(lab.size(256, 4), lab.held_out())
     with lab.seeded():
         teacher = _Network(wide, 6)
-
-    def learned(batch: Batch) -> Tensor:
-        return F.cross_entropy(teacher(batch[0])[1], batch[1])
-
-    _learn(lab, teacher, learned, 600, lab.seed, "teacher").requires_grad_(False)
+    generator = lab.generator()
+    batches = (shapes(lab.size(16, 2), generator) for _ in itertools.count())
+    lab.train(teacher, batches, lambda model, batch: F.cross_entropy(model(batch[0])[1], batch[1]), 600, lr=5e-3)
+    teacher.eval().requires_grad_(False)
     makers: dict[str, Callable[[], nn.Module | None]] = {
         "alone": lambda: None,
         "mse": lambda: _Plain(wide, narrow),
@@ -130,7 +130,8 @@ def _claim(lab: Lab) -> ClaimResult:
         measured,
         holds=measured["acam_miou_percent"] > measured["mse_miou_percent"] > measured["alone_miou_percent"]
         and measured["acam_mask_overlap"] < measured["acam_without_diversity_mask_overlap"],
-        note="means of three seeds; what differs by less than the spreads is not told apart",
+        note="means of three seeds; what differs by less than the spreads is not told apart. The verdict depends on "
+        "teacher and optimiser: with a weaker teacher ACAM-KD was level with plain imitation, under AdamW behind it",
     )
 
 
