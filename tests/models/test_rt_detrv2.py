@@ -268,7 +268,8 @@ def test_a_backbone_may_be_any_module() -> None:
     assert RTDETRv2(backbone=Pyramid(), **sizes).eval()(torch.rand(1, 3, 64, 64)).logits.shape == (1, 5, 3)
     with pytest.raises(ValueError, match="channels"):
         RTDETRv2(backbone=nn.Conv2d(3, 3, 1), **sizes)
-    assert ResNeSt(14, num_classes=0).channels  # of this house's backbones, all four maps would be taken
+    with pytest.raises(ValueError, match="num_levels"):  # it gives four maps, from stride 4 on
+        RTDETRv2(backbone=ResNeSt(14, num_classes=0), **sizes)
 
 
 def test_who_sees_whom_in_denoising() -> None:
