@@ -64,26 +64,16 @@ _RESNET = {
 }
 
 
-def _hg_unit(theirs: str, ours: str) -> dict[str, Place]:
-    return {**_unit(theirs, ours, "bn"), f"{theirs}.lab.{{leaf}}": f"{ours}.3.{{leaf}}"}
-
-
 _HG_STAGE = Names({
-    **_hg_unit("downsample", "downsample"),
-    **_hg_unit("blocks.{j}.layers.{k}", "blocks.{j}.layers.{k}"),
-    **_hg_unit("blocks.{j}.layers.{k}.conv1", "blocks.{j}.layers.{k}.0"),
-    **_hg_unit("blocks.{j}.layers.{k}.conv2", "blocks.{j}.layers.{k}.1"),
-    **_hg_unit("blocks.{j}.aggregation_squeeze_conv", "blocks.{j}.squeeze"),
-    **_hg_unit("blocks.{j}.aggregation_excitation_conv", "blocks.{j}.expand"),
+    **_unit("downsample", "downsample", "bn"),
+    **_unit("blocks.{j}.layers.{k}", "blocks.{j}.layers.{k}", "bn"),
+    **_unit("blocks.{j}.layers.{k}.conv1", "blocks.{j}.layers.{k}.0", "bn"),
+    **_unit("blocks.{j}.layers.{k}.conv2", "blocks.{j}.layers.{k}.1", "bn"),
+    **_unit("blocks.{j}.aggregation_squeeze_conv", "blocks.{j}.squeeze", "bn"),
+    **_unit("blocks.{j}.aggregation_excitation_conv", "blocks.{j}.expand", "bn"),
 })  # fmt: skip
-_HGNET = {
-    **_hg_unit("stem.stem1", "stem.first"),
-    **_hg_unit("stem.stem2a", "stem.narrow"),
-    **_hg_unit("stem.stem2b", "stem.widen"),
-    **_hg_unit("stem.stem3", "stem.join"),
-    **_hg_unit("stem.stem4", "stem.last"),
-    **_HG_STAGE.within("stages.{i}.", "stages.{i}."),
-}
+#: the card does not name the stem's convolutions, nor the affine maps: whole files of HGNetv2 are refused by name
+_HGNET = _HG_STAGE.within("stages.{i}.", "stages.{i}.")
 _CSP = Names({
     **_unit("conv1", "conv1"),
     **_unit("conv2", "conv2"),
