@@ -38,7 +38,11 @@ def test_unknown_names_answer_with_the_nearest() -> None:
         ("set_transformer", {}, "did you mean 'set-transformer'\\?"),
         ("moba", {"dim": 8, "blocksize": 3}, "moba has no option 'blocksize'; did you mean 'block_size'"),
         ("moba", {"dim": 8, "kv_heads": 3}, "moba has no option 'kv_heads'; did you mean 'num_kv_heads'"),
-        ("softmax", {"dim": 8, "zzz": 3}, "softmax has no option 'zzz'; it has dim, num_heads, causal, num_kv_heads"),
+        (
+            "softmax",
+            {"dim": 8, "zzz": 3},
+            "softmax has no option 'zzz'; it has dim, num_heads, causal, num_kv_heads, attn_drop",
+        ),
         ("moba", {"dim": 8, "block_size": "x"}, "moba: block_size must be an int, got 'x'"),
         ("softmax", {"dim": 8, "rope": "false"}, "softmax: rope must be True or False, got 'false'"),
         ("softmax", {"num_heads": 2}, r"softmax needs dim \(an int\)"),

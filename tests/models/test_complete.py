@@ -48,7 +48,8 @@ def photograph(tmp_path: Path) -> Path:
 
 def test_every_model_but_the_heads_and_what_needs_a_backbone_runs_on_files() -> None:
     models = {part.slug for part in catalogue.parts() if part.kind.published}
-    assert set(RUNNABLE) == models - {"context-aware-fusion", "dynamic-head", "uplift"}
+    # dfyp's inputs are satellite bands by year
+    assert set(RUNNABLE) == models - {"context-aware-fusion", "dfyp", "dynamic-head", "uplift"}
 
 
 @pytest.mark.parametrize("slug", SEEING)
@@ -149,6 +150,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
     else:
         assert found["logits"].ndim == 2
+        if slug == "vtff":  # also sees patterns of the image before it is normalised; tested in its room
+            return
         square = normalised(middle(read_image(photograph), model.image_size)[None], 3)
         torch.testing.assert_close(found["logits"], model.eval()(square).logits)
 
@@ -167,7 +170,7 @@ def test_weights_of_our_own_names_and_of_the_authors(slug: str, tmp_path: Path) 
 
 
 def test_the_authors_whole_networks_are_taken(tmp_path: Path) -> None:
-    nobodys = {"structured-awareness-decoder"}  # there is no authors' code of the whole
+    nobodys = {"structured-awareness-decoder", "vtff"}  # there is no authors' code of the whole
     with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports and slug not in nobodys]
     for slug in with_port:
         recording = GOLDEN / slug / f"{catalogue.part(slug).build.authors_module}.a.safetensors"

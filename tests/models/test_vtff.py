@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from saccade.models.images import middle, normalised
 from saccade.models.vtff import MIXES, VTFF, SelectiveFusion, local_binary_patterns, mixed
 
 SMALL = {"width": 4, "dim": 8, "num_heads": 2, "depth": 2, "hidden": 12, "image_size": 32}
@@ -91,6 +92,13 @@ def test_patterns_are_made_where_they_are_not_given() -> None:
     patterns = local_binary_patterns(image).expand(-1, 3, -1, -1)
     torch.testing.assert_close(model(image, patterns).logits, said.logits)
     assert (model(image, patterns.flip(3)).logits - said.logits).abs().max() > 1e-6
+
+
+def test_what_is_seen_of_files_has_the_patterns_of_the_image_itself() -> None:
+    model, image = _model(), torch.rand(3, 40, 50)
+    square = middle(image, model.image_size)[None]
+    expected = model(normalised(square, 3), local_binary_patterns(square).expand(-1, 3, -1, -1))
+    torch.testing.assert_close(model.see([image]).logits, expected.logits)
 
 
 def test_positions_of_other_sizes() -> None:

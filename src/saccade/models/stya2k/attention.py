@@ -12,7 +12,12 @@ from saccade.ops.keywise import choose_regions, distributed_attention, progressi
 
 
 def mvn(x_BCHW: Tensor, eps: float = 1e-5) -> Tensor:
-    """Mean 0 and variance 1 of each channel over the positions."""
+    """Mean 0 and variance 1 of each channel over the positions.
+
+    Args:
+        x_BCHW: a map.
+        eps: added to the variance.
+    """
     mean, std = mean_std(x_BCHW, eps)
     return (x_BCHW - mean) / std
 
