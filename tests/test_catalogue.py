@@ -41,7 +41,7 @@ def test_unknown_names_answer_with_the_nearest() -> None:
         (
             "softmax",
             {"dim": 8, "zzz": 3},
-            "softmax has no option 'zzz'; it has dim, num_heads, causal, num_kv_heads, attn_drop",
+            "softmax has no option 'zzz'; it has dim, num_heads, causal, attn_drop, num_kv",
         ),
         ("moba", {"dim": 8, "block_size": "x"}, "moba: block_size must be an int, got 'x'"),
         ("softmax", {"dim": 8, "rope": "false"}, "softmax: rope must be True or False, got 'false'"),
