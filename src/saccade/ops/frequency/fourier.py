@@ -106,8 +106,9 @@ def resize_spectrum(weight: Tensor, size: Sequence[int], to: Sequence[int]) -> T
 
 def _reading(old: int, new: int, *, half: bool, like: Tensor) -> Tensor:
     """The matrix (new frequencies, old frequencies) of linear interpolation at the same cycles per pixel."""
-    frequencies = torch.fft.rfftfreq if half else torch.fft.fftfreq
-    place = frequencies(new, dtype=torch.float64, device=like.device) * old
+    # as torch.fft.rfftfreq and fftfreq, which exporters do not know
+    number = torch.arange(new // 2 + 1 if half else new, dtype=torch.float64, device=like.device)
+    place = (number if half else (number + new // 2) % new - new // 2) * (old / new)
     below = place.floor()
     share = (place - below)[:, None].to(like)
     count = old // 2 + 1 if half else old
