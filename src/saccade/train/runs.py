@@ -147,10 +147,10 @@ class Run:
             self.saved = time.monotonic()
 
     def _evaluate(self) -> tuple[float, dict[str, float]]:
-        last = self.losses[-max(1, len(self.losses) // 10) :]
         warm = self.times[2:] if len(self.times) > 4 else self.times
-        metrics = self.task.figures(self.model) | {
-            "train_loss": statistics.fmean(last),
+        figures, name = self.task.figures(self.model), self.task.metric.name
+        metrics = figures | {
+            "train_loss": statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :]),
             "steps": float(self.steps),
             "tokens": float(self.steps * self.task.tokens_per_step),
             "seconds": sum(self.times),
@@ -158,7 +158,7 @@ class Run:
         }
         if self.watch.waited is not None:
             metrics["waited"] = self.watch.waited
-        quality = self.task.quality(self.model)
+        quality = figures[name] if name in figures else self.task.quality(self.model)
         if not math.isfinite(quality):
             raise NotFinite(f"{self.mechanism.name}, seed {self.seed}: the quality on held-out data is {quality}")
         if self.task.predicts_next and isinstance(self.model, SequenceModel) and sees_future(self.task, self.model):

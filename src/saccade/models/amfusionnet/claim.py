@@ -45,7 +45,7 @@ def _claim(lab: Lab) -> ClaimResult:
 
     trials = lab.forms(
         {"fused": lambda: AMFusionNet((4, 8, 8), stem=8, reduction=8)},
-        task.draw,
+        lambda generator: task.drawn(task.settings.batch, generator),
         measure,
         150, loss=lambda model, batch: pair_loss(cast(AMFusionNet, model), *batch[:2]), lr=1e-2,
     )  # fmt: skip

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from saccade.layers.constants import Constants
 from saccade.layers.gates import ChannelGate
+from saccade.models.images import luma
 from saccade.ops.feature_maps import check_map
 
 #: kernels of the first derivative along x; those along y are turned
@@ -21,8 +22,6 @@ SCHARR = ((-3.0, 0.0, 3.0), (-10.0, 0.0, 10.0), (-3.0, 0.0, 3.0))
 OPERATORS = ("sobel", "scharr", "learnable")
 #: of each, under the root
 _EPS = (1e-8, 1e-8, 1e-6)
-#: ITU-R BT.601
-_LUMA = (0.299, 0.587, 0.114)
 #: operator of each prediction year (MODIS) and crop (Sentinel-2), as the authors chose them on validation data
 YEARS = {
     2009: "scharr",
@@ -155,8 +154,7 @@ class CropGate(Constants):
             ValueError: if they are no images (B, 3, H, W).
         """
         check_map(x_BCHW, 3)
-        grey_B1HW = (x_BCHW * x_BCHW.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
-        slope_B2HW = F.conv2d(grey_B1HW, self.kernels_2133.to(x_BCHW.dtype), padding=1)
+        slope_B2HW = F.conv2d(luma(x_BCHW), self.kernels_2133.to(x_BCHW.dtype), padding=1)
         edges_B1HW = (slope_B2HW.square().sum(1, keepdim=True) + _EPS[0]).sqrt()
         return self.weight * edges_B1HW + (1 - self.weight) * x_BCHW
 

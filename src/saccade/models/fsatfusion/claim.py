@@ -38,7 +38,14 @@ def _claim(lab: Lab) -> ClaimResult:
         return {**found, "likeness_to_scene": task.quality(trial.model)}
 
     grid = lab.size((224, 224), (14, 14))
-    trials = lab.forms({"fused": partial(FSATFusion, grid=grid)}, task.draw, measure, 250, loss=loss, lr=1e-2)
+    trials = lab.forms(
+        {"fused": partial(FSATFusion, grid=grid)},
+        lambda generator: task.drawn(task.settings.batch, generator),
+        measure,
+        250,
+        loss=loss,
+        lr=1e-2,
+    )
     mean = task.measured(lambda infrared, visible: (infrared + visible) / 2, _FIGURES)
     measured = {
         **trials.means("{form}_{figure}"),

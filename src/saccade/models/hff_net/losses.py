@@ -23,8 +23,8 @@ from saccade.models.segmentation_losses import dice_loss
 from saccade.ops.autocast import exact
 from saccade.ops.frequency import fisher_information, important
 
-#: epochs, the first of them with a rising learning rate; weight of the elastic penalty, of FFL at the end
-EPOCHS, WARM_UP, ELASTIC, AGREEMENT = 450, 40, 5e-6, 15.0
+#: epochs; weight of the elastic penalty, of FFL at the end
+EPOCHS, ELASTIC, AGREEMENT = 450, 5e-6, 15.0
 
 
 @exact

@@ -17,12 +17,10 @@ from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.resnet import ResNetTrunk
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.models.backbone import Backbone, ImageOutput, check_images, maps_of
-from saccade.models.images import middle, normalised
+from saccade.models.images import luma, middle, normalised
 from saccade.models.vtff.fusion import SelectiveFusion
 
 NORMS = ("pre", "post")
-#: ITU-R BT.601
-_LUMA = (0.299, 0.587, 0.114)
 #: (row, column) of the neighbours, once around
 _AROUND = ((0, 0), (0, 1), (0, 2), (1, 2), (2, 2), (2, 1), (2, 0), (1, 0))
 
@@ -41,7 +39,7 @@ def local_binary_patterns(image_BCHW: Tensor) -> Tensor:
     """
     grey = image_BCHW.detach()
     if grey.shape[1] == 3:
-        grey = (grey * grey.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+        grey = luma(grey)
     height, width = grey.shape[2:]
     around = F.pad(grey, (1, 1, 1, 1), mode="replicate")
     bits = [around[:, :, r : r + height, c : c + width] >= grey for r, c in _AROUND]

@@ -123,8 +123,8 @@ class Task:
             scored += int(counts.sum())
         return right / scored
 
-    def figures(self, model: nn.Module) -> dict[str, float]:
-        """Further figures of held-out data by name, kept beside the quality of each run."""
+    def figures(self, model: nn.Module, share: float = 1.0) -> dict[str, float]:
+        """Further figures of held-out data by name, kept beside the quality of each run; that one may be among them."""
         return {}
 
     def chance(self) -> float | None:

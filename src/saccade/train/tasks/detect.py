@@ -5,8 +5,6 @@ Shape letters: B batch, G objects of an image, N boxes, H height, W width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -56,12 +54,6 @@ class Detect(NetworkTask):
         ),
     }
 
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.side = math.isqrt(settings.length)
-        if self.side**2 != settings.length:
-            raise ValueError(f"length must be the square of a number of pixels for detect, got {settings.length}")
-        super().__init__(settings, device)
-
     def arguments(self, mechanism: Entry) -> dict[str, Any]:
         return {"num_classes": len(CLASSES)}
 
@@ -92,9 +84,9 @@ class Detect(NetworkTask):
         boxes = torch.where(mirrored[:, None, None], flipped, boxes)
         return self.to_device((images, torch.cat([labels[..., None], boxes], -1)))
 
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        truth = torch.cat([self.judged.labels[..., None], self.judged.boxes], -1)
-        yield from self.in_batches((self.judged.images, truth), share)
+    @cached_property
+    def test(self) -> tuple[Tensor, ...]:
+        return self.judged.images, torch.cat([self.judged.labels[..., None], self.judged.boxes], -1)
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """The network's own."""
@@ -113,9 +105,6 @@ class Detect(NetworkTask):
             for target in to_targets(batch[-1].cpu()):
                 truth.append(Boxes(corners_in_pixels(target["boxes"], self.side, self.side), target["labels"]))
         return average_precision(found, truth)
-
-    def quality(self, model: nn.Module, share: float = 1.0) -> float:
-        return self.figures(model, share)[self.metric.name]
 
     @torch.no_grad()
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +10,8 @@ from torch import Tensor, nn
 
 from saccade.ops.structure import ssim
 from saccade.train import data as sources
-from saccade.train.data import generator_at
 from saccade.train.fusion_metrics import LEAST, METRICS, fusion_metrics
 from saccade.train.result import Metric
-from saccade.train.tasks.base import HELD_OUT, TRAIN
 from saccade.train.tasks.network import NetworkTask, shown
 from saccade.train.tasks.settings import Settings
 from saccade.train.views import registered_views
@@ -38,6 +34,7 @@ class Fuse(NetworkTask):
     name = "fuse"
     inputs = ("infrared", "visible")
     metric = Metric("ssim", "SSIM", higher_is_better=True)
+    least = LEAST
     budgets = {
         "quick": Settings(length=2304, batch=6, steps=200, lr=4e-3, lengths=(2304, 9216), evaluation_size=18),
         "standard": Settings(
@@ -47,34 +44,15 @@ class Fuse(NetworkTask):
     }
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.side = math.isqrt(settings.length)
-        if self.side**2 != settings.length or self.side < LEAST:
-            raise ValueError(
-                f"length must be the square of at least {LEAST} pixels for fuse ({LEAST**2}), got {settings.length}"
-            )
         super().__init__(settings, device)
         self.learn, self.judge = (
             [(image,) for image in sources.photographs(*names, grey=True)] for names in (LEARN, JUDGE)
         )
 
-    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        return self.draw(generator_at(seed, step, TRAIN))
-
-    def draw(self, generator: torch.Generator) -> tuple[Any, ...]:
-        """A batch of pairs to learn from, and their scenes."""
-        return self._seen(self.learn, self.settings.batch, generator)
-
-    @cached_property
-    def test(self) -> tuple[Tensor, ...]:
-        """All held-out pairs, and their scenes."""
-        return self._seen(self.judge, self.settings.evaluation_size, generator_at(0, 0, HELD_OUT))
-
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        yield from self.in_batches(self.test, share)
-
-    def _seen(self, pictures: list[tuple[Tensor]], count: int, generator: torch.Generator) -> tuple[Any, ...]:
-        (clear,) = sources.crops(pictures, count, self.side, generator, turned=True)
-        return self.to_device(registered_views(clear, generator))
+    def drawn(self, count: int, generator: torch.Generator, judge: bool = False) -> tuple[Tensor, ...]:
+        """Pairs, and their scenes."""
+        (clear,) = sources.crops(self.judge if judge else self.learn, count, self.side, generator, turned=True)
+        return registered_views(clear, generator)
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Mean absolute error and 1 - SSIM."""
@@ -95,23 +73,27 @@ class Fuse(NetworkTask):
         return float(torch.cat(found).mean())
 
     @torch.no_grad()
-    def figures(self, model: nn.Module) -> dict[str, float]:
+    def figures(self, model: nn.Module, share: float = 1.0) -> dict[str, float]:
         """The measures of `saccade.train.fusion_metrics`, the mean over held-out pairs."""
         model.eval()
-        return self.measured(lambda *views: model(**dict(zip(self.inputs, views))).image)
+        return self.measured(lambda *views: model(**dict(zip(self.inputs, views))).image, share=share)
 
     def measured(
-        self, fuse: Callable[[Tensor, Tensor], Tensor], names: tuple[str, ...] = tuple(METRICS)
+        self,
+        fuse: Callable[[Tensor, Tensor], Tensor],
+        names: tuple[str, ...] = tuple(METRICS),
+        share: float = 1.0,
     ) -> dict[str, float]:
         """The same of any function of two views (B, 1, H, W).
 
         Args:
             fuse: gives one image of each pair.
             names: of the measures.
+            share: of the held-out pairs.
         """
         rows = [
             fusion_metrics(*three, names=names)
-            for infrared, visible, _ in self.held_out()
+            for infrared, visible, _ in self.held_out(share)
             for three in zip(infrared, visible, fuse(infrared, visible).clamp(0, 1))
         ]
         return {name: sum(row[name] for row in rows) / len(rows) for name in names}

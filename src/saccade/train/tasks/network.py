@@ -4,8 +4,8 @@ A network that takes part says so on its card, in `register(..., tasks={"restore
 task's name, and constructor arguments of a size that a laptop trains. The task adds its own (`arguments`), like the
 number of classes, so that networks of like size meet under one budget.
 
-A subclass gives data and truth in batches `(input, ..., truth)`, what the network is called with (`inputs`, by name),
-the loss on what it returns, the quality of that, and pictures of the first held-out images.
+A subclass gives data and truth (`drawn`), what the network is called with (`inputs`, by name), the loss on what it
+returns, `figures` of that, the quality among them, and pictures of the first held-out images.
 
 Shape letters: B batch, C channels, H height, W width, P pictures that are shown.
 """
@@ -13,30 +13,48 @@ Shape letters: B batch, C channels, H height, W width, P pictures that are shown
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from saccade import catalogue
+from saccade.train.data import generator_at
 from saccade.train.entries import Entry
-from saccade.train.tasks.base import Task
+from saccade.train.tasks.base import HELD_OUT, TRAIN, Task
+from saccade.train.tasks.settings import Settings
 
 #: held-out images that are shown
 SHOWN = 4
 
 
 class NetworkTask(Task):
-    """A task for networks that name it on their cards.
+    """A task for networks that name it on their cards. Images are squares of `length` pixels.
 
     Attributes:
         inputs: the names under which the network takes a batch's tensors, all but the last, which is the truth.
+        multiple, least: what the side of an image is a multiple of, and at least.
+
+    Raises:
+        ValueError: if the length is no square of such a side.
     """
 
     kinds = ("model",)
     baseline = None
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    multiple: ClassVar[int] = 1
+    least: ClassVar[int] = 1
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.side = math.isqrt(settings.length)
+        if self.side**2 != settings.length or self.side % self.multiple or self.side < self.least:
+            side = f"a multiple of {self.multiple} pixels for {self.name}"
+            if self.multiple == 1:
+                side = f"at least {self.least} pixels for {self.name} ({self.least**2})"
+            raise ValueError(f"length must be the square of {side}, got {settings.length}")
+        super().__init__(settings, device)
 
     @classmethod
     def lacking(cls, part: catalogue.Summary) -> list[str]:
@@ -63,6 +81,30 @@ class NetworkTask(Task):
 
     def parts_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [("network", model)]
+
+    def drawn(self, count: int, generator: torch.Generator, judge: bool = False) -> tuple[Tensor, ...]:
+        """So many inputs, and their truth.
+
+        Args:
+            count: B.
+            generator: of all that is random.
+            judge: from what is not learned from.
+        """
+        raise NotImplementedError
+
+    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
+        return self.to_device(self.drawn(self.settings.batch, generator_at(seed, step, TRAIN)))
+
+    @cached_property
+    def test(self) -> tuple[Tensor, ...]:
+        """All held-out inputs and their truth."""
+        return self.drawn(self.settings.evaluation_size, generator_at(0, 0, HELD_OUT), judge=True)
+
+    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
+        yield from self.in_batches(self.test, share)
+
+    def quality(self, model: nn.Module, share: float = 1.0) -> float:
+        return self.figures(model, share)[self.metric.name]
 
     def call(self, model: nn.Module, batch: tuple[Any, ...]) -> Any:
         """What the network returns on a batch."""

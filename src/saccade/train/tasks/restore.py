@@ -5,9 +5,6 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +13,8 @@ from torch import Tensor, nn
 
 from saccade.extras import need
 from saccade.train import data as sources
-from saccade.train.data import generator_at, hazy
+from saccade.train.data import hazy
 from saccade.train.records import Metric
-from saccade.train.tasks.base import HELD_OUT, TRAIN
 from saccade.train.tasks.network import NetworkTask, shown
 from saccade.train.tasks.settings import Settings
 
@@ -42,6 +38,7 @@ class Restore(NetworkTask):
 
     name = "restore"
     metric = Metric("psnr", "dB", higher_is_better=True)
+    multiple = SCALE
     budgets = {
         "quick": Settings(length=1024, batch=8, steps=300, lr=2e-3, lengths=(1024, 4096, 16384), evaluation_size=32),
         "standard": Settings(
@@ -53,35 +50,20 @@ class Restore(NetworkTask):
     }
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.side = math.isqrt(settings.length)
-        if self.side**2 != settings.length or self.side % SCALE:
-            raise ValueError(f"length must be the square of a multiple of {SCALE} for restore, got {settings.length}")
         super().__init__(settings, device)
         self.learn, self.judge = ([(image,) for image in sources.photographs(*names)] for names in (LEARN, JUDGE))
         self.measures = need("torchmetrics.functional.image", "the task of restoring images")
 
-    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        """Windows turned any way, their colours exchanged."""
-        generator = generator_at(seed, step, TRAIN)
-        (clear,) = sources.crops(self.learn, self.settings.batch, self.side, generator, turned=True)
-        return self._damaged(sources.recoloured(clear, generator), generator)
-
-    @cached_property
-    def test(self) -> tuple[Tensor, ...]:
-        """All held-out images: damaged, and clear."""
-        generator = generator_at(0, 0, HELD_OUT)
-        (clear,) = sources.crops(self.judge, self.settings.evaluation_size, self.side, generator)
-        return self._damaged(clear, generator)
-
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        yield from self.in_batches(self.test, share)
-
-    def _damaged(self, clear: Tensor, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Every other image in haze, the rest at less resolution; and as they were."""
+    def drawn(self, count: int, generator: torch.Generator, judge: bool = False) -> tuple[Tensor, ...]:
+        """Every other image in haze, the rest at less resolution; and as they were. What is learned from are windows
+        turned any way, their colours exchanged."""
+        (clear,) = sources.crops(self.judge if judge else self.learn, count, self.side, generator, turned=not judge)
+        if not judge:
+            clear = sources.recoloured(clear, generator)
         damaged = clear.clone()
         damaged[::2] = hazy(clear[::2], generator).image
         damaged[1::2] = coarse(clear[1::2])
-        return self.to_device((damaged, clear))
+        return damaged, clear
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """Mean absolute error."""
@@ -104,9 +86,6 @@ class Restore(NetworkTask):
             sorts = {name: values, f"{name}_haze": values[::2], f"{name}_resolution": values[1::2]}
             figures |= {sort: float(each.mean()) for sort, each in sorts.items() if len(each)}
         return figures
-
-    def quality(self, model: nn.Module, share: float = 1.0) -> float:
-        return self.figures(model, share)[self.metric.name]
 
     def _psnr(self, image: Tensor, truth: Tensor) -> Tensor:
         return self.measures.peak_signal_noise_ratio(image, truth, data_range=1.0, reduction="none", dim=(1, 2, 3))

@@ -6,8 +6,7 @@ Shape letters: B batch, C channels, K classes, S side of an image, H height, W w
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,10 +20,8 @@ from saccade.models.segmentation import decided
 from saccade.train import data as sources
 from saccade.train import labelled
 from saccade.train import segmentation_scores as scores
-from saccade.train.data import generator_at
 from saccade.train.entries import Entry
 from saccade.train.result import Metric
-from saccade.train.tasks.base import HELD_OUT, TRAIN
 from saccade.train.tasks.network import NetworkTask, shown
 from saccade.train.tasks.settings import Settings
 
@@ -41,7 +38,8 @@ _MIDDLE, _SPREAD = 0.5, 0.25
 
 
 class PixelTask(NetworkTask):
-    """Base: images of one side, a number for each of their pixels. A subclass gives `drawn` and what it is judged by.
+    """Base: a number for each pixel of an image. A subclass gives what is `drawn`: images (B, 3, S, S) about 0,
+    whatever else a network takes, and numbers of classes (B, S, S); and what it is judged by.
 
     Networks return `saccade.models.segmentation.Segmentation` or `Saliency`. Every map that one gives, auxiliary ones
     too, is held to the truth: by the cross-entropy of its pixels and one less the soft Dice of its classes; their mean
@@ -52,6 +50,7 @@ class PixelTask(NetworkTask):
         ImportError: if scikit-image or scikit-learn is not installed.
     """
 
+    multiple = _STRIDE
     budgets = {
         "quick": Settings(length=64**2, batch=8, steps=160, lr=3e-3, lengths=(4096, 16384, 65536), evaluation_size=48),
         "standard": Settings(
@@ -61,35 +60,6 @@ class PixelTask(NetworkTask):
             length=128**2, batch=16, steps=6000, lr=1e-3, lengths=(4096, 16384, 65536, 262144), evaluation_size=96
         ),
     }
-
-    def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.side = math.isqrt(settings.length)
-        if self.side**2 != settings.length or self.side % _STRIDE:
-            raise ValueError(
-                f"length must be the square of a multiple of {_STRIDE} pixels for {self.name}, got {settings.length}"
-            )
-        super().__init__(settings, device)
-
-    def drawn(self, count: int, generator: torch.Generator, judge: bool = False) -> tuple[Tensor, ...]:
-        """A batch: images (B, 3, S, S) about 0, whatever else a network takes, and numbers of classes (B, S, S).
-
-        Args:
-            count: B.
-            generator: of all that is random.
-            judge: from what is not learned from.
-        """
-        raise NotImplementedError
-
-    def batch(self, seed: int, step: int) -> tuple[Any, ...]:
-        return self.to_device(self.drawn(self.settings.batch, generator_at(seed, step, TRAIN)))
-
-    @cached_property
-    def test(self) -> tuple[Tensor, ...]:
-        """All held-out images and their truth."""
-        return self.drawn(self.settings.evaluation_size, generator_at(0, 0, HELD_OUT), judge=True)
-
-    def held_out(self, share: float = 1.0) -> Iterator[tuple[Any, ...]]:
-        yield from self.in_batches(self.test, share)
 
     def loss(self, model: nn.Module, batch: tuple[Any, ...]) -> Tensor:
         """The mean of `pixel_loss` over all maps that the network gives."""
@@ -107,9 +77,6 @@ class PixelTask(NetworkTask):
         pairs = [(self.outputs(model, batch), batch[-1]) for batch in self.held_out(share)]
         logits, truth = zip(*pairs)
         return torch.cat(logits), torch.cat(truth)
-
-    def quality(self, model: nn.Module, share: float = 1.0) -> float:
-        return self.figures(model, share)[self.metric.name]
 
     def figures(self, model: nn.Module, share: float = 1.0) -> dict[str, float]:
         """All scores of the task on held-out images, by name."""
