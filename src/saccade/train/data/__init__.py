@@ -8,6 +8,7 @@
 | `paired` | two noisy views of a digit, either may be missing | the same |
 | `photographs` | faces, animals, things, in colour or grey | scikit-image (the same extra) |
 | `crops` | windows of the same places of such pictures and their labels | |
+| `faces`, `degraded` | grey faces, and several degraded views of things | scikit-image, generated |
 | `hazy` | such pictures in haze, by its physical model | |
 | `scenes` | digits and shapes on such windows, and their boxes | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
@@ -18,12 +19,14 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
+from saccade.train.data.identities import CONDITIONS, degraded, faces
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.text import read_files, text_bytes, windows
 
 __all__ = [
+    "CONDITIONS",
     "IGNORE",
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
@@ -32,8 +35,10 @@ __all__ = [
     "Paired",
     "Scenes",
     "crops",
+    "degraded",
     "depths",
     "digits",
+    "faces",
     "generator_at",
     "hazy",
     "listops",

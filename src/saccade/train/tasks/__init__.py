@@ -13,6 +13,7 @@
 | `segment` | the class of each pixel: coins, cells, vessels, shapes | mean IoU | models that segment |
 | `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
 | `detect` | where digits and shapes lie on photographs | AP | models that find objects |
+| `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -30,6 +31,7 @@ from saccade.train.tasks.listops import ListOps as ListOps
 from saccade.train.tasks.own import Own as Own
 from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
+from saccade.train.tasks.recognise import Recognise as Recognise
 from saccade.train.tasks.restore import Restore as Restore
 from saccade.train.tasks.segment import Salient as Salient
 from saccade.train.tasks.segment import Segment as Segment
@@ -41,7 +43,20 @@ from saccade.train.tasks.text import is_paths as is_paths
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (Text, Recall, ListOps, Digits, DigitsCNN, PairedViews, Fuse, Restore, Segment, Salient, Detect)
+    for task in (
+        Text,
+        Recall,
+        ListOps,
+        Digits,
+        DigitsCNN,
+        PairedViews,
+        Fuse,
+        Restore,
+        Segment,
+        Salient,
+        Detect,
+        Recognise,
+    )
 }
 
 
