@@ -10,7 +10,7 @@ import torch
 from saccade import catalogue
 from saccade.ops.structure import ssim
 from saccade.train.entries import Entry
-from saccade.train.fusion_metrics import METRICS
+from saccade.train.metrics.fusion import METRICS
 from saccade.train.tasks import TASKS, Fuse, taking
 from saccade.train.tasks.fuse import JUDGE, LEARN
 from saccade.train.views import LOST, registered_views

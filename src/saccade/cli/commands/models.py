@@ -181,10 +181,10 @@ def fuse_metrics(
 ) -> None:
     """How good is a fused image? `saccade fuse-metrics a.png b.png fused.png` prints the twelve measures of this field.
 
-    For anyone's fusion; of colour images the luma counts. `saccade.train.fusion_metrics` defines each measure.
+    For anyone's fusion; of colour images the luma counts. `saccade.train.metrics.fusion` defines each measure.
     """
     from saccade.tables import table
-    from saccade.train.fusion_metrics import of_files
+    from saccade.train.metrics.fusion import of_files
 
     found = of_files(first, second, fused)
     if as_json:

@@ -15,7 +15,7 @@ from saccade.models.amfusionnet.network import AMFusionNet
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
-#: of `saccade.train.fusion_metrics`
+#: of `saccade.train.metrics.fusion`
 _FIGURES = ("AG", "Qabf", "SCD", "SSIM")
 
 

@@ -14,7 +14,7 @@ from saccade.models.fsatfusion.network import FSATFusion
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
-#: of `saccade.train.fusion_metrics`
+#: of `saccade.train.metrics.fusion`
 _FIGURES = ("AG", "Qabf", "SCD", "SSIM")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saccade.ops.structure import ssim
 from saccade.train import data as sources
-from saccade.train.fusion_metrics import LEAST, METRICS, fusion_metrics
+from saccade.train.metrics.fusion import LEAST, METRICS, fusion_metrics
 from saccade.train.result import Metric
 from saccade.train.tasks.network import NetworkTask, shown
 from saccade.train.tasks.settings import Settings
@@ -74,7 +74,7 @@ class Fuse(NetworkTask):
 
     @torch.no_grad()
     def figures(self, model: nn.Module, share: float = 1.0) -> dict[str, float]:
-        """The measures of `saccade.train.fusion_metrics`, the mean over held-out pairs."""
+        """The measures of `saccade.train.metrics.fusion`, the mean over held-out pairs."""
         model.eval()
         return self.measured(lambda *views: model(**dict(zip(self.inputs, views))).image, share=share)
 

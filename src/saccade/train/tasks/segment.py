@@ -19,8 +19,8 @@ from saccade.models.images import colours
 from saccade.models.segmentation import decided
 from saccade.train import data as sources
 from saccade.train import labelled
-from saccade.train import segmentation_scores as scores
 from saccade.train.entries import Entry
+from saccade.train.metrics import segmentation as scores
 from saccade.train.result import Metric
 from saccade.train.tasks.network import NetworkTask, shown
 from saccade.train.tasks.settings import Settings

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from saccade.train.segmentation_scores import (
+from saccade.train.metrics.segmentation import (
     boundary,
     boundary_f,
     max_f,

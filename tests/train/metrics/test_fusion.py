@@ -11,8 +11,8 @@ import torch
 
 from saccade.cli import main
 from saccade.models.images import to_picture
-from saccade.train import fusion_metrics as measures
-from saccade.train.fusion_metrics import METRICS, fusion_metrics
+from saccade.train.metrics import fusion as measures
+from saccade.train.metrics.fusion import METRICS, fusion_metrics
 
 HALVES = torch.tensor([[0.0, 0.0, 255.0, 255.0]] * 4, dtype=torch.float64)  # left dark, right bright
 ACROSS = HALVES.T.contiguous()  # above dark, below bright
