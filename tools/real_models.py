@@ -1,0 +1,300 @@
+"""What stands beside real pretrained models: figures and pictures for docs/real-models.md.
+
+    python tools/real_models.py [SECTION ...] [--quick]
+
+Sections whose packages are not installed are left out and say so; `saccade.train.models` names the packages. Figures
+are kept in docs/real-models.json, so that a run of one section leaves the others as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import saccade
+from saccade.bench import records
+from saccade.models.images import MEAN, STD, read_image
+from saccade.train import models
+from saccade.train.data.pictures import photographs
+from saccade.train.files import write_text
+from saccade.train.lab import Lab
+
+DOCS = Path(__file__).parent.parent / "docs"
+PICTURES = DOCS / "real-models"
+PATCH = 14
+
+#: scikit-image's photographs that are looked at
+JUDGE = ("astronaut", "coffee", "rocket", "chelsea")
+#: gates and their arguments
+GATES: dict[str, dict[str, Any]] = {"cbam": {"reduction": 4}, "triplet": {}, "das": {}}
+
+
+# ---------------------------------------------------------------------------- what sections share
+
+
+def normalised(image_BCHW: Tensor) -> Tensor:
+    mean, std = (image_BCHW.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (image_BCHW - mean) / std
+
+
+def square(image_CHW: Tensor, side: int) -> Tensor:
+    """The middle square at another size, (1, C, side, side)."""
+    least = min(image_CHW.shape[1:])
+    top, left = ((n - least) // 2 for n in image_CHW.shape[1:])
+    cut = image_CHW[None, :, top : top + least, left : left + least]
+    return F.interpolate(cut, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
+
+
+def vit_features(vit: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Normalised images (B, 3, H, W) -> the ViT's patch tokens as maps (B, 384, H / 14, W / 14)."""
+
+    @torch.no_grad()
+    def run(image_BCHW: Tensor) -> Tensor:
+        H, W = (n // PATCH for n in image_BCHW.shape[2:])
+        return vit(image_BCHW).last_hidden_state[:, 1:].mT.unflatten(2, (H, W))
+
+    return run
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
+
+
+def strip(name: str, *images: Tensor, side: int = 224) -> str:
+    """Pictures (3, H, W) or (H, W) beside each other, written as docs/real-models/NAME.png."""
+    from PIL import Image
+
+    tiles = []
+    for image in images:
+        image = image[None].expand(3, -1, -1) if image.ndim == 2 else image
+        size = (side, max(1, round(image.shape[2] * side / image.shape[1])))
+        tile = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
+        tiles.append(F.pad(tile, (0, 4), value=1))
+    pixels = (torch.cat(tiles, 2)[..., :-4].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
+    PICTURES.mkdir(exist_ok=True)
+    Image.fromarray(pixels.numpy()).quantize(96).save(PICTURES / f"{name}.png", optimize=True)
+    return f"![{name}](real-models/{name}.png)"
+
+
+# ---------------------------------------------------------------------------- sections
+
+
+def gates(lab: Lab) -> dict[str, Any]:
+    """Gates put gently into EfficientNet-lite0 change nothing at the start."""
+    network, row = models.load("efficientnet-lite0"), {}
+    images = torch.cat([square(image, 224) for image in photographs(*JUDGE)])
+    with torch.no_grad():
+        before = network(images).softmax(-1)
+        row |= {"classes": before.argmax(-1).tolist(), "shares": before.amax(-1).tolist(), "gates": {}}
+        for slug, options in GATES.items():
+            report = saccade.insert(network, slug, after="network._blocks.*", example=images[:1], gentle=True, **options)
+            after = network(images).softmax(-1)
+            row["gates"][slug] = {
+                "places": len(report.places),
+                "parameters": report.added_parameters,
+                "difference": float((after - before).abs().max()),
+                "classes": after.argmax(-1).tolist(),
+            }
+            report.remove()
+        row["removed"] = float((network(images).softmax(-1) - before).abs().max())
+    return row
+
+
+def fusion(lab: Lab) -> dict[str, Any]:
+    """FSATFusion, trained for a minute on the task, on the thermal and visible picture of one place.
+
+    The two cameras stood apart: the visible picture is laid over the thermal one by the homography of XFeat's and
+    LighterGlue's matches where it is found, and both are cut to what both show.
+    """
+    from saccade.train.metrics.fusion import fusion_metrics
+
+    thermal, visible = (read_image(path) for path in models.example_pair("thermal"))
+    thermal = F.interpolate(thermal[None], scale_factor=0.5, mode="bilinear", antialias=True)
+    visible = F.interpolate(visible[None], scale_factor=0.5, mode="bilinear", antialias=True)
+    points, places, _ = models.load("xfeat-lighterglue")(thermal, visible)
+    laid, inliers = over(visible, points, places, thermal.shape[2:])
+    a, b = (x.mean(1, keepdim=True) for x in (thermal, laid))
+    seen = (laid.sum(1) > 0)[0]
+    rows, columns = (seen.float().mean(axis) > 0.9 for axis in (1, 0))
+    top, bottom = (int(f) for f in (rows.nonzero().min(), rows.nonzero().max() + 1))
+    left, right = (int(f) for f in (columns.nonzero().min(), columns.nonzero().max() + 1))
+    a, b = (x[..., top:bottom, left:right] for x in (a, b))
+    task = lab.task("fuse")
+    with lab.seeded():
+        network = saccade.create("fsatfusion", **saccade.catalogue.part("fsatfusion").tasks["fuse"])
+    steps = lab.steps(150)
+    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, description="fsatfusion")
+    network.eval()
+    with torch.no_grad():
+        fused = network(a, b).image.clamp(0, 1)
+    row: dict[str, Any] = {"matches": len(points), "inliers": inliers, "size": list(a.shape[2:]), "steps": steps}
+    for form, image in (("fused", fused), ("mean", (a + b) / 2)):
+        row[form] = fusion_metrics(a[0, 0], b[0, 0], image[0, 0])
+    row["pictures"] = [strip("thermal-visible", a[0, 0], b[0, 0], fused[0, 0], (a + b)[0, 0] / 2, side=200)]
+    return row
+
+
+def over(image_1CHW: Tensor, points_M2: Tensor, places_M2: Tensor, size: tuple[int, ...]) -> tuple[Tensor, int]:
+    """An image laid over another by matches (points of the other, places in the image), and how many agree.
+
+    Raises:
+        ValueError: if there are fewer than four.
+    """
+    from skimage.measure import ransac
+    from skimage.transform import ProjectiveTransform, warp
+
+    if len(points_M2) < 4:
+        raise ValueError(f"four matches are needed for a homography, got {len(points_M2)}")
+    pairs = (points_M2.double().numpy(), places_M2.double().numpy())
+    found, agree = ransac(pairs, ProjectiveTransform, 4, 4.0, max_trials=5000, rng=0)
+    laid = warp(image_1CHW[0].permute(1, 2, 0).numpy(), found, output_shape=size)
+    return torch.from_numpy(laid).float().permute(2, 0, 1)[None], int(agree.sum())
+
+
+def uplift(lab: Lab) -> dict[str, Any]:
+    """UPLiFT learns a step on the ViT's features of three photographs, and is judged on others."""
+    from saccade.models.uplift import UPLiFT, pyramid_loss
+
+    backbone = vit_features(models.load("vit-s14"))
+    learn = photographs("chelsea", "rocket", "immunohistochemistry", "retina")
+    torch.manual_seed(0)
+    model = UPLiFT(384, PATCH)
+
+    def batches() -> Iterator[Tensor]:
+        generator = lab.generator()
+        while True:
+            yield normalised(lab.data.crops([(x,) for x in learn], 2, 16 * PATCH, generator)[0])
+
+    steps = lab.steps(400)
+    losses = lab.train(
+        model, batches(), lambda m, x: pyramid_loss(m, backbone, x, depth=1), steps, lr=1e-3, description="uplift"
+    )
+    row: dict[str, Any] = {"steps": steps, "loss": losses[-1]}
+    model.eval()
+    shown: list[Tensor] = []
+    for name, image in zip(("astronaut", "coffee"), photographs("astronaut", "coffee")):
+        large = normalised(square(image, 32 * PATCH))
+        small = F.interpolate(large, scale_factor=0.5, mode="bilinear", antialias=True)
+        truth, start = backbone(large), backbone(small)
+        with torch.no_grad():
+            ours = model(small, start, iters=1).steps[0]
+        bilinear = F.interpolate(start, truth.shape[2:], mode="bilinear")
+        for form, found in (("uplift", ours), ("bilinear", bilinear)):
+            row[f"{name}_{form}_mse"] = float((found - truth).square().mean())
+            row[f"{name}_{form}_cosine"] = float(F.cosine_similarity(found, truth, dim=1).mean())
+        with torch.no_grad():
+            three = model(normalised(square(image, 16 * PATCH)), start, iters=3).steps[-1]
+        tokens = truth.flatten(2)[0]
+        basis = torch.pca_lowrank(tokens.T, 3, niter=4)[2]
+
+        def colours(features: Tensor, basis: Tensor = basis, tokens: Tensor = tokens) -> Tensor:
+            seen = torch.einsum("chw,ck->khw", features[0] - tokens.mean(1)[:, None, None], basis)
+            reference = basis.T @ (tokens - tokens.mean(1, keepdim=True))
+            low, high = reference.quantile(0.02, 1), reference.quantile(0.98, 1)
+            return ((seen - low[:, None, None]) / (high - low)[:, None, None]).clamp(0, 1)
+
+        near = [F.interpolate(colours(x)[None], (224, 224))[0] for x in (start, truth)]
+        shown += [square(image, 224)[0], near[0], colours(bilinear), colours(ours), colours(three), near[1]]
+    row["pictures"] = [strip(f"uplift-{i}", *shown[i * 6 : i * 6 + 6]) for i in range(2)]
+    return row
+
+
+def saliency(lab: Lab) -> dict[str, Any]:
+    """CPDR, trained for minutes on generated scenes of the task, beside the heat maps of a real network."""
+    maps, task = models.load("saliency"), lab.task("salient")
+    with lab.seeded():
+        network = saccade.create("cpdr", **saccade.catalogue.part("cpdr").tasks["salient"])
+    steps = lab.steps(400)
+    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, lr=2e-3, description="cpdr")
+    network.eval()
+    row: dict[str, Any] = {"steps": steps, "s_measure": task.quality(network), "correlation": {}, "pictures": []}
+    shown = []
+    for name, image in zip(JUDGE, photographs(*JUDGE), strict=True):
+        picture = square(image, 224)
+        heat = maps(picture[0])
+        with torch.no_grad():
+            found = network(normalised(picture)).logits.sigmoid()[0, 0]
+        row["correlation"][name] = correlation(found, heat)
+        shown += [picture[0], heat, found]
+    row["pictures"] = [strip("saliency-1", *shown[:6], side=160), strip("saliency-2", *shown[6:], side=160)]
+    return row
+
+
+def text(kept: records.Kept) -> str:
+    """The page of the kept figures."""
+    lines = [
+        "# Beside real pretrained models",
+        "",
+        "Made by `python tools/real_models.py`; do not edit. The models are those of `saccade.train.models`; what of",
+        "ours stands beside them was trained here for a minute or two, from nothing.",
+        "",
+    ]
+    for name, row in kept.items():
+        section = SECTIONS[name]
+        lines += [f"## {(section.__doc__ or '').splitlines()[0].rstrip('.')}", ""]
+        lines += [f"{row['machine']}, {row['date']}.", ""]
+        lines += [*row.get("pictures", ()), ""] if row.get("pictures") else []
+        lines += [f"{CAPTIONS[name]}", ""] if name in CAPTIONS else []
+        lines += [*records.table(["figure", "value"], flat(row)), ""]
+    return "\n".join(lines)
+
+
+#: what the pictures of a section show, from left to right
+CAPTIONS = {
+    "uplift": "Photograph; features of a 16 x 16 grid (three principal components of the truth); bilinear to 32 x 32; "
+    "one step of UPLiFT; three steps; the ViT's own features at 32 x 32.",
+    "fusion": "Thermal, visible (laid over it), fused, the mean of both.",
+    "saliency": "Photograph, the real network's heat map, ours; two photographs a row.",
+}
+
+
+def flat(row: dict[str, Any], before: str = "") -> list[list[str]]:
+    """Figures of a section, a line each."""
+    lines = []
+    for name, value in row.items():
+        if isinstance(value, dict):
+            lines += flat(value, f"{before}{name} ")
+        elif name not in ("machine", "date", "pictures"):
+            values = value if isinstance(value, list) else [value]
+            lines.append([before + name, ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
+    return lines
+
+
+SECTIONS: dict[str, Callable[[Lab], dict[str, Any]]] = {
+    "gates": gates,
+    "uplift": uplift,
+    "saliency": saliency,
+    "fusion": fusion,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
+    parser.add_argument("--quick", action="store_true", help="a step or two of training; what comes out means nothing")
+    parser.add_argument("--json", type=Path, default=DOCS / "real-models.json", help="where figures are kept")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"there is no section {', '.join(sorted(unknown))}; there is {', '.join(SECTIONS)}")
+    kept = records.known(options.json)
+    for name in options.sections or SECTIONS:
+        try:
+            row = SECTIONS[name](Lab(seed=0, smoke=options.quick))
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        kept[name] = records.stamp() | row
+        kept = {each: kept[each] for each in SECTIONS if each in kept}
+        records.keep(options.json, kept)
+        print(name, *(": ".join(line) for line in flat(row)), sep="\n  ", flush=True)
+    write_text(options.json.with_suffix(".md"), text(kept))
+
+
+if __name__ == "__main__":
+    main()
