@@ -93,7 +93,8 @@ def gates(lab: Lab) -> dict[str, Any]:
         before = network(images).softmax(-1)
         row |= {"classes": before.argmax(-1).tolist(), "shares": before.amax(-1).tolist(), "gates": {}}
         for slug, options in GATES.items():
-            report = saccade.insert(network, slug, after="network._blocks.*", example=images[:1], gentle=True, **options)
+            arguments = {"after": "network._blocks.*", "example": images[:1], "gentle": True, **options}
+            report = saccade.insert(network, slug, **arguments)
             after = network(images).softmax(-1)
             row["gates"][slug] = {
                 "places": len(report.places),
