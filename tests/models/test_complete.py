@@ -16,6 +16,7 @@ from saccade.cli import main
 from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
+from saccade.models.multitask import MultitaskNetwork
 from saccade.models.resnest import ResNeSt
 from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
@@ -146,6 +147,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
     elif isinstance(model, Segmenter):
         classes = catalogue.part(slug).example["num_classes"]
         assert found["logits"].shape == (1, classes, 40, 52)
+    elif isinstance(model, MultitaskNetwork):
+        assert all(found[f"logits.{t}"].shape[2:] == (40, 52) for t in range(len(model.tasks)))
     elif slug == "rt-detrv2":
         assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
     else:
