@@ -110,22 +110,14 @@ def gates(lab: Lab) -> dict[str, Any]:
 def fusion(lab: Lab) -> dict[str, Any]:
     """FSATFusion, trained for a minute on the task, on the thermal and visible picture of one place.
 
-    The two cameras stood apart: the visible picture is laid over the thermal one by the homography of XFeat's and
-    LighterGlue's matches where it is found, and both are cut to what both show.
+    The two cameras stood apart: the visible picture is laid over the thermal one by the homography of `CORNERS`, and
+    both are cut to the front of the house. XFeat and LighterGlue find next to none between them.
     """
     from saccade.train.metrics.fusion import fusion_metrics
 
     thermal, visible = (read_image(path) for path in models.example_pair("thermal"))
-    thermal = F.interpolate(thermal[None], scale_factor=0.5, mode="bilinear", antialias=True)
-    visible = F.interpolate(visible[None], scale_factor=0.5, mode="bilinear", antialias=True)
-    points, places, _ = models.load("xfeat-lighterglue")(thermal, visible)
-    laid, inliers = over(visible, points, places, thermal.shape[2:])
-    a, b = (x.mean(1, keepdim=True) for x in (thermal, laid))
-    seen = (laid.sum(1) > 0)[0]
-    rows, columns = (seen.float().mean(axis) > 0.9 for axis in (1, 0))
-    top, bottom = (int(f) for f in (rows.nonzero().min(), rows.nonzero().max() + 1))
-    left, right = (int(f) for f in (columns.nonzero().min(), columns.nonzero().max() + 1))
-    a, b = (x[..., top:bottom, left:right] for x in (a, b))
+    points, _, _ = models.load("xfeat-lighterglue")(thermal[None], visible[None])
+    a, b = (x.mean(0)[None, None, 180:380, 180:460] for x in (thermal, over(visible, thermal)))
     task = lab.task("fuse")
     with lab.seeded():
         network = saccade.create("fsatfusion", **saccade.catalogue.part("fsatfusion").tasks["fuse"])
@@ -134,28 +126,38 @@ def fusion(lab: Lab) -> dict[str, Any]:
     network.eval()
     with torch.no_grad():
         fused = network(a, b).image.clamp(0, 1)
-    row: dict[str, Any] = {"matches": len(points), "inliers": inliers, "size": list(a.shape[2:]), "steps": steps}
+    row: dict[str, Any] = {"matches": len(points), "size": list(a.shape[2:]), "steps": steps}
     for form, image in (("fused", fused), ("mean", (a + b) / 2)):
         row[form] = fusion_metrics(a[0, 0], b[0, 0], image[0, 0])
     row["pictures"] = [strip("thermal-visible", a[0, 0], b[0, 0], fused[0, 0], (a + b)[0, 0] / 2, side=200)]
     return row
 
 
-def over(image_1CHW: Tensor, points_M2: Tensor, places_M2: Tensor, size: tuple[int, ...]) -> tuple[Tensor, int]:
-    """An image laid over another by matches (points of the other, places in the image), and how many agree.
+#: of the pair of cameras: corners of windows and door, (x, y) in the thermal and in the visible picture, read by eye
+CORNERS = (
+    ((254, 272), (706, 574)),
+    ((295, 272), (825, 576)),
+    ((255, 307), (706, 660)),
+    ((295, 307), (825, 662)),
+    ((305, 273), (843, 578)),
+    ((366, 274), (1024, 578)),
+    ((366, 328), (1026, 712)),
+    ((305, 329), (843, 714)),
+    ((375, 275), (1042, 580)),
+    ((405, 275), (1140, 582)),
+    ((405, 306), (1140, 660)),
+    ((375, 306), (1042, 660)),
+)
 
-    Raises:
-        ValueError: if there are fewer than four.
-    """
-    from skimage.measure import ransac
+
+def over(visible_CHW: Tensor, thermal_CHW: Tensor) -> Tensor:
+    """The visible picture as the thermal camera would have seen the front of the house: (3, H, W)."""
     from skimage.transform import ProjectiveTransform, warp
 
-    if len(points_M2) < 4:
-        raise ValueError(f"four matches are needed for a homography, got {len(points_M2)}")
-    pairs = (points_M2.double().numpy(), places_M2.double().numpy())
-    found, agree = ransac(pairs, ProjectiveTransform, 4, 4.0, max_trials=5000, rng=0)
-    laid = warp(image_1CHW[0].permute(1, 2, 0).numpy(), found, output_shape=size)
-    return torch.from_numpy(laid).float().permute(2, 0, 1)[None], int(agree.sum())
+    thermal, visible = (torch.tensor(points, dtype=torch.float64).numpy() for points in zip(*CORNERS, strict=True))
+    found = ProjectiveTransform.from_estimate(thermal, visible)
+    laid = warp(visible_CHW.permute(1, 2, 0).numpy(), found, output_shape=thermal_CHW.shape[1:])
+    return torch.from_numpy(laid).float().permute(2, 0, 1)
 
 
 def uplift(lab: Lab) -> dict[str, Any]:
@@ -163,7 +165,7 @@ def uplift(lab: Lab) -> dict[str, Any]:
     from saccade.models.uplift import UPLiFT, pyramid_loss
 
     backbone = vit_features(models.load("vit-s14"))
-    learn = photographs("chelsea", "rocket", "immunohistochemistry", "retina")
+    learn = [image.expand(3, -1, -1) for image in photographs("chelsea", "rocket", "camera", "coins")]
     torch.manual_seed(0)
     model = UPLiFT(384, PATCH)
 

@@ -1,0 +1,58 @@
+"""Benchmarks at the size of a test: what they compare agrees, what they change is as before, a page is written."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from saccade.bench import records
+from saccade.models.smaformer import modulator
+from saccade.ops.attend import attend
+from saccade.ops.native import build
+
+
+@pytest.fixture(scope="module")
+def dense() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "dense.py"
+    spec = importlib.util.spec_from_file_location("benchmark_dense", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_networks_are_plain_for_a_while(dense: ModuleType) -> None:
+    before = build._outcome
+    with dense.plainly():
+        assert modulator.attend is dense.plain_attend
+        assert build._outcome[0] is None
+    assert modulator.attend is attend and build._outcome is before
+
+
+def test_plain_attention_is_attention(dense: ModuleType) -> None:
+    q, k, v = torch.randn(3, 1, 2, 7, 8).unbind()
+    mask = torch.rand(1, 2, 7, 7) > 0.3
+    mask[..., 0] = True
+    for options in ({}, {"scale": 0.2}, {"mask": mask}):
+        torch.testing.assert_close(dense.plain_attend(q, k, v, **options), attend(q, k, v, **options))
+
+
+def test_a_network_against_itself_and_its_page(dense: ModuleType) -> None:
+    case = dense.Network(48, inputs=dense.images(1, 1), large=56)
+    row = dense.network_row("fsatfusion", case, quick=False)
+    assert row["speedup"] > 0 and row["bytes"] > 0 and row["shapes"] == "1x1x48x48, 1x1x48x48"
+    kept = {"fsatfusion": records.stamp() | row}
+    (verdict,) = dense.verdicts(kept)
+    assert verdict.wanted == dense.LEAST and verdict.got == row["speedup"]
+    page = records.page("Title", "command", "about", kept, ["others"], [verdict], dense.sections(kept))
+    assert "| fsatfusion | 1x1x48x48, 1x1x48x48 |" in page and "Not measured in this record: others." in page
+
+
+def test_the_slope_of_a_square_is_two(dense: ModuleType) -> None:
+    assert dense.slope([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
