@@ -158,3 +158,12 @@ def test_loss() -> None:
     assert float(saliency_loss(output, torch.ones(1, 1, 4, 4))) == pytest.approx(0.8 * empty, abs=1e-5)
     with pytest.raises(ValueError, match="one for each of 3 maps"):
         saliency_loss(output, torch.ones(1, 1, 4, 4), (1.0,))
+
+
+def test_the_larger_sizes_stand_on_an_efficientnet() -> None:
+    with torch.device("meta"):
+        small, large = (CPDR.from_config(name) for name in ("CPDR-L", "CPDR-M"))
+    assert small.channels == (32, 24, 40, 112, 1280)  # f1 .. f5 of the card
+    assert sum(p.numel() for p in large.parameters()) > sum(p.numel() for p in small.parameters())
+    with pytest.raises(ValueError, match="backbone must be a module or one of efficientnet-b0"):
+        CPDR("efficientnet-b9")

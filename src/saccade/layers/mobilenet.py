@@ -61,14 +61,14 @@ class MobileNetTrunk(nn.Module):
         if width <= 0 or in_channels < 1:
             raise ValueError(f"width and in_channels must be positive, got {width} and {in_channels}")
         step = 8 if width >= 0.5 else 4
-        self.in_channels, channels = in_channels, _rounded(32 * width, step)
+        self.in_channels, channels = in_channels, rounded(32 * width, step)
         self.levels = nn.ModuleList([conv_norm_act(in_channels, channels, 3, 2, activation=nn.ReLU6)])
         widths = [channels]
         for runs in LEVELS:
             level = nn.Sequential()
             for expansion, full, count, stride in runs:
                 for block in range(count):
-                    out = _rounded(full * width, step)
+                    out = rounded(full * width, step)
                     level.append(InvertedResidual(channels, out, 1 if block else stride, expansion))
                     channels = out
             self.levels.append(level)
@@ -83,5 +83,11 @@ class MobileNetTrunk(nn.Module):
         return maps
 
 
-def _rounded(channels: float, step: int) -> int:
+def rounded(channels: float, step: int) -> int:
+    """The nearest positive multiple of a step.
+
+    Args:
+        channels: any positive number.
+        step: what the outcome is a multiple of.
+    """
     return max(step, int(channels + step / 2) // step * step)

@@ -63,5 +63,9 @@ register(
     build=CPDR,
     example={"base": 4, "reductions": (2, 2, 2), "width": 0.25},
     tasks={"salient": {"base": 8, "reductions": (4, 4, 2), "width": 0.25}},
-    published=(Published("CPDR-S", {}, inputs={"pixel_values": (1, 3, 256, 256)}),),
+    published=(
+        Published("CPDR-L", {"backbone": "efficientnet-b0", "neck": "a"}, inputs={"pixel_values": (1, 3, 256, 256)}),
+        Published("CPDR-M", {"backbone": "efficientnet-b3", "neck": "a"}, inputs={"pixel_values": (1, 3, 256, 256)}),
+        Published("CPDR-S", {}, inputs={"pixel_values": (1, 3, 256, 256)}),
+    ),
 )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_relu
+from saccade.layers.efficientnet import SIZES, EfficientNetTrunk
 from saccade.layers.mobilenet import MobileNetTrunk
 from saccade.layers.resize import resize
 from saccade.models.backbone import check_images, maps_of
@@ -59,7 +60,8 @@ class CPDR(SaliencyNetwork):
 
     Args:
         backbone: gives five maps at strides 2, 4, 8, 16 and 32 (each half of the one before, rounded up), as a list,
-            a `Backbone`'s output or one of transformers. A MobileNetV2 where None.
+            a `Backbone`'s output or one of transformers; or a name of `saccade.layers.efficientnet`, as CPDR-L's
+            "efficientnet-b0". A MobileNetV2 where None.
         channels: of these maps; the backbone's own `channels` where None.
         neck: "a" (ADF and AUF), "b" (DACF), or "none" (the decoder's three finest maps as they are).
         base: b, the width at the image's size.
@@ -70,7 +72,7 @@ class CPDR(SaliencyNetwork):
         width: factor of MobileNetV2's channels.
 
     Raises:
-        ValueError: if an argument is out of range, or the backbone tells no channels.
+        ValueError: if an argument is out of range, the backbone unknown, or it tells no channels.
     """
 
     slug = "cpdr"
@@ -79,7 +81,7 @@ class CPDR(SaliencyNetwork):
 
     def __init__(
         self,
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | str | None = None,
         *,
         channels: Sequence[int] | None = None,
         neck: str = "b",
@@ -98,7 +100,7 @@ class CPDR(SaliencyNetwork):
             raise ValueError(f"decoder must be one of {', '.join(DECODERS)}, got {decoder!r}")
         if base < 2 or base % 2:
             raise ValueError(f"base must be positive and even, got {base}")
-        self.backbone = MobileNetTrunk(width) if backbone is None else backbone
+        self.backbone = _trunk(backbone, width) if backbone is None or isinstance(backbone, str) else backbone
         told = getattr(self.backbone, "channels", None) if channels is None else channels
         if told is None or len(told) != 5:
             raise ValueError(f"channels must be those of the backbone's five maps, got {told}")
@@ -158,3 +160,11 @@ class CPDR(SaliencyNetwork):
 
     def prepared(self, images_B3HW: Tensor) -> Tensor:
         return 2 * images_B3HW - 1
+
+
+def _trunk(name: str | None, width: float) -> nn.Module:
+    if name is None:
+        return MobileNetTrunk(width)
+    if name not in SIZES:
+        raise ValueError(f"backbone must be a module or one of {', '.join(SIZES)}, got {name!r}")
+    return EfficientNetTrunk(*SIZES[name])
