@@ -97,10 +97,14 @@ class Embedder(Complete):
             raise ValueError(f"a set must have a view at least, got pixel_values {tuple(pixel_values.shape)}")
         return self.fuse(self.embed(pixel_values.flatten(0, 1)), pixel_values.shape[1])
 
-    def see(self, images: Sequence[Tensor]) -> EmbeddingOutput:
+    def ready(self, images: Sequence[Tensor]) -> Tensor:
+        """Images (3, H, W) in [0, 1] as the network takes them."""
         size = list(self.image_size)
         scaled = [F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1) for image in images]
-        pixels_BCHW = normalised(torch.stack(scaled), self.in_channels)
+        return normalised(torch.stack(scaled), self.in_channels)
+
+    def see(self, images: Sequence[Tensor]) -> EmbeddingOutput:
+        pixels_BCHW = self.ready(images)
         said: EmbeddingOutput = self(pixels_BCHW[None] if self.together else pixels_BCHW)
         return replace(said, images=list(images))
 

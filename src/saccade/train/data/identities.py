@@ -10,7 +10,7 @@
 How bad a view is, is drawn for each, so that a set of views holds good ones and bad ones; each is also turned, scaled
 and moved a little. All that is random comes from a `torch.Generator`.
 
-Shape letters: B things, V views of each, N images, S side.
+Shape letters: B things, V views of each, N images, S side, H height, W width of a picture, or taps of a window.
 """
 
 from __future__ import annotations
