@@ -24,6 +24,7 @@ from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
 from saccade.ops.native.routes import attend_routes
 from saccade.ops.routed import routed_attend
+from saccade.ops.selective_scan import selective_scan, selective_scan_reference
 from saccade.ops.wkv import DISTANCES, wkv, wkv_reference
 
 INF = float("inf")
@@ -488,3 +489,30 @@ def test_wkv(B: int, T: int, C: int, decay: float, distance: str, threads: int, 
     for name, x, y in zip("ykvwu", *results, strict=True):
         bound = 2e-6 * size * {"w": B * T, "u": B}.get(name, 1)
         torch.testing.assert_close(x, y.float(), rtol=2e-5, atol=bound)
+
+
+@few
+@given(
+    st.integers(1, 2), st.sampled_from([1, 2, 63, 64, 65, 150]), st.sampled_from([1, 16, 33, 80]),
+    st.sampled_from([1, 4, 16, 19]), st.integers(1, 3), st.sampled_from([1e-3, 0.1, 20.0]), st.sampled_from([1, 2, 5]),
+    st.integers(0, 99),
+)  # fmt: skip
+def test_selective_scan(B: int, T: int, C: int, N: int, G: int, step: float, threads: int, seed: int) -> None:
+    """Both ways, with decays that leave nearly all and nearly nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    u, grad = torch.randn(2, B, T, G * C, generator=generator)
+    delta = step * torch.rand(B, T, G * C, generator=generator)
+    a = -torch.rand(G * C, N, generator=generator)
+    b, c = torch.randn(2, B, T, G, N, generator=generator)
+    results = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for function, dtype in ((selective_scan, torch.float32), (selective_scan_reference, torch.float64)):
+            leaves = [x.to(dtype).requires_grad_() for x in (u, delta, a, b, c)]
+            out = function(*leaves)
+            results.append([out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))])
+    finally:
+        torch.set_num_threads(before)
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y.float(), rtol=2e-5, atol=1e-5 * max(1.0, float(y.abs().max())))

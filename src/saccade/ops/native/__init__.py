@@ -7,6 +7,7 @@
     linear.c      linear attention                              linear.py
     gather.c      sums over rows at indices, crops of tables    gather.py
     wkv.c         bidirectional WKV, forward and backward       wkv.py
+    scan.c        selective scan, forward and backward          scan.py
     team.c        work of somebody else's on the same threads   ops/workers.py
     vectors.h     the product that all of them are made of
 

@@ -40,6 +40,7 @@ SOURCES, HEADERS = (
         "linear.c",
         "gather.c",
         "wkv.c",
+        "scan.c",
         "team.c",
     ),
     ("grid.h", "lists.h", "vectors.h"),
@@ -75,6 +76,8 @@ _SIGNATURES = {
     "saccade_crops_gradients": "pppppppppplllllllii",
     "saccade_wkv": "pppppppplllllli",
     "saccade_wkv_backward": "ppppppppppppplllllli",
+    "saccade_scan": "ppppppplllllllli",
+    "saccade_scan_backward": "pppppppppppplllllllli",
 }
 _TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "f": ctypes.c_float, "i": ctypes.c_int}
 
