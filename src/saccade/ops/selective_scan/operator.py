@@ -9,7 +9,7 @@ after the other; then once more from there. Backward is the same from the other 
     dA = sum_t g_t delta_t exp(delta_t A) h_{t-1}
 
 Shape letters: B batch, T tokens, G groups, C channels of a group, N states of a channel, S segments of tokens, P places
-in a segment.
+in a segment; x channels or states.
 """
 
 from __future__ import annotations
