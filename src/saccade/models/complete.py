@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from saccade.models.images import read_image
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class Complete(nn.Module):
@@ -104,6 +106,10 @@ class Complete(nn.Module):
             ValueError: if there is none, they are not as many as the views, one is no image, or the images do not go
                 together.
         """
+        return self.on_files(files, self.see)
+
+    def on_files(self, files: str | Path | Sequence[str | Path], see: Callable[[list[Tensor]], T]) -> T:
+        """`predict`, with what sees the images; for a network that is told more than the files."""
         paths = [files] if isinstance(files, (str, Path)) else list(files)
         if not paths:
             raise ValueError("files must be at least one image, got none")
@@ -114,7 +120,8 @@ class Complete(nn.Module):
         training = self.training
         try:
             with torch.no_grad():
-                return self.eval().see(images)
+                self.eval()
+                return see(images)
         finally:
             self.train(training)
 
