@@ -233,7 +233,9 @@ def sinkhorn(
     return Assignment(f0, f1, float(scale), row, v_BM if hidden1 is None else v_BM + hidden1, bin0, bin1)
 
 
-def _one_side(f0: Tensor, f1: Tensor, v: Tensor, hidden1: Tensor | None, scale: float, hidden0: Tensor | None) -> Tensor:
+def _one_side(
+    f0: Tensor, f1: Tensor, v: Tensor, hidden1: Tensor | None, scale: float, hidden0: Tensor | None
+) -> Tensor:
     """lse_j(S_ij + v_j) over the real columns; -inf of rows that are not real."""
     row, _ = row_column_lse(f0, f1, scale=scale, bias1_BM=v if hidden1 is None else v + hidden1, columns=False)
     return row if hidden0 is None else row + hidden0
