@@ -140,12 +140,12 @@ def test_dual_softmax(N: int, M: int, padded: bool) -> None:
     compare_gradients(found.log_at(batch, index0, index1).exp(), P[batch, index0, index1], [f0, f1])
 
 
-def check_mutual(found: Assignment, P: Tensor, threshold: float) -> None:
-    best = (P == P.amax(1, keepdim=True)) & (P == P.amax(2, keepdim=True)) & (P > threshold)
+def check_mutual(found: Assignment, share: Tensor, threshold: float) -> None:
+    best = (share == share.amax(1, keepdim=True)) & (share == share.amax(2, keepdim=True)) & (share > threshold)
     expected = best.nonzero()
     for pairs in (found.mutual(threshold), found._mutual_of_all(threshold)):
         assert torch.equal(torch.stack(pairs[:3], 1), expected)
-        torch.testing.assert_close(pairs.confidence, P[best], atol=1e-9, rtol=1e-6)
+        torch.testing.assert_close(pairs.confidence, share[best], atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("N", "M"), SIZES)
@@ -179,9 +179,7 @@ def test_sinkhorn_carries_padding_to_the_dustbins() -> None:
 
 def test_the_same_features_match_themselves_and_swapping_sides_transposes() -> None:
     f0, f1 = sides(11, 8)
-    assert torch.equal(dual_softmax(f1, f0).matrix(), dual_softmax(f0, f1).matrix().mT) or torch.allclose(
-        dual_softmax(f1, f0).matrix(), dual_softmax(f0, f1).matrix().mT
-    )
+    torch.testing.assert_close(dual_softmax(f1, f0).matrix(), dual_softmax(f0, f1).matrix().mT)
     strong = 20 * torch.eye(12, dtype=torch.float64)[None]
     found = dual_softmax(strong, strong)
     torch.testing.assert_close(found.matrix()[0], torch.eye(12, dtype=torch.float64))

@@ -1,7 +1,7 @@
 """Correlation and soft matching of two sets of features, streamed: no N x M tensor unless the caller asks for it.
 
     S_ij = scale f0_i . f1_j
-    soft      x_i = sum_j softmax_j(S_ij) position_j                           `expected_positions`: `attend` with a grid
+    soft      x_i = sum_j softmax_j(S_ij) position_j                           `expected_positions`, by `attend`
     dual      log P_ij = 2 S_ij - lse_j(S_ij) - lse_i(S_ij)                    `dual_softmax`
     optimal   log P_ij = S_ij + u_i + v_j, by Sinkhorn's iterations, with dustbins for what has no match    `sinkhorn`
     nearest   log P_ij = S_ij                                                  `similarity`

@@ -129,13 +129,13 @@ class Assignment:
                     yield b, rows, columns, S
 
     def _mutual_of_all(self, threshold: float | None) -> Pairs:
-        P = self.matrix()
-        best = (P == P.amax(2, keepdim=True)) & (P == P.amax(1, keepdim=True))
+        share = self.matrix()
+        best = (share == share.amax(2, keepdim=True)) & (share == share.amax(1, keepdim=True))
         if threshold is not None:
-            best = best & (P > threshold)
+            best = best & (share > threshold)
         batch, index0 = best.any(2).nonzero().unbind(1)
         index1 = best.int().argmax(2)[batch, index0]
-        return Pairs(batch, index0, index1, P[batch, index0, index1])
+        return Pairs(batch, index0, index1, share[batch, index0, index1])
 
 
 def similarity(f0_BNC: Tensor, f1_BMC: Tensor, *, scale: float = 1.0) -> Assignment:
