@@ -11,6 +11,9 @@
 | `faces`, `degraded` | grey faces, and several degraded views of things | scikit-image, generated |
 | `hazy` | such pictures in haze, by its physical model | |
 | `scenes` | digits and shapes on such windows, and their boxes | generated |
+| `gazes` | people who look at things, before such windows | generated |
+| `searches` | arrays of objects, and in which order one is searched for | generated |
+| `salients` | such windows with a thing that stands out | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -20,6 +23,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
+from saccade.train.data.looking import Gazes, Salients, Searches, gazes, salients, searches
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
@@ -31,14 +35,18 @@ __all__ = [
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
     "Digits",
+    "Gazes",
     "Hazy",
     "Paired",
+    "Salients",
     "Scenes",
+    "Searches",
     "crops",
     "degraded",
     "depths",
     "digits",
     "faces",
+    "gazes",
     "generator_at",
     "hazy",
     "listops",
@@ -48,7 +56,9 @@ __all__ = [
     "recall",
     "recoloured",
     "rows",
+    "salients",
     "scenes",
+    "searches",
     "text_bytes",
     "windows",
 ]

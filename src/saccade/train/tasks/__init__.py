@@ -14,6 +14,7 @@
 | `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
 | `detect` | where digits and shapes lie on photographs | AP | models that find objects |
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
+| `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -28,6 +29,7 @@ from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
 from saccade.train.tasks.fuse import Fuse as Fuse
 from saccade.train.tasks.listops import ListOps as ListOps
+from saccade.train.tasks.look import Look as Look
 from saccade.train.tasks.own import Own as Own
 from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
@@ -56,6 +58,7 @@ TASKS: dict[str, type[Task]] = {
         Salient,
         Detect,
         Recognise,
+        Look,
     )
 }
 
