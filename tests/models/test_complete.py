@@ -23,8 +23,8 @@ from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
-#: on photographs; the other one's files are volumes, and tested in its room
-SEEING = [slug for slug in RUNNABLE if slug != "hff-net"]
+#: on photographs; the files of the others are volumes or events, and tested in their rooms
+SEEING = [slug for slug in RUNNABLE if slug not in ("evenhancer", "hff-net")]
 #: of two images one
 FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -138,6 +139,28 @@ class Bottleneck(ResidualBlock):
         x_BCHW = F.relu(self.norm1(self.conv1(x_BCHW)))
         x_BCHW = F.relu(self.norm2(self.conv2(x_BCHW)))
         return self.norm3(self.conv3(x_BCHW))
+
+
+class PlainResidualBlock(nn.Module):
+    """x + conv(ReLU(conv(x))) without norms, as networks that give images back have it (Lim et al., arXiv 1707.02921).
+
+    Args:
+        channels: C.
+        start: the convolutions start Kaiming normal, times this.
+    """
+
+    def __init__(self, channels: int, start: float = 0.1) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        for conv in (self.conv1, self.conv2):
+            nn.init.kaiming_normal_(conv.weight)
+            with torch.no_grad():
+                conv.weight.mul_(start)
+            assert conv.bias is not None
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return x_BCHW + self.conv2(F.relu(self.conv1(x_BCHW)))
 
 
 class PreActivationBottleneck(nn.Module):

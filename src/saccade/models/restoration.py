@@ -1,4 +1,4 @@
-"""Networks that give an image back, larger or better: their output, and its picture."""
+"""Networks that give an image or a video back, larger or better: their outputs, and the pictures of these."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from saccade.models.complete import Complete, batch
-from saccade.models.images import stacked, to_picture
+from saccade.models.images import beside, stacked, to_picture
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
@@ -32,6 +32,38 @@ class SuperResolved:
     images: list[Tensor] | None = None
     inner_images: list[Tensor] | None = None
     inner_embeddings: list[Tensor] | None = None
+
+
+@output
+@dataclass
+class RestoredVideo:
+    """The frames that a network gives back.
+
+    Attributes:
+        frames: (B, N, 3, H', W'), in time's order as they were asked for; in [0, 1] in what `predict` gives.
+        times: (N,), of each frame, from 0 (the first frame that was given) to 1 (the last).
+        images: the frames that were given, (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward`
+            gives.
+    """
+
+    frames: Tensor
+    times: Tensor
+    images: list[Tensor] | None = None
+
+
+class VideoRestorer(Complete):
+    """Base of the networks that give frames back; a subclass gives `forward`, and `predict` of its files."""
+
+    def answer(self, output: RestoredVideo, names: Sequence[str] | None = None) -> list[dict[str, str]]:
+        """The size before and after, and how many frames there are."""
+        given = output.images or []
+        height, width = output.frames.shape[-2:]
+        before = f"{given[0].shape[2]} x {given[0].shape[1]} -> " if given else ""
+        return [{"size": f"{before}{width} x {height}", "frames": f"{len(given)} -> {output.frames.shape[1]}"}]
+
+    def drawn(self, output: RestoredVideo, names: Sequence[str] | None) -> Picture:
+        """The frames right of each other."""
+        return beside([to_picture(frame) for frame in output.frames[0]])
 
 
 class Restorer(Complete):

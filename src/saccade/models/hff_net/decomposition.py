@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.models.arrays import read_array
 from saccade.ops.frequency import extend
 
 #: the first-level lowpass of the filters near_sym_a, at full size
@@ -195,22 +196,7 @@ def read_volumes(path: str | Path) -> Tensor:
         OSError: if there is no such file, or it cannot be read.
         ValueError: if it is no volume of numbers.
     """
-    import numpy
-
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, not a volume")
-    if not path.exists():
-        raise FileNotFoundError(f"no volume at {path}")
-    try:
-        values = numpy.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no .npy file of numbers: {' '.join(str(error).split())}") from error
-    if not isinstance(values, numpy.ndarray) or values.dtype.kind not in "biuf" or not values.size:
-        raise ValueError(f"{path} must hold numbers")
+    values = read_array(path, "volume")
     if values.ndim not in (3, 4):
-        raise ValueError(f"{path} must hold (depth, height, width), or sequences of that, got {values.shape}")
-    volume = torch.from_numpy(values.astype(numpy.float32))
-    if not volume.isfinite().all():
-        raise ValueError(f"{path} has values that are not finite")
-    return volume if volume.ndim == 4 else volume[None]
+        raise ValueError(f"{path} must hold (depth, height, width), or sequences of that, got {tuple(values.shape)}")
+    return values if values.ndim == 4 else values[None]
