@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def watched(model: nn.Module, *names: str) -> Iterator[dict[str, Tensor]]:
     """The maps (B, C, H, W) that named modules give in the last call of the model; afterwards it is as before.
 
-    Tokens (B, N, C) of a square map, as Swin's, are laid out as the map.
+    Tokens (B, N, C) of a square map, as Swin's, are laid out as the map; a class token before them is left out.
 
     Args:
         model: any network, one of transformers too.
@@ -46,11 +46,40 @@ def watched(model: nn.Module, *names: str) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-def _keep(maps: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, said: Any) -> None:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation; afterwards each of its modules is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def as_map(said: Any, name: str = "the model") -> Tensor:
+    """What a module gave as a map (B, C, H, W): a map, or tokens (B, N, C) of a square, which a class token may lead.
+
+    Args:
+        said: a tensor, or a tuple that starts with one.
+        name: of the module, for the message.
+
+    Raises:
+        ValueError: if it is neither.
+    """
     out = said[0] if isinstance(said, (tuple, list)) and said else said
-    if isinstance(out, Tensor) and out.ndim == 3 and isqrt(out.shape[1]) ** 2 == out.shape[1]:
-        out = out.mT.unflatten(2, (isqrt(out.shape[1]),) * 2)
+    if isinstance(out, Tensor) and out.ndim == 3:
+        for first in (0, 1):
+            side = isqrt(out.shape[1] - first)
+            if side and side**2 == out.shape[1] - first:
+                out = out[:, first:].mT.unflatten(2, (side, side))
+                break
     if not isinstance(out, Tensor) or out.ndim != 4:
         shape = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise ValueError(f"{name} must give a map (batch, channels, height, width) or tokens of a square, got {shape}")
-    maps[name] = out
+    return out
+
+
+def _keep(maps: dict[str, Tensor], name: str, module: nn.Module, inputs: Any, said: Any) -> None:
+    maps[name] = as_map(said, name)

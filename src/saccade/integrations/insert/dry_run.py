@@ -5,8 +5,7 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.integrations.insert.maps import map_of
 from saccade.integrations.insert.places import Target
+from saccade.layers.watching import evaluating
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ def _inputs(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, 
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
     noise = torch.randn(1, count, height, width, generator=torch.Generator().manual_seed(0))
     return (noise.to(device=weight.device, dtype=weight.dtype),), {}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and each module's own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @torch.no_grad()

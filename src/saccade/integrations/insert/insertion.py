@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade import catalogue
-from saccade.integrations.insert.dry_run import DryRun, dry_run, evaluating, measure
+from saccade.integrations.insert.dry_run import DryRun, dry_run, measure
 from saccade.integrations.insert.maps import map_of, with_map
 from saccade.integrations.insert.places import free_name, targets_of
 from saccade.integrations.insert.report import Inserted, Place
+from saccade.layers.watching import evaluating
 
 
 class Gentle(nn.Module):

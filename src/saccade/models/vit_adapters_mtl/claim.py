@@ -45,7 +45,7 @@ def squares(count: int, generator: Generator) -> Batch:
 def network(lab: Lab, adapted: bool) -> nn.Module:
     """A small Swin, frozen as it is drawn: with adapters and task-adapted blocks, or its decoders alone."""
     model = MultitaskSwin(
-        ("squares", "brightness"), (2, 1), image_size=_SIDE, patch_size=2, embed_dim=lab.size(16, 4), depths=(2, 2),
+        ("squares", "brightness"), (2, 1), image_size=_SIDE, patch_size=4, embed_dim=lab.size(16, 4), depths=(2, 2),
         num_heads=(2, 2), decoder_depths=(1, 1), window_size=4, mlp_ratio=2.0, drop_path=0.0, decoder_drop=0.0,
         conditioned_blocks=((1,), (0, 1)) if adapted else ((), ()), adapter=adapted,
     ).freeze()  # fmt: skip
@@ -76,7 +76,7 @@ def _claim(lab: Lab) -> ClaimResult:
         return {"iou_percent": 100 * float(both / either.clamp(min=1)), "error_percent": 100 * float(error)}
 
     forms: dict[str, Any] = {name: partial(network, lab, name == "adapted") for name in ("adapted", "decoders_only")}
-    trials = lab.forms(forms, partial(squares, lab.size(16, 2)), measure, 250, loss=_loss, lr=3e-3, seeds=2)
+    trials = lab.forms(forms, partial(squares, lab.size(16, 2)), measure, 200, loss=_loss, lr=3e-3, seeds=2)
     measured = trials.means("{form}_{figure}")
     return ClaimResult(
         {**measured, **trials.spreads("{form}_{figure}_spread")},
