@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison onnx clean
+.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison onnx real-models clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ comparison: setup
 
 onnx: setup
 	$(BIN)/python tools/exports.py
+
+# the networks beside real pretrained models; sections whose packages are missing are left out
+real-models: setup
+	$(BIN)/python tools/real_models.py
 
 clean:
 	rm -rf $(VENV) build dist
