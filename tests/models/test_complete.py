@@ -19,12 +19,17 @@ from saccade.models.han import HAN
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
 from saccade.models.multitask import MultitaskNetwork
 from saccade.models.resnest import ResNeSt
+from saccade.models.scene import SceneNetwork
 from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
-#: on photographs; the files of the others are volumes or events, and tested in their rooms
-SEEING = [slug for slug in RUNNABLE if slug not in ("evenhancer", "hff-net")]
+#: on photographs; the files of the others are volumes, events or scenes, and tested in their rooms
+SEEING = [
+    slug
+    for slug in RUNNABLE
+    if slug not in ("evenhancer", "hff-net") and not issubclass(catalogue.part(slug).build, SceneNetwork)
+]
 #: of two images one
 FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]
 GOLDEN = Path(__file__).parent.parent / "golden"

@@ -1,4 +1,4 @@
-"""What tells tokens their places: sinusoids that are added, or a convolution of the map that they lie on.
+"""What tells tokens their places: sinusoids that are added, waves of coordinates, or a convolution of the map.
 
 Shape letters: B batch, N tokens, C channels, H height, W width.
 """
@@ -18,6 +18,20 @@ def sinusoids(positions_N: Tensor, dim: int) -> Tensor:
     rate_C = torch.exp(-math.log(10000.0) * torch.arange(0, dim, 2, device=positions_N.device) / dim)
     angle_NC = positions_N[:, None] * rate_C
     return torch.stack([angle_NC.sin(), angle_NC.cos()], -1).flatten(1)[:, :dim]
+
+
+def frequencies(x: Tensor, count: int, *, interleaved: bool = True) -> Tensor:
+    """x, sin(x), cos(x), sin(2 x), cos(2 x) .. cos(2^(count - 1) x), each of all numbers of the last axis (NeRF).
+
+    Args:
+        x: (..., C) -> (..., C + 2 count C).
+        count: of frequencies; 0 gives x.
+        interleaved: False: x, all sines from slow to fast, then all cosines.
+    """
+    rates = 2.0 ** torch.arange(count, device=x.device, dtype=x.dtype)
+    angles = x[..., None, :] * rates[:, None]
+    waves = torch.stack([angles.sin(), angles.cos()], -2 if interleaved else -3)
+    return torch.cat([x, waves.flatten(-3)], -1)
 
 
 class ConditionalPosition(ChannelsLastConv2d):

@@ -14,12 +14,14 @@
 | `gazes` | people who look at things, before such windows | generated |
 | `searches` | arrays of objects, and in which order one is searched for | generated |
 | `salients` | such windows with a thing that stands out | generated |
+| `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
 Everything random comes from a `torch.Generator`: the same generator state gives the same data.
 """
 
+from saccade.train.data import solids
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
@@ -59,6 +61,7 @@ __all__ = [
     "salients",
     "scenes",
     "searches",
+    "solids",
     "text_bytes",
     "windows",
 ]
