@@ -36,7 +36,7 @@ import torch
 
 from saccade.catalogue import register
 from saccade.models.context_aware_fusion.context import ACEBlock, ContextFusion, GlobalContextEncoder, gate_last_stage
-from saccade.models.context_aware_fusion.diffusion import BoxDiffusion, cosine_alphas, fill
+from saccade.models.context_aware_fusion.diffusion import BoxDiffusion, fill
 from saccade.models.context_aware_fusion.head import (
     Decoded,
     DecoderStage,
@@ -46,6 +46,7 @@ from saccade.models.context_aware_fusion.head import (
 )
 from saccade.models.context_aware_fusion.losses import Objects, detection_loss, focal_eiou_loss, focal_loss, match
 from saccade.models.context_aware_fusion.network import BoxOutput, CDiffDet, FeaturePyramid
+from saccade.ops.diffusion import cosine_alphas
 
 __all__ = [
     "ACEBlock",

@@ -1,11 +1,6 @@
-"""Diffusion over boxes: noise for training, and DDIM from noise to boxes (Song et al., arXiv 2010.02502).
+"""Diffusion over boxes: noise for training, and DDIM from noise to boxes, by `saccade.ops.diffusion`.
 
     signal  x0 = (2 box - 1) scale,  box = (x, y, width, height) in shares of the image
-    noise   x_t = sqrt(alpha_t) x0 + sqrt(1 - alpha_t) eps
-    step    eps = (x_t / sqrt(alpha_t) - x0) / sqrt(1 / alpha_t - 1),   x_s = sqrt(alpha_s) x0 + c eps + sigma z
-            sigma^2 = eta^2 (1 - alpha_t / alpha_s) (1 - alpha_s) / (1 - alpha_t),   c^2 = 1 - alpha_s - sigma^2
-
-alpha is the cumulated product of the cosine schedule (Nichol and Dhariwal, arXiv 2102.09672).
 
 Shape letters: B batch, N proposals, K classes, T times.
 """
@@ -14,31 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import pi
 
 import torch
 from torch import Generator, Tensor
 
 from saccade.layers.constants import Constants
+from saccade.ops.diffusion import cosine_alphas, ddim_step, noised
 
 #: centre and deviation of the boxes that fill up the objects of an image, and their smallest side
 CENTRE, DEVIATION, SMALLEST = 0.5, 1 / 6, 1e-4
 
 #: noisy boxes (B, N, 4) in shares and their times (B,) -> logits (B, N, K) and better boxes (B, N, 4), in shares
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def cosine_alphas(times: int, offset: float = 0.008) -> Tensor:
-    """alpha_t of the cosine schedule, (T,), in double precision.
-
-    Args:
-        times: T.
-        offset: s of the schedule.
-    """
-    share = torch.linspace(0, times, times + 1, dtype=torch.float64) / times
-    alphas = torch.cos((share + offset) / (1 + offset) * pi / 2).square()
-    betas = (1 - alphas[1:] / alphas[:-1]).clamp(0, 0.999)
-    return (1 - betas).cumprod(0)
 
 
 def fill(objects: Sequence[Tensor], count: int, generator: Generator | None = None) -> Tensor:
@@ -97,8 +79,7 @@ class BoxDiffusion(Constants):
             times_B: t of each image, from 0 to T - 1.
             noise_BN4: eps.
         """
-        alpha = self._alpha(times_B, boxes_BN4)
-        return alpha.sqrt() * self.signal(boxes_BN4) + (1 - alpha).sqrt() * noise_BN4
+        return noised(self.signal(boxes_BN4), noise_BN4, self._alpha(times_B, boxes_BN4))
 
     def step(self, x_BN4: Tensor, start_BN4: Tensor, time: int, earlier: int, noise_BN4: Tensor, eta: float) -> Tensor:
         """One step of DDIM, from `time` to an `earlier` one; below 0 is the end, x0 itself.
@@ -112,10 +93,7 @@ class BoxDiffusion(Constants):
         """
         if earlier < 0:
             return start_BN4
-        now, then = (self.alphas_T[t].to(x_BN4.dtype) for t in (time, earlier))
-        eps_BN4 = (x_BN4 / now.sqrt() - start_BN4) / (1 / now - 1).sqrt()
-        sigma = eta * ((1 - now / then) * (1 - then) / (1 - now)).clamp(min=0).sqrt()
-        return then.sqrt() * start_BN4 + (1 - then - sigma**2).clamp(min=0).sqrt() * eps_BN4 + sigma * noise_BN4
+        return ddim_step(x_BN4, start_BN4, self.alphas_T[time], self.alphas_T[earlier], noise_BN4, eta)
 
     def sample(
         self,

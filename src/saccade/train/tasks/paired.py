@@ -26,6 +26,8 @@ class PairedViews(Task):
 
     name = "paired"
     kinds = ("fusion",)
+    #: views are streams of tokens, and masks tell which are there
+    needs = ("padding",)
     baseline = NONE
     budgets = {
         "quick": Settings(dim=64, layers=1, length=16, batch=64, steps=500, lr=3e-3, lengths=(16, 64, 256, 1024)),
