@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from saccade.models.complete import Complete
 from saccade.models.images import normalised, stacked, to_picture, with_bars
@@ -19,6 +19,7 @@ from saccade.ops.export import output
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
+    from typing_extensions import Self
 
 #: of a picture beside its bars
 _HEIGHT = 112
@@ -55,10 +56,25 @@ class Embedder(Complete):
     Attributes:
         image_size: (height, width) to which files are scaled.
         together: whether the files of one call are views of one thing.
+        frozen: parts that are not trained, see `freeze`.
     """
 
     image_size: tuple[int, int] = (224, 224)
     together: ClassVar[bool] = False
+    frozen: tuple[nn.Module, ...] = ()
+
+    def freeze(self, *modules: nn.Module) -> None:
+        """Leave these parts as they are: without gradients, and in evaluation also where the network is trained."""
+        for module in modules:
+            module.requires_grad_(False).eval()
+        self.frozen = (*self.frozen, *modules)
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module, but for what is frozen."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def embed(self, x_BCHW: Tensor) -> EmbeddingOutput:
         """The embedding of each image.

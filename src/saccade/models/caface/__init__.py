@@ -74,6 +74,6 @@ register(
     ),
     build=CAFace,
     example={"dim": 12, "width": 4, "style_dim": 6, "norm_dim": 6, "num_heads": 3},
-    inputs=lambda module, size: (torch.rand(2, 3, 3, size, size + 2),),
+    inputs=lambda module, size: (torch.rand(2, 3, 3, size + 16, size + 18),),
     tasks={"recognise": {"dim": 64, "width": 16, "style_dim": 16, "norm_dim": 16, "num_heads": 4, "drop_path": 0.0}},
 )

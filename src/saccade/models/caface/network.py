@@ -75,7 +75,7 @@ class CAFace(Embedder):
         channels = tuple(getattr(self.encoder, "channels", ()))
         if not channels or not stages or not all(0 <= stage < len(channels) for stage in stages):
             raise ValueError(f"stages must be numbers of the encoder's maps ({len(channels)}), got {tuple(stages)}")
-        self.stages, self.frozen, self.chunk = tuple(stages), frozen, chunk
+        self.stages, self.chunk = tuple(stages), chunk
         self.image_size = (image_size, image_size)
         self.feature = nn.Linear(channels[-1], dim)
         self.aggregator = ClusterAggregate(
@@ -83,15 +83,7 @@ class CAFace(Embedder):
             num_centres=num_centres, depth=depth, num_heads=num_heads, per_channel=per_channel, drop_path=drop_path,
         )  # fmt: skip
         if frozen:
-            for module in (self.encoder, self.feature):
-                module.requires_grad_(False)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-        return self
+            self.freeze(self.encoder, self.feature)
 
     def features(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Of each image the feature (B, C), not normalised, and the statistics (B, S, 2) of its style.
