@@ -181,7 +181,11 @@ def test_weights_of_our_own_names_and_of_the_authors(slug: str, tmp_path: Path) 
 
 
 def test_the_authors_whole_networks_are_taken(tmp_path: Path) -> None:
-    nobodys = {"structured-awareness-decoder", "vtff"}  # there is no authors' code of the whole
+    nobodys = {
+        "conditional-cross-attention",
+        "structured-awareness-decoder",
+        "vtff",
+    }  # there is no authors' code of the whole
     with_port = [slug for slug in RUNNABLE if catalogue.part(slug).ports and slug not in nobodys]
     for slug in with_port:
         recording = GOLDEN / slug / f"{catalogue.part(slug).build.authors_module}.a.safetensors"

@@ -156,7 +156,7 @@ def test_the_loss_of_all_attributes() -> None:
     spaces = F.normalize(torch.randn(8, 2, 6), dim=-1).requires_grad_()
     labels = torch.tensor([[0, 0], [0, 0], [0, 1], [1, 1], [1, -1], [2, 0], [2, 0], [-1, -1]])
     value, terms = loss(spaces, labels)
-    assert value.item() == pytest.approx(sum(w * float(t) for w, t in zip((0.2, 0.2, 1.0), terms.values())))
+    assert value.item() == pytest.approx(sum(w * t.item() for w, t in zip((0.2, 0.2, 1.0), terms.values())))
     classes = [F.cross_entropy(loss.classifiers[k](spaces[rows, k]), labels[rows, k]) for k, rows in ((0, slice(7)),)]
     assert terms["classes"] < classes[0] + 2 and terms["all"] > 0
     joint = torch.tensor([0, 0, 1, 2, -1, 3, 3, -1])

@@ -73,7 +73,16 @@ register(
         "padding changes nothing",
     ),
     build=CAFace,
-    example={"dim": 12, "width": 4, "style_dim": 6, "norm_dim": 6, "num_heads": 3},
-    inputs=lambda module, size: (torch.rand(2, 3, 3, size + 16, size + 18),),
+    example={
+        "dim": 12,
+        "width": 4,
+        "trunk_stages": 2,
+        "stages": (0, 1),
+        "style_dim": 6,
+        "norm_dim": 6,
+        "num_heads": 3,
+        "depth": 1,
+    },
+    inputs=lambda module, size: (torch.rand(2, 3, 3, size, size + 2),),
     tasks={"recognise": {"dim": 64, "width": 16, "style_dim": 16, "norm_dim": 16, "num_heads": 4, "drop_path": 0.0}},
 )

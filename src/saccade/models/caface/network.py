@@ -36,7 +36,7 @@ class CAFace(Embedder):
             residual network of `trunk` layers where None.
         stages: of its maps, those whose statistics are the style.
         frozen: the encoder and the linear map are not trained, and stay in evaluation, as in the paper.
-        trunk, width: depth of the residual network, and channels of its stem.
+        trunk, trunk_stages, width: layers of the residual network, how many of its stages, channels of its stem.
         style_dim, norm_dim, num_centres, depth, num_heads, per_channel, drop_path: of `ClusterAggregate`.
         image_size: side to which files are scaled.
         chunk: files that are seen at a time.
@@ -57,6 +57,7 @@ class CAFace(Embedder):
         stages: Sequence[int] = (1, 2),
         frozen: bool = False,
         trunk: int = 18,
+        trunk_stages: int = 4,
         width: int = 64,
         style_dim: int = 64,
         norm_dim: int = 64,
@@ -71,7 +72,7 @@ class CAFace(Embedder):
         super().__init__()
         if min(image_size, chunk) < 1:
             raise ValueError(f"image_size and chunk must be positive, got {image_size} and {chunk}")
-        self.encoder = ResNetTrunk(trunk, width=width) if encoder is None else encoder
+        self.encoder = ResNetTrunk(trunk, width=width, stages=trunk_stages) if encoder is None else encoder
         channels = tuple(getattr(self.encoder, "channels", ()))
         if not channels or not stages or not all(0 <= stage < len(channels) for stage in stages):
             raise ValueError(f"stages must be numbers of the encoder's maps ({len(channels)}), got {tuple(stages)}")

@@ -117,23 +117,27 @@ class ConditionalBlock(nn.Module):
             ValueError: if it is no such layer.
         """
         name = type(layer).__name__
-        norms = [_first(layer, *names) for names in (("norm1", "layernorm_before"), ("norm2", "layernorm_after"))]
+        norm1, norm2 = _first(layer, "norm1", "layernorm_before"), _first(layer, "norm2", "layernorm_after")
         attention, mlp = _first(layer, "attention"), _first(layer, "mlp")
         fc1, fc2 = (getattr(mlp, part, None) for part in ("fc1", "fc2"))
         activation = getattr(mlp, "activation", type(getattr(mlp, "activation_fn", None)).__name__)
-        if attention is None or not all(isinstance(norm, nn.LayerNorm) for norm in norms) or None in (fc1, fc2):
+        if (
+            attention is None
+            or not (isinstance(norm1, nn.LayerNorm) and isinstance(norm2, nn.LayerNorm))
+            or not (isinstance(fc1, nn.Linear) and isinstance(fc2, nn.Linear))
+        ):
             raise ValueError(f"{name} is no pre-norm layer of a vision transformer with attention and a plain MLP")
         if activation not in ("gelu", "GELUActivation"):
             raise ValueError(f"the MLP of {name} must have GELU, got {activation}")
         read = SoftmaxAttention.from_softmax(attention, rope=False, qkv_bias=True, proj_bias=True, attn_drop=dropout)
         scales = [_first(layer, f"scale{i}", f"layer_scale{i}") for i in (1, 2)]
         block = cls(
-            read.dim, read.num_heads, fc1.weight.shape[0], dropout=dropout, norm_eps=norms[0].eps,
+            read.dim, read.num_heads, fc1.out_features, dropout=dropout, norm_eps=norm1.eps,
             layer_scale=None if scales[0] is None else 1.0,
         )  # fmt: skip
         block.attention = read
-        for place, norm in zip((block.norm1, block.norm2), norms):
-            place.load_state_dict(norm.state_dict())
+        block.norm1.load_state_dict(norm1.state_dict())
+        block.norm2.load_state_dict(norm2.state_dict())
         copy_affine(block.mlp.fc1, (fc1.weight, fc1.bias))
         copy_affine(block.mlp.fc2, (fc2.weight, fc2.bias))
         with torch.no_grad():
