@@ -33,12 +33,15 @@ def to_centres(boxes: Tensor) -> Tensor:
 
 
 def area(boxes: Tensor) -> Tensor:
-    """Of boxes by their corners, (...,); 0 where a corner lies on the wrong side."""
-    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+    """Of boxes by their corners, (...,), in any number of dimensions; 0 where a corner lies on the wrong side."""
+    low, high = boxes.chunk(2, -1)
+    return (high - low).clamp(min=0).prod(-1)
 
 
 def union_shares(a_N4: Tensor, b_M4: Tensor, *, generalized: bool = False) -> Tensor:
     """IoU, or GIoU, of each pair of boxes by their corners: (..., N, M); 0 where both are empty.
+
+    Boxes in space, by their lower and upper corners (..., 6), are taken as well.
 
     Args:
         a_N4, b_M4: boxes, with the same leading axes.
@@ -47,13 +50,13 @@ def union_shares(a_N4: Tensor, b_M4: Tensor, *, generalized: bool = False) -> Te
     >>> union_shares(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([[1.0, 0, 3, 2], [5, 5, 6, 6]])).tolist()
     [[0.3333333432674408, 0.0]]
     """
-    a, b = a_N4[..., :, None, :], b_M4[..., None, :, :]
-    common = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = area(a) + area(b) - common
+    (a_low, a_high), (b_low, b_high) = a_N4[..., :, None, :].chunk(2, -1), b_M4[..., None, :, :].chunk(2, -1)
+    common = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    union = area(a_N4)[..., :, None] + area(b_M4)[..., None, :] - common
     share = common / union.clamp(min=1e-12)
     if not generalized:
         return share
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0).prod(-1)
     return share - (hull - union) / hull.clamp(min=1e-12)
 
 

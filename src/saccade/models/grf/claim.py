@@ -98,15 +98,15 @@ def _claim(lab: Lab) -> ClaimResult:
         return found | ({"ratio": _ratio(trial.model, judge, some)} if trial.form == "attsets" else {})
 
     sizes: dict[str, Any] = {
-        "samples": lab.size(24, 4), "fine_samples": 0, "near": 2.5, "far": 5.5, "width": 48, "depth": 4,
+        "samples": lab.size(16, 4), "fine_samples": 0, "near": 2.5, "far": 5.5, "width": 48, "depth": 4,
         "bottleneck": 24, "encoder_width": lab.size(8, 2), "global_kernel": 1, "render_pose": False,
         "point_frequencies": 4, "direction_frequencies": 2, "hidden": 48, "fused": 48, "scale_pixels": True,
     }  # fmt: skip
     trials = lab.forms(
         {name: partial(GRF, name, **sizes) for name in ("attsets", "mean")},
-        lambda generator: balls(lab, lab.size(4, 1), lab.size(48, 8), generator),
+        lambda generator: balls(lab, lab.size(3, 1), lab.size(32, 8), generator),
         measure,
-        300, loss=loss, lr=2e-3, seeds=2,
+        300, loss=loss, lr=3e-3, seeds=2,
     )  # fmt: skip
     measured = {
         **trials.means("{form}_psnr_db", "psnr"),
