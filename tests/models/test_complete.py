@@ -16,6 +16,7 @@ from saccade.cli import main
 from saccade.models.embedding import Embedder
 from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
+from saccade.models.heatmap import HeatmapNetwork
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
 from saccade.models.multitask import MultitaskNetwork
 from saccade.models.resnest import ResNeSt
@@ -157,6 +158,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert all(found[f"logits.{t}"].shape[2:] == (40, 52) for t in range(len(model.tasks)))
     elif slug == "rt-detrv2":
         assert found["boxes"].shape == (1, 15, 4) and (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
+    elif isinstance(model, HeatmapNetwork):
+        assert found["heatmap"].shape == (1, 40, 52)
     elif isinstance(model, Embedder):
         assert found["embedding"].shape[0] == 1 and float(found["embedding"].square().sum()) == pytest.approx(1)
     else:
