@@ -169,7 +169,7 @@ def uplift(lab: Lab) -> dict[str, Any]:
 
     backbone = vit_features(models.load("vit-s14"))
     learn = [image.expand(3, -1, -1) for image in photographs("chelsea", "rocket", "camera", "coins")]
-    learn += [torch.from_numpy(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
+    learn += [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
     if find_spec("vismatch"):
         learn += [read_image(path)[None] for name in ("indoor", "outdoor") for path in models.example_pair(name)]
         learn[6:] = [F.interpolate(x, (480, 640), mode="bilinear", antialias=True)[0] for x in learn[6:]]
@@ -242,7 +242,7 @@ def text(kept: records.Kept) -> str:
         "# Beside real pretrained models",
         "",
         "Made by `python tools/real_models.py`; do not edit. The models are those of `saccade.train.models`; what of",
-        "ours stands beside them was trained here for a minute or two, from nothing.",
+        "ours stands beside them was trained here for minutes, from nothing.",
         "",
     ]
     for name, row in kept.items():
