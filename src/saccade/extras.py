@@ -20,6 +20,7 @@ EXTRAS = {
     "onnxscript": "onnx",
     "onnxruntime": "onnx",
     "pywt": "wavelets",
+    "kornia": "geometry",
 }
 
 
