@@ -115,7 +115,7 @@ def test_voxels_hold_means_of_their_points() -> None:
         for place, (x, y, z) in enumerate(torch.cartesian_prod(*(torch.arange(n) for n in (3, 2, 4))).tolist()):
             low = torch.tensor([-1 + x * 2 / 3, -1 + y, -1 + z / 2])
             held = ((places[b] >= low) & (places[b] < low + torch.tensor([2 / 3, 1, 0.5]))).all(-1) & mask[b]
-            assert found.count[b].flatten()[place] == held.sum()
+            assert found.number[b].flatten()[place] == held.sum()
             expected = features[b][held].mean(0) if held.any() else torch.zeros(4)
             torch.testing.assert_close(found.mean[b, :, x, y, z], expected)
     with pytest.raises(ValueError, match="three rising pairs"):

@@ -24,11 +24,11 @@ class Voxels(NamedTuple):
 
     Attributes:
         mean: (B, C, X, Y, Z), of the points in each voxel; 0 where there is none.
-        count: (B, X, Y, Z), of points.
+        number: (B, X, Y, Z), of points in each.
     """
 
     mean: Tensor
-    count: Tensor
+    number: Tensor
 
 
 def check_grid(bounds: Bounds, grid: Sequence[int]) -> None:
@@ -85,7 +85,7 @@ def voxelise(
 
     >>> points = torch.tensor([[[0.1, 0.1, 0.1], [0.3, 0.2, 0.4], [0.9, 0.9, 0.9], [2.0, 0.0, 0.0]]])
     >>> found = voxelise(points, torch.tensor([[[1.0], [3.0], [5.0], [7.0]]]), [(0, 1)] * 3, (2, 1, 1))
-    >>> found.mean.flatten(), found.count.flatten()
+    >>> found.mean.flatten(), found.number.flatten()
     (tensor([2., 5.]), tensor([2, 1]))
     """
     check_grid(bounds, grid)

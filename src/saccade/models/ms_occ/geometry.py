@@ -1,6 +1,7 @@
 """Before lifting, the images' branch: the scanner's depths are spread over the images and read beside their features.
 
-Shape letters: B scenes, V views, N points, K cells of a kernel, L levels, C channels, H height, W width.
+Shape letters: B scenes, V views, M = B V, N points, K cells of a kernel, I = N K, P pixels of a map and one more, C
+channels, D those of the depth, H height, W width.
 """
 
 from __future__ import annotations
