@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
 #: small pixels on a side, intervals between the frames, bars, frames of the simulation of events
-_SIDE, _MOMENTS, _BARS, _MOVIE = 12, 3, 3, 33
+_SIDE, _MOMENTS, _BARS, _MOVIE = 12, 2, 2, 33
 #: trained and judged
 _TIMES, _OTHER_TIMES = (0.25, 0.5, 0.75), (0.33, 0.6)
 _SCALE, _OTHER_SCALE = 2, 3
@@ -31,9 +31,10 @@ class _Scenes:
     def __init__(self, count: int, generator: torch.Generator) -> None:
         angle = torch.rand(count, generator=generator) * torch.pi
         self.direction = torch.stack([angle.cos(), angle.sin()], 1)
-        self.speed = 0.4 * (torch.rand(count, generator=generator) - 0.5)
+        speed = 0.15 + 0.15 * torch.rand(count, generator=generator)
+        self.speed = torch.where(torch.rand(count, generator=generator) < 0.5, speed, -speed)
         self.middle = 1.6 * torch.rand(count, _BARS, generator=generator) - 0.8
-        self.width = 0.06 + 0.1 * torch.rand(count, _BARS, generator=generator)
+        self.width = 0.1 + 0.15 * torch.rand(count, _BARS, generator=generator)
         self.colour = 0.3 + 0.6 * torch.rand(count, _BARS, 3, generator=generator)
         self.ground = 0.05 + 0.2 * torch.rand(count, 3, generator=generator)
 
@@ -100,7 +101,7 @@ def _claim(lab: Lab) -> ClaimResult:
     for form, seen in (("events", 1.0), ("no_events", 0.0)):
         trials = lab.forms(
             {form: partial(EvEnhancer, **sizes)},
-            draw, partial(measure, seen=seen), 250, loss=partial(loss, seen=seen), lr=3e-3,
+            draw, partial(measure, seen=seen), 220, loss=partial(loss, seen=seen), lr=6e-3,
         )  # fmt: skip
         measured |= trials.means("{form}_{figure}_psnr_db")
     for name, (scale, times) in asked.items():

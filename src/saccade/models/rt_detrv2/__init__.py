@@ -35,7 +35,7 @@ Training: `RTDETRv2(...)(images, targets)`, `Criterion()(output, targets)`, `par
 import torch
 
 from saccade.catalogue import Published, register
-from saccade.models.rt_detrv2.attention import MSDeformableAttention
+from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.models.rt_detrv2.backbones import HGNetV2, ResNetVD
 from saccade.models.rt_detrv2.decoder import Decoder
 from saccade.models.rt_detrv2.denoising import contrastive_queries

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Names
 from saccade.catalogue.names import Place, split
 from saccade.catalogue.ports import Arguments, calls
+from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.layers.norms import freeze_norms
 from saccade.models.detection import Detection, Target, surest
-from saccade.models.rt_detrv2.attention import MSDeformableAttention
 from saccade.models.rt_detrv2.backbones import DEPTHS, HGNetV2, HGStage, ResNetVD, Stage, vd_block
 from saccade.models.rt_detrv2.decoder import Decoder
 from saccade.models.rt_detrv2.encoder import HybridEncoder

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_act
+from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.layers.mlp import MLP
-from saccade.models.rt_detrv2.attention import MSDeformableAttention, PlacedAttention
+from saccade.layers.placed_attention import PlacedAttention
 from saccade.models.rt_detrv2.denoising import Noised, Target, contrastive_queries
 from saccade.ops.deformable.points import Size, working_dtype
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from saccade.layers.convolution import conv_norm_act
 from saccade.layers.fusing import fused
 from saccade.layers.mlp import MLP
-from saccade.models.rt_detrv2.attention import PlacedAttention
+from saccade.layers.placed_attention import PlacedAttention
 
 
 def sine_code(

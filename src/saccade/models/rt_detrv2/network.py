@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue.authors import load_state, read_checkpoint
+from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.layers.fusing import fuse_norms
 from saccade.layers.norms import freeze_norms
 from saccade.models.backbone import check_images, maps_of
 from saccade.models.detection import Detection, Detector, Target
-from saccade.models.rt_detrv2.attention import MSDeformableAttention
 from saccade.models.rt_detrv2.backbones import DEPTHS, HGNETS, HGNetV2, ResNetVD
 from saccade.models.rt_detrv2.decoder import Decoder
 from saccade.models.rt_detrv2.denoising import Noised

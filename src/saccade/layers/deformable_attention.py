@@ -1,4 +1,4 @@
-"""Deformable attention with a number of points of its own on each level, and plain attention with places.
+"""Multi-scale deformable attention as a layer, with a number of points of its own on each level.
 
 Shape letters: B batch, N queries, S pixels of all levels, C channels, M heads of D, L levels, P points of a
 query, R numbers of a reference: a box or a point.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.deformable import deformable_attend
 from saccade.ops.deformable.points import Size
 
@@ -154,36 +152,3 @@ class MSDeformableAttention(nn.Module):
             mode=self.sampling,
         )
         return self.output_proj(out_BNMD.flatten(2))
-
-
-class PlacedAttention(SoftmaxAttention):
-    """Softmax attention among tokens whose places are added to queries and keys, not to values.
-
-    Args:
-        dim: C.
-        num_heads: M.
-
-    Raises:
-        ValueError: if heads do not divide the channels.
-    """
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__(dim, num_heads, rope=False, qkv_bias=True, proj_bias=True)
-        for layer in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x_BNC: Tensor, place_BNC: Tensor, *, mask: Any = None) -> Tensor:  # type: ignore[override]
-        """(B, N, C); `mask` as in `attend`, True = may attend."""
-        return self.steps(x_BNC, None, mask, None, place_BNC=place_BNC)
-
-    def project(  # type: ignore[override]
-        self, x_BNC: Tensor, context_BMC: Tensor | None, positions: Tensor | None, *, place_BNC: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        placed_BNC = x_BNC + place_BNC
-        q, k, v = self.q_proj(placed_BNC), self.k_proj(placed_BNC), self.v_proj(x_BNC)
-        return (
-            self.split_heads(q, self.num_heads),
-            self.split_heads(k, self.num_heads),
-            self.split_heads(v, self.num_heads),
-        )
