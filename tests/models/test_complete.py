@@ -186,6 +186,7 @@ def test_weights_of_our_own_names_and_of_the_authors(slug: str, tmp_path: Path) 
 def test_the_authors_whole_networks_are_taken(tmp_path: Path) -> None:
     nobodys = {
         "conditional-cross-attention",
+        "medusa",
         "ms-occ",
         "structured-awareness-decoder",
         "vtff",

@@ -28,11 +28,14 @@ class Multitask:
     Attributes:
         logits: (R, O, H, W) of each of T tasks, at the images' size, in the order of the network's `tasks`.
         rows: (R,) of each task: which images of the batch it was asked of; None where of all.
+        side: (R, O, h, w), coarser maps of the same tasks, as many of each, those of a task together from fine to
+            coarse; in training only, of networks that are trained by them.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
     logits: list[Tensor]
     rows: list[Tensor] | None = None
+    side: list[Tensor] | None = None
     images: list[Tensor] | None = None
 
 
