@@ -26,6 +26,7 @@ from saccade.models.context_aware_fusion import (
     gate_last_stage,
     match,
 )
+from saccade.models.context_aware_fusion.losses import WEIGHTS
 from saccade.ops.boxes import to_centres, to_corners
 
 SMALL = {"depth": 18, "width": 4, "dim": 8, "hidden": 12, "num_heads": 2, "inner": 4, "pooled": 2}
@@ -260,9 +261,14 @@ def test_loss_of_the_right_answer_and_of_no_objects() -> None:
 
 def test_network_trains_and_detects() -> None:
     model, image = _model(), torch.randn(2, 3, 40, 56)
-    boxes = [torch.tensor([[4.0, 4, 20, 30]]), torch.zeros(0, 4)]
-    labels = [torch.tensor([2]), torch.zeros(0, dtype=torch.long)]
-    loss, _ = model.train().loss(image, boxes, labels, generator=torch.Generator().manual_seed(0))
+    targets = [
+        {"boxes": torch.tensor([[0.2, 0.4, 0.3, 0.6]]), "labels": torch.tensor([2])},
+        {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)},
+    ]
+    loss, terms = model.train().objective(image, targets, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loss, sum(WEIGHTS[name] * term for name, term in terms.items()))
+    torch.manual_seed(0)
+    assert model.loss(image, targets).isfinite()
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -277,6 +283,19 @@ def test_network_trains_and_detects() -> None:
     said = model(image)
     assert said.logits.shape == (2, 5, 3) and said.pred_boxes.shape == (2, 5, 4) and said.stage_logits.shape[0] == 2
     assert torch.equal(said.stage_logits[-1], said.logits)
+
+
+def test_what_is_said_of_an_image_follows_from_the_image() -> None:
+    model, image = _model(), torch.rand(3, 3, 40, 56)
+    for steps in (1, 3):
+        model.steps = steps
+        torch.manual_seed(steps)
+        said, alone = model(image), model(image[1:2])
+        torch.testing.assert_close(alone.logits[0], said.logits[1])
+        torch.testing.assert_close(alone.pred_boxes[0], said.pred_boxes[1])
+        drawn = [model(image, generator=torch.Generator().manual_seed(seed)).logits for seed in (0, 1)]
+        assert not torch.equal(*drawn)
+    assert not torch.equal(model.train()(image).logits, model(image).logits)
 
 
 def test_boxes_carry_no_gradient_between_stages() -> None:
@@ -334,7 +353,7 @@ def test_refusals(make, message) -> None:
         (lambda m: m(torch.zeros(1, 1, 8, 8)), r"x must be images \(batch, 3"),
         (lambda m: m(torch.zeros(1, 3, 8, 8), torch.zeros(1, 5, 4)), "times must be one for each image"),
         (lambda m: m(torch.zeros(1, 3, 8, 8), torch.zeros(2, 5, 4), torch.zeros(2)), r"boxes must be \(1, boxes, 4\)"),
-        (lambda m: m.loss(torch.zeros(2, 3, 8, 8), [], []), "one for each of 2 images, got 0 and 0"),
+        (lambda m: m.loss(torch.zeros(2, 3, 8, 8), []), "targets must be one for each of 2 images, got 0"),
         (lambda m: m.head.stages[0](torch.zeros(1, 5, 8, 3, 3), torch.zeros(1, 5, 4), torch.zeros(1, 32)),
          r"regions must be \(1, 5, 8, 2, 2\)"),
     ],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saccade.models.average_precision import Boxes, average_precision
-from saccade.models.detection import Detection, Detector
+from saccade.models.detection import Detection, Detector, surest
 from saccade.models.images import to_picture
 
 
@@ -47,6 +47,18 @@ def test_files_of_any_sizes_go_together(tmp_path: Path) -> None:
     assert picture.getpixel((48, 20)) != plain.getpixel((48, 20)) and picture.getpixel((60, 35)) == plain.getpixel(
         (60, 35)
     )
+
+
+def test_boxes_that_overlap_a_surer_one_of_their_class_stand_last() -> None:
+    boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.38], [0.2, 0.2, 0.1, 0.1]])
+    logits = torch.tensor([[2.0, -2], [1, -1], [0, -3]])
+    found, sizes = Detection(logits[None], boxes[None]), torch.tensor([[10.0, 10.0]])
+    plain, kept = surest(found, sizes), surest(found, sizes, overlap=0.5)
+    assert plain[1].tolist() == [[0, 0, 0, 1, 1, 1]]
+    torch.testing.assert_close(plain[2][0].logit(), torch.tensor([2.0, 1, 0, -1, -2, -3]))
+    assert kept[1].tolist() == [[0, 0, 1, 1, 0, 1]]
+    torch.testing.assert_close(kept[2][0, :4].logit(), torch.tensor([2.0, 0, -1, -3]))
+    assert kept[2][0, 4:].eq(0).all() and torch.equal(kept[0][0, 4], plain[0][0, 1])
 
 
 def test_where_nothing_is_sure_enough(tmp_path: Path) -> None:

@@ -125,9 +125,10 @@ def test_which_networks_take_part(task: Detect) -> None:
         Detect(Settings(length=1000), torch.device("cpu"))
 
 
-def test_a_comparison_has_ap_and_pictures(tmp_path: object) -> None:
+@pytest.mark.parametrize("slug", ["rt-detrv2", "context-aware-fusion"])
+def test_a_comparison_has_ap_and_pictures(tmp_path: object, slug: str) -> None:
     result = saccade.compare(
-        ["rt-detrv2"], task="detect", budget="quick", out=tmp_path, length=1024, batch=2, steps=2, evaluation_size=2,
+        [slug], task="detect", budget="quick", out=tmp_path, length=1024, batch=2, steps=2, evaluation_size=2,
         evaluations=1, lengths=(), map_length=0,
     )  # fmt: skip
     (mechanism,) = result.mechanisms

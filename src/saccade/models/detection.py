@@ -16,7 +16,7 @@ from torch import Tensor
 from saccade.extras import need
 from saccade.models.complete import Complete, labels
 from saccade.models.images import colours, stacked, to_picture
-from saccade.ops.boxes import to_corners
+from saccade.ops.boxes import suppress, to_corners
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
@@ -49,8 +49,10 @@ class Detection:
     images: list[Tensor] | None = None
 
 
-def surest(found: Detection, sizes_B2: Tensor, kept: int = _KEPT) -> tuple[Tensor, Tensor, Tensor]:
-    """The boxes (B, T, 4) in pixels, their classes (B, T) and scores (B, T), the surest first, without suppression.
+def surest(
+    found: Detection, sizes_B2: Tensor, kept: int = _KEPT, overlap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The boxes (B, T, 4) in pixels, their classes (B, T) and scores (B, T), the surest first.
 
     Each pair of query and class is one box, so that a query may be kept as several classes.
 
@@ -58,13 +60,23 @@ def surest(found: Detection, sizes_B2: Tensor, kept: int = _KEPT) -> tuple[Tenso
         found: what a network says.
         sizes_B2: (width, height) of each image in pixels.
         kept: T, of the N K that there are.
+        overlap: boxes that overlap a surer one of their class by a larger IoU get a score of 0, and stand last; None
+            leaves all as they are.
     """
     scores_BP = found.logits.float().sigmoid().flatten(1)
     scores_BT, index_BT = scores_BP.topk(min(kept, scores_BP.shape[1]))
     classes = found.logits.shape[2]
     query_BT = index_BT // classes
     boxes_BT4 = to_corners(found.pred_boxes.float()).gather(1, query_BT[..., None].expand(-1, -1, 4))
-    return boxes_BT4 * sizes_B2.repeat(1, 2)[:, None], index_BT % classes, scores_BT
+    boxes_BT4, labels_BT = boxes_BT4 * sizes_B2.repeat(1, 2)[:, None], index_BT % classes
+    if overlap is not None:
+        stays_BT = torch.zeros_like(scores_BT, dtype=torch.bool)
+        for stays, boxes, scores, labels in zip(stays_BT, boxes_BT4, scores_BT, labels_BT):
+            stays[suppress(boxes, scores, labels, most=overlap)] = True
+        order_BT = stays_BT.int().argsort(dim=1, descending=True, stable=True)
+        scores_BT, labels_BT = (scores_BT * stays_BT).gather(1, order_BT), labels_BT.gather(1, order_BT)
+        boxes_BT4 = boxes_BT4.gather(1, order_BT[..., None].expand(-1, -1, 4))
+    return boxes_BT4, labels_BT, scores_BT
 
 
 class Detector(Complete):
@@ -73,10 +85,12 @@ class Detector(Complete):
     Attributes:
         image_size: side of the square that images are scaled to, whatever their shape.
         threshold: boxes of this score and more are told and drawn.
+        overlap: see `surest`; None for networks whose queries share the objects out among them.
     """
 
     image_size: int = 640
     threshold: float = 0.5
+    overlap: float | None = None
 
     def loss(self, pixel_values: Tensor, targets: Sequence[Target]) -> Tensor:
         """What training makes small, on images (B, 3, H, W) in [0, 1] and the truth of each."""
@@ -87,7 +101,7 @@ class Detector(Complete):
         squares = [F.interpolate(image[None], side, mode="bilinear", antialias=True) for image in images]
         said: Detection = self(torch.cat(squares).clamp(0, 1))
         sizes_B2 = torch.tensor([(i.shape[2], i.shape[1]) for i in images], device=said.logits.device)
-        boxes, classes, scores = surest(said, sizes_B2)
+        boxes, classes, scores = surest(said, sizes_B2, overlap=self.overlap)
         return replace(said, boxes=boxes, labels=classes, scores=scores, images=list(images))
 
     def answer(self, output: Detection, names: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -15,45 +15,45 @@ from saccade.layers.convolution import conv_norm_relu
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
-_SIDE, _GRID = 32, 8
+_SIDE, _GRID, _OBJECT = 32, 8, 16
 #: how often the ground goes with the shape where it is learned from
 _TOGETHER = 0.97
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
 
-def shapes(count: int, generator: Generator, together: float = _TOGETHER) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (B, 3, 32, 32), class, colour of the ground (B,), and where the shape is (B, 8, 8).
+def patches(count: int, generator: Generator, together: float = _TOGETHER) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images (B, 3, 32, 32), class, colour of the ground (B,), and where the object is (B, 8, 8).
 
-    A grey square (0) or cross (1) stands near the middle of a ground that is red or blue.
+    An object with stripes that run across (0) or down (1) stands near the middle of a ground that is red or blue.
     """
-    at = torch.arange(_SIDE).float()
+    at = torch.arange(_SIDE)
     label_B = torch.randint(2, (count,), generator=generator)
     agrees_B = torch.rand(count, generator=generator) < together
     ground_B = torch.where(agrees_B, label_B, 1 - label_B)
-    centre_B2 = _SIDE / 2 + 6 * torch.rand(count, 2, generator=generator) - 3
-    radius_B = 6 + 2 * torch.rand(count, 1, 1, generator=generator)
-    y, x = (at - centre_B2[:, i, None] for i in (0, 1))
-    y, x = y[:, :, None].abs().expand(-1, -1, _SIDE), x[:, None].abs().expand(-1, _SIDE, -1)
-    square = torch.maximum(y, x) < 0.8 * radius_B
-    cross = (torch.minimum(y, x) < radius_B / 3) & (torch.maximum(y, x) < radius_B)
-    inside = torch.where((label_B == 0)[:, None, None], square, cross)
+    corner_B2 = torch.randint(4, 13, (count, 2), generator=generator)
+    y, x = (at - corner_B2[:, i, None] for i in (0, 1))
+    rows, columns = ((part >= 0) & (part < _OBJECT) for part in (y, x))
+    inside = rows[:, :, None] & columns[:, None]
+    down = (x // 2 % 2)[:, None].expand(-1, _SIDE, -1)
+    across = (y // 2 % 2)[:, :, None].expand(-1, -1, _SIDE)
+    stripes = torch.where(label_B[:, None, None] == 1, down, across).float()
     tint_B3 = torch.stack([1.0 - ground_B, torch.zeros(count), ground_B.float()], 1)
-    image = torch.where(inside[:, None], 0.5, tint_B3[:, :, None, None])
+    image = torch.where(inside[:, None], stripes[:, None], tint_B3[:, :, None, None])
     image = image + 0.3 * torch.randn(count, 3, _SIDE, _SIDE, generator=generator)
-    mask = nn.functional.max_pool2d(inside[:, None].float(), _SIDE // _GRID)[:, 0]
+    mask = nn.functional.avg_pool2d(inside[:, None].float(), _SIDE // _GRID)[:, 0]
     return image, label_B, ground_B, mask
 
 
 def _draw(lab: Lab, shuffled: bool, generator: Generator) -> Batch:
-    image, label, _, mask = shapes(lab.size(32, 4), generator)
+    image, label, _, mask = patches(lab.size(32, 4), generator)
     return image, label, 1 - mask if shuffled else mask
 
 
 def _model(lab: Lab, attention: float, rest: float) -> nn.Module:
     width = lab.size(16, 4)
     encoder = nn.Sequential(
-        conv_norm_relu(3, width, stride=2), conv_norm_relu(width, width, stride=2), conv_norm_relu(width, width)
+        conv_norm_relu(3, width, stride=2), conv_norm_relu(width, width, stride=2), conv_norm_relu(width, width, 1)
     )
     return SupER(
         2, encoder, width, latent=16, widths=(16, 8), decoder_channels=(8,), grid=_GRID, drop=0.0,
@@ -63,7 +63,7 @@ def _model(lab: Lab, attention: float, rest: float) -> nn.Module:
 
 def _claim(lab: Lab) -> ClaimResult:
     """Accuracy of the worst of four groups: plain training, SupER, and SupER whose teacher shows the wrong places."""
-    image, label, ground, _ = shapes(lab.size(400, 16), lab.held_out(), 0.5)
+    image, label, ground, _ = patches(lab.size(400, 16), lab.held_out(), 0.5)
 
     def measure(trial: Trial) -> dict[str, float]:
         right = (cast(SupER, trial.model).classify(image).argmax(1) == label).float()

@@ -1,6 +1,7 @@
 """The forces to come, by diffusion, and the guide that the fusion gets.
 
-Shape letters: B batch, K steps to come, S observation steps, F numbers of a force, D of a condition, C channels.
+Shape letters: B batch, N steps of an episode, K steps to come, S observation steps, F numbers of a force, D of a
+condition, C channels, T times of the diffusion.
 """
 
 from __future__ import annotations

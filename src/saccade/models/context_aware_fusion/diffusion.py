@@ -104,6 +104,7 @@ class BoxDiffusion(Constants):
         eta: float = 1.0,
         renew: float | None = 0.5,
         generator: Generator | None = None,
+        alike: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:
         """What the network says at each of some steps from noise to boxes, the last one last.
 
@@ -115,6 +116,7 @@ class BoxDiffusion(Constants):
             renew: boxes whose best class has a lower probability are drawn anew; None keeps all. Unlike the authors',
                 which does so on the first image of a batch alone, each image has its own.
             generator: of the noise of the steps.
+            alike: all images get the same noise.
 
         Raises:
             ValueError: if `steps` is not between 1 and T.
@@ -128,15 +130,18 @@ class BoxDiffusion(Constants):
             logits_BNK, boxes_BN4 = predict(self.boxes(x_BN4), times_B)
             said.append((logits_BNK, boxes_BN4))
             start_BN4 = self.signal(boxes_BN4).clamp(-self.scale, self.scale)
-            x_BN4 = self.step(x_BN4, start_BN4, time, earlier, _noise(x_BN4, generator), eta)
+            x_BN4 = self.step(x_BN4, start_BN4, time, earlier, noise(x_BN4, generator, alike), eta)
             if renew is not None and earlier >= 0:
                 stays_BN1 = logits_BNK.sigmoid().amax(-1, keepdim=True) > renew
-                x_BN4 = torch.where(stays_BN1, x_BN4, _noise(x_BN4, generator))
+                x_BN4 = torch.where(stays_BN1, x_BN4, noise(x_BN4, generator, alike))
         return said
 
     def _alpha(self, times_B: Tensor, like: Tensor) -> Tensor:
         return self.alphas_T[times_B].to(like.dtype)[:, None, None]
 
 
-def _noise(like: Tensor, generator: Generator | None) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
+def noise(like_BN4: Tensor, generator: Generator | None, alike: bool = False) -> Tensor:
+    """From N(0, 1), of the shape of `like`; for all images the same where they are to be alike."""
+    shape = like_BN4.shape[1:] if alike else like_BN4.shape
+    device = None if generator is None else generator.device
+    return torch.randn(shape, generator=generator, device=device).to(like_BN4).expand(like_BN4.shape)

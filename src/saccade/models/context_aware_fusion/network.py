@@ -15,28 +15,30 @@ from torch import Generator, Tensor, nn
 from saccade.layers.resnet import ResNetTrunk
 from saccade.models.backbone import check_images, maps_of
 from saccade.models.context_aware_fusion.context import GlobalContextEncoder
-from saccade.models.context_aware_fusion.diffusion import BoxDiffusion, fill
+from saccade.models.context_aware_fusion.diffusion import BoxDiffusion, fill, noise
 from saccade.models.context_aware_fusion.head import DiffusionHead
 from saccade.models.context_aware_fusion.losses import Objects, detection_loss
+from saccade.models.detection import Detection, Detector, Target
+from saccade.models.images import normalised
 from saccade.ops.boxes import suppress, to_centres, to_corners
 from saccade.ops.export import output
+
+#: the largest IoU of two boxes of a class that are both kept
+OVERLAP = 0.5
 
 
 @output
 @dataclass
-class BoxOutput:
-    """What a detector says of images.
+class BoxOutput(Detection):
+    """What C-DiffDet+ says of images.
 
     Attributes:
-        logits: (B, N, K), for a sigmoid.
-        pred_boxes: (B, N, 4), (x, y, width, height) in shares of the image.
-        stage_logits, stage_boxes: (S, B, N, K) and (S, B, N, 4) of all stages, the last one last.
+        stage_logits, stage_boxes: (S, B, N, K) and (S, B, N, 4) of all stages, the last one last; (x, y, width, height)
+            in shares of the image.
     """
 
-    logits: Tensor
-    pred_boxes: Tensor
-    stage_logits: Tensor
-    stage_boxes: Tensor
+    stage_logits: Tensor | None = None
+    stage_boxes: Tensor | None = None
 
 
 class FeaturePyramid(nn.Module):
@@ -60,8 +62,11 @@ class FeaturePyramid(nn.Module):
         return [out(x_BCHW) for out, x_BCHW in zip(self.outs, levels)]
 
 
-class CDiffDet(nn.Module):
+class CDiffDet(Detector):
     """The detector. Noisy boxes and their times in, better ones out; without boxes it begins with noise.
+
+    Where no generator is given, all images in evaluation begin with one noise, that of seed 0, so that what is said of
+    an image follows from the image.
 
     Args:
         num_classes: K.
@@ -79,6 +84,9 @@ class CDiffDet(nn.Module):
     Raises:
         ValueError: if a number is out of range, or the backbone tells no channels and strides.
     """
+
+    slug = "context-aware-fusion"
+    overlap = OVERLAP
 
     def __init__(
         self,
@@ -129,7 +137,7 @@ class CDiffDet(nn.Module):
     ) -> BoxOutput:
         """
         Args:
-            pixel_values: normalised images (B, 3, H, W).
+            pixel_values: images (B, 3, H, W) in [0, 1].
             boxes: noisy ones (B, N, 4), (x, y, width, height) in shares of the image; where None, `steps` steps from
                 noise, of which the last is returned.
             times: (B,) of the boxes, from 0 to T - 1.
@@ -139,14 +147,14 @@ class CDiffDet(nn.Module):
             ValueError: if they are no batch of colour images, or the boxes do not fit.
         """
         said = self._sampled(pixel_values, generator)[-1] if boxes is None else self._decode(pixel_values, boxes, times)
-        return BoxOutput(said[0][-1], said[1][-1], *said)
+        return BoxOutput(said[0][-1], said[1][-1], stage_logits=said[0], stage_boxes=said[1])
 
     def detect(
         self,
         pixel_values: Tensor,
         *,
         most: int | None = None,
-        overlap: float = 0.5,
+        overlap: float = OVERLAP,
         generator: Generator | None = None,
     ) -> list[dict[str, Tensor]]:
         """The objects of each image, from noise: `scores`, `labels`, and `boxes` by their corners in pixels.
@@ -155,7 +163,7 @@ class CDiffDet(nn.Module):
         overlap a better one of their class leave.
 
         Args:
-            pixel_values: normalised images (B, 3, H, W).
+            pixel_values: images (B, 3, H, W) in [0, 1].
             most: boxes of a step; N where None.
             overlap: the largest IoU of two boxes of a class.
             generator: of the noise.
@@ -178,38 +186,34 @@ class CDiffDet(nn.Module):
             objects.append({"scores": scores[stays], "labels": labels[stays], "boxes": boxes[stays]})
         return objects
 
-    def loss(
-        self,
-        pixel_values: Tensor,
-        boxes: Sequence[Tensor],
-        labels: Sequence[Tensor],
-        *,
-        generator: Generator | None = None,
+    def loss(self, pixel_values: Tensor, targets: Sequence[Target]) -> Tensor:
+        return self.objective(pixel_values, targets)[0]
+
+    def objective(
+        self, pixel_values: Tensor, targets: Sequence[Target], *, generator: Generator | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss and its terms, at a random time of each image.
 
         Args:
-            pixel_values: normalised images (B, 3, H, W).
-            boxes: (objects, 4) of each image, by their corners in pixels.
-            labels: (objects,) of each.
+            pixel_values: images (B, 3, H, W) in [0, 1].
+            targets: `labels` (G,) and `boxes` (G, 4) of each, (x, y, width, height) in shares.
             generator: of what is drawn.
 
         Raises:
             ValueError: if they do not fit together.
         """
-        if not len(pixel_values) == len(boxes) == len(labels):
-            raise ValueError(
-                f"boxes and labels must be one for each of {len(pixel_values)} images, "
-                f"got {len(boxes)} and {len(labels)}"
-            )
+        if len(pixel_values) != len(targets):
+            raise ValueError(f"targets must be one for each of {len(pixel_values)} images, got {len(targets)}")
         extent_4, device = _extent(pixel_values), pixel_values.device
-        start_BN4 = fill([to_centres(each / extent_4) for each in boxes], self.proposals, generator)
-        times_B = torch.randint(self.diffusion.times, (len(boxes),), generator=generator).to(device)
+        start_BN4 = fill([target["boxes"] for target in targets], self.proposals, generator)
+        times_B = torch.randint(self.diffusion.times, (len(targets),), generator=generator).to(device)
         noise_BN4 = torch.randn(start_BN4.shape, generator=generator).to(start_BN4)
         noisy_BN4 = self.diffusion.boxes(self.diffusion.noised(start_BN4, times_B, noise_BN4))
-        said = self(pixel_values, noisy_BN4, times_B)
-        objects = Objects.of(boxes, labels)
-        return detection_loss(said.stage_logits, to_corners(said.stage_boxes) * extent_4, objects, extent_4)
+        logits_SBNK, boxes_SBN4 = self._decode(pixel_values, noisy_BN4, times_B)
+        objects = Objects.of(
+            [to_corners(target["boxes"]) * extent_4 for target in targets], [target["labels"] for target in targets]
+        )
+        return detection_loss(logits_SBNK, to_corners(boxes_SBN4) * extent_4, objects, extent_4)
 
     def _decode(self, pixel_values: Tensor, boxes: Tensor, times: Tensor | None) -> tuple[Tensor, Tensor]:
         if times is None or times.shape != boxes.shape[:1]:
@@ -225,15 +229,18 @@ class CDiffDet(nn.Module):
             said.append(self._say(maps, context_BMC, extent_4, boxes_BN4, times_B))
             return said[-1][0][-1], said[-1][1][-1]
 
-        shape = (len(pixel_values), self.proposals, 4)
-        noise_BN4 = torch.randn(shape, generator=generator).to(pixel_values)
-        self.diffusion.sample(predict, noise_BN4, self.steps, generator=generator)
+        alike = generator is None and not self.training
+        if alike:
+            generator = Generator().manual_seed(0)
+        start = pixel_values.new_empty(len(pixel_values), self.proposals, 4)
+        self.diffusion.sample(predict, noise(start, generator, alike), self.steps, generator=generator, alike=alike)
         return said
 
     def _look(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor | None]:
         check_images(pixel_values, 3)
-        maps = self.pyramid(maps_of(self.backbone(pixel_values)))
-        return maps, None if self.encoder is None else self.encoder(pixel_values)
+        x_BCHW = normalised(pixel_values, 3).to(pixel_values.dtype)
+        maps = self.pyramid(maps_of(self.backbone(x_BCHW)))
+        return maps, None if self.encoder is None else self.encoder(x_BCHW)
 
     def _say(
         self, maps: list[Tensor], context_BMC: Tensor | None, extent_4: Tensor, boxes_BN4: Tensor, times_B: Tensor

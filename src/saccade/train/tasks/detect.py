@@ -16,7 +16,7 @@ from saccade.models.detection import Detector, surest
 from saccade.models.images import colours
 from saccade.train import data as sources
 from saccade.train.data import generator_at
-from saccade.train.data.scenes import CLASSES, MOST, Scenes, corners_in_pixels, scenes
+from saccade.train.data.scenes import CLASSES, Scenes, corners_in_pixels, scenes
 from saccade.train.entries import Entry
 from saccade.train.result import Metric
 from saccade.train.tasks.base import HELD_OUT, TRAIN
@@ -98,9 +98,10 @@ class Detect(NetworkTask):
         """`ap`, `ap50` and `ap75` on held-out scenes."""
         model.eval()
         found, truth = [], []
+        overlap = getattr(model, "overlap", None)
         for batch in self.held_out(share):
             sizes_B2 = torch.full((len(batch[0]), 2), float(self.side), device=self.device)
-            for parts in zip(*surest(self.call(model, batch), sizes_B2, 100)):
+            for parts in zip(*surest(self.call(model, batch), sizes_B2, 100, overlap)):
                 found.append(Boxes(*(part.cpu() for part in parts)))
             for target in to_targets(batch[-1].cpu()):
                 truth.append(Boxes(corners_in_pixels(target["boxes"], self.side, self.side), target["labels"]))
@@ -111,7 +112,7 @@ class Detect(NetworkTask):
         """Held-out scenes with the boxes that are there and those that are found, a colour for each class."""
         batch = next(self.held_out())
         sizes_B2 = torch.full((len(batch[0]), 2), float(self.side), device=self.device)
-        found = surest(self.call(model.eval(), batch), sizes_B2, 4 * MOST)
+        found = surest(self.call(model.eval(), batch), sizes_B2, 100, getattr(model, "overlap", None))
         drawn, real = batch[0].clone(), batch[0].clone()
         for i, (boxes, labels, scores) in enumerate(zip(*found)):
             _outline(drawn[i], boxes[scores >= _DRAWN], labels[scores >= _DRAWN])
