@@ -31,6 +31,7 @@ class Complete(nn.Module):
         runs_alone: whether files are all that `predict` needs.
         views: the images of one call, by the names that the network gives them; where there are several, `predict`
             takes as many files, in this order.
+        documents: suffixes of the files, beside pictures and tensors, that `document` writes an output as.
     """
 
     slug: ClassVar[str]
@@ -38,6 +39,7 @@ class Complete(nn.Module):
     in_channels: int = 3
     runs_alone: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("image",)
+    documents: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def from_config(cls, name: str, **changes: Any) -> Self:
@@ -155,6 +157,19 @@ class Complete(nn.Module):
 
     def drawn(self, output: Any, names: Sequence[str] | None) -> Picture:
         """`picture`, of an output that has its images."""
+        raise NotImplementedError
+
+    def document(self, output: Any, place: Path, files: Sequence[Path]) -> dict[Path, bytes]:
+        """An output of `predict` as files of another form, by where they go.
+
+        Args:
+            output: of one call.
+            place: where the user wants it, with a suffix of `documents`.
+            files: that were read.
+
+        Raises:
+            ValueError: if the output cannot be written so.
+        """
         raise NotImplementedError
 
 

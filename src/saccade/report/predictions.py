@@ -87,37 +87,54 @@ def read_names(path: str | Path) -> list[str]:
         raise ValueError(f"{path} is no text in UTF-8") from error
 
 
-def places(files: Sequence[Path], slug: str, out: Path | None) -> list[Path]:
-    """Where the picture of each file goes: `out` itself where it has a picture's or tensors' suffix, else in that
-    folder, under the file's name and the model's.
+def places(files: Sequence[Path], model: str, out: Path | None) -> list[Path]:
+    """Where the picture of each file goes: `out` itself where it has a suffix of a picture, of tensors, or of the
+    network's own documents, else in that folder, under the file's name and the model's.
 
     Raises:
         ValueError: if several files would go into one, or the suffix is unknown.
     """
+    wanted, made = _wanted(model)
     if out is not None and out.suffix:
-        if out.suffix.lower() not in (*PICTURES, TENSORS):
-            raise ValueError(f"out must end in {', '.join((*PICTURES, TENSORS))}, or be a folder, got {out}")
+        known = (*PICTURES, TENSORS, *made.documents)
+        if out.suffix.lower() not in known:
+            raise ValueError(f"out must end in {', '.join(known)}, or be a folder, got {out}")
         if len(files) > 1:
             raise ValueError(f"out must be a folder where there are several files, got {out}")
         return [out]
     folder, taken = Path("runs") if out is None else out, dict[Path, int]()
     found = []
     for file in files:
-        place = folder / f"{file.stem}-{slug}.png"
+        place = folder / f"{file.stem}-{wanted.slug}.png"
         taken[place] = taken.get(place, 0) + 1
         found.append(place if taken[place] == 1 else place.with_stem(f"{place.stem}-{taken[place]}"))
     return found
 
 
-def write(model: Complete, output: Any, path: Path, names: Sequence[str] | None = None) -> None:
-    """The picture of an output, or its tensors where the path says so. The file is written whole or not at all.
+def write(
+    model: Complete, output: Any, path: Path, names: Sequence[str] | None = None, files: Sequence[Path] = ()
+) -> None:
+    """The picture of an output, or its tensors or documents where the path says so. A file is written whole or not at
+    all.
+
+    Args:
+        model: whose output it is.
+        output: of one call.
+        path: where it goes.
+        names: of the classes.
+        files: that were read.
 
     Raises:
         OSError: if it cannot be written.
+        ValueError: if the output cannot be written so.
     """
     make_folder(path.parent)
     if path.suffix.lower() == TENSORS:
         write_bytes(path, save(tensors(output)))
+        return
+    if path.suffix.lower() in model.documents:
+        for place, content in model.document(output, path, files).items():
+            write_bytes(place, content)
         return
     buffer = io.BytesIO()
     drawn = model.picture(output, names)

@@ -113,7 +113,8 @@ def run(
         str, typer.Argument(help="A complete network, its options after a colon: resnest:depths=101,stem_width=64.")
     ],
     files: Annotated[
-        list[Path], typer.Argument(help="Image files; each a call of its own, or two by two where a network fuses.")
+        list[Path],
+        typer.Argument(help="Image files; each a call of its own, or two by two where a network fuses or matches."),
     ],
     size: Annotated[
         str | None,
@@ -126,7 +127,10 @@ def run(
     names: Annotated[Path | None, typer.Option(help="Text file with the name of a class on each line.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Picture (.png, .jpg, .webp), tensors (.safetensors), or a folder; runs/ by default."),
+        typer.Option(
+            help="Picture (.png, .jpg, .webp), tensors (.safetensors), matches (.csv, or .txt for COLMAP), or a "
+            "folder; runs/ by default."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
@@ -144,6 +148,8 @@ def run(
 
     `saccade run amfusionnet infrared.png visible.png --weights amfusionnet.pt --out fused.png`
 
+    `saccade run loftr left.png right.png --weights outdoor_ds.ckpt --out matches.png`
+
     In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
     `model.picture(output)`.
     """
@@ -155,7 +161,7 @@ def run(
         raise ValueError(f"device must be cpu, or cuda where torch sees one, got {device!r}")
     called = None if names is None else predictions.read_names(names)
     calls = predictions.calls(model, files)
-    targets = predictions.places([call[0] for call in calls], model.partition(":")[0].strip(), out)
+    targets = predictions.places([call[0] for call in calls], model, out)
     network = predictions.build(model, size, weights, seed).to(device)
     if weights is None:
         print("saccade: without --weights the network is untrained, and its answer means nothing", file=sys.stderr)
@@ -163,7 +169,7 @@ def run(
     for call, target in zip(calls, targets):
         output = network.predict(call)
         (said,) = network.answer(output, called)
-        predictions.write(network, output, target, called)
+        predictions.write(network, output, target, called, call)
         file = " + ".join(map(str, call))
         if as_json:
             answers.append({"file": file, "answer": said, "written": str(target)})

@@ -120,13 +120,14 @@ class Assignment:
         return best_BN, at_BN, best_BM
 
     def _tiles(self) -> Iterator[tuple[int, slice, slice, Tensor]]:
-        f0, f1 = self.f0_BNC.detach(), self.f1_BMC.detach()
+        """log P, tile by tile: rows' and columns' numbers are two more channels of the product."""
+        f0, f1, row, column = (x.detach() for x in (self.f0_BNC, self.f1_BMC, self.row_BN, self.column_BM))
         with scratch("matching", f0.dtype, f0.device) as room, off(f0.device.type):
             for b in range(f0.shape[0]):
-                for rows, columns, S in tiles(f0[b], f1[b], self.scale, room):
-                    S += self.row_BN[b, rows, None].detach()
-                    S += self.column_BM[b, columns].detach()
-                    yield b, rows, columns, S
+                left = torch.cat([self.scale * f0[b], row[b, :, None], torch.ones_like(row[b, :, None])], 1)
+                right = torch.cat([f1[b], torch.ones_like(column[b, :, None]), column[b, :, None]], 1)
+                for rows, columns, logs in tiles(left, right, 1.0, room):
+                    yield b, rows, columns, logs
 
     def _mutual_of_all(self, threshold: float | None) -> Pairs:
         share = self.matrix()

@@ -10,6 +10,7 @@
 | `crops` | windows of the same places of such pictures and their labels | |
 | `faces`, `degraded` | grey faces, and several degraded views of things | scikit-image, generated |
 | `hazy` | such pictures in haze, by its physical model | |
+| `view_pairs`, `stereo_pair` | two views of one place, and where pixels of one lie in the other | the same |
 | `scenes` | digits and shapes on such windows, and their boxes | generated |
 | `gazes` | people who look at things, before such windows | generated |
 | `searches` | arrays of objects, and in which order one is searched for | generated |
@@ -26,6 +27,7 @@ from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
 from saccade.train.data.looking import Gazes, Salients, Searches, gazes, salients, searches
+from saccade.train.data.pairs import ViewPairs, stereo_pair, view_pairs
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
@@ -43,6 +45,7 @@ __all__ = [
     "Salients",
     "Scenes",
     "Searches",
+    "ViewPairs",
     "crops",
     "degraded",
     "depths",
@@ -62,6 +65,8 @@ __all__ = [
     "scenes",
     "searches",
     "solids",
+    "stereo_pair",
     "text_bytes",
+    "view_pairs",
     "windows",
 ]

@@ -13,6 +13,7 @@
 | `segment` | the class of each pixel: coins, cells, vessels, shapes | mean IoU | models that segment |
 | `salient` | which pixels stand out: shapes on photographs, with depth | S-measure | models of saliency |
 | `detect` | where digits and shapes lie on photographs | AP | models that find objects |
+| `match` | which points of two views of a photograph show the same | AUC of corners | models that match |
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
 
@@ -30,6 +31,7 @@ from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
 from saccade.train.tasks.fuse import Fuse as Fuse
 from saccade.train.tasks.listops import ListOps as ListOps
 from saccade.train.tasks.look import Look as Look
+from saccade.train.tasks.match import Match as Match
 from saccade.train.tasks.own import Own as Own
 from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
@@ -57,6 +59,7 @@ TASKS: dict[str, type[Task]] = {
         Segment,
         Salient,
         Detect,
+        Match,
         Recognise,
         Look,
     )
