@@ -19,6 +19,7 @@ from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
 from saccade.models.heatmap import HeatmapNetwork
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
+from saccade.models.matching import Matcher
 from saccade.models.multitask import MultitaskNetwork
 from saccade.models.resnest import ResNeSt
 from saccade.models.scene import SceneNetwork
@@ -161,6 +162,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert found["boxes"].shape == (1, 15, 4) and found["scores"].shape == (1, 15)
         if slug == "rt-detrv2":  # whose boxes come of a sigmoid
             assert (found["boxes"] <= torch.tensor([70, 60, 70, 60])).all()
+    elif isinstance(model, Matcher):
+        assert found["keypoints0"].shape == found["keypoints1"].shape == (len(found["confidence"]), 2)
     elif isinstance(model, HeatmapNetwork):
         assert found["heatmap"].shape == (1, 40, 52)
     elif isinstance(model, Embedder):

@@ -325,3 +325,14 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError, match=r"\S") as raised:
             call()
         assert "\n" not in str(raised.value)
+
+
+def test_eps_is_added_to_the_sum_of_the_weights() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.rand(2, 2, n, 3, dtype=torch.float64) for n in (5, 7, 7))
+    weights = q @ k.mT
+    expected = weights @ v / (weights.sum(-1, keepdim=True) + 0.3)
+    torch.testing.assert_close(linear_attend(q, k, v, causal=False, normalize=True, eps=0.3), expected)
+    for options in ({"causal": True, "normalize": True}, {"causal": False}):
+        with pytest.raises(ValueError, match="eps needs"):
+            linear_attend(q[:, :, :5], k[:, :, :5], v[:, :, :5], eps=1e-6, **options)

@@ -2,7 +2,7 @@
 
 Points are (x, y) in pixels, a whole number in the middle of a pixel.
 
-Shape letters: B batch, K matches of all pairs of images, H height, W width.
+Shape letters: B batch, K matches of all pairs of images, N points, H height, W width.
 """
 
 from __future__ import annotations

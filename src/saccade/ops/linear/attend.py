@@ -48,6 +48,7 @@ def linear_attend(
     state: Tensor | LinearState | None = None,
     return_state: bool = False,
     chunk_size: int | None = None,
+    eps: float = 0.0,
 ) -> Any:
     """Linear attention, see the equations at the top of this file.
 
@@ -65,12 +66,14 @@ def linear_attend(
             type as `state`.
         chunk_size: tokens of a chunk in the causal form (a power of two where decay is per channel); the result does
             not depend on it. None: 128, or 64 where decays vary.
+        eps: added to the sum of the weights where normalised and not causal, as some papers do.
 
     Returns:
         out (B, H, N, E), or (out, state).
 
     Raises:
-        ValueError: if shapes, dtypes or decay do not fit, or a decay is given where not causal.
+        ValueError: if shapes, dtypes or decay do not fit, a decay is given where not causal, or `eps` where causal or
+            not normalised.
 
     >>> import torch
     >>> q, k, v = torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
@@ -79,13 +82,15 @@ def linear_attend(
     """
     q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
     check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
+    if eps and (causal or not normalize):
+        raise ValueError(f"eps needs normalize=True and causal=False, got eps={eps}")
     if feature_map is not None:
         q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)
     scale = 1.0 if scale is None else float(scale)
     (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
     if not causal:
         sums = None if state is None else enter_state(state, (B, H, D, E), normalize, q_BHND)
-        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, sums, scale, normalize)
+        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, sums, scale, normalize, eps)
     else:
         past = enter_state(state, (B, H, D, E), normalize, q_BHND)
         factors = as_factors(decay, (B, H, N, D), q_BHND)
@@ -193,7 +198,7 @@ def linear_attend_reference(
 
 
 def _all_to_all(
-    q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, scale: float, normalize: bool
+    q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, scale: float, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
     given, dtype = q.dtype, accumulator(q.dtype)
     if given != dtype:
@@ -206,7 +211,9 @@ def _all_to_all(
     if past is not None:
         state = past + state
     out = _product(q, state if scale == 1.0 else scale * state)
-    if normalize:
+    if eps:
+        out = out[..., :-1] / (out[..., -1:] + eps)
+    elif normalize:
         out = divide(out)[0]
     return (out if given == dtype else out.to(given)), state
 

@@ -64,15 +64,17 @@ class Assignment:
         Args:
             batch, index0, index1: integers (K,).
         """
-        with off(self.f0_BNC.device.type):
-            products = (self.f0_BNC[batch, index0] * self.f1_BMC[batch, index1]).sum(-1)
-        return self.scale * products + self.row_BN[batch, index0] + self.column_BM[batch, index1]
+        f0, f1 = self.f0_BNC[batch, index0], self.f1_BMC[batch, index1]
+        # large numbers with a small sum: their products are exact in double precision
+        products = (f0.double() * f1.double()).sum(-1) * self.scale
+        return (products + self.row_BN[batch, index0] + self.column_BM[batch, index1]).to(f0.dtype)
 
     def matrix(self) -> Tensor:
         """P of all pairs, (B, N, M), differentiable; the only thing here of that size."""
         with off(self.f0_BNC.device.type):
-            S_BNM = self.scale * self.f0_BNC @ self.f1_BMC.mT
-        return (S_BNM + self.row_BN[:, :, None] + self.column_BM[:, None]).exp()
+            half_BNM = self.scale / 2 * self.f0_BNC @ self.f1_BMC.mT
+        # in halves, so that large numbers cancel before they are added
+        return ((half_BNM + self.row_BN[:, :, None]) + (half_BNM + self.column_BM[:, None])).exp()
 
     @torch.no_grad()
     def mutual(self, threshold: float | None = None) -> Pairs:
@@ -83,6 +85,9 @@ class Assignment:
         """
         if exporting():
             return self._mutual_of_all(threshold)
+        if self.f0_BNC.is_meta:  # without values each of side 0 counts as matched
+            index = torch.empty(self.row_BN.numel(), dtype=torch.long, device="meta")
+            return Pairs(index, index, index, self.row_BN.flatten())
         least = _EMPTY if threshold is None else math.log(threshold) if threshold > 0 else _EMPTY
         best_BN, at_BN, best_BM = self._largest()
         mutual_BN = (best_BN == best_BM.gather(1, at_BN)) & (best_BN > least)

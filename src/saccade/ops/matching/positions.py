@@ -3,7 +3,7 @@
 Positions are (x, y) in pixels, a whole number in the middle of a pixel.
 
 Shape letters: B batch, N queries, M positions that are matched, C channels, H height, W width, K = (2 R_y + 1) (2 R_x +
-1) positions of a window, P = (2 R_y + 2) (2 R_x + 2) pixels that they read, E coordinates.
+1) positions of a window, P = Y X = (2 R_y + 2) (2 R_x + 2) pixels that they read, E coordinates.
 """
 
 from __future__ import annotations

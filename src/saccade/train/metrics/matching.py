@@ -61,7 +61,7 @@ def corner_error(points0_K2: Tensor, points1_K2: Tensor, positions_HW2: Tensor) 
         (first, second), transform.ProjectiveTransform, min_samples=4, residual_threshold=_AGREES, max_trials=_TRIES,
         rng=0,
     )  # fmt: skip
-    if found is None:
+    if not found:  # none, or scikit-image's word for an estimation that failed
         return math.inf
     height, width = positions_HW2.shape[:2]
     corners = [(0, 0), (width - 1, 0), (0, height - 1), (width - 1, height - 1)]
