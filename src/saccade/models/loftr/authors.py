@@ -120,11 +120,12 @@ def _run_fine(module: nn.Module, inputs: dict[str, Tensor], args: dict[str, Any]
 
 
 def _run(module: LoFTR, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    options = {name: inputs[name].bool() for name in ("mask0", "mask1") if name in inputs}
+    options: dict[str, Tensor] = {name: inputs[name].bool() for name in ("mask0", "mask1") if name in inputs}
     options |= {name: inputs[name] for name in ("scale0", "scale1") if name in inputs}
-    cells, _, _ = module.features(inputs["image0"], inputs["image1"], *(options.get(f"mask{i}") for i in (0, 1)))
+    masks = (options.get("mask0"), options.get("mask1"))
+    cells, _, _ = module.features(inputs["image0"], inputs["image1"], *masks)
     said = module(inputs["image0"], inputs["image1"], **options)
-    found = module.assignment(cells, *(options.get(f"mask{i}") for i in (0, 1)))
+    found = module.assignment(cells, *masks)
     return {
         "conf_matrix": found.matrix(), "b_ids": said.batch_indexes, "i_ids": said.cells0, "j_ids": said.cells1,
         "mconf": said.confidence, "mkpts0_c": said.coarse0, "mkpts1_c": said.coarse1, "expec_f": said.offsets,

@@ -149,7 +149,8 @@ class LoFTR(Matcher):
             (coarse0, fine0), (coarse1, fine1) = self.backbone(image0), self.backbone(image1)
         tokens = []
         for map_BChw in (coarse0, coarse1):
-            code = position_code(*map_BChw.shape[2:], map_BChw.shape[1], map_BChw, first_release=self.first_release)
+            _, channels, height, width = map_BChw.shape
+            code = position_code(height, width, channels, map_BChw, first_release=self.first_release)
             tokens.append((map_BChw + code).flatten(2).transpose(1, 2))
         cells = self.coarse(tokens[0], tokens[1], *(None if v is None else v.flatten(1) for v in (valid0, valid1)))
         sizes = ((coarse0.shape[2], coarse0.shape[3]), (coarse1.shape[2], coarse1.shape[3]))
