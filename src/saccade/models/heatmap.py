@@ -34,6 +34,7 @@ class HeatmapOutput:
         people: (P,), the image in which each person is; None where there is one map of each image.
         boxes: (P, 4), their heads by corners, shares of width and height; nan where there is none.
         each: (B, people, h, w), maps of single people where `heatmap` is of all together.
+        branches: (P, h, w) each, the maps of which `heatmap` is made, where training needs them.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
@@ -43,6 +44,7 @@ class HeatmapOutput:
     people: Tensor | None = None
     boxes: Tensor | None = None
     each: Tensor | None = None
+    branches: list[Tensor] | None = None
     images: list[Tensor] | None = None
 
     def of_image(self, number: int) -> list[int]:
