@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
 _VIEWS, _DISTANCE, _BALLS = 3, 4.0, 5
-_BOUNDS, _GRID = ((-1.6, 1.6), (-1.6, 1.6), (-1.6, 1.6)), (16, 16, 16)
+_BOUNDS, _GRID = ((-1.6, 1.6), (-1.6, 1.6), (-1.6, 1.6)), (12, 12, 12)
 #: of a ball: its class is its colour, which a scanner does not see
 _COLOURS = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.3, 0.9], [0.2, 0.8, 0.3]])
 
@@ -102,12 +102,13 @@ def _claim(lab: Lab) -> ClaimResult:
         "num_classes": 1 + len(_COLOURS), "dim": lab.size(16, 8), "bounds": _BOUNDS, "grid": _GRID, "stride": 4,
         "depths": (2.0, 6.0, 16), "num_heads": 4, "most": lab.size(256, 16), "widths": (lab.size(16, 8),),
     }  # fmt: skip
-    forms = {"both": lambda: MSOcc(**sizes)}
-    for blind, name in (("cameras", "scanner"), ("scanner", "cameras")):
-        forms[name] = partial(_alone, sizes, blind)  # type: ignore[assignment]
+    forms = {"both": "", "scanner": "cameras", "cameras": "scanner"}  # and what is blind in each
     trials = lab.forms(
-        forms, lambda generator: scenes(lab, lab.size(4, 1), side, generator), measure, 150, loss=loss, lr=3e-3, seeds=2
-    )
+        {name: partial(_network, sizes, blind) for name, blind in forms.items()},
+        lambda generator: scenes(lab, lab.size(4, 1), side, generator),
+        measure,
+        120, loss=loss, lr=3e-3, seeds=2,
+    )  # fmt: skip
     measured = {**trials.means("{form}_{figure}_percent"), **trials.spreads("{form}_{figure}_spread_percent")}
     ahead = all(
         measured[f"both_{figure}_percent"] > measured[f"{branch}_{figure}_percent"]
@@ -116,8 +117,13 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(measured, holds=ahead and math.isfinite(measured["both_miou_percent"]))
 
 
-def _alone(sizes: dict[str, Any], blind: str) -> OneBranch:
-    return OneBranch(MSOcc(**sizes), blind)
+def _network(sizes: dict[str, Any], blind: str) -> nn.Module:
+    """Statistics of batches follow ten times as fast as published: there are a hundred steps, not thousands."""
+    network = MSOcc(**sizes)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = 0.1
+    return OneBranch(network, blind) if blind else network
 
 
 CLAIM = Claim(
