@@ -68,7 +68,7 @@ def _claim(lab: Lab) -> ClaimResult:
         {"prompt": partial(GazeLLE, CHANNELS, **sizes), "no_prompt": partial(_without_prompt, **sizes)},
         partial(_scenes, lab.size(32, 2)),
         measure,
-        900, loss=loss, lr=2e-3, seeds=2,
+        400, loss=loss, lr=2e-3,
     )  # fmt: skip
     measured = trials.means("{form}_accuracy", "accuracy")
     chance = 1 / PEOPLE
