@@ -20,6 +20,7 @@ DEPTHS: Mapping[int, tuple[tuple[int, ...], bool]] = {
     34: ((3, 4, 6, 3), False),
     50: ((3, 4, 6, 3), True),
     101: ((3, 4, 23, 3), True),
+    152: ((3, 8, 36, 3), True),
 }
 #: torchvision's names of parameters -> ours; its classifier has no place here
 TORCHVISION = Names(
@@ -49,6 +50,7 @@ class ResNetTrunk(nn.Module):
         width: channels of the stem.
         in_channels: of the images.
         stages: how many of the four.
+        last_stride: of the fourth stage; 1 keeps the third's resolution, as re-identification does.
 
     Attributes:
         channels, strides: of the maps.
@@ -57,10 +59,14 @@ class ResNetTrunk(nn.Module):
         ValueError: if the depth is not offered, or a number is out of range.
     """
 
-    def __init__(self, depth: int = 50, *, width: int = 64, in_channels: int = 3, stages: int = 4) -> None:
+    def __init__(
+        self, depth: int = 50, *, width: int = 64, in_channels: int = 3, stages: int = 4, last_stride: int = 2
+    ) -> None:
         super().__init__()
         if depth not in DEPTHS:
             raise ValueError(f"depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
+        if last_stride not in (1, 2):
+            raise ValueError(f"last_stride must be 1 or 2, got {last_stride}")
         if width < 1 or in_channels < 1 or not 1 <= stages <= 4:
             raise ValueError(
                 "width and in_channels must be positive and stages from 1 to 4, got "
@@ -74,14 +80,14 @@ class ResNetTrunk(nn.Module):
         for i, count in enumerate(counts[:stages]):
             blocks = nn.Sequential()
             for j in range(count):
-                stride = 2 if i and not j else 1
+                stride = (last_stride if i == 3 else 2) if i and not j else 1
                 block = (Bottleneck if bottleneck else BasicBlock)(channels, width << i, stride)
                 channels = (width << i) * (Bottleneck.expansion if bottleneck else 1)
                 blocks.append(block)
             self.stages.append(blocks)
         expansion = Bottleneck.expansion if bottleneck else 1
         self.channels = tuple((width << i) * expansion for i in range(stages))
-        self.strides = (4, 8, 16, 32)[:stages]
+        self.strides = (4, 8, 16, 16 * last_stride)[:stages]
 
     def forward(self, x_BCHW: Tensor) -> list[Tensor]:
         x_BCHW, maps = self.pool(self.stem(x_BCHW)), []
