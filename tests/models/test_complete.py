@@ -154,6 +154,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert found["image"].min() >= 0 and found["image"].max() <= 1
     elif isinstance(model, SaliencyNetwork):
         assert found["logits"].shape == (1, 1, 40, 52)
+    elif isinstance(model, HeatmapNetwork):
+        assert found["heatmap"].shape == (1, 40, 52)
     elif isinstance(model, Segmenter):
         classes = catalogue.part(slug).example["num_classes"]
         assert found["logits"].shape == (1, classes, 40, 52)
