@@ -15,6 +15,7 @@ from saccade import catalogue
 from saccade.cli import main
 from saccade.models.detection import Detector
 from saccade.models.embedding import Embedder
+from saccade.models.flow import FlowNetwork
 from saccade.models.fusion import Fused, Fuser
 from saccade.models.han import HAN
 from saccade.models.heatmap import HeatmapNetwork
@@ -154,6 +155,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert found["image"].min() >= 0 and found["image"].max() <= 1
     elif isinstance(model, SaliencyNetwork):
         assert found["logits"].shape == (1, 1, 40, 52)
+    elif isinstance(model, FlowNetwork):
+        assert found["flow"].shape == found["backward"].shape == (1, 2, 40, 52)
     elif isinstance(model, HeatmapNetwork):
         assert found["heatmap"].shape == (1, 40, 52)
     elif isinstance(model, Segmenter):
