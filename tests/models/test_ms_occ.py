@@ -266,6 +266,9 @@ def test_a_scene_file_and_its_picture(tmp_path: Path) -> None:
     (answer,) = model.answer(output, ["free", "car", "tree"])
     assert answer["free"] + answer["car"] + answer["tree"] == pytest.approx(1.0)
     assert model.picture(output).size[0] > 20
+    (tmp_path / "points.xyz").write_text("0 -90 0\n")
+    with pytest.raises(ValueError, match="no view shows any of the 1 points"):
+        model.predict(tmp_path / "scene.json")
     del said["points"]
     (tmp_path / "scene.json").write_text(json.dumps(said))
     with pytest.raises(ValueError, match="must name its points"):

@@ -16,6 +16,7 @@ from saccade.models.complete import labels
 from saccade.models.images import beside, colours, stacked, to_picture
 from saccade.models.scene import Scene, SceneNetwork
 from saccade.ops.export import output
+from saccade.ops.rays import project, projection
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -54,10 +55,15 @@ class OccupancyNetwork(SceneNetwork):
     def see_scene(self, scene: Scene) -> Occupancy:
         """
         Raises:
-            ValueError: if the scene has no points.
+            ValueError: if the scene has no points, or no view shows any of them.
         """
         if scene.points is None:
             raise ValueError("a scene for occupancy must name its points")
+        size = (scene.images.shape[2], scene.images.shape[3])
+        if not project(scene.points, projection(scene.intrinsics, scene.extrinsics), size).seen.any():
+            raise ValueError(
+                f"no view shows any of the {len(scene.points)} points: are cameras and points in one world?"
+            )
         said: Occupancy = self(
             images=scene.images[None],
             extrinsics=scene.extrinsics[None],

@@ -47,6 +47,16 @@ def balls(lab: Lab, count: int, rays: int, generator: torch.Generator) -> Balls:
     )
 
 
+def some_of(pool: Balls, count: int, rays: int, generator: torch.Generator) -> Balls:
+    """`count` of the scenes, each with `rays` of its rays."""
+    scene_B = torch.randint(len(pool.colour), (count,), generator=generator)
+    ray_BR = torch.randint(pool.colour.shape[1], (count, rays), generator=generator)
+    *views, pixels = (x[scene_B] for x in pool.given)
+    of_rays = (x.take_along_dim(ray_BR[..., None], 1) for x in (pixels, *(x[scene_B] for x in pool[1:])))
+    pixels, *rest = of_rays
+    return Balls((*views, pixels), *rest)
+
+
 def _scene(lab: Lab, rays: int, generator: torch.Generator) -> Balls:
     solids = lab.data.solids
     place = 2 * math.pi * torch.rand(1, generator=generator)
@@ -80,6 +90,7 @@ def _psnr(error: Tensor) -> float:
 def _claim(lab: Lab) -> ClaimResult:
     """AttSets beside mean pooling: the colours of rays whose surface is hidden from a view, and that view's weight."""
     judge = balls(lab, lab.size(24, 1), lab.size(128, 16), lab.held_out())
+    pool = balls(lab, lab.size(96, 2), lab.size(256, 16), lab.generator())
     # what is hidden in front lies on the other ball or behind the own one
     some = judge.hidden.any(-1) & ~judge.hidden.all(-1)
     clear = ~judge.hidden.any(-1) & (judge.surface.norm(dim=-1) < 2)
@@ -104,9 +115,9 @@ def _claim(lab: Lab) -> ClaimResult:
     }  # fmt: skip
     trials = lab.forms(
         {name: partial(GRF, name, **sizes) for name in ("attsets", "mean")},
-        lambda generator: balls(lab, lab.size(3, 1), lab.size(32, 8), generator),
+        lambda generator: some_of(pool, lab.size(3, 1), lab.size(32, 8), generator),
         measure,
-        300, loss=loss, lr=3e-3, seeds=2,
+        250, loss=loss, lr=4e-3, seeds=2,
     )  # fmt: skip
     measured = {
         **trials.means("{form}_psnr_db", "psnr"),
@@ -116,8 +127,12 @@ def _claim(lab: Lab) -> ClaimResult:
         **trials.means("weight_of_hidden_views_over_others_ratio", "ratio"),
     }
     gain = measured["attsets_psnr_where_a_view_is_hidden_db"] - measured["mean_psnr_where_a_view_is_hidden_db"]
-    ratio = measured["weight_of_hidden_views_over_others_ratio"]
-    return ClaimResult({**measured, "gain_where_hidden_db": gain}, holds=gain > 0 and ratio < 1)
+    elsewhere = measured["attsets_psnr_where_none_is_db"] - measured["mean_psnr_where_none_is_db"]
+    return ClaimResult(
+        {**measured, "gain_where_hidden_db": gain, "gain_where_none_is_hidden_db": elsewhere},
+        holds=gain > 0 and measured["weight_of_hidden_views_over_others_ratio"] < 1,
+        note="AttSets has more parameters than the mean: its gain where no view is hidden is told beside it",
+    )
 
 
 def _ratio(model: GRF, judge: Balls, some: Tensor) -> float:
