@@ -21,7 +21,9 @@ from saccade.models.gaze_lle import (
     people_of,
     place_code,
 )
-from saccade.models.images import to_picture
+from saccade.models.images import normalised, to_picture
+from saccade.train import models
+from saccade.train.data import gazes, generator_at, photographs
 
 BOXES = [[[0.1, 0.1, 0.4, 0.5], None], [], [[0.5, 0.2, 0.9, 0.9]]]
 
@@ -216,3 +218,31 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="pixels wide"):
         small(stem=(4, 8))(torch.rand(1, 3, 3, 9))
     assert people_of(None, 2)[0].isnan().all()
+
+
+def test_a_real_vit_stays_as_it_is_while_the_decoder_learns() -> None:
+    """People of generated scenes, on the ViT-S/14 that a package carries."""
+    if not models.installed("vit-s14"):
+        pytest.skip("vit-s14 is not installed")
+    vit = models.load("vit-s14")
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    scene = gazes(8, 112, generator_at(0, 0), photographs("coffee"))
+    torch.manual_seed(0)
+    model = GazeLLE(384, dim=32, num_layers=1, num_heads=4, inout=True, out_size=None).on(vit)
+    assert model.patch == 14
+    images = normalised(scene.images, 3)
+    features = model.features(images)
+    with torch.no_grad():
+        torch.testing.assert_close(features.flatten(2).mT, vit(images).last_hidden_state[:, 1:])
+    boxes = [heads[there] for heads, there in zip(scene.boxes, scene.there)]
+    targets = scene.targets[:, None].expand(-1, scene.there.shape[1], -1)[scene.there]
+    inside, losses = scene.inside[scene.there], []
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(40):
+        loss = gaze_loss(model(features=features, bboxes=boxes), targets, inside, sigma=1.0)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in vit.state_dict().items())

@@ -49,7 +49,8 @@ _NAMES = Names(
 
 def _run(module: OAT, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     """Their tensors have the sequence first, and channels of pictures last."""
-    module.places.take(inputs["pe"])
+    if "pe" in inputs:
+        module.places.take(inputs["pe"])
     source, given = (inputs[name].permute(0, 1, 4, 2, 3) for name in ("src_img", "tgt_img"))
     there_BS, there_BT = (args["PAD"] != inputs[name].T for name in ("src_index", "tgt_index"))
     memory = module.encode(module.tokens(source, inputs["src"].transpose(0, 1).long()), there_BS)
