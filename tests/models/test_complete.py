@@ -32,7 +32,7 @@ RUNNABLE = predictions.runnable()
 SEEING = [
     slug
     for slug in RUNNABLE
-    if slug not in ("evenhancer", "hff-net") and not issubclass(catalogue.part(slug).build, SceneNetwork)
+    if slug not in ("evenhancer", "hff-net", "taptrv2") and not issubclass(catalogue.part(slug).build, SceneNetwork)
 ]
 #: of two images one
 FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]

@@ -32,6 +32,7 @@ class Complete(nn.Module):
         views: the images of one call, by the names that the network gives them; where there are several, `predict`
             takes as many files, in this order.
         documents: suffixes of the files, beside pictures and tensors, that `document` writes an output as.
+        together: whether all files of a call are one thing, as the frames of a video.
     """
 
     slug: ClassVar[str]
@@ -40,6 +41,7 @@ class Complete(nn.Module):
     runs_alone: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("image",)
     documents: ClassVar[tuple[str, ...]] = ()
+    together: ClassVar[bool] = False
 
     @classmethod
     def from_config(cls, name: str, **changes: Any) -> Self:

@@ -44,12 +44,15 @@ def build(model: str, size: str | None = None, weights: str | Path | None = None
 
 
 def calls(model: str, files: Sequence[Path]) -> list[list[Path]]:
-    """The files of each call: one, or as many as a network takes together.
+    """The files of each call: one, as many as a network takes together, or all.
 
     Raises:
         ValueError: if the part runs on no files, or these do not come out even.
     """
-    views = _wanted(model)[1].views
+    made = _wanted(model)[1]
+    if made.together:
+        return [list(files)]
+    views = made.views
     if len(files) % len(views):
         slug = model.partition(":")[0].strip()
         raise ValueError(f"{slug!r} takes {len(views)} files together ({', '.join(views)}), got {len(files)}")

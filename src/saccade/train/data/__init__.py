@@ -16,6 +16,7 @@
 | `searches` | arrays of objects, and in which order one is searched for | generated |
 | `salients` | such windows with a thing that stands out | generated |
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
+| `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -27,6 +28,7 @@ from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
 from saccade.train.data.looking import Gazes, Salients, Searches, gazes, salients, searches
+from saccade.train.data.moving import Moving, moving
 from saccade.train.data.pairs import ViewPairs, stereo_pair, view_pairs
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.scenes import Scenes, scenes
@@ -41,6 +43,7 @@ __all__ = [
     "Digits",
     "Gazes",
     "Hazy",
+    "Moving",
     "Paired",
     "Salients",
     "Scenes",
@@ -55,6 +58,7 @@ __all__ = [
     "generator_at",
     "hazy",
     "listops",
+    "moving",
     "paired",
     "photographs",
     "read_files",

@@ -16,6 +16,7 @@
 | `match` | which points of two views of a photograph show the same | AUC of corners | models that match |
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
+| `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -44,6 +45,7 @@ from saccade.train.tasks.settings import Settings as Settings
 from saccade.train.tasks.text import Text as Text
 from saccade.train.tasks.text import fingerprint as fingerprint
 from saccade.train.tasks.text import is_paths as is_paths
+from saccade.train.tasks.track import Track as Track
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -62,6 +64,7 @@ TASKS: dict[str, type[Task]] = {
         Match,
         Recognise,
         Look,
+        Track,
     )
 }
 
