@@ -16,15 +16,19 @@ from saccade.ops.attend import attend
 from saccade.ops.native import build
 
 
-@pytest.fixture(scope="module")
-def dense() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "dense.py"
-    spec = importlib.util.spec_from_file_location("benchmark_dense", path)
+def load(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def dense() -> ModuleType:
+    return load("dense")
 
 
 def test_networks_are_plain_for_a_while(dense: ModuleType) -> None:
@@ -56,3 +60,15 @@ def test_a_network_against_itself_and_its_page(dense: ModuleType) -> None:
 
 def test_the_slope_of_a_square_is_two(dense: ModuleType) -> None:
     assert dense.slope([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("case", ["coarse matching", "global matching"])
+def test_matching_against_the_matrix_and_its_page(case: str) -> None:
+    geometry = load("geometry")
+    row = geometry.CASES[case](True)
+    assert row["speedup"] > 0 and row["bytes"] > 0 and row["cells"] == 12 * 16
+    kept = {case: records.stamp() | row}
+    speed, memory = geometry.verdicts(kept)
+    assert speed.got == row["speedup"] and memory.met
+    page = records.page("Title", "command", "about", kept, ["others"], [speed, memory], geometry.sections(kept))
+    assert f"| {case} | 192 |" in page

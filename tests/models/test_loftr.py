@@ -15,6 +15,7 @@ from saccade.models.loftr import (
     LoFTR,
     MatchingLayer,
     assign,
+    cell_places,
     coarse_loss,
     dense_coarse_loss,
     elu_plus_one,
@@ -109,7 +110,21 @@ def test_windows_are_those_of_unfold() -> None:
     fine = torch.randn(2, 3, 16, 24)
     unfolded = torch.nn.functional.unfold(fine, 5, stride=4, padding=2).unflatten(1, (3, 25)).permute(0, 3, 2, 1)
     batch, index = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 7, 23, 11])
-    torch.testing.assert_close(windows(fine, batch, index, 6, 5), unfolded[batch, index])
+    torch.testing.assert_close(windows(fine, batch, 4 * cell_places(index, (4, 6)), 5), unfolded[batch, index])
+
+
+def test_windows_made_alone_are_those_of_the_map() -> None:
+    model = small(window=5)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # so that noughts do not stay noughts
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.bias)
+    _, y = model.backbone(torch.rand(2, 1, 64, 96))
+    batch, index = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 11, 95, 40])  # corners, a border, the middle
+    alone = model.fine_windows(y, batch, index, (8, 12))
+    whole = windows(model.backbone.finish(y), batch, 4 * cell_places(index, (8, 12)), 5)
+    torch.testing.assert_close(alone, whole, atol=1e-5, rtol=1e-4)
+    assert alone.shape == (4, 25, 8) and not torch.equal(alone, model.train().fine_windows(y, batch, index, (8, 12)))
 
 
 def test_a_heat_map_of_one_place_gives_its_offset_and_the_least_deviation() -> None:
@@ -298,6 +313,26 @@ def _released(model: LoFTR) -> list[str]:
         else:
             names.append(f"fine_preprocess.{ {'context': 'down_proj', 'join': 'merge_feat'}[where] }.{rest}")
     return names
+
+
+def test_the_exported_file_computes_the_same_at_other_sizes() -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = small(widths=(4, 6, 8), num_heads=2, layers=("self", "cross"), threshold=0.005, border=1)
+    sides = [{axis: 8 * torch.export.Dim(f"{name}{i}", min=2) for axis, name in ((2, "h"), (3, "w"))} for i in (0, 1)]
+    images = torch.rand(1, 1, 64, 96), torch.rand(1, 1, 48, 80)
+    program = torch.onnx.export(model, images, dynamo=True, dynamic_shapes=tuple(sides), verbose=False)
+    assert program is not None and not {node.domain for node in program.model_proto.graph.node} - {""}
+    session = runtime.InferenceSession(program.model_proto.SerializeToString())
+    for shapes in (((64, 96), (48, 80)), ((96, 64), (80, 128))):
+        given = [torch.rand(1, 1, *shape) for shape in shapes]
+        names = [each.name for each in session.get_inputs()]
+        found = session.run(None, {name: value.numpy() for name, value in zip(names, given)})
+        with torch.no_grad():
+            expected = model(*given)
+        assert len(expected.confidence)
+        for name, value in zip(("keypoints0", "keypoints1", "confidence", "batch_indexes"), found):
+            torch.testing.assert_close(torch.from_numpy(value), getattr(expected, name), atol=1e-3, rtol=1e-3)
 
 
 def test_refusals() -> None:

@@ -9,7 +9,8 @@ Sun et al., "LoFTR: Detector-Free Local Feature Matching with Transformers", arX
     fine     5 x 5 windows of the map at 1/2, which know their cell's coarse feature, one more "self" and "cross";
              the second point moves by the expectation of a softmax over its window
 
-Neither the attention nor P is ever a tensor of all pairs of cells; windows are read where there are matches.
+Neither the attention nor P is ever a tensor of all pairs of cells, and the last convolutions of the fine map are made
+in windows around matches, where these are few.
 
 Where paper and code differ, the code's way is the default: "cross" reads the first image already changed, and coarse
 cells learn by a focal loss (the paper: minus the logarithm; `gamma=0, alpha=1`). `first_release=True` has the positions
@@ -30,7 +31,7 @@ from saccade.models.loftr.losses import (
     true_pairs,
 )
 from saccade.models.loftr.network import LoFTR, LoFTROutput
-from saccade.models.loftr.refinement import assign, cell_points, expected_offsets, select, windows
+from saccade.models.loftr.refinement import assign, cell_places, expected_offsets, select, windows
 from saccade.models.loftr.transformer import FeatureTransformer, MatchingLayer, elu_plus_one, position_code
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
     "MatchingLayer",
     "ResNetFPN",
     "assign",
-    "cell_points",
+    "cell_places",
     "coarse_loss",
     "dense_coarse_loss",
     "elu_plus_one",

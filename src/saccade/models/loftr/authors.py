@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from saccade.catalogue import AuthorsPort, Names
 from saccade.catalogue.ports import Arguments, of_function
 from saccade.models.loftr.network import LoFTR
-from saccade.models.loftr.refinement import assign, cell_points, expected_offsets, select
+from saccade.models.loftr.refinement import assign, cell_places, expected_offsets, select
 from saccade.models.loftr.transformer import FeatureTransformer
 
 _TRANSFORMER = Names(
@@ -106,7 +106,7 @@ def _run_coarse(module: _CoarseMatching, inputs: dict[str, Tensor], args: dict[s
     if module.dustbin is not None and settings["prefilter"]:
         found = found.without_binned()
     pairs = select(found, sizes, threshold=settings["threshold"], border=settings["border"], **valid)
-    points = [cell_points(index, size[1], float(args["image_over_coarse"])) for index, size in zip(pairs[1:3], sizes)]
+    points = [cell_places(index, size) * float(args["image_over_coarse"]) for index, size in zip(pairs[1:3], sizes)]
     return {
         "conf_matrix": found.matrix(), "b_ids": pairs.batch, "i_ids": pairs.index0, "j_ids": pairs.index1,
         "mconf": pairs.confidence, "mkpts0_c": points[0], "mkpts1_c": points[1],

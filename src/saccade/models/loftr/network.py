@@ -17,10 +17,19 @@ from saccade.catalogue.authors import load_state
 from saccade.layers.fusing import fuse_norms
 from saccade.models.loftr.backbone import ResNetFPN
 from saccade.models.loftr.losses import coarse_loss, fine_loss, training_pairs, true_pairs
-from saccade.models.loftr.refinement import KINDS, assign, cell_points, expected_offsets, select, windows
+from saccade.models.loftr.refinement import (
+    KINDS,
+    Size,
+    assign,
+    cell_places,
+    expected_offsets,
+    inside_windows,
+    select,
+    windows,
+)
 from saccade.models.loftr.transformer import LAYERS, FeatureTransformer, position_code
 from saccade.models.matching import Matcher, MatchOutput, check_pair
-from saccade.ops.export import output
+from saccade.ops.export import exporting, output
 from saccade.ops.matching import Assignment, Pairs
 
 
@@ -131,8 +140,8 @@ class LoFTR(Matcher):
 
     def features(
         self, image0: Tensor, image1: Tensor, valid0: Tensor | None = None, valid1: Tensor | None = None
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[tuple[int, int], tuple[int, int]]]:
-        """Features of the cells (B, N, C) and (B, M, C), the fine maps, and height and width of both grids.
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Size, Size]]:
+        """Features of the cells (B, N, C) and (B, M, C), fine maps unfinished, and height and width of both grids.
 
         Args:
             image0, image1: as in `forward`.
@@ -173,22 +182,40 @@ class LoFTR(Matcher):
         return found.without_binned() if self.dustbin is not None and self.prefilter and not self.training else found
 
     def refine(
-        self, pairs: Pairs, cells: tuple[Tensor, Tensor], fine: tuple[Tensor, Tensor], widths: tuple[int, int]
+        self, pairs: Pairs, cells: tuple[Tensor, Tensor], fine: tuple[Tensor, Tensor], sizes: tuple[Size, Size]
     ) -> Tensor:
         """Offsets of the second points of pairs, (K, 3), see `expected_offsets`.
 
         Args:
             pairs: of cells.
             cells: features of the cells.
-            fine: fine maps.
-            widths: of both grids.
+            fine: fine maps unfinished.
+            sizes: height and width of both grids.
         """
-        sides = list(zip(cells, fine, pairs[1:3], widths))
-        found = [windows(map_BCHW, pairs.batch, index, width, self.window) for _, map_BCHW, index, width in sides]
+        sides = list(zip(cells, fine, pairs[1:3], sizes))
+        found = [self.fine_windows(map_BCHW, pairs.batch, index, size) for _, map_BCHW, index, size in sides]
         if self.context is not None and self.join is not None:
             known = [self.context(f_BNC[pairs.batch, index])[:, None] for f_BNC, _, index, _ in sides]
             found = [self.join(torch.cat([w, c.expand_as(w)], 2)) for w, c in zip(found, known)]
         return expected_offsets(*self.fine(*found))
+
+    def fine_windows(self, y_BCHW: Tensor, batch_K: Tensor, index_K: Tensor, grid: Size) -> Tensor:
+        """Windows of a fine map around cells, (K, w w, C): of the whole map, or made alone where that is less work.
+
+        Args:
+            y_BCHW: the map, unfinished.
+            batch_K, index_K: image and cell of each.
+            grid: height and width of the cells.
+        """
+        (B, _, H, W), size = y_BCHW.shape, self.window
+        places = cell_places(index_K, grid) * (self.multiple // self.fine_stride)
+        # the convolutions of a window of 5 make 7 x 7 and 5 x 5 places, those of the map twice all, somewhat faster
+        if self.training or exporting() or index_K.shape[0] * ((size + 2) ** 2 + size**2) > B * H * W:
+            return windows(self.backbone.finish(y_BCHW), batch_K, places, size)
+        wide_KSC = windows(y_BCHW, batch_K, places, size + 4)
+        wide_KCww = wide_KSC.transpose(1, 2).unflatten(2, (size + 4, size + 4))
+        found_KCww = self.backbone.finish_windows(wide_KCww, inside_windows(places, (H, W), size + 2))
+        return (found_KCww * inside_windows(places, (H, W), size)[:, None]).flatten(2).transpose(1, 2)
 
     def forward(
         self,
@@ -214,11 +241,11 @@ class LoFTR(Matcher):
         found = self.assignment(cells, mask0, mask1)
         valid = (None if mask is None else mask.flatten(1) for mask in (mask0, mask1))
         pairs = select(found, sizes, threshold=self.threshold, border=self.border, **dict(zip(_VALID, valid)))
-        offsets = self.refine(pairs, cells, fine, (sizes[0][1], sizes[1][1]))
-        ones = offsets.new_ones(len(pairs.batch), 2)
+        offsets = self.refine(pairs, cells, fine, sizes)
+        ones = offsets.new_ones(pairs.batch.shape[0], 2)
         scales = [ones if scale is None else scale[pairs.batch] for scale in (scale0, scale1)]
         coarse0, coarse1 = (
-            cell_points(index, size[1], self.multiple * scale) for index, size, scale in zip(pairs[1:3], sizes, scales)
+            cell_places(index, size) * (self.multiple * scale) for index, size, scale in zip(pairs[1:3], sizes, scales)
         )
         moved = offsets[:, :2] * (self.window // 2) * self.fine_stride * scales[1]
         return LoFTROutput(
@@ -244,7 +271,7 @@ class LoFTR(Matcher):
         truth = true_pairs(positions, self.multiple)
         coarse = coarse_loss(found, truth)
         pairs = training_pairs(found.mutual(self.threshold), truth, max(f.shape[1] for f in cells) * len(image0))
-        offsets = self.refine(pairs, cells, fine, (sizes[0][1], sizes[1][1]))
+        offsets = self.refine(pairs, cells, fine, sizes)
         return coarse + fine_loss(offsets, pairs, positions, self.multiple, self.window // 2 * self.fine_stride)
 
     def fuse(self) -> Self:

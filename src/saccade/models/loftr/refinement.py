@@ -73,46 +73,60 @@ def select(
     if border and not pairs.batch.is_meta:  # without values all are kept
         kept = torch.ones_like(pairs.batch, dtype=torch.bool)
         for index, size, valid in zip(pairs[1:3], sizes, (valid0_BN, valid1_BM)):
-            cell = torch.stack([index // size[1], index % size[1]], 1)
+            cell = cell_places(index, size)
             if valid is None:
-                extent = torch.tensor(size, device=cell.device)
+                extent = cell_places(index.new_tensor([-1]), size) + 1
             else:
                 real = valid.unflatten(1, size)
-                extent = torch.stack([real.sum(1).amax(1), real.sum(2).amax(1)], 1)[pairs.batch]
+                extent = torch.stack([real.sum(2).amax(1), real.sum(1).amax(1)], 1)[pairs.batch]
             kept = kept & ((cell >= border) & (cell < extent - border)).all(1)
         pairs = Pairs(*(x[kept] for x in pairs))
     batch, index0, index1, _ = pairs
     return Pairs(batch, index0, index1, found.log_at(batch, index0, index1).exp())
 
 
-def cell_points(index_K: Tensor, width: int, stride: Tensor | float) -> Tensor:
-    """(x, y) of cells in pixels: column and row times the stride, (K, 2).
+def cell_places(index_K: Tensor, grid: Size) -> Tensor:
+    """(x, y) of cells, whole numbers, (K, 2).
 
     Args:
         index_K: numbers of cells, row by row.
-        width: of the grid.
-        stride: pixels of a cell, a number or (K, 2).
+        grid: height and width.
+
+    >>> cell_places(torch.tensor([0, 5]), (2, 3)).tolist()
+    [[0, 0], [2, 1]]
     """
-    return torch.stack([index_K % width, index_K // width], 1) * stride
+    return pixel_grid(grid[0], grid[1], index_K)[index_K]  # read, not divided: exporters know no division by a size
 
 
-def windows(fine_BCHW: Tensor, batch_K: Tensor, index_K: Tensor, width: int, size: int) -> Tensor:
-    """Windows of a fine map around cells, noughts outside, (K, S, C); only those that are asked for are made.
+def windows(fine_BCHW: Tensor, batch_K: Tensor, places_K2: Tensor, size: int) -> Tensor:
+    """Windows of a fine map, noughts outside, (K, S, C); only those that are asked for are made.
 
     Args:
         fine_BCHW: the fine map.
-        batch_K, index_K: image and cell of each.
-        width: of the grid of cells.
+        batch_K: image of each.
+        places_K2: (x, y) of their middles, whole numbers.
         size: w, odd.
     """
-    C, stride, half = fine_BCHW.shape[1], fine_BCHW.shape[3] // width, size // 2
+    C, half = fine_BCHW.shape[1], size // 2
     padded = F.pad(fine_BCHW, (half, half, half, half)).permute(0, 2, 3, 1)
     H, W = padded.shape[1:3]
-    steps = torch.arange(size, device=index_K.device)
-    rows = (index_K // width * stride)[:, None] + steps
-    columns = (index_K % width * stride)[:, None] + steps
+    steps = torch.arange(size, device=places_K2.device)
+    columns, rows = (places_K2[:, i, None] + steps for i in (0, 1))
     place = (batch_K[:, None, None] * H + rows[:, :, None]) * W + columns[:, None]
     return padded.reshape(-1, C).index_select(0, place.flatten()).view(-1, size * size, C)
+
+
+def inside_windows(places_K2: Tensor, grid: Size, size: int) -> Tensor:
+    """Whether the places of windows are in a map, bool (K, w, w).
+
+    Args:
+        places_K2: (x, y) of their middles, whole numbers.
+        grid: height and width of the map.
+        size: w, odd.
+    """
+    steps = torch.arange(size, device=places_K2.device) - size // 2
+    columns, rows = (places_K2[:, i, None] + steps for i in (0, 1))
+    return ((rows >= 0) & (rows < grid[0]))[:, :, None] & ((columns >= 0) & (columns < grid[1]))[:, None]
 
 
 def expected_offsets(window0_KSC: Tensor, window1_KSC: Tensor) -> Tensor:

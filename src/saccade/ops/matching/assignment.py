@@ -8,7 +8,6 @@ Shape letters: B batch, N and M features of the two sides, C channels, K pairs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ from torch import Tensor
 
 from saccade.ops.autocast import off
 from saccade.ops.export import exporting
-from saccade.ops.matching.lse import in_full, row_column_lse, tiles
+from saccade.ops.matching.lse import Strip, in_full, row_column_lse, strips, tiles
 from saccade.ops.scratch import scratch
+from saccade.ops.workers import each
 
 __all__ = ["Assignment", "Pairs", "dual_softmax", "similarity", "sinkhorn"]
 
@@ -112,27 +112,28 @@ class Assignment:
         if exporting():
             logs = self.matrix().log()
             return logs.amax(2), logs.argmax(2), logs.amax(1)
-        best_BN, best_BM = torch.full_like(self.row_BN, _EMPTY), torch.full_like(self.column_BM, _EMPTY)
-        at_BN = torch.zeros_like(best_BN, dtype=torch.long)
-        for b, rows, columns, logs in self._tiles():
-            torch.maximum(best_BM[b, columns], logs.amax(0), out=best_BM[b, columns])
-            largest = logs.amax(1)
-            better = (largest > best_BN[b, rows]).nonzero()[:, 0]
-            if not len(better):
-                continue
-            first = columns.start + (logs if len(better) == len(logs) else logs[better]).argmax(1)
-            best_BN[b, rows.start + better], at_BN[b, rows.start + better] = largest[better], first
-        return best_BN, at_BN, best_BM
-
-    def _tiles(self) -> Iterator[tuple[int, slice, slice, Tensor]]:
-        """log P, tile by tile: rows' and columns' numbers are two more channels of the product."""
         f0, f1, row, column = (x.detach() for x in (self.f0_BNC, self.f1_BMC, self.row_BN, self.column_BM))
-        with scratch("matching", f0.dtype, f0.device) as room, off(f0.device.type):
-            for b in range(f0.shape[0]):
-                left = torch.cat([self.scale * f0[b], row[b, :, None], torch.ones_like(row[b, :, None])], 1)
-                right = torch.cat([f1[b], torch.ones_like(column[b, :, None]), column[b, :, None]], 1)
-                for rows, columns, logs in tiles(left, right, 1.0, room):
-                    yield b, rows, columns, logs
+        best_BN, at_BN = torch.full_like(row, _EMPTY), torch.zeros_like(row, dtype=torch.long)
+        every = strips(f0)
+        of_strips = column.new_full((len(column), 1 + max(strip.number for strip in every), column.shape[1]), _EMPTY)
+        # the numbers of rows and columns are two more channels of the product
+        right = torch.cat([f1, torch.ones_like(column)[..., None], column[..., None]], 2)
+
+        def work(strip: Strip) -> None:
+            number, b, at = strip
+            left = torch.cat([self.scale * f0[b, at], row[b, at, None], torch.ones_like(row[b, at, None])], 1)
+            with scratch("matching", f0.dtype, f0.device) as room:
+                for to, logs in tiles(left, right[b], room):
+                    of_strips[b, number, to] = logs.amax(0)
+                    largest = logs.amax(1)
+                    better = (largest > best_BN[b, at]).nonzero()[:, 0]
+                    first = (logs if len(better) == len(logs) else logs[better]).argmax(1) if len(better) else better
+                    best_BN[b, at.start + better] = largest[better]
+                    at_BN[b, at.start + better] = to.start + first
+
+        with off(f0.device.type):
+            each(work, every)
+        return best_BN, at_BN, of_strips.amax(1)
 
     def _mutual_of_all(self, threshold: float | None) -> Pairs:
         share = self.matrix()

@@ -3,16 +3,17 @@
     S_ij = scale f0_i . f1_j
     row_i = log sum_j exp(S_ij + b1_j)          column_j = log sum_i exp(S_ij + b0_i)
 
-A tile of S is read once for both sums. Backward makes the tiles again: with p = exp(S + b1 - row), q = exp(S + b0 -
-column), the gradient of S is g_row p + g_column q.
+A tile of S is read once for both sums. Backward makes the tiles again, once for each side: with p = exp(S + b1 - row),
+q = exp(S + b0 - column), the gradient of S is g_row p + g_column q. Strips of rows go to the cores one by one; all that
+is written is a strip's own, so that sums do not depend on which core was faster.
 
-Shape letters: B batch, N and M features of the two sides, C channels.
+Shape letters: B batch, N and M features of the two sides, n rows of a strip, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from saccade.ops.autocast import exact
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.scratch import Scratch, scratch
+from saccade.ops.workers import each
 
-#: rows and columns of a tile: 2 MB in single precision
-ROWS, COLUMNS = 512, 1024
+#: rows and columns of a tile: half a megabyte in single precision, for the cache of one core
+ROWS, COLUMNS = 256, 512
 
 _EMPTY = float("-inf")
 
@@ -85,50 +87,109 @@ def in_full(x: Tensor | None) -> Any:
     return x if x is None or x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def tiles(f0_NC: Tensor, f1_MC: Tensor, scale: float, room: Scratch) -> Iterator[tuple[slice, slice, Tensor]]:
-    """S of one pair of images, tile by tile, in memory that is used again: rows, columns, and S there.
+class Strip(NamedTuple):
+    """Rows of one pair of images: a piece of work for one core.
+
+    Attributes:
+        number: among those of this pair of images.
+        image: b.
+        rows: of side 0.
+    """
+
+    number: int
+    image: int
+    rows: slice
+
+
+def strips(f0_BNC: Tensor) -> list[Strip]:
+    """All rows of all pairs of images, in pieces.
 
     Args:
-        f0_NC, f1_MC: features of the two sides.
-        scale: of the products.
+        f0_BNC: features of side 0.
+    """
+    B, N, _ = f0_BNC.shape
+    starts = list(enumerate(range(0, N, ROWS)))
+    return [Strip(number, b, slice(top, min(top + ROWS, N))) for b in range(B) for number, top in starts]
+
+
+def tiles(part_nC: Tensor, f1_MC: Tensor, room: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    """Products of some rows with all columns, tile by tile, in memory that is used again: columns, and S there.
+
+    Args:
+        part_nC: features of the rows.
+        f1_MC: of all columns.
         room: where the tiles lie.
     """
-    (N, C), M = f0_NC.shape, f1_MC.shape[0]
-    f1_CM = f1_MC.T
-    for top in range(0, N, ROWS):
-        rows = slice(top, min(top + ROWS, N))
-        part = torch.mul(f0_NC[rows], scale, out=room("rows", rows.stop - top, C)) if scale != 1.0 else f0_NC[rows]
-        for left in range(0, M, COLUMNS):
-            columns = slice(left, min(left + COLUMNS, M))
-            S = room("S", rows.stop - top, columns.stop - left)
-            yield rows, columns, torch.mm(part, f1_CM[:, columns], out=S)
+    M, f1_CM = f1_MC.shape[0], f1_MC.T
+    for left in range(0, M, COLUMNS):
+        columns = slice(left, min(left + COLUMNS, M))
+        yield columns, torch.mm(part_nC, f1_CM[:, columns], out=room("S", len(part_nC), columns.stop - left))
 
 
 def _forward(
     f0: Tensor, f1: Tensor, bias0: Tensor | None, bias1: Tensor | None, scale: float, columns: bool
 ) -> tuple[Tensor, Tensor]:
     (B, N, _), M = f0.shape, f1.shape[1]
-    largest_row, largest_column = f0.new_full((B, N), _EMPTY), f0.new_full((B, M if columns else 0), _EMPTY)
-    row, column = torch.zeros_like(largest_row), torch.zeros_like(largest_column)
-    with scratch("matching", f0.dtype, f0.device) as room:
-        for b in range(B):  # a pair of images has thousands of features: one after the other
-            for at, to, S in tiles(f0[b], f1[b], scale, room):
-                _add(S, None if bias1 is None else bias1[b, to], 1, row[b, at], largest_row[b, at], room)
+    largest, row = f0.new_full((B, N), _EMPTY), f0.new_zeros(B, N)
+    # each strip has sums of columns of its own
+    of_strips = f0.new_zeros(B, -(-N // ROWS), M if columns else 0)
+
+    def work(strip: Strip) -> None:
+        number, b, at = strip
+        with scratch("matching", f0.dtype, f0.device) as room:
+            for to, S in tiles(f0[b, at] * scale, f1[b], room):
+                work = room("work", *S.shape)
+                shifted = S if bias1 is None else torch.add(S, bias1[b, to], out=work)
+                new = torch.maximum(largest[b, at], shifted.amax(1))
+                origin = new.masked_fill(new == _EMPTY, 0.0)
+                terms = torch.sub(shifted, origin[:, None], out=work).exp_()
+                row[b, at] = row[b, at] * (largest[b, at] - origin).exp_() + terms.sum(1)
+                largest[b, at] = new
                 if columns:
-                    b0 = None if bias0 is None else bias0[b, at, None]
-                    _add(S, b0, 0, column[b, to], largest_column[b, to], room)
-    return row.log_().add_(largest_row), column.log_().add_(largest_column)
+                    shifted = S if bias0 is None else S.add_(bias0[b, at, None])
+                    origin = shifted.amax(0)
+                    origin.masked_fill_(origin == _EMPTY, 0.0)
+                    terms = torch.sub(shifted, origin, out=work).exp_()
+                    of_strips[b, number, to] = terms.sum(0).log_() + origin
+
+    each(work, strips(f0))
+    return row.log_().add_(largest), of_strips.logsumexp(1)
 
 
-def _add(S: Tensor, bias: Tensor | None, axis: int, total: Tensor, largest: Tensor, room: Scratch) -> None:
-    """Add exp(S + bias) along an axis to sums that are kept relative to their largest term."""
-    work = room("work", *S.shape)
-    shifted = S if bias is None else torch.add(S, bias, out=work)
-    new = torch.maximum(largest, shifted.amax(axis))
-    origin = new.masked_fill(new == _EMPTY, 0.0)
-    terms = torch.sub(shifted, origin.unsqueeze(axis), out=work).exp_()
-    total.mul_((largest - origin).exp_()).add_(terms.sum(axis))
-    largest.copy_(new)
+def _of_rows(
+    f0: Tensor,
+    f1: Tensor,
+    bias0: Tensor | None,
+    bias1: Tensor | None,
+    row: Tensor,
+    column: Tensor,
+    of_row: Tensor,
+    of_column: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of f0 and of b0, each strip of rows by itself; sums of a side that has none have no columns."""
+    of_f0 = torch.zeros_like(f0)
+    of_bias0 = f0.new_zeros(f0.shape[:2] if bias0 is not None and column.numel() else 0)
+
+    def work(strip: Strip) -> None:
+        _, b, at = strip
+        with scratch("matching", f0.dtype, f0.device) as room:
+            for to, S in tiles(f0[b, at] * scale, f1[b], room):
+                grad = None
+                if row.numel():
+                    grad = torch.sub(S, row[b, at, None], out=room("grad", *S.shape))
+                    grad = (grad if bias1 is None else grad.add_(bias1[b, to])).exp_().mul_(of_row[b, at, None])
+                if column.numel():
+                    S.sub_(column[b, to])
+                    S = (S if bias0 is None else S.add_(bias0[b, at, None])).exp_().mul_(of_column[b, to])
+                    if of_bias0.numel():
+                        of_bias0[b, at] += S.sum(1)
+                    grad = S if grad is None else grad.add_(S)
+                if grad is not None:
+                    of_f0[b, at].addmm_(grad, f1[b, to], alpha=scale)
+
+    each(work, strips(f0))
+    return of_f0, of_bias0
 
 
 def _backward(
@@ -143,25 +204,11 @@ def _backward(
     scale: float,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_f0, of_f1 = torch.zeros_like(f0), torch.zeros_like(f1)
-    of_bias0, of_bias1 = (f0.new_zeros(f.shape[:2] if b is not None else 0) for f, b in ((f0, bias0), (f1, bias1)))
     row, column = (x.masked_fill(x == _EMPTY, 0.0) for x in (row, column))  # a sum of nothing has no terms
-    with scratch("matching", f0.dtype, f0.device) as room:
-        for b in range(f0.shape[0]):
-            for at, to, S in tiles(f0[b], f1[b], scale, room):
-                grad, work = room("grad", *S.shape), room("work", *S.shape)
-                torch.sub(S, row[b, at, None], out=grad)
-                grad = (grad if bias1 is None else grad.add_(bias1[b, to])).exp_().mul_(of_row[b, at, None])
-                if bias1 is not None:
-                    of_bias1[b, to] += grad.sum(0)
-                if columns:
-                    torch.sub(S, column[b, to], out=work)
-                    work = (work if bias0 is None else work.add_(bias0[b, at, None])).exp_().mul_(of_column[b, to])
-                    if bias0 is not None:
-                        of_bias0[b, at] += work.sum(1)
-                    grad += work
-                of_f0[b, at].addmm_(grad, f1[b, to], alpha=scale)
-                of_f1[b, to].addmm_(grad.T, f0[b, at], alpha=scale)
+    of_f0, of_bias0 = _of_rows(f0, f1, bias0, bias1, row, column, of_row, of_column, scale)
+    of_f1, of_bias1 = _of_rows(f1, f0, bias1, bias0, column, row, of_column, of_row, scale)
+    if bias0 is not None and not of_bias0.numel():
+        of_bias0 = torch.zeros_like(bias0)
     return of_f0, of_f1, of_bias0, of_bias1
 
 
