@@ -16,9 +16,7 @@ from torch import Tensor
 
 from saccade.ops.autocast import off
 from saccade.ops.export import exporting
-from saccade.ops.matching.lse import Strip, in_full, row_column_lse, strips, tiles
-from saccade.ops.scratch import scratch
-from saccade.ops.workers import each
+from saccade.ops.matching.lse import in_full, row_column_lse
 
 __all__ = ["Assignment", "Pairs", "dual_softmax", "similarity", "sinkhorn"]
 
@@ -112,28 +110,9 @@ class Assignment:
         if exporting():
             logs = self.matrix().log()
             return logs.amax(2), logs.argmax(2), logs.amax(1)
-        f0, f1, row, column = (x.detach() for x in (self.f0_BNC, self.f1_BMC, self.row_BN, self.column_BM))
-        best_BN, at_BN = torch.full_like(row, _EMPTY), torch.zeros_like(row, dtype=torch.long)
-        every = strips(f0)
-        of_strips = column.new_full((len(column), 1 + max(strip.number for strip in every), column.shape[1]), _EMPTY)
-        # the numbers of rows and columns are two more channels of the product
-        right = torch.cat([f1, torch.ones_like(column)[..., None], column[..., None]], 2)
-
-        def work(strip: Strip) -> None:
-            number, b, at = strip
-            left = torch.cat([self.scale * f0[b, at], row[b, at, None], torch.ones_like(row[b, at, None])], 1)
-            with scratch("matching", f0.dtype, f0.device) as room:
-                for to, logs in tiles(left, right[b], room):
-                    of_strips[b, number, to] = logs.amax(0)
-                    largest = logs.amax(1)
-                    better = (largest > best_BN[b, at]).nonzero()[:, 0]
-                    first = (logs if len(better) == len(logs) else logs[better]).argmax(1) if len(better) else better
-                    best_BN[b, at.start + better] = largest[better]
-                    at_BN[b, at.start + better] = to.start + first
-
-        with off(f0.device.type):
-            each(work, every)
-        return best_BN, at_BN, of_strips.amax(1)
+        given = (self.f0_BNC, self.f1_BMC, self.row_BN, self.column_BM)
+        best_BN, at_BN, best_BM = torch.ops.saccade.pair_best(*(x.detach() for x in given), self.scale)
+        return best_BN, at_BN, best_BM
 
     def _mutual_of_all(self, threshold: float | None) -> Pairs:
         share = self.matrix()

@@ -1,7 +1,8 @@
-"""The operators `saccade::pair_lse` and its backward: logarithms of row and column sums of exp(S), in one pass.
+"""The operators `saccade::pair_lse`, its backward, and `saccade::pair_best`: sums and maxima of all pairs, in one pass.
 
     S_ij = scale f0_i . f1_j
     row_i = log sum_j exp(S_ij + b1_j)          column_j = log sum_i exp(S_ij + b0_i)
+    best_i = max_j (S_ij + r_i + c_j)           and of each column alike
 
 A tile of S is read once for both sums. Backward makes the tiles again, once for each side: with p = exp(S + b1 - row),
 q = exp(S + b0 - column), the gradient of S is g_row p + g_column q. Strips of rows go to the cores one by one; all that
@@ -12,7 +13,7 @@ Shape letters: B batch, N and M features of the two sides, n rows of a strip, C 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -112,6 +113,20 @@ def strips(f0_BNC: Tensor) -> list[Strip]:
     return [Strip(number, b, slice(top, min(top + ROWS, N))) for b in range(B) for number, top in starts]
 
 
+def share(work: Callable[[Strip], None], f0_BNC: Tensor) -> None:
+    """Do the work of all strips, several at a time on a CPU.
+
+    Args:
+        work: of a strip.
+        f0_BNC: features of side 0.
+    """
+    if f0_BNC.device.type == "cpu":
+        return each(work, strips(f0_BNC))
+    for strip in strips(f0_BNC):
+        work(strip)
+    return None
+
+
 def tiles(part_nC: Tensor, f1_MC: Tensor, room: Scratch) -> Iterator[tuple[slice, Tensor]]:
     """Products of some rows with all columns, tile by tile, in memory that is used again: columns, and S there.
 
@@ -152,7 +167,7 @@ def _forward(
                     terms = torch.sub(shifted, origin, out=work).exp_()
                     of_strips[b, number, to] = terms.sum(0).log_() + origin
 
-    each(work, strips(f0))
+    share(work, f0)
     return row.log_().add_(largest), of_strips.logsumexp(1)
 
 
@@ -188,7 +203,7 @@ def _of_rows(
                 if grad is not None:
                     of_f0[b, at].addmm_(grad, f1[b, to], alpha=scale)
 
-    each(work, strips(f0))
+    share(work, f0)
     return of_f0, of_bias0
 
 
@@ -210,6 +225,30 @@ def _backward(
     if bias0 is not None and not of_bias0.numel():
         of_bias0 = torch.zeros_like(bias0)
     return of_f0, of_f1, of_bias0, of_bias1
+
+
+def _best(f0: Tensor, f1: Tensor, row: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of T_ij = S_ij + row_i + column_j the largest of each row, its first column, and the largest of each column."""
+    (B, N, _), M = f0.shape, f1.shape[1]
+    best, at_BN = torch.full_like(row, _EMPTY), torch.zeros_like(row, dtype=torch.long)
+    of_strips = column.new_full((B, -(-N // ROWS), M), _EMPTY)
+    # the numbers of rows and columns are two more channels of the product
+    right = torch.cat([f1, torch.ones_like(column)[..., None], column[..., None]], 2)
+
+    def work(strip: Strip) -> None:
+        number, b, at = strip
+        left = torch.cat([scale * f0[b, at], row[b, at, None], torch.ones_like(row[b, at, None])], 1)
+        with scratch("matching", f0.dtype, f0.device) as room:
+            for to, T in tiles(left, right[b], room):
+                of_strips[b, number, to] = T.amax(0)
+                largest = T.amax(1)
+                better = (largest > best[b, at]).nonzero()[:, 0]
+                if len(better):
+                    first = (T if len(better) == len(T) else T[better]).argmax(1)
+                    best[b, at.start + better], at_BN[b, at.start + better] = largest[better], to.start + first
+
+    share(work, f0)
+    return best, at_BN, of_strips.amax(1)
 
 
 # Operators of their own: opaque to torch.compile, which would otherwise unroll the loop over tiles.
@@ -251,11 +290,16 @@ def _differentiate(ctx: Any, of_row: Tensor, of_column: Tensor) -> tuple[Any, ..
     return of_f0, of_f1, *biases, None, None
 
 
+def _best_shapes(f0: Tensor, f1: Tensor, row: Tensor, column: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(row), torch.empty_like(row, dtype=torch.long), torch.empty_like(column)
+
+
 _library = torch.library.Library("saccade", "FRAGMENT")
 
 for _name, _kernel, _shapes in (
     ("pair_lse", _forward, _forward_shapes),
     ("pair_lse_backward", _backward, _backward_shapes),
+    ("pair_best", _best, _best_shapes),
 ):
     _library.define(_name + torch.library.infer_schema(_kernel, mutates_args=()))
     _library.impl(_name, exact(_kernel), "CompositeExplicitAutograd")

@@ -12,6 +12,7 @@ Shape letters: K matches, H, W image.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -57,10 +58,12 @@ def corner_error(points0_K2: Tensor, points1_K2: Tensor, positions_HW2: Tensor) 
         return math.inf
     measure, transform = need("skimage.measure", "matching scores"), need("skimage.transform", "matching scores")
     first, second = (points.detach().double().cpu().numpy() for points in (points0_K2, points1_K2))
-    found, _ = measure.ransac(
-        (first, second), transform.ProjectiveTransform, min_samples=4, residual_threshold=_AGREES, max_trials=_TRIES,
-        rng=0,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # samples in one line, and none that agree: both are tried for
+        found, _ = measure.ransac(
+            (first, second), transform.ProjectiveTransform, min_samples=4, residual_threshold=_AGREES,
+            max_trials=_TRIES, rng=0,
+        )  # fmt: skip
     if not found:  # none, or scikit-image's word for an estimation that failed
         return math.inf
     height, width = positions_HW2.shape[:2]
