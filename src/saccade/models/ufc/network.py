@@ -111,7 +111,8 @@ class UFC(nn.Module):
         pair: tuple[Tensor, Tensor] | None = None
         features, costs = [], []
         finest = (self.sides[-1], self.sides[-1])
-        for level, (project, embed, side) in enumerate(zip(self.projects, self.embeds, self.sides)):
+        for level, (project, embed, layers) in enumerate(zip(self.projects, self.embeds, self.layers)):
+            side = self.sides[level]
             own = [project(maps[level].flatten(2).mT) for maps in (source_BChw, target_BChw)]
             as_maps = [x.mT.unflatten(2, (side, side)) for x in own]
             embedded = embed(correlation(as_maps[0], as_maps[1]))
@@ -120,7 +121,7 @@ class UFC(nn.Module):
                 own = [x + coarse.flatten(2).mT for x, coarse in zip(own, larger)]
             cost = embedded if cost is None else cost + embedded
             source, target = own
-            for layer in self.layers[level]:  # type: ignore[union-attr]
+            for layer in layers:  # type: ignore[attr-defined]
                 cost, source, target = layer(cost, source, target)
             pair = source.mT.unflatten(2, (side, side)), target.mT.unflatten(2, (side, side))
             features.append(pair)

@@ -1,6 +1,7 @@
 """Cost volumes: how alike all positions of two images are, and convolutions over both at once.
 
-Shape letters: B batch, C channels, H, W positions of the source, Y, X those of the target, K output channels.
+Shape letters: B batch, C channels, H, W positions of the source, Y, X those of the target, K output channels,
+N = B Y X.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from saccade.ops.matching import pixel_grid
 
 #: added to the length of a feature
 _EPS = 1e-5
@@ -124,8 +127,6 @@ def flow_of(positions_B2YX: Tensor, size: Sequence[int]) -> Tensor:
         positions_B2YX: from -1 to 1.
         size: (height, width) of the map that the positions are of.
     """
-    Y, X = positions_B2YX.shape[2:]
-    like = {"device": positions_B2YX.device, "dtype": positions_B2YX.dtype}
-    scale = torch.tensor([(size[1] - 1) / 2, (size[0] - 1) / 2], **like)
-    own = torch.stack(torch.meshgrid(torch.arange(X, **like), torch.arange(Y, **like), indexing="xy"))
-    return (positions_B2YX + 1) * scale[:, None, None] - own
+    scale = positions_B2YX.new_tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
+    own = pixel_grid(positions_B2YX.shape[2], positions_B2YX.shape[3], positions_B2YX)
+    return (positions_B2YX + 1) * scale[:, None, None] - own.mT.unflatten(1, positions_B2YX.shape[2:])
