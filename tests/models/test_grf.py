@@ -235,6 +235,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         read_scene(path)
     with pytest.raises(IsADirectoryError):
         read_scene(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no scene file at"):
+        read_scene(tmp_path / "nothing.json")
     path.write_text("{")
     with pytest.raises(ValueError, match="no scene file"):
         read_scene(path)

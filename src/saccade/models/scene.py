@@ -143,6 +143,8 @@ class SceneNetwork(Complete):
 def _parsed(path: Path) -> Mapping[str, Any]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, not a scene file")
+    if not path.exists():
+        raise FileNotFoundError(f"no scene file at {path}")
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
