@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from saccade.models.flow import FlowNetwork, FlowOutput, consistent, flo, kitti, pfm, png16, ramp, wheel
 from saccade.models.images import to_picture
+from saccade.report import predictions
 
 
 class Shift(FlowNetwork):
@@ -131,16 +132,21 @@ def unpacked(data: bytes) -> Tensor:
     return torch.tensor(numbers, dtype=torch.double).view(H, W, C).permute(2, 0, 1)
 
 
-def test_formats_hold_what_they_are_for() -> None:
+def test_documents_hold_what_they_are_for(tmp_path: Path) -> None:
     flow, disparity = FlowOutput(flow=torch.ones(1, 2, 2, 2)), FlowOutput(disparity=torch.ones(1, 2, 2))
     model = Shift()
-    assert model.written(flow, ".flo") == flo(flow.flow[0]) and model.written(disparity, ".pfm").startswith(b"Pf")
-    assert model.written(flow, ".16.png") == kitti(flow)
-    for said, suffix, message in (
-        (disparity, ".flo", ".flo holds flow"),
-        (flow, ".pfm", ".pfm holds one number"),
-        (flow, ".txt", "suffix must be one of .flo"),
-        (FlowOutput(), ".pfm", "must have flow, disparity or depth"),
+    for said, name, content in (
+        (flow, "a.flo", flo(flow.flow[0])),
+        (disparity, "a.pfm", pfm(disparity.disparity[0])),
+        (flow, "a.16.png", kitti(flow)),
+    ):
+        predictions.write(model, said, tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    for said, name, message in (
+        (disparity, "b.flo", ".flo holds flow"),
+        (flow, "b.pfm", ".pfm holds one number"),
+        (FlowOutput(), "b.pfm", "must have flow, disparity or depth"),
     ):
         with pytest.raises(ValueError, match=message):
-            model.written(said, suffix)
+            predictions.write(model, said, tmp_path / name)
+        assert not (tmp_path / name).exists()

@@ -21,7 +21,7 @@ from saccade.models.unimatch.matching import (
     local_flow,
     warped,
 )
-from saccade.models.unimatch.transformer import window_attend_maps
+from saccade.models.unimatch.transformer import _as_swin, window_attend_maps
 
 TINY = {"dim": 8, "layers": 2, "width": 4, "expansion": 2}
 
@@ -97,7 +97,8 @@ def test_windows_are_swins(size: tuple[int, int], splits: tuple[int, int], shift
     score = (windows(q) @ windows(k).mT / 2).masked_fill(apart, -1e9)
     out = (score.softmax(-1) @ windows(v)).view(2, splits[0], splits[1], h, w, 4).transpose(2, 3).reshape(2, H, W, 4)
     expected = out.roll(shifts, (1, 2))
-    torch.testing.assert_close(window_attend_maps(q, k, v, splits, shifted), expected, rtol=1e-5, atol=1e-5)
+    for form in (window_attend_maps, _as_swin):
+        torch.testing.assert_close(form(q, k, v, splits, shifted), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_places_repeat_in_windows() -> None:
@@ -252,3 +253,40 @@ def test_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class _Values(nn.Module):
+    """A network whose output is a tensor."""
+
+    def __init__(self, network: UniMatch) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, image0: Tensor, image1: Tensor) -> Tensor:
+        said = self.network(image0, image1)
+        return said.disparity if said.flow is None else said.flow
+
+
+@pytest.mark.slow
+def test_exports_with_free_sizes() -> None:
+    """The graph, at sizes other than that at which it was taken, run by another runtime."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = _Values(UniMatch(**TINY)).eval()
+    multiple = model.network.multiple
+    axes = {2 + i: multiple * torch.export.Dim(name, min=2, max=200) for i, name in enumerate(("h", "w"))}
+    with torch.no_grad():
+        pair = images(4 * multiple, 6 * multiple)
+        program = torch.onnx.export(
+            model, pair, dynamo=True, dynamic_shapes=(axes, axes), optimize=False, verbose=False
+        )
+    assert program is not None
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    for size in ((4 * multiple, 6 * multiple), (2 * multiple, 2 * multiple), (3 * multiple, 5 * multiple)):
+        pair = images(*size)
+        given = {put.name: image.numpy() for put, image in zip(session.get_inputs(), pair, strict=True)}
+        with torch.no_grad():
+            expected = model(*pair)
+        (found,) = session.run(None, given)
+        torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-3)

@@ -9,6 +9,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -69,7 +70,7 @@ class FlowNetwork(Complete):
     """
 
     views = ("image0", "image1")
-    formats: ClassVar[tuple[str, ...]] = (".flo", ".pfm", ".16.png")
+    documents: ClassVar[tuple[str, ...]] = (".flo", ".pfm", ".16.png")
     multiple: int = 1
     task: str
 
@@ -124,27 +125,18 @@ class FlowNetwork(Complete):
                 maps = [m * (0.25 + 0.75 * kept.float().cpu()) for m, kept in zip(maps, output.consistent)]
         return stacked([beside([to_picture(image), to_picture(m)]) for image, m in zip(images, maps)])
 
-    def written(self, output: FlowOutput, suffix: str) -> bytes:
-        """The numbers as a file of the field.
-
-        Args:
-            output: of one pair.
-            suffix: of `formats`: .flo of flow (Middlebury), .pfm of disparity or depth, .16.png of any (KITTI).
-
-        Raises:
-            ValueError: if a format does not hold what there is.
-        """
-        if suffix == ".16.png":
-            return kitti(output)
-        if suffix == ".flo":
+    def document(self, output: FlowOutput, place: Path, files: Sequence[Path]) -> dict[Path, bytes]:
+        """ ".flo" of flow (Middlebury), ".pfm" of disparity or depth, ".16.png" of any (KITTI)."""
+        name = place.name.lower()
+        if name.endswith(".16.png"):
+            return {place: kitti(output)}
+        if name.endswith(".flo"):
             if output.flow is None:
                 raise ValueError(".flo holds flow; this is another thing: use .pfm or .16.png")
-            return flo(output.flow[0])
-        if suffix == ".pfm":
-            if output.flow is not None:
-                raise ValueError(".pfm holds one number a pixel; use .flo or .16.png for flow")
-            return pfm(_of_one_channel(output)[0])
-        raise ValueError(f"suffix must be one of {', '.join(self.formats)}, got {suffix!r}")
+            return {place: flo(output.flow[0])}
+        if output.flow is not None:
+            raise ValueError(".pfm holds one number a pixel; use .flo or .16.png for flow")
+        return {place: pfm(_of_one_channel(output)[0])}
 
 
 def consistent(flow_B2HW: Tensor, backward_B2HW: Tensor, *, share: float = 0.01, pixels: float = 0.5) -> Tensor:

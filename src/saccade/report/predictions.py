@@ -135,7 +135,7 @@ def write(
     if path.suffix.lower() == TENSORS:
         write_bytes(path, save(tensors(output)))
         return
-    if path.suffix.lower() in model.documents:
+    if path.name.lower().endswith(model.documents):  # before pictures: one may be called .16.png
         for place, content in model.document(output, path, files).items():
             write_bytes(place, content)
         return

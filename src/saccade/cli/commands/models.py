@@ -128,8 +128,8 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Picture (.png, .jpg, .webp), tensors (.safetensors), matches (.csv, or .txt for COLMAP), or a "
-            "folder; runs/ by default."
+            help="Picture (.png, .jpg, .webp), tensors (.safetensors), matches (.csv, or .txt for COLMAP), flow "
+            "(.flo), disparity (.pfm), either as KITTI's PNG (.16.png), or a folder; runs/ by default."
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -149,6 +149,8 @@ def run(
     `saccade run amfusionnet infrared.png visible.png --weights amfusionnet.pt --out fused.png`
 
     `saccade run loftr left.png right.png --weights outdoor_ds.ckpt --out matches.png`
+
+    `saccade run unimatch first.png second.png --weights gmflow.pth --out first.flo`
 
     In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
     `model.picture(output)`.

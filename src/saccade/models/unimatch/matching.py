@@ -51,7 +51,8 @@ def local_flow(f0_BCHW: Tensor, f1_BCHW: Tensor, radius: int | tuple[int, int]) 
     grid, steps_K2 = places(f0_BCHW), window(radius, places(f0_BCHW))
     score = local_correlation(f0_BCHW, f1_BCHW, grid.expand(len(f0_BCHW), -1, -1, -1), radius=radius)
     at = grid[:, :, :, None] + steps_K2
-    inside = ((at >= 0) & (at < at.new_tensor([f0_BCHW.shape[3], f0_BCHW.shape[2]]))).all(-1)
+    x, y = at.unbind(-1)  # a tensor of both sizes would be a constant in an exported graph
+    inside = (x >= 0) & (x < f0_BCHW.shape[3]) & (y >= 0) & (y < f0_BCHW.shape[2])
     weight_BHWK = score.masked_fill(~inside, _NEVER).softmax(-1)
     return (weight_BHWK @ steps_K2.to(weight_BHWK.dtype)).permute(0, 3, 1, 2), weight_BHWK
 
@@ -112,8 +113,8 @@ def depth_weights(
 def warped(f_BCHW: Tensor, flow_B2HW: Tensor) -> Tensor:
     """A map where the flow points, linearly between pixels; 0 outside."""
     at = places(f_BCHW) + flow_B2HW.permute(0, 2, 3, 1)
-    extent = at.new_tensor([f_BCHW.shape[3], f_BCHW.shape[2]])
-    return F.grid_sample(f_BCHW, ((2 * at + 1) / extent - 1).to(f_BCHW.dtype), align_corners=False)
+    x, y = ((2 * at[..., i] + 1) / f_BCHW.shape[3 - i] - 1 for i in (0, 1))
+    return F.grid_sample(f_BCHW, torch.stack([x, y], -1).to(f_BCHW.dtype), align_corners=False)
 
 
 class Propagation(nn.Module):
@@ -152,8 +153,7 @@ class Propagation(nn.Module):
         q, k = (x.permute(0, 3, 1, 2) for x in (q_BHWC, self.k_proj(f_BCHW.permute(0, 2, 3, 1))))
         grid = places(f_BCHW).expand(len(f_BCHW), -1, -1, -1)
         weight_BHWK = local_correlation(q, k, grid, radius=radius).softmax(3).to(values_BEHW.dtype)
-        near_BEKN = F.unfold(values_BEHW, 2 * radius + 1, padding=radius).unflatten(1, (values_BEHW.shape[1], -1))
-        return (near_BEKN * weight_BHWK.flatten(1, 2).mT[:, None]).sum(2).view(values_BEHW.shape)
+        return (_around(values_BEHW, radius) * weight_BHWK.permute(0, 3, 1, 2)[:, None]).sum(2)
 
 
 def convex_upsampled(values_BEHW: Tensor, logits_BXHW: Tensor, factor: int) -> Tensor:
@@ -166,10 +166,16 @@ def convex_upsampled(values_BEHW: Tensor, logits_BXHW: Tensor, factor: int) -> T
         factor: of the sides.
     """
     B, E, H, W = values_BEHW.shape
-    weight = logits_BXHW.to(values_BEHW.dtype).reshape(B, 1, 9, factor * factor, H * W).softmax(2)
-    near = F.unfold(values_BEHW, 3, padding=1).reshape(B, E, 9, 1, H * W)
-    fine = (weight * near).sum(2).reshape(B, E, factor, factor, H, W)
+    weight = logits_BXHW.to(values_BEHW.dtype).reshape(B, 1, 9, factor * factor, H, W).softmax(2)
+    fine = (weight * _around(values_BEHW, 1)[:, :, :, None]).sum(2).reshape(B, E, factor, factor, H, W)
     return fine.permute(0, 1, 4, 2, 5, 3).reshape(B, E, factor * H, factor * W)
+
+
+def _around(x_BEHW: Tensor, radius: int) -> Tensor:
+    """The values in a window about each pixel, row by row, (B, E, K, H, W); 0 outside the map."""
+    H, W = x_BEHW.shape[2:]
+    filled, steps = F.pad(x_BEHW, (radius,) * 4), range(2 * radius + 1)
+    return torch.stack([filled[:, :, down : down + H, across : across + W] for down in steps for across in steps], 2)
 
 
 def upsampled(values_BEHW: Tensor, factor: int, *, scales: bool = True) -> Tensor:

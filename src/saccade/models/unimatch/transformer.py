@@ -1,6 +1,6 @@
 """UniMatch's attention: self and cross attention of two maps, in windows that shift from block to block, or along rows.
 
-Shape letters: B batch, H height, W width, C channels.
+Shape letters: B batch, H height, W width, C channels, X windows, T pixels of a window.
 """
 
 from __future__ import annotations
@@ -31,18 +31,40 @@ def window_attend_maps(
         splits: windows per axis.
         shifted: where there are several windows on an axis, move them by half a window.
     """
+    if exporting():
+        return _as_swin(q_BHWC, k_BHWC, v_BHWC, splits, shifted)
     lines = []
     for top, bottom, down in _runs(q_BHWC.shape[1], splits[0], shifted):
         parts = []
         for left, right, across in _runs(q_BHWC.shape[2], splits[1], shifted):
             q, k, v = (_boxes(x[:, top:bottom, left:right], down, across) for x in (q_BHWC, k_BHWC, v_BHWC))
-            if exporting():
-                out = F.scaled_dot_product_attention(q, k, v)
-            else:
-                out = attend(q, k, v)
-            parts.append(_back(out, q_BHWC[:, top:bottom, left:right], down, across))
+            parts.append(_back(attend(q, k, v), q_BHWC[:, top:bottom, left:right], down, across))
         lines.append(parts[0] if len(parts) == 1 else torch.cat(parts, 2))
     return lines[0] if len(lines) == 1 else torch.cat(lines, 1)
+
+
+def _as_swin(q_BHWC: Tensor, k_BHWC: Tensor, v_BHWC: Tensor, splits: tuple[int, int], shifted: bool) -> Tensor:
+    """The same as Swin writes it down, for exporters: a graph of free sizes has no equal boxes.
+
+    The map is turned by half a window, and what did not lie side by side is masked.
+    """
+    sizes, parts = q_BHWC.shape[1:3], []
+    turned = [q_BHWC, k_BHWC, v_BHWC]
+    back = []
+    for axis, (length, count) in enumerate(zip(sizes, splits)):
+        shift = length // count // 2 if shifted and count > 1 else 0
+        place = torch.arange(length, device=q_BHWC.device)
+        on = place + shift
+        on = torch.where(on >= length, on - length, on)
+        turned = [x.index_select(axis + 1, on) for x in turned]
+        back.append(torch.where(place < shift, place + length - shift, place - shift))
+        parts.append(place >= length - shift)
+    q, k, v = (_boxes(x, *splits) for x in turned)
+    part_HW = 2 * parts[0][:, None].long() + parts[1].long()
+    part_X1T1 = _boxes(part_HW[None, :, :, None], *splits)
+    together = (part_X1T1 == part_X1T1.mT).repeat(q_BHWC.shape[0], 1, 1, 1)
+    out = _back(F.scaled_dot_product_attention(q, k, v, attn_mask=together), q_BHWC, *splits)
+    return out.index_select(1, back[0]).index_select(2, back[1])
 
 
 def _runs(length: int, splits: int, shifted: bool) -> Iterator[tuple[int, int, int]]:

@@ -106,10 +106,10 @@ def local_correlation(
     low_N2 = centre_N2.detach().floor()
     x_far, y_far = ((centre_N2 - low_N2)[:, i, None, None] for i in (0, 1))
     # far outside reads nothing as well, and casts to integers stay defined
-    limit = low_N2.new_tensor([width + right + 1, height + down + 1])
-    low_N2 = torch.minimum(torch.maximum(low_N2, -(2 + low_N2.new_tensor([right, down]))), limit).int()
-    x_NX = low_N2[:, :1] + torch.arange(-right, right + 2, device=low_N2.device, dtype=torch.int32)
-    y_NY = low_N2[:, 1:] + torch.arange(-down, down + 2, device=low_N2.device, dtype=torch.int32)
+    left_N1 = low_N2[:, :1].clamp(-(2 + right), width + right + 1).int()
+    top_N1 = low_N2[:, 1:].clamp(-(2 + down), height + down + 1).int()
+    x_NX = left_N1 + torch.arange(-right, right + 2, device=low_N2.device, dtype=torch.int32)
+    y_NY = top_N1 + torch.arange(-down, down + 2, device=low_N2.device, dtype=torch.int32)
     inside = ((y_NY >= 0) & (y_NY < height))[:, :, None] & ((x_NX >= 0) & (x_NX < width))[:, None]
     image_N = torch.arange(B, device=low_N2.device, dtype=torch.int32).repeat_interleave(H * W) * height
     lines_NY = (image_N[:, None] + y_NY.clamp(0, height - 1)) * width
