@@ -236,6 +236,83 @@ def saliency(lab: Lab) -> dict[str, Any]:
     return row
 
 
+def gaze(lab: Lab) -> dict[str, Any]:
+    """Gaze-LLE's decoder learns on the frozen ViT where people of generated scenes look."""
+    from saccade.models.gaze_lle import GazeLLE, gaze_loss
+    from saccade.train.data.looking import Gazes, gazes
+
+    side, count = lab.size(12 * PATCH, 4 * PATCH), lab.size(160, 8)
+    torch.manual_seed(0)
+    model = GazeLLE(384, dim=64, num_layers=2, num_heads=4, inout=True, out_size=None).on(models.load("vit-s14"))
+
+    def seen(scenes: Gazes) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        """Features, heads, targets and whether these are in the picture, the last two of each person."""
+        maps = torch.cat([model.features(normalised(images)) for images in scenes.images.split(16)])
+        heads = [boxes[there] for boxes, there in zip(scenes.boxes, scenes.there, strict=True)]
+        targets = scenes.targets[:, None].expand(-1, scenes.there.shape[1], -1)[scenes.there]
+        return maps, heads, targets, scenes.inside[scenes.there]
+
+    learn = gazes(count, side, lab.generator(), photographs("chelsea", "coffee", "rocket"))
+    judge = gazes(lab.size(48, 8), side, lab.held_out(), photographs("astronaut"))
+    maps, heads, targets, inside = seen(learn)
+    people = torch.tensor([0, *(len(each) for each in heads)]).cumsum(0)
+
+    def batches() -> Iterator[Tensor]:
+        generator = lab.generator()
+        while True:
+            yield torch.randperm(count, generator=generator)[:16]
+
+    def loss(model: nn.Module, chosen: Tensor) -> Tensor:
+        rows = torch.cat([torch.arange(people[i], people[i + 1]) for i in chosen.tolist()])
+        said = model(features=maps[chosen], bboxes=[heads[i] for i in chosen.tolist()])
+        return gaze_loss(said, targets[rows], inside[rows], sigma=1.0)
+
+    steps = lab.steps(300)
+    losses = lab.train(model, batches(), loss, steps, lr=2e-3, description="gaze-lle")
+    model.eval()
+    held, held_heads, truth, shown = seen(judge)
+    with torch.no_grad():
+        heat = model(features=held, bboxes=held_heads).heatmap
+    best = heat.flatten(1).argmax(1)
+    found = torch.stack([best % heat.shape[2] + 0.5, best // heat.shape[2] + 0.5], 1) / heat.shape[2]
+    first = torch.tensor([0, *(len(each) for each in held_heads)]).cumsum(0)[:6]
+    tiles = []
+    for number in range(4):
+        tiles += [judge.images[number], spread(heat[first[number]])]
+    return {
+        "steps": steps,
+        "loss": losses[-1],
+        "l2": float((found - truth)[shown].norm(dim=1).mean()),
+        "l2_of_the_middle": float((truth - 0.5)[shown].norm(dim=1).mean()),
+        "pictures": [strip("gaze", *tiles, side=140)],
+    }
+
+
+def maps(lab: Lab) -> dict[str, Any]:
+    """SUM, trained for minutes on discs before photographs, beside the heat maps of a real network."""
+    real, task = models.load("saliency"), lab.task("look")
+    with lab.seeded():
+        network = saccade.create("sum", **saccade.catalogue.part("sum").tasks["look"])
+    steps = lab.steps(300)
+    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, lr=2e-3, description="sum")
+    network.eval()
+    row: dict[str, Any] = {"steps": steps, "auc": task.quality(network), "correlation": {}}
+    shown = []
+    for name, image in zip(JUDGE, photographs(*JUDGE), strict=True):
+        picture = square(image, 224)
+        heat = real(picture[0])
+        with torch.no_grad():
+            found = network(normalised(picture)).heatmap[0]
+        row["correlation"][name] = correlation(found, heat)
+        shown += [picture[0], heat, spread(found)]
+    return row | {"pictures": [strip("maps-1", *shown[:6], side=160), strip("maps-2", *shown[6:], side=160)]}
+
+
+def spread(x: Tensor) -> Tensor:
+    """To [0, 1]."""
+    return (x - x.min()) / (x.max() - x.min()).clamp(min=1e-9)
+
+
 def text(kept: records.Kept) -> str:
     """The page of the kept figures."""
     lines = [
@@ -261,6 +338,8 @@ CAPTIONS = {
     "one step of UPLiFT; three steps; the ViT's own features at 32 x 32.",
     "fusion": "Thermal, visible (laid over it), fused, the mean of both.",
     "saliency": "Photograph, the real network's heat map, ours; two photographs a row.",
+    "gaze": "Scenes, each with where its first person is said to look.",
+    "maps": "Photograph, the real network's heat map, ours; two photographs a row.",
 }
 
 
@@ -281,6 +360,8 @@ SECTIONS: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "uplift": uplift,
     "saliency": saliency,
     "fusion": fusion,
+    "gaze": gaze,
+    "maps": maps,
 }
 
 
