@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 #: rows and columns of the shelf, and pixels of an object
 GRID, SIDE = (3, 4), 20
+_NOTE = (
+    "All these searches take one route and differ in where they end, so what objects look like hardly matters here; "
+    "the task `look`, in which another colour counts as farther, is harder."
+)
 
 
 def _claim(lab: Lab) -> ClaimResult:
@@ -52,10 +56,10 @@ def _claim(lab: Lab) -> ClaimResult:
         "grid": GRID, "dim": lab.size(64, 24), "hidden": 128, "depth": 2, "key_dim": 64, "levels": 2, "dropout": 0.0
     }  # fmt: skip
     forms = {name: partial(OAT, positions=name, **sizes) for name in ("distance", "sinusoid")}
-    trials = lab.forms(forms, draw, measure, 700, loss=loss, lr=2e-3)
+    trials = lab.forms(forms, draw, measure, 400, loss=loss, lr=2e-3)
     measured = trials.means("{form}_{figure}")
     holds = measured["distance_next_accuracy"] > 0.9 and measured["distance_stop_accuracy"] > 0.9
-    return ClaimResult(measured, holds=holds)
+    return ClaimResult(measured, holds=holds, note=_NOTE)
 
 
 CLAIM = Claim(
