@@ -1,6 +1,7 @@
 """LoFTR: two grey images -> which points show the same, to a fraction of a pixel.
 
-Shape letters: B pairs of images, N, M cells of the two images, K matches, C channels, H, W image, h, w grid of cells.
+Shape letters: B pairs of images, N, M cells of the two images, K matches, C channels, H, W image, h, w grid of cells, S
+places of a window of side w.
 """
 
 from __future__ import annotations
