@@ -23,6 +23,7 @@ from saccade.models.taptrv2 import (
 from saccade.models.taptrv2.attention import level_sizes
 from saccade.models.tracking import TrackOutput
 from saccade.ops.deformable import deformable_attend
+from saccade.report import predictions
 
 SHAPES = [(5, 7), (3, 4)]
 PIXELS = 5 * 7 + 3 * 4
@@ -206,6 +207,12 @@ def test_files_in_and_tracks_out(tmp_path: Path) -> None:
     for point in ([3.0, 0.5, 0.5], [0, 1.5, 0.5], [-1, 0.5, 0.5]):
         with pytest.raises(ValueError, match="points must lie in 3 frames"):
             model.see(list(output.images), torch.tensor([point]))
+
+
+def test_the_command_hands_all_files_over_as_one_video() -> None:
+    files = [Path(f"{i}.png") for i in range(3)]
+    assert predictions.calls("taptrv2", files) == [files]
+    assert predictions.calls("resnest", files) == [[file] for file in files]
 
 
 def test_refusals() -> None:

@@ -60,6 +60,7 @@ class UniMatch(FlowNetwork):
     """
 
     slug = "unimatch"
+    authors_module = "flow"
 
     def __init__(
         self,
