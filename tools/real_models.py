@@ -241,7 +241,7 @@ def gaze(lab: Lab) -> dict[str, Any]:
     from saccade.models.gaze_lle import GazeLLE, gaze_loss
     from saccade.train.data.looking import Gazes, gazes
 
-    side, count = lab.size(12 * PATCH, 4 * PATCH), lab.size(160, 8)
+    side, count = lab.size(20 * PATCH, 4 * PATCH), lab.size(320, 8)
     torch.manual_seed(0)
     model = GazeLLE(384, dim=64, num_layers=2, num_heads=4, inout=True, out_size=None).on(models.load("vit-s14"))
 
@@ -265,10 +265,10 @@ def gaze(lab: Lab) -> dict[str, Any]:
     def loss(model: nn.Module, chosen: Tensor) -> Tensor:
         rows = torch.cat([torch.arange(people[i], people[i + 1]) for i in chosen.tolist()])
         said = model(features=maps[chosen], bboxes=[heads[i] for i in chosen.tolist()])
-        return gaze_loss(said, targets[rows], inside[rows], sigma=1.0)
+        return gaze_loss(said, targets[rows], inside[rows], sigma=1.5)
 
-    steps = lab.steps(300)
-    losses = lab.train(model, batches(), loss, steps, lr=2e-3, description="gaze-lle")
+    steps = lab.steps(600)
+    losses = lab.train(model, batches(), loss, steps, lr=1e-3, description="gaze-lle")
     model.eval()
     held, held_heads, truth, shown = seen(judge)
     with torch.no_grad():

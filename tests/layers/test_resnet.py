@@ -60,7 +60,7 @@ def test_maps_of_the_stages() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"depth": 20}, "depth must be one of 18, 34, 50, 101, got 20"),
+        ({"depth": 20}, "depth must be one of 18, 34, 50, 101, 152, got 20"),
         ({"depth": 18, "stages": 5}, "stages from 1 to 4, got 64, 3 and 5"),
         ({"depth": 18, "width": 0}, "width and in_channels must be positive"),
     ],

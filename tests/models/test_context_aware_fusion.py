@@ -334,7 +334,7 @@ def test_maps_of_backbones() -> None:
         (lambda: _model(inner=0), "must be positive"),
         (lambda: _model(num_heads=3), "num_heads must divide dim"),
         (lambda: _model(scale=0.0), "times and scale must be positive"),
-        (lambda: _model(depth=20), "depth must be one of 18, 34, 50, 101, got 20"),
+        (lambda: _model(depth=20), "depth must be one of 18, 34, 50, 101, 152, got 20"),
         (lambda: _model(dropout=1.0), "attn_drop must be at least 0 and below 1"),
         (lambda: ACEBlock(8, 9), r"reduction must be between 1 and dim \(8\), got 9"),
         (lambda: GlobalContextEncoder(0), "channels and in_channels must be positive"),

@@ -136,7 +136,7 @@ def expected_offsets(window0_KSC: Tensor, window1_KSC: Tensor) -> Tensor:
         window0_KSC, window1_KSC: features of the windows.
 
     >>> window = torch.zeros(1, 25, 1)
-    >>> window[0, 12] = window[0, 14] = 1000.0                # the middle, and two to the right of it
+    >>> window[0, 12] = 1000.0  # the middle; in the second window it lies two to the right
     >>> expected_offsets(window, window.roll(2, 1))[0, :2].tolist()
     [1.0, 0.0]
     """

@@ -161,8 +161,8 @@ def dual_softmax(
         ValueError: if features or masks do not go together.
 
     >>> f = 9 * torch.eye(3)[None]
-    >>> dual_softmax(f, f).matrix()[0].diagonal().round(decimals=3).tolist()
-    [1.0, 1.0, 1.0]
+    >>> dual_softmax(f, f).matrix()[0].diagonal()
+    tensor([1., 1., 1.])
     """
     f0, f1 = _checked(f0_BNC, f1_BMC, valid0_BN, valid1_BM)
     hidden0, hidden1 = _hidden(valid0_BN, f0), _hidden(valid1_BM, f1)
@@ -196,8 +196,8 @@ def sinkhorn(
         ValueError: if features or masks do not go together, or there is no iteration.
 
     >>> f = 9 * torch.eye(3)[None]
-    >>> sinkhorn(f, f, 1.0, iterations=3).matrix()[0].diagonal().round(decimals=3).tolist()
-    [1.0, 1.0, 1.0]
+    >>> sinkhorn(f, f, 1.0, iterations=3).matrix()[0].diagonal()  # the dustbins still hold some
+    tensor([0.8421, 0.8421, 0.8421])
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")

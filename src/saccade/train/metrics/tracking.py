@@ -47,8 +47,8 @@ def tap_vid(
 
     >>> truth = torch.tensor([[[[0.5, 0.5]], [[0.5, 0.5]], [[0.5, 0.5]]]])
     >>> said, seen = truth + torch.tensor([0, 0, 3 / 256])[:, None, None], torch.ones(1, 3, 1, dtype=torch.bool)
-    >>> tap_vid(said, seen, truth, seen, torch.zeros(1, 1).long())["delta_avg"]  # one within 1, the other within 4
-    0.8
+    >>> tap_vid(said, seen, truth, seen, torch.zeros(1, 1).long())["delta_avg"]  # the second is 4.2 pixels away
+    0.7
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
