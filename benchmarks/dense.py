@@ -3,8 +3,8 @@
 - **networks**: each at its published size, batch 1, fp32, in inference. The plain one has the same weights, but
   attention by the whole matrix of scores, deformable sampling by `F.grid_sample` level by level, key-wise attention
   region by region, DCT statistics position by position, and no C. Both are proved equal before they are timed; the
-  goal is that none is slower than 0.95 of it. A network none of whose operators has another form says so. `MiB` is the
-  peak of extra tensors on an image of 1024 x 1024.
+  goal is that none is slower than 0.95 of it. A network none of whose operators has another form says so. `MiB`, a case
+  of its own, is the peak of extra tensors on an image of 1024 x 1024; some take minutes.
 - **rt-detrv2**: R18 at 640 x 640 against transformers' RTDetrV2 with the same weights, as built, with normalisation
   folded into the convolutions, and with channels last; the goal is 1.2 x of the best.
 - **exponents**: time of UPLiFT's local attender and of FEAT's WKV by pixels, 32 x 32 to 512 x 512; at most 1.05.
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,19 @@ def network_row(slug: str, case: Network, quick: bool) -> dict[str, Any]:
             prove()
         row["seconds"], row["plain_seconds"] = fastest(run, run_plainly, repeats=2 if quick else 8, budget=8.0)
         row["speedup"] = row["plain_seconds"] / row["seconds"]
-    if case.large is not None and not quick:
-        inputs = case.inputs(case.large)
-        row["bytes"] = peak_bytes(run)
     return row
+
+
+def memory_row(slug: str, case: Network) -> dict[str, Any]:
+    """The peak of one call; it may take minutes."""
+    assert case.large is not None
+    model, inputs = catalogue.create(slug, **case.arguments).eval(), case.inputs(case.large)
+
+    def run() -> None:
+        with torch.no_grad():
+            model(*inputs)
+
+    return {"bytes": peak_bytes(run)}
 
 
 # ---------------------------------------------------------------------------- RT-DETRv2 beside transformers
@@ -335,7 +345,12 @@ NETWORKS: Mapping[str, Network] = {
 }
 
 CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {
-    **{slug: lambda quick, slug=slug, case=case: network_row(slug, case, quick) for slug, case in NETWORKS.items()},
+    **{slug: partial(network_row, slug, case) for slug, case in NETWORKS.items()},
+    **{
+        f"memory of {slug}": lambda quick, slug=slug, case=case: memory_row(slug, case)
+        for slug, case in NETWORKS.items()
+        if case.large is not None
+    },
     "rt-detrv2 beside transformers": rt_detr_row,
     "exponent of uplift": lambda quick: exponent_row(attender, quick),
     "exponent of wkv": lambda quick: exponent_row(bidirectional_wkv, quick),
@@ -369,7 +384,8 @@ def sections(kept: Kept) -> dict[str, list[str]]:
         if (row := kept.get(slug)) is None:
             continue
         plain = [f"{1e3 * row['plain_seconds']:.0f}", f"{row['speedup']:.2f}"] if "speedup" in row else ["same", ""]
-        memory = f"{row['bytes'] / MIB:,.0f}" if "bytes" in row else ""
+        large = kept.get(f"memory of {slug}")
+        memory = "" if large is None else f"{large['bytes'] / MIB:,.0f}"
         rows.append(
             [slug, row["shapes"], f"{row['parameters'] / 1e6:.2f}", f"{1e3 * row['seconds']:.0f}", *plain, memory]
         )
@@ -416,7 +432,7 @@ def sections(kept: Kept) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all where none is named")
-    parser.add_argument("--quick", action="store_true", help="few repeats, no memory")
+    parser.add_argument("--quick", action="store_true", help="few repeats")
     parser.add_argument("--json", type=Path, help="keep the figures here, beside those of other cases")
     parser.add_argument("--markdown", type=Path, help="write the kept figures as a page")
     options = parser.parse_args()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -162,17 +161,11 @@ def over(visible_CHW: Tensor, thermal_CHW: Tensor) -> Tensor:
 
 
 def uplift(lab: Lab) -> dict[str, Any]:
-    """UPLiFT learns a step on the ViT's features of six to ten photographs, and is judged on others."""
-    from sklearn.datasets import load_sample_images
-
+    """UPLiFT learns a step on the ViT's features of four photographs, and is judged on others."""
     from saccade.models.uplift import UPLiFT, pyramid_loss
 
     backbone = vit_features(models.load("vit-s14"))
     learn = [image.expand(3, -1, -1) for image in photographs("chelsea", "rocket", "camera", "coins")]
-    learn += [torch.tensor(image).permute(2, 0, 1) / 255 for image in load_sample_images().images]
-    if find_spec("vismatch"):
-        learn += [read_image(path)[None] for name in ("indoor", "outdoor") for path in models.example_pair(name)]
-        learn[6:] = [F.interpolate(x, (480, 640), mode="bilinear", antialias=True)[0] for x in learn[6:]]
     torch.manual_seed(0)
     model = UPLiFT(384, PATCH)
 
@@ -181,7 +174,7 @@ def uplift(lab: Lab) -> dict[str, Any]:
         while True:
             yield normalised(lab.data.crops([(x,) for x in learn], 2, 16 * PATCH, generator)[0])
 
-    steps = lab.steps(1500)
+    steps = lab.steps(400)
     losses = lab.train(
         model, batches(), lambda m, x: pyramid_loss(m, backbone, x, depth=1), steps, lr=1e-3, description="uplift"
     )

@@ -10,6 +10,8 @@ Shape letters: N, M boxes; leading axes are the same for both, or broadcast.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def to_centres(boxes: Tensor) -> Tensor:
 def area(boxes: Tensor) -> Tensor:
     """Of boxes by their corners, (...,), in any number of dimensions; 0 where a corner lies on the wrong side."""
     low, high = boxes.chunk(2, -1)
-    return (high - low).clamp(min=0).prod(-1)
+    return _product(high - low)
 
 
 def union_shares(a_N4: Tensor, b_M4: Tensor, *, generalized: bool = False) -> Tensor:
@@ -51,13 +53,18 @@ def union_shares(a_N4: Tensor, b_M4: Tensor, *, generalized: bool = False) -> Te
     [[0.3333333432674408, 0.0]]
     """
     (a_low, a_high), (b_low, b_high) = a_N4[..., :, None, :].chunk(2, -1), b_M4[..., None, :, :].chunk(2, -1)
-    common = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    common = _product(torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low))
     union = area(a_N4)[..., :, None] + area(b_M4)[..., None, :] - common
     share = common / union.clamp(min=1e-12)
     if not generalized:
         return share
-    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).clamp(min=0).prod(-1)
+    hull = _product(torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low))
     return share - (hull - union) / hull.clamp(min=1e-12)
+
+
+def _product(sides: Tensor) -> Tensor:
+    """Of what is positive, over the last axis; not by `prod`, which exporters do not know."""
+    return reduce(torch.mul, sides.clamp(min=0).unbind(-1))
 
 
 def suppress(boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor | None = None, *, most: float = 0.5) -> Tensor:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.deformable.points import Size, sample, working_dtype
+from saccade.ops.export import exporting
 
 #: a point nearer to the plane of the camera than this is taken for behind it
 NEAREST = 1e-8
@@ -329,7 +330,8 @@ def transmittance(alpha_RS: Tensor) -> Tensor:
     Args:
         alpha_RS: (..., S) in [0, 1], from the camera on.
     """
-    passed = (1 - alpha_RS + _CLEAR).cumprod(-1)
+    clear = 1 - alpha_RS + _CLEAR
+    passed = clear.log().cumsum(-1).exp() if exporting() else clear.cumprod(-1)  # which exporters do not know
     return torch.cat([torch.ones_like(passed[..., :1]), passed[..., :-1]], -1)
 
 

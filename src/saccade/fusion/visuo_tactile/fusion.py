@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from saccade.fusion.visuo_tactile.attention import AttentionLayer, WeightedAttention
+from saccade.ops.export import output
 
 #: the paper's, and that of the authors' code
 FORMS = ("attention", "decoder")
 
 
+@output
 @dataclass
 class ForceFused:
     """What a fusion gives.

@@ -58,13 +58,14 @@ def people_of(bboxes: Boxes | None, images: int, device: torch.device | None = N
     if len(bboxes) != images:
         raise ValueError(f"bboxes must be a list for each of {images} images, got {len(bboxes)}")
     if isinstance(bboxes, Tensor):
-        rows, counts = bboxes.double().flatten(0, 1), torch.full((images,), bboxes.shape[1], device=device)
+        rows, counts = bboxes.double().flatten(0, 1), [bboxes.shape[1]] * images
     else:
         kept = [_boxes(each, device) for each in bboxes]
-        rows, counts = torch.cat(kept), torch.tensor([len(each) for each in kept], device=device)
+        rows, counts = torch.cat(kept), [len(each) for each in kept]
     if rows.shape[1] != 4:
         raise ValueError(f"a box must be four numbers, got {rows.shape[1]}")
-    return rows.to(device), torch.arange(images, device=device).repeat_interleave(counts, output_size=len(rows))
+    owners = [image for image, count in enumerate(counts) for _ in range(count)]
+    return rows.to(device), torch.tensor(owners, dtype=torch.long, device=device)
 
 
 def _boxes(given: Any, device: torch.device | None) -> Tensor:

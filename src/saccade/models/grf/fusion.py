@@ -5,7 +5,7 @@ Shape letters: N points, V views, C channels of a view, E of the point, D of a v
 
 from __future__ import annotations
 
-import math
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -151,6 +151,6 @@ class SlotFusion(nn.Module):
 
     def _even(self, device: torch.device) -> Tensor:
         """S D numbers that are spread as normal draws are: quantiles at the multiples of the golden section."""
-        count = torch.arange(1, self.num_slots * self.dim + 1, device=device, dtype=torch.float32)
-        quantile = (count * _GOLDEN).frac()
-        return (torch.erfinv(2 * quantile - 1) * math.sqrt(2)).view(self.num_slots, self.dim)
+        normal = NormalDist()
+        values = [normal.inv_cdf(place * _GOLDEN % 1) for place in range(1, self.num_slots * self.dim + 1)]
+        return torch.tensor(values, device=device).view(self.num_slots, self.dim)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.models.ms_occ.semantic import chosen
+from saccade.ops.export import exporting
 
 #: batch norms of the baseline's voxels
 _EPS, _MOMENTUM = 1e-3, 0.01
@@ -123,8 +124,11 @@ class ConfidentAttention(nn.Module):
         """Which voxels (B, P) a branch is sure about."""
         s_BP = logits_BKXYZ.softmax(1)[:, 1:].amax(1).flatten(1)
         # in the order of their numbers where they are equal, as voxels that hold nothing are
-        value_BP, number_BP = s_BP.sort(dim=1, descending=True, stable=True)
-        value_BN, number_BN = value_BP[:, : self.most], number_BP[:, : self.most]
+        most = min(self.most, s_BP.shape[1])
+        if exporting():  # there by value alone, which exporters know
+            value_BN, number_BN = s_BP.topk(most, 1)
+        else:
+            value_BN, number_BN = (x[:, :most] for x in s_BP.sort(dim=1, descending=True, stable=True))
         return torch.zeros_like(s_BP, dtype=torch.bool).scatter(1, number_BN, value_BN > self.threshold)
 
     def forward(self, camera_BCXYZ: Tensor, scanner_BCXYZ: Tensor, fused_BCXYZ: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade.layers.mlp import MLP
 from saccade.ops.deformable import deformable_attend
+from saccade.ops.export import exporting
 from saccade.ops.rays import Projected, project, view_features
 
 
@@ -137,10 +138,14 @@ class SemanticAware(nn.Module):
 def chosen(mask_BP: Tensor) -> tuple[Tensor, Tensor]:
     """The places of a mask, as many for each row as the fullest has (one at least): numbers (B, N), and which are real.
 
+    In an exported file all places, for which number depends on the values.
+
     Args:
         mask_BP: bool.
     """
-    most = max(1, int(mask_BP.sum(1).amax())) if mask_BP.numel() else 1
+    if exporting():
+        return torch.arange(mask_BP.shape[1], device=mask_BP.device).expand_as(mask_BP), mask_BP
+    most = max(1, int(mask_BP.sum(1).amax()))
     real_BN, number_BN = mask_BP.to(torch.uint8).sort(dim=1, descending=True, stable=True)
     return number_BN[:, :most], real_BN[:, :most].bool()
 

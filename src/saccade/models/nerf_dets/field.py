@@ -116,6 +116,6 @@ def render(colours_RS3: Tensor, density_RS: Tensor, depths_RS: Tensor, counted_R
     light = transmittance(alpha)
     weights = alpha * light
     depth = (weights * depths_RS).sum(-1) / (weights.sum(-1) + _EPS)
-    depth = depth.clamp(min=depths_RS.amin(), max=depths_RS.amax())
+    depth = depth.clamp(min=depths_RS.min(), max=depths_RS.max())
     counted = counted_RS.sum(-1) > _COUNTED_SAMPLES
     return Rendered((weights[..., None] * colours_RS3).sum(-2), depth, counted, weights, alpha, light)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saccade.layers.constants import Constants
 from saccade.layers.positions import sinusoids
+from saccade.ops.export import exporting
 
 POSITIONS = ("distance", "sinusoid")
 #: places beyond the table, of zeros
@@ -51,7 +52,7 @@ class Appearance(nn.Module):
         x = F.max_pool2d(F.relu(self.conv1(self._large(images_BSCHW.flatten(0, 1)))), 5)
         x = F.relu(self.conv2(x))
         if self.levels:
-            x = torch.cat([F.adaptive_max_pool2d(x, 2**k).flatten(1) for k in range(self.levels)], 1)
+            x = torch.cat([_pooled(x, 2**k).flatten(1) for k in range(self.levels)], 1)
         else:
             x = F.max_pool2d(x, 3).flatten(1) if min(x.shape[2:]) >= 3 else x[:, :, :0, :0].flatten(1)
             if x.shape[1] != self.fc.in_features:
@@ -66,6 +67,17 @@ class Appearance(nn.Module):
         """Pictures smaller than 19 pixels, of which nothing would be left, are enlarged by a whole number."""
         times = -(-19 // min(images_NCHW.shape[2:]))
         return images_NCHW.repeat_interleave(times, 2).repeat_interleave(times, 3) if times > 1 else images_NCHW
+
+
+def _pooled(x_NCHW: Tensor, cells: int) -> Tensor:
+    """The largest value of each of cells x cells parts; part by part in an exported file, as no exporter knows it."""
+    if not exporting():
+        return F.adaptive_max_pool2d(x_NCHW, cells)
+    rows, columns = (
+        [slice(i * length // cells, -(-(i + 1) * length // cells)) for i in range(cells)] for length in x_NCHW.shape[2:]
+    )
+    found = [x_NCHW[:, :, row, column].amax((2, 3)) for row in rows for column in columns]
+    return torch.stack(found, -1).unflatten(-1, (cells, cells))
 
 
 class Places(Constants):

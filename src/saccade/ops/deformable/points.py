@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.deformable.sums import gather_dot, gather_sum
+from saccade.ops.deformable.sums import gather_dot, gather_sum, plain_dot
 from saccade.ops.export import exporting
 
 #: how a point reads: four neighbours, the nearest pixel, or the pixel trunc(location + 1/2) of RT-DETRv2, which is
@@ -89,7 +89,8 @@ class Samples:
         expected = (*self.shape[:3], keys_BMGD.shape[3])
         if tuple(query_BNGD.shape) != expected:
             raise ValueError(f"query must be {expected}, got shape {tuple(query_BNGD.shape)}")
-        products_KI = gather_dot(query_BNGD.to(rows.dtype).reshape(-1, expected[3]), rows, self.index_KI)
+        dot = plain_dot if exporting() else gather_dot
+        products_KI = dot(query_BNGD.to(rows.dtype).reshape(-1, expected[3]), rows, self.index_KI)
         if self.weight_KI is not None:
             products_KI = products_KI * self.weight_KI.to(rows.dtype)
             corners = self.weight_KI.shape[1] // max(1, self.shape[3])

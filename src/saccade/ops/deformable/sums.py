@@ -65,6 +65,12 @@ def gather_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
         return products.values().view(K, S)
 
 
+def plain_dot(query_KD: Tensor, rows_RD: Tensor, index_KS: Tensor) -> Tensor:
+    """`gather_dot` in operators that every exporter knows."""
+    gathered = rows_RD.index_select(0, index_KS.reshape(-1)).view(*index_KS.shape, -1)
+    return (gathered @ query_KD[:, :, None])[..., 0]
+
+
 @torch.library.custom_op("saccade::scatter_sum", mutates_args=())
 def scatter_sum(index_KS: Tensor, weight_KS: Tensor, grad_KD: Tensor, rows: int) -> Tensor:
     """Row r is the sum of weight_ks grad_k over the pairs (k, s) with index_ks = r, (rows, D).

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.ops.attend import attend
 from saccade.ops.autocast import off
-from saccade.ops.deformable.sums import gather_dot
+from saccade.ops.deformable.sums import gather_dot, plain_dot
 from saccade.ops.export import exporting
 from saccade.ops.masks import Mask
 from saccade.ops.matching.lse import in_full
@@ -114,7 +114,7 @@ def local_correlation(
     image_N = torch.arange(B, device=low_N2.device, dtype=torch.int32).repeat_interleave(H * W) * height
     lines_NY = (image_N[:, None] + y_NY.clamp(0, height - 1)) * width
     index_NYX = lines_NY[:, :, None] + x_NX.clamp(0, width - 1)[:, None]
-    dot = _plain_dot if exporting() else gather_dot
+    dot = plain_dot if exporting() else gather_dot
     products = dot(q_NC, rows_MC, index_NYX.flatten(1)).view(index_NYX.shape) * inside
     products = torch.lerp(products[:, :, :-1], products[:, :, 1:], x_far)
     return torch.lerp(products[:, :-1], products[:, 1:], y_far).reshape(B, H, W, -1)
@@ -135,12 +135,6 @@ def local_correlation_reference(
     scale = f0_BCHW.shape[1] ** -0.5 if scale is None else scale
     products = (f0_BCHW.flatten(2)[..., None] * sampled_BCNK).sum(1) * scale
     return products.unflatten(1, f0_BCHW.shape[2:])
-
-
-def _plain_dot(q_NC: Tensor, rows_MC: Tensor, index_NP: Tensor) -> Tensor:
-    """`gather_dot` in operators that every exporter knows."""
-    gathered = rows_MC.index_select(0, index_NP.reshape(-1)).view(*index_NP.shape, -1)
-    return (gathered @ q_NC[:, :, None])[..., 0]
 
 
 def _radii(radius: int | tuple[int, int]) -> tuple[int, int]:
