@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	touch $@
 
 test: setup lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # attack the library with generated cases: make fuzz MINUTES=5 SEED=0
 MINUTES ?= 5

@@ -5,11 +5,14 @@ Shape letters: N points, V views, C channels of a view, E of the point, D of a v
 
 from __future__ import annotations
 
+import math
 from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from saccade.ops.export import exporting
 
 #: Keras' layers: slope of LeakyReLU, epsilon of LayerNormalization
 LEAKY_SLOPE, NORM_EPS = 0.3, 1e-3
@@ -151,6 +154,10 @@ class SlotFusion(nn.Module):
 
     def _even(self, device: torch.device) -> Tensor:
         """S D numbers that are spread as normal draws are: quantiles at the multiples of the golden section."""
-        normal = NormalDist()
-        values = [normal.inv_cdf(place * _GOLDEN % 1) for place in range(1, self.num_slots * self.dim + 1)]
-        return torch.tensor(values, device=device).view(self.num_slots, self.dim)
+        places = range(1, self.num_slots * self.dim + 1)
+        if exporting():  # exporters do not know the inverse of the error function
+            values = torch.tensor([NormalDist().inv_cdf(place * _GOLDEN % 1) for place in places], device=device)
+        else:
+            quantile = (torch.arange(1, len(places) + 1, device=device, dtype=torch.float32) * _GOLDEN).frac()
+            values = torch.erfinv(2 * quantile - 1) * math.sqrt(2)
+        return values.view(self.num_slots, self.dim)
