@@ -16,15 +16,13 @@ Figures are kept with `--json FILE`, to which a later run of other cases adds; `
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +42,7 @@ from saccade.ops.keywise import (
 )
 from saccade.ops.measure import fastest, peak_bytes
 from saccade.ops.native import build
-from saccade.train.files import write_text
+from saccade.train.scaling import fit_power
 
 LEAST, RT_DETR_GOAL, EXPONENT, ALL_TO_ALL = 0.95, 1.2, 1.05, 5.0
 #: of outputs, relative to their scale
@@ -82,14 +80,12 @@ def plainly() -> Iterator[None]:
         for name, value in list(vars(module).items())
         if any(value is fast for fast in PLAIN)
     ]
-    before = build._outcome
     try:
-        build._outcome = (None, "turned off for this benchmark")
         for module, name, value in changed:
             setattr(module, name, PLAIN[value])
-        yield
+        with build.turned_off("turned off for this benchmark"):
+            yield
     finally:
-        build._outcome = before
         for module, name, value in changed:
             setattr(module, name, value)
 
@@ -236,13 +232,6 @@ def rt_detr_row(quick: bool) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- exponents, and key-wise attention
 
 
-def slope(lengths: Sequence[int], times: Sequence[float]) -> float:
-    """Of log time over log length, by least squares."""
-    x, y = (torch.tensor([math.log(value) for value in values]) for values in (lengths, times))
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
-
-
 def sides(quick: bool) -> list[int]:
     return [32, 64, 128] if quick else [32, 64, 128, 256, 512]
 
@@ -256,7 +245,9 @@ def exponent_row(make: Callable[[int], Callable[[], object]], quick: bool) -> di
         for place, call in enumerate(calls):
             call()
             best[place] = min(best[place], fastest(call, repeats=max(2, 65536 // lengths[place]), budget=2.0)[0])
-    return {"lengths": lengths, "seconds": best, "exponent": slope(lengths, best)}
+    fit = fit_power(lengths, best)
+    assert fit is not None
+    return {"lengths": lengths, "seconds": best, "exponent": fit.exponent}
 
 
 def attender(side: int) -> Callable[[], object]:
@@ -429,33 +420,13 @@ def sections(kept: Kept) -> dict[str, list[str]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all where none is named")
-    parser.add_argument("--quick", action="store_true", help="few repeats")
-    parser.add_argument("--json", type=Path, help="keep the figures here, beside those of other cases")
-    parser.add_argument("--markdown", type=Path, help="write the kept figures as a page")
-    options = parser.parse_args()
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"there is no case {', '.join(sorted(unknown))}; there is {', '.join(CASES)}")
-    kept = records.known(options.json)
-    for case in options.cases or CASES:
-        kept[case] = records.stamp() | CASES[case](options.quick)
-        records.keep(options.json, kept)
-        shown = {k: round(v, 4) for k, v in kept[case].items() if isinstance(v, float)}
-        print(case, shown, flush=True)
-    found = verdicts(kept)
-    for verdict in sorted(found, key=lambda each: each.met):
-        print(verdict)
-    if options.markdown:
-        about = (__doc__ or "").partition("\n\n")[2].partition("\n\nFigures are kept")[0]
-        absent = [case for case in CASES if case not in kept]
-        command = "python benchmarks/dense.py --json FILE --markdown docs/speed-dense.md"
-        write_text(
-            options.markdown,
-            records.page("Speed of dense image networks", command, about, kept, absent, found, sections(kept)),
-        )
-
-
 if __name__ == "__main__":
-    main()
+    records.command(
+        __doc__ or "",
+        "Speed of dense image networks",
+        "dense",
+        CASES,
+        verdicts,
+        sections,
+        quick="few repeats",
+    )

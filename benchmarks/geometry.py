@@ -12,11 +12,9 @@ Figures are kept with `--json FILE`, to which a later run of other cases adds; `
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +24,6 @@ from saccade.bench import records
 from saccade.bench.records import Kept, Verdict
 from saccade.ops.matching import dual_softmax, expected_positions, pixel_grid
 from saccade.ops.measure import fastest, peak_bytes
-from saccade.train.files import write_text
 
 KORNIA, PLAIN, BYTES = 1.3, 1.0, 400e6
 #: grids of cells at 1/8 of 640 x 480 and of 1920 x 1080
@@ -199,33 +196,13 @@ def sections(kept: Kept) -> dict[str, list[str]]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all where none is named")
-    parser.add_argument("--quick", action="store_true", help="small images, few repeats")
-    parser.add_argument("--json", type=Path, help="keep the figures here, beside those of other cases")
-    parser.add_argument("--markdown", type=Path, help="write the kept figures as a page")
-    options = parser.parse_args()
-    if unknown := set(options.cases) - set(CASES):
-        parser.error(f"there is no case {', '.join(sorted(unknown))}; there is {', '.join(CASES)}")
-    kept = records.known(options.json)
-    for case in options.cases or CASES:
-        kept[case] = records.stamp() | CASES[case](options.quick)
-        records.keep(options.json, kept)
-        shown = {k: round(v, 4) for k, v in kept[case].items() if isinstance(v, float)}
-        print(case, shown, flush=True)
-    found = verdicts(kept)
-    for verdict in sorted(found, key=lambda each: each.met):
-        print(verdict)
-    if options.markdown:
-        about = (__doc__ or "").partition("\n\n")[2].partition("\n\nFigures are kept")[0]
-        absent = [case for case in CASES if case not in kept]
-        command = "python benchmarks/geometry.py --json FILE --markdown docs/speed-geometry.md"
-        write_text(
-            options.markdown,
-            records.page("Speed of matching", command, about, kept, absent, found, sections(kept)),
-        )
-
-
 if __name__ == "__main__":
-    main()
+    records.command(
+        __doc__ or "",
+        "Speed of matching",
+        "geometry",
+        CASES,
+        verdicts,
+        sections,
+        quick="small images, few repeats",
+    )

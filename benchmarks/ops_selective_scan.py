@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ops_wkv import exponent, seconds, without_code
+from ops_wkv import exponent, seconds
+from saccade.ops.native import build
 from saccade.ops.selective_scan import selective_scan, selective_scan_reference
 
 CHANNELS, STATES, GOAL, GAIN = 64, 16, 1.05, 10
@@ -52,7 +53,7 @@ def calls(length: int) -> dict[str, Callable[[], object]]:
 
 def _without(function: Callable[[], object]) -> Callable[[], object]:
     def run() -> None:
-        with without_code():
+        with build.turned_off("turned off for this benchmark"):
             function()
 
     return run

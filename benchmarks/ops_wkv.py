@@ -10,8 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,18 +19,9 @@ from rich.table import Table
 
 from saccade.ops.native import build
 from saccade.ops.wkv import wkv
+from saccade.train.scaling import fit_power
 
 CHANNELS, GOAL = 64, 1.05
-
-
-@contextmanager
-def without_code() -> Iterator[None]:
-    """Computed in torch."""
-    before, build._outcome = build._outcome, (None, "turned off for this benchmark")
-    try:
-        yield
-    finally:
-        build._outcome = before
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -54,7 +44,7 @@ def calls(length: int) -> dict[str, Callable[[], object]]:
 
     def in_torch(function: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
-            with without_code():
+            with build.turned_off("turned off for this benchmark"):
                 function()
 
         return run
@@ -68,9 +58,9 @@ def calls(length: int) -> dict[str, Callable[[], object]]:
 
 
 def exponent(lengths: list[int], times: list[float]) -> float:
-    x, y = (torch.tensor([math.log(value) for value in values]) for values in (lengths, times))
-    x, y = x - x.mean(), y - y.mean()
-    return float((x * y).sum() / (x * x).sum())
+    fit = fit_power(lengths, times)
+    assert fit is not None
+    return fit.exponent
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def test_a_network_against_itself_and_its_page(dense: ModuleType) -> None:
 
 
 def test_the_slope_of_a_square_is_two(dense: ModuleType) -> None:
-    assert dense.slope([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == pytest.approx(2.0)
+    assert dense.fit_power([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]).exponent == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize("case", ["coarse matching", "global matching"])

@@ -9,9 +9,9 @@ are kept in docs/real-models.json, so that a run of one section leaves the other
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,18 @@ from torch import Tensor, nn
 
 import saccade
 from saccade.bench import records
-from saccade.models.images import MEAN, STD, read_image
+from saccade.models.images import normalised, read_image
+from saccade.models.upsampling import backbone_features
 from saccade.train import models
 from saccade.train.data.pictures import photographs
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
+from saccade.train.metrics.gaze.maps import correlation
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 DOCS = Path(__file__).parent.parent / "docs"
-PICTURES = DOCS / "real-models"
 PATCH = 14
 
 #: scikit-image's photographs that are looked at
@@ -38,11 +42,6 @@ GATES: dict[str, dict[str, Any]] = {"cbam": {"reduction": 4}, "triplet": {}, "da
 # ---------------------------------------------------------------------------- what sections share
 
 
-def normalised(image_BCHW: Tensor) -> Tensor:
-    mean, std = (image_BCHW.new_tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (image_BCHW - mean) / std
-
-
 def square(image_CHW: Tensor, side: int) -> Tensor:
     """The middle square at another size, (1, C, side, side)."""
     least = min(image_CHW.shape[1:])
@@ -51,23 +50,8 @@ def square(image_CHW: Tensor, side: int) -> Tensor:
     return F.interpolate(cut, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
 
 
-def vit_features(vit: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Normalised images (B, 3, H, W) -> the ViT's patch tokens as maps (B, 384, H / 14, W / 14)."""
-
-    @torch.no_grad()
-    def run(image_BCHW: Tensor) -> Tensor:
-        H, W = (n // PATCH for n in image_BCHW.shape[2:])
-        return vit(image_BCHW).last_hidden_state[:, 1:].mT.unflatten(2, (H, W))
-
-    return run
-
-
-def correlation(a: Tensor, b: Tensor) -> float:
-    return float(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1])
-
-
-def strip(name: str, *images: Tensor, side: int = 224) -> str:
-    """Pictures (3, H, W) or (H, W) beside each other, written as docs/real-models/NAME.png."""
+def strip(*images: Tensor, side: int = 224) -> Picture:
+    """Pictures (3, H, W) or (H, W) beside each other."""
     from PIL import Image
 
     tiles = []
@@ -77,9 +61,16 @@ def strip(name: str, *images: Tensor, side: int = 224) -> str:
         tile = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True)[0]
         tiles.append(F.pad(tile, (0, 4), value=1))
     pixels = (torch.cat(tiles, 2)[..., :-4].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous()
-    PICTURES.mkdir(exist_ok=True)
-    Image.fromarray(pixels.numpy()).quantize(96).save(PICTURES / f"{name}.png", optimize=True)
-    return f"![{name}](real-models/{name}.png)"
+    return Image.fromarray(pixels.numpy()).quantize(96)
+
+
+def saved(pictures: Mapping[str, Picture], page: Path) -> list[str]:
+    """Write pictures into the folder beside a page that has its name; the lines by which the page shows them."""
+    folder = page.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        picture.save(folder / f"{name}.png", optimize=True)
+    return [f"![{name}]({folder.name}/{name}.png)" for name in pictures]
 
 
 # ---------------------------------------------------------------------------- sections
@@ -129,7 +120,7 @@ def fusion(lab: Lab) -> dict[str, Any]:
     row: dict[str, Any] = {"matches": len(points), "size": list(a.shape[2:]), "steps": steps}
     for form, image in (("fused", fused), ("mean", (a + b) / 2)):
         row[form] = fusion_metrics(a[0, 0], b[0, 0], image[0, 0])
-    row["pictures"] = [strip("thermal-visible", a[0, 0], b[0, 0], fused[0, 0], (a + b)[0, 0] / 2, side=200)]
+    row["pictures"] = {"thermal-visible": strip(a[0, 0], b[0, 0], fused[0, 0], (a + b)[0, 0] / 2, side=200)}
     return row
 
 
@@ -164,7 +155,7 @@ def uplift(lab: Lab) -> dict[str, Any]:
     """UPLiFT learns a step on the ViT's features of four photographs, and is judged on others."""
     from saccade.models.uplift import UPLiFT, pyramid_loss
 
-    backbone = vit_features(models.load("vit-s14"))
+    vit = models.load("vit-s14")
     learn = [image.expand(3, -1, -1) for image in photographs("chelsea", "rocket", "camera", "coins")]
     torch.manual_seed(0)
     model = UPLiFT(384, PATCH)
@@ -172,19 +163,19 @@ def uplift(lab: Lab) -> dict[str, Any]:
     def batches() -> Iterator[Tensor]:
         generator = lab.generator()
         while True:
-            yield normalised(lab.data.crops([(x,) for x in learn], 2, 16 * PATCH, generator)[0])
+            yield normalised(lab.data.crops([(x,) for x in learn], 2, 16 * PATCH, generator)[0], 3)
 
     steps = lab.steps(400)
     losses = lab.train(
-        model, batches(), lambda m, x: pyramid_loss(m, backbone, x, depth=1), steps, lr=1e-3, description="uplift"
+        model, batches(), lambda m, x: pyramid_loss(m, vit, x, depth=1), steps, lr=1e-3, description="uplift"
     )
     row: dict[str, Any] = {"steps": steps, "loss": losses[-1]}
     model.eval()
     shown: list[Tensor] = []
     for name, image in zip(("astronaut", "coffee"), photographs("astronaut", "coffee")):
-        large = normalised(square(image, 32 * PATCH))
+        large = normalised(square(image, 32 * PATCH), 3)
         small = F.interpolate(large, scale_factor=0.5, mode="bilinear", antialias=True)
-        truth, start = backbone(large), backbone(small)
+        truth, start = (backbone_features(vit, x, PATCH) for x in (large, small))
         with torch.no_grad():
             ours = model(small, start, iters=1).steps[0]
         bilinear = F.interpolate(start, truth.shape[2:], mode="bilinear")
@@ -192,7 +183,7 @@ def uplift(lab: Lab) -> dict[str, Any]:
             row[f"{name}_{form}_mse"] = float((found - truth).square().mean())
             row[f"{name}_{form}_cosine"] = float(F.cosine_similarity(found, truth, dim=1).mean())
         with torch.no_grad():
-            three = model(normalised(square(image, 16 * PATCH)), start, iters=3).steps[-1]
+            three = model(normalised(square(image, 16 * PATCH), 3), start, iters=3).steps[-1]
         tokens = truth.flatten(2)[0]
         basis = torch.pca_lowrank(tokens.T, 3, niter=4)[2]
 
@@ -204,29 +195,43 @@ def uplift(lab: Lab) -> dict[str, Any]:
 
         near = [F.interpolate(colours(x)[None], (224, 224))[0] for x in (start, truth)]
         shown += [square(image, 224)[0], near[0], colours(bilinear), colours(ours), colours(three), near[1]]
-    row["pictures"] = [strip(f"uplift-{i}", *shown[i * 6 : i * 6 + 6]) for i in range(2)]
+    row["pictures"] = {f"uplift-{i}": strip(*shown[i * 6 : i * 6 + 6]) for i in range(2)}
     return row
+
+
+def beside_heat_maps(
+    lab: Lab, slug: str, on: str, count: int, read: Callable[[Any], Tensor], name: str
+) -> dict[str, Any]:
+    """A network trained on its task, and its maps of photographs beside those of the real one.
+
+    Args:
+        lab: of seeds and steps.
+        slug, on: of network and task.
+        count: of steps.
+        read: what the network returns on one image -> its map (H, W).
+        name: of the pictures.
+    """
+    real, task = models.load("saliency"), lab.task(on)
+    with lab.seeded():
+        network = saccade.create(slug, **saccade.catalogue.part(slug).tasks[on])
+    steps = lab.steps(count)
+    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, lr=2e-3, description=slug)
+    network.eval()
+    row: dict[str, Any] = {"steps": steps, task.metric.name: task.quality(network), "correlation": {}}
+    shown = []
+    for photograph, image in zip(JUDGE, photographs(*JUDGE), strict=True):
+        picture = square(image, 224)
+        heat = real(picture[0])
+        with torch.no_grad():
+            found = read(network(normalised(picture, 3)))
+        row["correlation"][photograph] = correlation(found, heat)
+        shown += [picture[0], heat, found]
+    return row | {"pictures": {f"{name}-{i + 1}": strip(*shown[6 * i : 6 * i + 6], side=160) for i in range(2)}}
 
 
 def saliency(lab: Lab) -> dict[str, Any]:
     """CPDR, trained for minutes on generated scenes of the task, beside the heat maps of a real network."""
-    maps, task = models.load("saliency"), lab.task("salient")
-    with lab.seeded():
-        network = saccade.create("cpdr", **saccade.catalogue.part("cpdr").tasks["salient"])
-    steps = lab.steps(400)
-    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, lr=2e-3, description="cpdr")
-    network.eval()
-    row: dict[str, Any] = {"steps": steps, "s_measure": task.quality(network), "correlation": {}, "pictures": []}
-    shown = []
-    for name, image in zip(JUDGE, photographs(*JUDGE), strict=True):
-        picture = square(image, 224)
-        heat = maps(picture[0])
-        with torch.no_grad():
-            found = network(normalised(picture)).logits.sigmoid()[0, 0]
-        row["correlation"][name] = correlation(found, heat)
-        shown += [picture[0], heat, found]
-    row["pictures"] = [strip("saliency-1", *shown[:6], side=160), strip("saliency-2", *shown[6:], side=160)]
-    return row
+    return beside_heat_maps(lab, "cpdr", "salient", 400, lambda said: said.logits.sigmoid()[0, 0], "saliency")
 
 
 def gaze(lab: Lab) -> dict[str, Any]:
@@ -234,13 +239,13 @@ def gaze(lab: Lab) -> dict[str, Any]:
     from saccade.models.gaze_lle import GazeLLE, gaze_loss
     from saccade.train.data.looking import Gazes, gazes
 
-    side, count = lab.size(20 * PATCH, 4 * PATCH), lab.size(320, 8)
+    side, count = lab.size(12 * PATCH, 4 * PATCH), lab.size(160, 8)
     torch.manual_seed(0)
     model = GazeLLE(384, dim=64, num_layers=2, num_heads=4, inout=True, out_size=None).on(models.load("vit-s14"))
 
     def seen(scenes: Gazes) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         """Features, heads, targets and whether these are in the picture, the last two of each person."""
-        maps = torch.cat([model.features(normalised(images)) for images in scenes.images.split(16)])
+        maps = torch.cat([model.features(normalised(images, 3)) for images in scenes.images.split(16)])
         heads = [boxes[there] for boxes, there in zip(scenes.boxes, scenes.there, strict=True)]
         targets = scenes.targets[:, None].expand(-1, scenes.there.shape[1], -1)[scenes.there]
         return maps, heads, targets, scenes.inside[scenes.there]
@@ -258,10 +263,10 @@ def gaze(lab: Lab) -> dict[str, Any]:
     def loss(model: nn.Module, chosen: Tensor) -> Tensor:
         rows = torch.cat([torch.arange(people[i], people[i + 1]) for i in chosen.tolist()])
         said = model(features=maps[chosen], bboxes=[heads[i] for i in chosen.tolist()])
-        return gaze_loss(said, targets[rows], inside[rows], sigma=1.5)
+        return gaze_loss(said, targets[rows], inside[rows], sigma=1.0)
 
-    steps = lab.steps(600)
-    losses = lab.train(model, batches(), loss, steps, lr=1e-3, description="gaze-lle")
+    steps = lab.steps(300)
+    losses = lab.train(model, batches(), loss, steps, lr=2e-3, description="gaze-lle")
     model.eval()
     held, held_heads, truth, shown = seen(judge)
     with torch.no_grad():
@@ -277,28 +282,13 @@ def gaze(lab: Lab) -> dict[str, Any]:
         "loss": losses[-1],
         "l2": float((found - truth)[shown].norm(dim=1).mean()),
         "l2_of_the_middle": float((truth - 0.5)[shown].norm(dim=1).mean()),
-        "pictures": [strip("gaze", *tiles, side=140)],
+        "pictures": {"gaze": strip(*tiles, side=140)},
     }
 
 
 def maps(lab: Lab) -> dict[str, Any]:
     """SUM, trained for minutes on discs before photographs, beside the heat maps of a real network."""
-    real, task = models.load("saliency"), lab.task("look")
-    with lab.seeded():
-        network = saccade.create("sum", **saccade.catalogue.part("sum").tasks["look"])
-    steps = lab.steps(300)
-    lab.train(network, (task.batch(0, step) for step in range(steps)), task.loss, steps, lr=2e-3, description="sum")
-    network.eval()
-    row: dict[str, Any] = {"steps": steps, "auc": task.quality(network), "correlation": {}}
-    shown = []
-    for name, image in zip(JUDGE, photographs(*JUDGE), strict=True):
-        picture = square(image, 224)
-        heat = real(picture[0])
-        with torch.no_grad():
-            found = network(normalised(picture)).heatmap[0]
-        row["correlation"][name] = correlation(found, heat)
-        shown += [picture[0], heat, spread(found)]
-    return row | {"pictures": [strip("maps-1", *shown[:6], side=160), strip("maps-2", *shown[6:], side=160)]}
+    return beside_heat_maps(lab, "sum", "look", 300, lambda said: spread(said.heatmap[0]), "maps")
 
 
 def spread(x: Tensor) -> Tensor:
@@ -373,10 +363,10 @@ def main() -> None:
         except ImportError as error:
             print(f"{name} is left out: {error}")
             continue
-        kept[name] = records.stamp() | row
+        kept[name] = records.stamp() | row | {"pictures": saved(row.get("pictures", {}), options.json)}
         kept = {each: kept[each] for each in SECTIONS if each in kept}
         records.keep(options.json, kept)
-        print(name, *(": ".join(line) for line in flat(row)), sep="\n  ", flush=True)
+        print(name, *(": ".join(line) for line in flat(kept[name])), sep="\n  ", flush=True)
     write_text(options.json.with_suffix(".md"), text(kept))
 
 

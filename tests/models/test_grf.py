@@ -15,6 +15,7 @@ from saccade.models.images import to_picture
 from saccade.models.radiance import see_along
 from saccade.models.scene import read_scene
 from saccade.ops import rays
+from saccade.ops.feature_maps import pixel_grid
 
 SMALL = {**catalogue.part("grf").example}
 
@@ -82,7 +83,7 @@ def test_a_point_on_a_pixels_ray_is_read_there(border: str) -> None:
     model = GRF(**SMALL, border=border).eval()
     images, cameras, lenses, target, _, _ = given(scenes=2)
     views = model.encode(images, cameras, lenses, target)
-    grid = rays.pixel_grid((16, 16))
+    grid = pixel_grid(16, 16, torch.zeros(()))
     origins, directions = rays.camera_rays(grid, lenses, cameras)
     for v in range(3):
         local, seen = model.gather(views, (origins + 3.3 * directions)[:, v])

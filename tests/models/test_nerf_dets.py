@@ -26,6 +26,7 @@ from saccade.models.nerf_dets import (
 )
 from saccade.ops import rays
 from saccade.ops.boxes import suppress, union_shares
+from saccade.ops.feature_maps import pixel_grid
 
 SMALL = {**catalogue.part("nerf-dets").example, "blocks": (1, 1, 1)}
 
@@ -59,7 +60,7 @@ def test_at_the_start_it_is_the_mean_over_views() -> None:
 def test_the_reading_of_strides_is_bilinear_where_lifting_is_nearest() -> None:
     _, cameras, lenses, *_ = given()
     P, maps = rays.projection(lenses, cameras), torch.randn(2, 3, 4, 16, 16)
-    at = rays.camera_rays(2 * rays.pixel_grid((16, 16)), lenses, cameras)
+    at = rays.camera_rays(2 * pixel_grid(16, 16, torch.zeros(())), lenses, cameras)
     points = (at[0] + 1.5 * at[1])[:, 0]  # on whole pixels of the first view's map
     one, other = (read(maps, P, points, (32, 32), reading) for reading in ("stride", "nearest"))
     torch.testing.assert_close(one.features[:, 0], other.features[:, 0], atol=1e-4, rtol=1e-4)

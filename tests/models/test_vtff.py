@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from saccade.layers.positions import positions_at
 from saccade.models.images import middle, normalised
 from saccade.models.vtff import MIXES, VTFF, SelectiveFusion, local_binary_patterns, mixed
 
@@ -105,8 +106,8 @@ def test_positions_of_other_sizes() -> None:
     model = _model()
     for size in ((32, 32), (48, 80), (5, 5)):
         assert model(torch.rand(1, 3, *size)).logits.shape == (1, 5)
-    torch.testing.assert_close(model._positions(2, 2), model.positions)
-    assert model._positions(3, 5).shape == (1, 16, 8)
+    torch.testing.assert_close(positions_at(model.positions, model.side, 2, 2), model.positions)
+    assert positions_at(model.positions, model.side, 3, 5).shape == (1, 16, 8)
 
 
 @pytest.mark.parametrize(

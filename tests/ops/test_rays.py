@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.layers.positions import frequencies
 from saccade.ops import rays
+from saccade.ops.feature_maps import pixel_grid
 
 
 def cameras(views: int, dtype: torch.dtype = torch.float64, size: tuple[int, int] = (11, 17)) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def test_a_pose_of_opengl() -> None:
 @pytest.mark.parametrize(("views", "size"), [(1, (1, 1)), (3, (5, 7)), (2, (11, 17))])
 def test_a_point_on_a_ray_returns_to_its_pixel_at_its_depth(views: int, size: tuple[int, int]) -> None:
     K, E = cameras(views, size=size)
-    grid = rays.pixel_grid(size).double()
+    grid = pixel_grid(*size, torch.zeros(())).double()
     origin, direction = rays.camera_rays(grid, K, E)
     for depth in (0.5, 3.0):
         for v, points in enumerate(origin + depth * direction):

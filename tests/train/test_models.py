@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from saccade.models.images import normalised
 from saccade.train import models
 from saccade.train.data.pictures import photographs
 
@@ -57,9 +58,8 @@ def test_the_vit_finds_what_stands_out() -> None:
     heat = maps(image)
     assert heat.shape == image.shape[1:] and 0 <= heat.min() < 0.05 and heat.max() > 0.5
     patches = torch.nn.functional.interpolate(image[None], (224, 224), mode="bilinear", antialias=True)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (models._MEAN, models._STD))
     with torch.no_grad():
-        tokens = vit((patches - mean) / std).last_hidden_state
+        tokens = vit(normalised(patches, 3)).last_hidden_state
     assert tokens.shape == (1, 1 + 16 * 16, 384) and tokens.isfinite().all()
     # patches on what stands out are more like each other than like the others
     on = torch.nn.functional.adaptive_avg_pool2d(heat[None, None], 16).flatten() > 0.3

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from saccade.bench.machine import describe
-from saccade.train.files import write_text
+from saccade.ops.folder import write_text
 
 #: figures by case, with "machine" and "date" among those of each
 Kept = dict[str, dict[str, Any]]
@@ -92,3 +93,47 @@ def page(
     for heading, body in sections.items():
         lines += ["", f"## {heading}", "", *body]
     return "\n".join(lines) + "\n"
+
+
+def command(
+    doc: str,
+    title: str,
+    name: str,
+    cases: Mapping[str, Callable[[bool], dict[str, Any]]],
+    verdicts: Callable[[Kept], Sequence[Verdict]],
+    sections: Callable[[Kept], Mapping[str, Sequence[str]]],
+    *,
+    quick: str,
+) -> None:
+    """The command line of a benchmark of named cases: each is measured, kept in a file at once, and judged.
+
+    Args:
+        doc: of the benchmark; what stands between its first line and "Figures are kept" goes onto the page.
+        title: of the page.
+        name: of the benchmark, and of the page, docs/speed-NAME.md.
+        cases: name -> (quick) -> figures.
+        verdicts: of kept figures.
+        sections: of the page.
+        quick: what `--quick` does.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(cases)}; all where none is named")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--json", type=Path, help="keep the figures here, beside those of other cases")
+    parser.add_argument("--markdown", type=Path, help="write the kept figures as a page")
+    options = parser.parse_args()
+    if unknown := set(options.cases) - set(cases):
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there is {', '.join(cases)}")
+    kept = known(options.json)
+    for case in options.cases or cases:
+        kept[case] = stamp() | cases[case](options.quick)
+        keep(options.json, kept)
+        print(case, {k: round(v, 4) for k, v in kept[case].items() if isinstance(v, float)}, flush=True)
+    found = verdicts(kept)
+    for verdict in sorted(found, key=lambda each: each.met):
+        print(verdict)
+    if options.markdown:
+        about = doc.partition("\n\n")[2].partition("\n\nFigures are kept")[0]
+        absent = [case for case in cases if case not in kept]
+        how = f"python benchmarks/{name}.py --json FILE --markdown docs/speed-{name}.md"
+        write_text(options.markdown, page(title, how, about, kept, absent, found, sections(kept)))

@@ -6,15 +6,15 @@ Shape letters: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_act
-from saccade.layers.mlp import MLP
-from saccade.layers.mobilenet import rounded
-from saccade.ops.statistics import channel_gate
+from saccade.layers.gates import ChannelGate
+from saccade.layers.mobilenet import InvertedResidual, rounded
 
-__all__ = ["SIZES", "EfficientNetTrunk", "GatedInvertedResidual"]
+__all__ = ["SIZES", "EfficientNetTrunk"]
 
 #: of each stage: expansion, channels, blocks, stride of the first, kernel
 STAGES = (
@@ -34,31 +34,6 @@ SIZES = {
     "efficientnet-b3": (1.2, 1.4),
     "efficientnet-b4": (1.4, 1.8),
 }
-
-
-class GatedInvertedResidual(nn.Module):
-    """1x1 to more channels, k x k in each channel, a channel gate, 1x1 to few; and the input, where the shape stays.
-
-    Args:
-        in_channels, channels: of input and output.
-        stride: of the k x k convolution.
-        expansion: its channels over those of the input; 1 leaves the first convolution out.
-        kernel_size: k.
-    """
-
-    def __init__(self, in_channels: int, channels: int, stride: int, expansion: int, kernel_size: int) -> None:
-        super().__init__()
-        inner = expansion * in_channels
-        self.expand = conv_norm_act(in_channels, inner, 1, activation=nn.SiLU) if expansion > 1 else nn.Identity()
-        self.mix = conv_norm_act(inner, inner, kernel_size, stride, groups=inner, activation=nn.SiLU)
-        self.gate = MLP(inner, max(1, in_channels // 4), activation="silu")
-        self.project = conv_norm_act(inner, channels, 1, activation=None)
-        self.residual = stride == 1 and in_channels == channels
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.mix(self.expand(x_BCHW))
-        y_BCHW = self.project(y_BCHW * channel_gate(y_BCHW, self.gate, ("avg",)))
-        return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 
 class EfficientNetTrunk(nn.Module):
@@ -88,13 +63,17 @@ class EfficientNetTrunk(nn.Module):
         self.stem = conv_norm_act(in_channels, channels, 3, 2, activation=nn.SiLU)
         levels, before = [nn.Sequential()], []  # blocks of each stride, channels before each change of it
         for expansion, full, count, stride, kernel_size in STAGES:
-            for block in range(math.ceil(count * depth)):
+            for number in range(math.ceil(count * depth)):
                 out = _at_width(full, width)
-                step = 1 if block else stride
+                step = 1 if number else stride
                 if step == 2:
                     levels.append(nn.Sequential())
                     before.append(channels)
-                levels[-1].append(GatedInvertedResidual(channels, out, step, expansion, kernel_size))
+                gate = partial(ChannelGate, hidden=max(1, channels // 4), activation="silu")
+                block = InvertedResidual(
+                    channels, out, step, expansion, kernel_size=kernel_size, activation=nn.SiLU, gate=gate
+                )
+                levels[-1].append(block)
                 channels = out
         self.levels = nn.ModuleList(levels)
         self.head = conv_norm_act(channels, _at_width(1280, width), 1, activation=nn.SiLU)

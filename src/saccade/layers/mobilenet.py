@@ -5,6 +5,8 @@ Shape letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_act
@@ -19,24 +21,38 @@ LEVELS = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 to more channels, 3x3 in each channel, 1x1 to few; and the input, where the shape stays.
+    """1x1 to more channels, k x k in each channel, 1x1 to few; and the input, where the shape stays.
 
     Args:
         in_channels, channels: of input and output.
-        stride: of the 3x3 convolution.
+        stride: of the k x k convolution.
         expansion: its channels over those of the input; 1 leaves the first convolution out.
+        kernel_size: k.
+        activation: behind the first two convolutions.
+        gate: a module of so many channels, before the last convolution; None leaves it out.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1, expansion: int = 6) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        expansion: int = 6,
+        *,
+        kernel_size: int = 3,
+        activation: Callable[[], nn.Module] = nn.ReLU6,
+        gate: Callable[[int], nn.Module] | None = None,
+    ) -> None:
         super().__init__()
         inner = expansion * in_channels
-        self.expand = conv_norm_act(in_channels, inner, 1, activation=nn.ReLU6) if expansion > 1 else nn.Identity()
-        self.mix = conv_norm_act(inner, inner, 3, stride, groups=inner, activation=nn.ReLU6)
+        self.expand = conv_norm_act(in_channels, inner, 1, activation=activation) if expansion > 1 else nn.Identity()
+        self.mix = conv_norm_act(inner, inner, kernel_size, stride, groups=inner, activation=activation)
+        self.gate = nn.Identity() if gate is None else gate(inner)
         self.project = conv_norm_act(inner, channels, 1, activation=None)
         self.residual = stride == 1 and in_channels == channels
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        y_BCHW = self.project(self.mix(self.expand(x_BCHW)))
+        y_BCHW = self.project(self.gate(self.mix(self.expand(x_BCHW))))
         return x_BCHW + y_BCHW if self.residual else y_BCHW
 
 

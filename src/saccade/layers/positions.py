@@ -1,6 +1,6 @@
 """What tells tokens their places: sinusoids that are added, waves of coordinates, or a convolution of the map.
 
-Shape letters: B batch, N tokens, C channels, H height, W width.
+Shape letters: B batch, N tokens, C channels, D width of a token, H height, W width.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.layers.convolution import ChannelsLastConv2d
@@ -32,6 +33,21 @@ def frequencies(x: Tensor, count: int, *, interleaved: bool = True) -> Tensor:
     angles = x[..., None, :] * rates[:, None]
     waves = torch.stack([angles.sin(), angles.cos()], -2 if interleaved else -3)
     return torch.cat([x, waves.flatten(-3)], -1)
+
+
+def positions_at(positions_1ND: Tensor, side: int, height: int, width: int) -> Tensor:
+    """A vision transformer's positions at another size of its map, (1, 1 + height width, D), bicubically.
+
+    Args:
+        positions_1ND: of the class token, then of a map row by row, N = 1 + side^2.
+        side: of the map that they are of.
+        height, width: of the map that is wanted; where it is the same, so are the positions.
+    """
+    if (height, width) == (side, side):
+        return positions_1ND
+    table = positions_1ND[:, 1:].mT.unflatten(2, (side, side))
+    table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
+    return torch.cat([positions_1ND[:, :1], table.flatten(2).mT], 1)
 
 
 class ConditionalPosition(ChannelsLastConv2d):

@@ -7,10 +7,10 @@ Shape letters: B batch, C channels, H height, W width, N tokens, D their width.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.patches import filled
+from saccade.layers.positions import positions_at
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.softmax_attention import SoftmaxAttention
 
@@ -69,14 +69,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         map_BDHW = self.embed(filled(x_BCHW, self.patch))
         x_BND = torch.cat([self.class_token.expand(len(map_BDHW), -1, -1), map_BDHW.flatten(2).mT], 1)
-        x_BND = x_BND + self._positions(map_BDHW.shape[2], map_BDHW.shape[3])
+        x_BND = x_BND + positions_at(self.positions, self.side, map_BDHW.shape[2], map_BDHW.shape[3])
         for block in self.blocks:
             x_BND = block(x_BND)
         return x_BND
-
-    def _positions(self, height: int, width: int) -> Tensor:
-        if (height, width) == (self.side, self.side):
-            return self.positions
-        table = self.positions[:, 1:].mT.unflatten(2, (self.side, self.side))
-        table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:, :1], table.flatten(2).mT], 1)

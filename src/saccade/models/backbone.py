@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade import catalogue
 from saccade.models.complete import Complete, labels
-from saccade.models.images import middle, normalised, stacked, to_picture, with_bars
+from saccade.models.images import captioned, middle, normalised
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
@@ -97,12 +97,7 @@ class Backbone(Complete):
         ]
 
     def drawn(self, output: ImageOutput, names: Sequence[str] | None) -> Picture:
-        pictures = []
-        for image, said in zip(output.images or (), self.answer(output, names)):
-            shown = to_picture(image)
-            shown = shown.resize((max(1, round(shown.width * _HEIGHT / shown.height)), _HEIGHT))
-            pictures.append(with_bars(shown, list(said.items())))
-        return stacked(pictures)
+        return captioned(output.images or (), self.answer(output, names), _HEIGHT)
 
 
 def maps_of(said: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.models.complete import Complete
-from saccade.models.images import normalised, stacked, to_picture, with_bars
+from saccade.models.images import captioned, normalised
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
@@ -149,9 +149,4 @@ class Embedder(Complete):
         ]
 
     def drawn(self, output: EmbeddingOutput, names: Sequence[str] | None) -> Picture:
-        pictures = []
-        for image, said in zip(output.images or (), self.answer(output, names)):
-            shown = to_picture(image)
-            shown = shown.resize((max(1, round(shown.width * _HEIGHT / shown.height)), _HEIGHT))
-            pictures.append(with_bars(shown, list(said.items())))
-        return stacked(pictures)
+        return captioned(output.images or (), self.answer(output, names), _HEIGHT)

@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H height, W width, K classes.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -146,3 +146,19 @@ def stacked(pictures: Sequence[Picture]) -> Picture:
         sheet.paste(each, (0, top))
         top += each.height
     return sheet
+
+
+def captioned(images: Sequence[Tensor], answers: Sequence[Mapping[str, float]], height: int) -> Picture:
+    """Images below each other, each beside a bar for every share that is said of it.
+
+    Args:
+        images: (3, H, W) in [0, 1].
+        answers: of each image names and shares.
+        height: to which they are drawn.
+    """
+    pictures = []
+    for image, said in zip(images, answers):
+        shown = to_picture(image)
+        shown = shown.resize((max(1, round(shown.width * height / shown.height)), height))
+        pictures.append(with_bars(shown, list(said.items())))
+    return stacked(pictures)

@@ -233,17 +233,6 @@ def camera_rays(pixels_N2: Tensor, intrinsics_V33: Tensor, extrinsics_V34: Tenso
     return centres(E)[..., None, :], _turned(E[..., None, :, :3].mT, in_camera)
 
 
-def pixel_grid(size: Size, *, device: torch.device | None = None) -> Tensor:
-    """The middles of all pixels of an image, (H W, 2) as (x, y), row by row.
-
-    Args:
-        size: (height, width).
-        device: of the result.
-    """
-    y, x = (torch.arange(n, dtype=torch.float32, device=device) for n in size)
-    return torch.stack([x.expand(*size), y[:, None].expand(*size)], -1).flatten(0, 1)
-
-
 def ray_depths(
     near: float,
     far: float,

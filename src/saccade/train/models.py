@@ -34,12 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.extras import need
+from saccade.models.images import normalised
 from saccade.ops.folder import cache_folder, private_folder
 
 __all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load"]
-
-#: ImageNet's mean colour and deviation, as a share of the range
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
@@ -156,9 +154,8 @@ class HeatMaps:
         small = F.interpolate(image_3HW[None], inner, mode="bilinear", antialias=True)
         top, left = (self.SIDE - inner[0]) // 2, (self.SIDE - inner[1]) // 2
         square = F.pad(small, (left, self.SIDE - inner[1] - left, top, self.SIDE - inner[0] - top))
-        mean, std = (square.new_tensor(values).view(1, 3, 1, 1) for values in (_MEAN, _STD))
         (entry,) = self.session.get_inputs()
-        found = torch.from_numpy(self.session.run(None, {entry.name: ((square - mean) / std).numpy()})[0])
+        found = torch.from_numpy(self.session.run(None, {entry.name: normalised(square, 3).numpy()})[0])
         found = F.interpolate(found, (self.SIDE, self.SIDE), mode="bilinear")
         found = found[..., top : top + inner[0], left : left + inner[1]]
         return F.interpolate(found, (height, width), mode="bilinear")[0, 0].clamp(0, 1)

@@ -15,7 +15,7 @@ from saccade.attention.slay.layer import SLAYAttention, YatAttention
 from saccade.catalogue import Claim, ClaimResult
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.layers.softmax_attention import SoftmaxAttention
-from saccade.ops.linear import linear_attend
+from saccade.ops.linear import elu_plus_one, linear_attend
 from saccade.ops.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ class _ELULinear(QKVAttention):
     """Linear attention with elu(x) + 1 as its feature map, the rival."""
 
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
-        return linear_attend(
-            q_BHND, k_BKMD, v_BKME, feature_map=lambda x: F.elu(x) + 1, causal=self.causal, normalize=True
-        )
+        return linear_attend(q_BHND, k_BKMD, v_BKME, feature_map=elu_plus_one, causal=self.causal, normalize=True)
 
 
 class _AttentionOnly(nn.Module):

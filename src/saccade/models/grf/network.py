@@ -17,12 +17,12 @@ from saccade.models.grf.encoder import FieldHead, ViewEncoder
 from saccade.models.grf.fusion import AttSets, SlotFusion
 from saccade.models.radiance import Radiance, RadianceNetwork, Seen, see_along
 from saccade.models.scene import Scene
+from saccade.ops.feature_maps import pixel_grid
 from saccade.ops.rays import (
     camera_rays,
     centres,
     check_cameras,
     finer_depths,
-    pixel_grid,
     project,
     projection,
     ray_depths,
@@ -272,7 +272,7 @@ class GRF(RadianceNetwork):
         target = scene.extrinsics[0] if scene.target is None else scene.target
         views = self.encode(scene.images[None], scene.extrinsics[None], scene.intrinsics[None], target[None])
         size = (scene.images.shape[2], scene.images.shape[3])
-        grid = pixel_grid(size, device=target.device).to(target.dtype)
+        grid = pixel_grid(*size, target.float()).to(target.dtype)
         origins, directions = camera_rays(grid, scene.intrinsics[:1], target[None])
         middle = origins + (self.near + self.far) / 2 * directions
         ends = torch.cat([origins + depth * directions for depth in (self.near, self.far)] + [middle], 1)

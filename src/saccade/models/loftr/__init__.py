@@ -32,7 +32,8 @@ from saccade.models.loftr.losses import (
 )
 from saccade.models.loftr.network import LoFTR, LoFTROutput
 from saccade.models.loftr.refinement import assign, cell_places, expected_offsets, select, windows
-from saccade.models.loftr.transformer import FeatureTransformer, MatchingLayer, elu_plus_one, position_code
+from saccade.models.loftr.transformer import FeatureTransformer, MatchingLayer, position_code
+from saccade.ops.linear import elu_plus_one
 
 __all__ = [
     "RESOLUTIONS",

@@ -20,17 +20,12 @@ from torch import Tensor, nn
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_heads
-from saccade.ops.linear import linear_attend
+from saccade.ops.linear import elu_plus_one, linear_attend
 
 LAYERS = ("self", "cross")
 ATTENTIONS = ("linear", "full")
 #: added to the sum of linear attention's weights
 EPS = 1e-6
-
-
-def elu_plus_one(x: Tensor) -> Tensor:
-    """phi(t) = elu(t) + 1, positive."""
-    return F.elu(x) + 1
 
 
 def position_code(height: int, width: int, channels: int, like: Tensor, *, first_release: bool = False) -> Tensor:

@@ -27,12 +27,12 @@ from saccade.models.nerf_dets.sampling import (
     voxel_points,
 )
 from saccade.models.scene import Scene
+from saccade.ops.feature_maps import pixel_grid
 from saccade.ops.rays import (
     camera_rays,
     centres,
     check_cameras,
     opacity,
-    pixel_grid,
     projection,
     ray_depths,
     volume_weights,
@@ -232,7 +232,7 @@ class NeRFDetS(SceneDetector):
         B, V, side = *views.cameras.shape[:2], self.depth_side
         height, width = views.size
         step = origin_B3.new_tensor([(width - 1) / max(1, side - 1), (height - 1) / max(1, side - 1)])
-        pixels = pixel_grid((side, side), device=origin_B3.device) * step
+        pixels = pixel_grid(side, side, origin_B3.float()) * step
         origins, directions = camera_rays(pixels.expand(B, -1, -1), views.intrinsics, views.extrinsics)
         depths = ray_depths(self.near, self.far, self.samples, (), device=origin_B3.device).to(directions.dtype)
         points = origins[..., None, :] + depths[:, None] * directions[..., None, :]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saccade.layers.convolution import depthwise
 from saccade.models.ufc.volumes import VolumeEncoder, correlation, resize_source, transposed
-from saccade.ops.linear import linear_attend
+from saccade.ops.linear import elu_plus_one, linear_attend
 
 #: added to the sum of linear attention's weights
 _EPS = 1e-6
@@ -114,7 +114,7 @@ class UFCLayer(nn.Module):
         normed_BNC = self.norm1(x_BNC)
         z_BNC = torch.cat([self.as_tokens(cost_BGHWYX).flatten(2), normed_BNC], -1)
         q, k = (self.heads(proj(z_BNC)) + self.position.transpose(1, 2) for proj in (self.q_proj, self.k_proj))
-        q, k = F.elu(q) + 1, F.elu(k) + 1
+        q, k = elu_plus_one(q), elu_plus_one(k)
         v = self.heads(self.v_proj(normed_BNC))
         v_cost = self.as_tokens(self.v_cost(cost_BGHWYX)).transpose(1, 2)
         both = linear_attend(q, k, torch.cat([v, v_cost], -1), causal=False, normalize=True, eps=_EPS)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.mlp import MLP
+from saccade.layers.positions import positions_at
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.resnet import ResNetTrunk
 from saccade.layers.softmax_attention import SoftmaxAttention
@@ -168,7 +169,9 @@ class VTFF(Backbone):
         """Logits (B, K) of the fused map, read word by word."""
         words_BND = self.embed(x_BCHW.flatten(2).mT)
         tokens_BND = torch.cat([self.class_token.expand(len(words_BND), -1, -1), words_BND], 1)
-        tokens_BND = self.dropout(tokens_BND + self._positions(x_BCHW.shape[2], x_BCHW.shape[3]))
+        tokens_BND = self.dropout(
+            tokens_BND + positions_at(self.positions, self.side, x_BCHW.shape[2], x_BCHW.shape[3])
+        )
         return self.head(self.norm(self.blocks(tokens_BND)[:, 0]))
 
     def forward(self, pixel_values: Tensor, lbp: Tensor | None = None) -> ImageOutput:
@@ -189,10 +192,3 @@ class VTFF(Backbone):
         patterns = local_binary_patterns(squares).expand(-1, 3, -1, -1)
         said = self(normalised(squares, self.in_channels), patterns)
         return replace(said, images=list(images))
-
-    def _positions(self, height: int, width: int) -> Tensor:
-        if (height, width) == (self.side, self.side):
-            return self.positions
-        table = self.positions[:, 1:].mT.unflatten(2, (self.side, self.side))
-        table = F.interpolate(table, (height, width), mode="bicubic", align_corners=False)
-        return torch.cat([self.positions[:, :1], table.flatten(2).mT], 1)

@@ -16,6 +16,13 @@ Gradients of decays are sums of the very terms in which the decay occurs, never 
 """
 
 from saccade.ops.linear.attend import linear_attend, linear_attend_reference, linear_step
-from saccade.ops.linear.inputs import LinearState, retention_decay
+from saccade.ops.linear.inputs import LinearState, elu_plus_one, retention_decay
 
-__all__ = ["LinearState", "linear_attend", "linear_attend_reference", "linear_step", "retention_decay"]
+__all__ = [
+    "LinearState",
+    "elu_plus_one",
+    "linear_attend",
+    "linear_attend_reference",
+    "linear_step",
+    "retention_decay",
+]

@@ -10,11 +10,21 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.heads import refuse_strangers
 
 FeatureMap = Callable[[Tensor], Tensor]
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    """phi(t) = elu(t) + 1, positive (Katharopoulos et al., arXiv 2006.16236).
+
+    Args:
+        x: any tensor.
+    """
+    return F.elu(x) + 1
 
 
 class LinearState(NamedTuple):

@@ -16,24 +16,11 @@ from saccade.ops.attend import attend
 from saccade.ops.autocast import off
 from saccade.ops.deformable.sums import gather_dot, plain_dot
 from saccade.ops.export import exporting
+from saccade.ops.feature_maps import pixel_grid
 from saccade.ops.masks import Mask
 from saccade.ops.matching.lse import in_full
 
 __all__ = ["expected_positions", "local_correlation", "local_correlation_reference", "pixel_grid", "window"]
-
-
-def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
-    """(x, y) of the pixels of a map, row by row, (H W, 2).
-
-    Args:
-        height, width: of the map.
-        like: a tensor of the device and dtype that is wanted.
-
-    >>> pixel_grid(2, 2, torch.zeros(())).tolist()
-    [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-    """
-    y, x = (torch.arange(n, device=like.device, dtype=like.dtype) for n in (height, width))
-    return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]), -1).flatten(0, 1)
 
 
 def expected_positions(

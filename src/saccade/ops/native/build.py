@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -131,6 +132,21 @@ def library() -> ctypes.CDLL:
 _Outcome = tuple[ctypes.CDLL | None, str | None]
 _outcome: _Outcome | None = None
 _turn = Lock()
+
+
+@contextmanager
+def turned_off(reason: str) -> Iterator[None]:
+    """Everything is computed in torch, as where there is no compiler; for measuring and testing.
+
+    Args:
+        reason: what `refusal` says meanwhile.
+    """
+    global _outcome
+    before, _outcome = _outcome, (None, reason)
+    try:
+        yield
+    finally:
+        _outcome = before
 
 
 def _loaded() -> _Outcome:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saccade.ops.rays import camera_rays, looking, pixel_grid
+from saccade.ops.feature_maps import pixel_grid
+from saccade.ops.rays import camera_rays, looking
 
 #: origins (..., 3) and directions (..., 3) -> depths (..., K), infinite where a ray misses
 Meets = Callable[[Tensor, Tensor], Tensor]
@@ -76,7 +77,7 @@ def views_of(
         intrinsics_V33, extrinsics_V34: of the cameras.
         size: (height, width).
     """
-    origins, directions = camera_rays(pixel_grid(size), intrinsics_V33, extrinsics_V34)
+    origins, directions = camera_rays(pixel_grid(*size, intrinsics_V33), intrinsics_V33, extrinsics_V34)
     depth, which = first(meets, origins.expand_as(directions), directions)
     colour = colours_K3[which] * depth.isfinite()[..., None]
     return colour.mT.unflatten(2, size), depth.unflatten(1, size), which.unflatten(1, size)
