@@ -607,7 +607,7 @@ def test_what_was_measured_is_returned_where_it_cannot_be_kept(tmp_path, monkeyp
         (["softmax"], {"dim": 0}, "dim must be an integer of at least 1"),
         (["softmax"], {"lengths": (8, 4)}, "ascending"),
         (["softmax"], {"lr": 0}, "lr must be a number above 0"),
-        (["softmax"], {"task": "recall", "data": ["x"]}, "data files are for task 'text'"),
+        (["softmax"], {"task": "recall", "data": ["x"]}, "data files are for task 'text' or 'click'"),
         (["softmax"], {"task": "recall", "pairs": 50}, "length must be at least"),
         (["softmax"], {"length": 10**6}, "the data must have at least"),
         (["cbam"], {}, "'cbam' is a feature-map gate, but task 'text' needs a sequence mechanism; fitting: .*softmax"),

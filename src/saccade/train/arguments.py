@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from saccade.train.data import read_files
 from saccade.train.entries import Entry
-from saccade.train.tasks import TASKS, Task, Text
+from saccade.train.tasks import TASKS, Task
 
 BUDGETS = ("quick", "standard", "long")
 
@@ -28,9 +26,14 @@ def task_of(name: str, preset: str, settings: dict[str, Any], device: torch.devi
     sizes = kind.budgets[preset].changed(settings)
     if data is None:
         return kind(sizes, device)
-    if kind is not Text:
-        raise ValueError(f"data files are for task 'text', got task {name!r}")
-    return Text(sizes, device, data if isinstance(data, Tensor) else read_files(data))
+    if not kind.files:
+        raise ValueError(f"data files are for task {_reading()}, got task {name!r}")
+    return kind.on_files(sizes, device, data)
+
+
+def _reading() -> str:
+    """The tasks that take data files, as a message says them."""
+    return " or ".join(repr(name) for name, kind in TASKS.items() if kind.files)
 
 
 def with_baseline(job: Task, entries: list[Entry]) -> list[Entry]:

@@ -81,8 +81,9 @@ def compare(
         seed: one or several; with several, the result has the spread.
         out: run folder. A folder that holds the same comparison is continued, or returned when it is finished; other
             mechanisms are added to those that it has. Where None, nothing is kept.
-        data: file names (task "text"), or the caller's own: an iterable of batches (inputs..., targets) that can be
-            gone through again and again, or a function of the step that returns one. `task` then says nothing.
+        data: file names (tasks "text" and "click"), or the caller's own: an iterable of batches (inputs..., targets)
+            that can be gone through again and again, or a function of the step that returns one. `task` then says
+            nothing.
         held_out: batches for the quality on own data (the data themselves where None).
         model: for own data, the network: called with a function `part(**arguments)` that builds the mechanism.
         loss: for own data, (model, batch) -> scalar; cross entropy of the logits where None.

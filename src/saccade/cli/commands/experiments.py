@@ -90,7 +90,10 @@ def compare(
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Run folder: what was interrupted goes on, more is added.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Text files for --task text, one or several.")] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Files in place of the task's own data: texts for text, tables of clicks for click."),
+    ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -15,6 +15,7 @@
 | `gazes` | people who look at things, before such windows | generated |
 | `searches` | arrays of objects, and in which order one is searched for | generated |
 | `salients` | such windows with a thing that stands out | generated |
+| `Market`, `read_log` | clicks on rows of categories whose reasons are known, or of files | generated |
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
@@ -24,6 +25,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 """
 
 from saccade.train.data import solids
+from saccade.train.data.clicks import Clicks, Log, Market, read_log
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
@@ -40,9 +42,12 @@ __all__ = [
     "IGNORE",
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
+    "Clicks",
     "Digits",
     "Gazes",
     "Hazy",
+    "Log",
+    "Market",
     "Moving",
     "Paired",
     "Salients",
@@ -62,6 +67,7 @@ __all__ = [
     "paired",
     "photographs",
     "read_files",
+    "read_log",
     "recall",
     "recoloured",
     "rows",

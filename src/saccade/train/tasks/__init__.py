@@ -17,6 +17,7 @@
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
+| `click` | which rows of categories are clicked, or the user's logs | AUC | models of clicks |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -26,6 +27,7 @@ from __future__ import annotations
 from saccade import catalogue
 from saccade.train.tasks.base import TURN as TURN
 from saccade.train.tasks.base import Task as Task
+from saccade.train.tasks.click import Click as Click
 from saccade.train.tasks.detect import Detect as Detect
 from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
@@ -65,6 +67,7 @@ TASKS: dict[str, type[Task]] = {
         Recognise,
         Look,
         Track,
+        Click,
     )
 }
 

@@ -40,6 +40,8 @@ class Task:
     metric: Metric = ACCURACY
     #: baseline that is added to every comparison
     baseline: str | None = None
+    #: what files it takes in place of its own data, in words; "" where it takes none
+    files: str = ""
     #: whether seeing later tokens means seeing the answer
     predicts_next = False
     #: a run with fewer steps is hardly trained
@@ -48,6 +50,20 @@ class Task:
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
         self.settings, self.device = settings, device
+
+    @classmethod
+    def on_files(cls, settings: Settings, device: torch.device, data: Any) -> Task:
+        """The task on the caller's data in place of its own, where `files` says that it takes any.
+
+        Args:
+            settings, device: as for the constructor.
+            data: file names, or a tensor.
+
+        Raises:
+            OSError: if a file cannot be read.
+            ValueError: if the data are not of the form that it takes.
+        """
+        raise NotImplementedError
 
     @classmethod
     def takes(cls, part: catalogue.Summary) -> bool:

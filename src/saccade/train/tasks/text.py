@@ -38,6 +38,7 @@ class Text(SequenceTask):
     needs = ("causal",)
     metric = Metric("bits_per_byte", "bits per byte", higher_is_better=False)
     predicts_next = True
+    files = "texts"
     vocab = 256
     budgets = {
         "quick": Settings(dim=96, layers=2, heads=4, length=256, batch=16, steps=360, lr=3e-3, map_length=128),
@@ -79,6 +80,10 @@ class Text(SequenceTask):
                 f"the data must have at least {10 * (settings.length + 2)} bytes (a tenth is held out, and a window is "
                 f"{settings.length + 1}), got {len(self.train_L) + len(self.held_L)}"
             )
+
+    @classmethod
+    def on_files(cls, settings: Settings, device: torch.device, data: Any) -> Text:
+        return cls(settings, device, data if isinstance(data, Tensor) else sources.read_files(data))
 
     def batch(self, seed: int, step: int) -> tuple[Any, ...]:
         size = self.settings
