@@ -11,6 +11,7 @@ from saccade.layers.mlp import ACTIVATIONS, MLP, GatedMLP
 FUNCTIONS = {
     "gelu": nn.GELU(),
     "gelu-tanh": nn.GELU(approximate="tanh"),
+    "quick-gelu": lambda x: x * (1.702 * x).sigmoid(),
     "relu": nn.ReLU(),
     "silu": nn.SiLU(),
     "sigmoid": nn.Sigmoid(),
