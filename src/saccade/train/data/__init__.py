@@ -18,6 +18,7 @@
 | `Market`, `read_log` | clicks on rows of categories whose reasons are known, or of files | generated |
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
+| `streams` | sound and picture in which events happen, and a question in words about one | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -35,6 +36,7 @@ from saccade.train.data.pairs import ViewPairs, stereo_pair, view_pairs
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
+from saccade.train.data.streams import Streams, streams
 from saccade.train.data.text import read_files, text_bytes, windows
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "Salients",
     "Scenes",
     "Searches",
+    "Streams",
     "ViewPairs",
     "crops",
     "degraded",
@@ -76,6 +79,7 @@ __all__ = [
     "searches",
     "solids",
     "stereo_pair",
+    "streams",
     "text_bytes",
     "view_pairs",
     "windows",

@@ -18,6 +18,7 @@
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
 | `click` | which rows of categories are clicked, or the user's logs | AUC | models of clicks |
+| `localise` | when something is heard or seen, or what a question asks for | mAP | models of events and moments |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -33,6 +34,7 @@ from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
 from saccade.train.tasks.fuse import Fuse as Fuse
 from saccade.train.tasks.listops import ListOps as ListOps
+from saccade.train.tasks.localise import Localise as Localise
 from saccade.train.tasks.look import Look as Look
 from saccade.train.tasks.match import Match as Match
 from saccade.train.tasks.own import Own as Own
@@ -68,6 +70,7 @@ TASKS: dict[str, type[Task]] = {
         Look,
         Track,
         Click,
+        Localise,
     )
 }
 

@@ -36,6 +36,7 @@ class NetworkTask(Task):
     Attributes:
         inputs: the names under which the network takes a batch's tensors, all but the last, which is the truth.
         multiple, least: what the side of an image is a multiple of, and at least.
+        square: False where items are no images: the side is the length itself then.
 
     Raises:
         ValueError: if the length is no square of such a side.
@@ -46,10 +47,13 @@ class NetworkTask(Task):
     inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     multiple: ClassVar[int] = 1
     least: ClassVar[int] = 1
+    square: ClassVar[bool] = True
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.side = math.isqrt(settings.length)
-        if self.side**2 != settings.length or self.side % self.multiple or self.side < self.least:
+        if not self.square and settings.length < self.least:
+            raise ValueError(f"length must be at least {self.least} for {self.name}, got {settings.length}")
+        self.side = math.isqrt(settings.length) if self.square else settings.length
+        if self.square and (self.side**2 != settings.length or self.side % self.multiple or self.side < self.least):
             side = f"a multiple of {self.multiple} pixels for {self.name}"
             if self.multiple == 1:
                 side = f"at least {self.least} pixels for {self.name} ({self.least**2})"
