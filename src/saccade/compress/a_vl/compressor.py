@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from saccade.compress.a_vl.cache import AVLCache, AVLLayerCache
 from saccade.compress.a_vl.selection import AVLOptions
-from saccade.layers.mlp import GatedMLP
+from saccade.layers.llama import LlamaBlock
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import GivenMask, Pattern, Said
@@ -97,18 +97,6 @@ class AVL(QKVAttention):
         return AVLLayerCache(self.options, image)
 
 
-class _Block(nn.Module):
-    def __init__(self, dim: int, hidden: int, eps: float, **attention: Any) -> None:
-        super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
-        self.self_attn = AVL(dim, **attention)
-        self.mlp = GatedMLP(dim, hidden)
-
-    def forward(self, x_BNC: Tensor, **attention: Any) -> Tensor:
-        x_BNC = x_BNC + self.self_attn(self.input_layernorm(x_BNC), **attention)
-        return x_BNC + self.mlp(self.post_attention_layernorm(x_BNC))
-
-
 class AVLDecoder(nn.Module):
     """LLaMA's blocks and last norm on embeddings, decoding with an `AVLCache`; parameters named as the authors' are.
 
@@ -139,7 +127,8 @@ class AVLDecoder(nn.Module):
         super().__init__()
         self.options = AVLOptions(**policy)
         heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        blocks = (_Block(dim, hidden, eps, rope_base=rope_base, **heads, **policy) for _ in range(layers))
+        attentions = (AVL(dim, rope_base=rope_base, **heads, **policy) for _ in range(layers))
+        blocks = (LlamaBlock(attention, dim, hidden, eps=eps) for attention in attentions)
         self.layers, self.norm = nn.ModuleList(blocks), nn.RMSNorm(dim, eps)
 
     def new_cache(self, image: tuple[int, int]) -> AVLCache:
