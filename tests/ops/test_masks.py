@@ -43,7 +43,7 @@ def simple_masks(draw: st.DrawFn, n: int, m: int) -> Mask:
     random = torch.Generator().manual_seed(seed)
     batch = draw(st.sampled_from([1, 2]))
     kind = draw(st.sampled_from(["causal", "window", "prefix", "prefixes", "padding", "documents", "blocks", "dense",
-                                 "neighborhood", "function", "per_document"]))  # fmt: skip
+                                 "neighborhood", "function", "per_document", "tree"]))  # fmt: skip
     if kind == "causal":
         return masks.causal(draw(st.integers(-m, m)))
     if kind == "window":
@@ -52,6 +52,10 @@ def simple_masks(draw: st.DrawFn, n: int, m: int) -> Mask:
         return masks.window(left, draw(st.integers(-left, m + 5)), sinks, offset=draw(st.integers(-3, m)))
     if kind == "prefix":
         return masks.prefix(draw(st.integers(0, m + 3)))
+    if kind == "tree" and n <= m:
+        nodes = draw(st.integers(n, m))
+        parents = [draw(st.integers(-1, node - 1)) for node in range(nodes)]
+        return masks.tree(parents, m - nodes, queries=n)
     if kind == "prefixes":
         return masks.prefix(torch.randint(0, m + 2, (batch,), generator=random))
     if kind == "padding":

@@ -136,7 +136,8 @@ class Llama(nn.Module):
 
     def new_cache(self, batch_size: int) -> LayerCaches:
         """An empty cache for all blocks."""
-        return LayerCaches([block.self_attn.new_cache(batch_size) for block in self.layers])
+        attentions: list[Any] = [block.self_attn for block in self.layers]
+        return LayerCaches([attention.new_cache(batch_size) for attention in attentions])
 
     def forward(
         self,

@@ -126,7 +126,7 @@ class AVLDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.options = AVLOptions(**policy)
-        heads = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        heads: dict[str, Any] = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
         attentions = (AVL(dim, rope_base=rope_base, **heads, **policy) for _ in range(layers))
         blocks = (LlamaBlock(attention, dim, hidden, eps=eps) for attention in attentions)
         self.layers, self.norm = nn.ModuleList(blocks), nn.RMSNorm(dim, eps)

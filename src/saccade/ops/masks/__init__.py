@@ -30,6 +30,7 @@ from saccade.ops.masks.sequences import (
     per_document,
 )
 from saccade.ops.masks.tables import Blocks, Dense, blocks, dense
+from saccade.ops.masks.trees import Tree, tree
 
 __all__ = [
     "EMPTY",
@@ -49,6 +50,7 @@ __all__ = [
     "Pairwise",
     "PerDocument",
     "Prefix",
+    "Tree",
     "and_causal",
     "blocks",
     "causal",
@@ -60,5 +62,6 @@ __all__ = [
     "padding",
     "per_document",
     "prefix",
+    "tree",
     "window",
 ]
