@@ -119,7 +119,7 @@ def test_gradients_reach_the_decoder_alone() -> None:
     assert model.double()._encoder[0].embed.weight.dtype == torch.float64  # it is moved along
     direct = model.eval()(features=encoder.embed(torch.ones(1, 3, 32, 32).double()))
     torch.testing.assert_close(model(torch.ones(1, 3, 32, 32).double()).heatmap, direct.heatmap)
-    with pytest.raises(ValueError, match="needs features="):
+    with pytest.raises(ValueError, match="needs features"):
         small()(torch.rand(1, 3, 32, 32))
 
 

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.models.complete import Complete
-from saccade.models.images import captioned, normalised
+from saccade.models.images import captioned, scaled
 from saccade.ops.export import output
 
 if TYPE_CHECKING:
@@ -115,9 +114,7 @@ class Embedder(Complete):
 
     def ready(self, images: Sequence[Tensor]) -> Tensor:
         """Images (3, H, W) in [0, 1] as the network takes them."""
-        size = list(self.image_size)
-        scaled = [F.interpolate(image[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1) for image in images]
-        return normalised(torch.stack(scaled), self.in_channels)
+        return scaled(images, self.image_size, self.in_channels)
 
     def see(self, images: Sequence[Tensor]) -> EmbeddingOutput:
         pixels_BCHW = self.ready(images)

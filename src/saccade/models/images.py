@@ -77,6 +77,21 @@ def middle(image_3HW: Tensor, side: int) -> Tensor:
     return scaled[:, top : top + side, left : left + side]
 
 
+def scaled(images: Sequence[Tensor], size: tuple[int, int], channels: int) -> Tensor:
+    """Images of any sizes at one, and `normalised`: (B, channels, height, width).
+
+    Args:
+        images: (3, H, W) in [0, 1] each.
+        size: height and width.
+        channels: of the network.
+
+    Raises:
+        ValueError: as `normalised`.
+    """
+    fitted = [F.interpolate(image[None], list(size), mode="bicubic", antialias=True)[0].clamp(0, 1) for image in images]
+    return normalised(torch.stack(fitted), channels)
+
+
 def normalised(images_B3HW: Tensor, channels: int) -> Tensor:
     """With ImageNet's mean colour and deviation taken out; one channel is the luma.
 

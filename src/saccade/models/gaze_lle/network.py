@@ -5,7 +5,7 @@ Shape letters: B images, P people of all images, C channels, H, W image, h, w ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.extras import need
-from saccade.layers.convolution import conv_norm_act
 from saccade.layers.positions import sinusoids
 from saccade.layers.pre_norm import PreNormBlock
 from saccade.layers.softmax_attention import SoftmaxAttention
-from saccade.models.backbone import check_images
+from saccade.models.encoder import SeesThroughEncoder
 from saccade.models.heatmap import HeatmapNetwork, HeatmapOutput
-from saccade.models.upsampling import backbone_features
 
 #: of the people of each image their head boxes; None for one without a box
 Boxes = Tensor | Sequence[Tensor | Sequence[Sequence[float] | Tensor | None]]
@@ -105,7 +103,7 @@ def head_maps(boxes_P4: Tensor, height: int, width: int, *, least_cell: bool = F
     return map_Phw.double()
 
 
-class GazeLLE(HeatmapNetwork):
+class GazeLLE(SeesThroughEncoder, HeatmapNetwork):
     """Where people look.
 
     Args:
@@ -155,9 +153,7 @@ class GazeLLE(HeatmapNetwork):
             raise ValueError("there must be an encoder or a stem, got both")
         self.channels, self.dim, self.least_cell = stem[-1] if stem else channels, dim, least_cell
         self.out_size = None if out_size is None else tuple(out_size)
-        self.patch = 2 ** len(stem) if stem else 14
-        widths = (3, *stem)
-        self.stem = nn.Sequential(*(conv_norm_act(a, b, 3, 2) for a, b in zip(widths, stem))) if stem else None
+        self.see_through(stem)
         self.linear = nn.Conv2d(self.channels, dim, 1)
         self.head_token = nn.Parameter(torch.randn(1, dim))
         self.inout_token = nn.Parameter(torch.randn(1, dim)) if inout else None
@@ -173,44 +169,8 @@ class GazeLLE(HeatmapNetwork):
         self.inout_head = (
             nn.Sequential(nn.Linear(dim, 128), nn.ReLU(), nn.Dropout(0.1), nn.Linear(128, 1)) if inout else None
         )
-        #: kept in a tuple, so that it is no module of this one: it is moved with it, but not trained or saved
-        self._encoder: tuple[Callable[[Tensor], Any]] | None = None
         if encoder is not None:
             self.on(need("transformers", "an encoder").AutoModel.from_pretrained(encoder))
-
-    def on(self, encoder: Callable[[Tensor], Any], patch: int | None = None) -> GazeLLE:
-        """Take the features of this encoder, which stays as it is.
-
-        Args:
-            encoder: normalised images (B, 3, H, W) -> maps (B, C, H / patch, W / patch), tokens, or an output of
-                transformers; see `saccade.models.upsampling.backbone_features`.
-            patch: where its `config` does not say it, 14 where None.
-        """
-        if isinstance(encoder, nn.Module):
-            encoder.eval().requires_grad_(False)
-        self.patch = patch or getattr(getattr(encoder, "config", None), "patch_size", None) or self.patch
-        self._encoder = (encoder,)
-        return self
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        if self._encoder is not None and isinstance(self._encoder[0], nn.Module):
-            self._encoder[0]._apply(fn)
-        return super()._apply(fn, recurse)
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """What the encoder, or the stem, makes of images, (B, C, h, w).
-
-        Raises:
-            ValueError: if they are no colour images of a patch at least, or there is neither.
-        """
-        check_images(pixel_values, 3)
-        if min(pixel_values.shape[2:]) < self.patch:
-            raise ValueError(f"images must be {self.patch} pixels wide and high at least, got {pixel_values.shape[2:]}")
-        if self.stem is not None:
-            return self.stem(pixel_values)
-        if self._encoder is None:
-            raise ValueError("GazeLLE needs features=, or an encoder that gives them: see on(encoder), encoder=, stem=")
-        return backbone_features(self._encoder[0], pixel_values, self.patch)
 
     def forward(
         self, pixel_values: Tensor | None = None, bboxes: Boxes | None = None, *, features: Tensor | None = None

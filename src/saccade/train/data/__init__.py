@@ -16,6 +16,7 @@
 | `searches` | arrays of objects, and in which order one is searched for | generated |
 | `salients` | such windows with a thing that stands out | generated |
 | `Market`, `read_log` | clicks on rows of categories whose reasons are known, or of files | generated |
+| `described` | coloured shapes and digits, and a sentence of each scene | the same |
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `streams` | sound and picture in which events happen, and a question in words about one | generated |
@@ -27,6 +28,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 
 from saccade.train.data import solids
 from saccade.train.data.clicks import Clicks, Log, Market, read_log
+from saccade.train.data.described import WORDS, Described, described, sentence
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
 from saccade.train.data.identities import CONDITIONS, degraded, faces
@@ -44,7 +46,9 @@ __all__ = [
     "IGNORE",
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
+    "WORDS",
     "Clicks",
+    "Described",
     "Digits",
     "Gazes",
     "Hazy",
@@ -60,6 +64,7 @@ __all__ = [
     "crops",
     "degraded",
     "depths",
+    "described",
     "digits",
     "faces",
     "gazes",
@@ -77,6 +82,7 @@ __all__ = [
     "salients",
     "scenes",
     "searches",
+    "sentence",
     "solids",
     "stereo_pair",
     "streams",

@@ -147,7 +147,7 @@ def searches(
     kind_BN = torch.randint(KINDS, (count, number), generator=generator)
     colour_BN = torch.randint(len(COLOURS), (count, number), generator=generator)
     targets = torch.randint(number, (count,), generator=generator)
-    cover_KHW = _shapes(side)
+    cover_KHW = shapes(side)
     objects = 0.9 - cover_KHW[kind_BN][:, :, None] * (0.9 - COLOURS[colour_BN][..., None, None])
     place_N2 = torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"), 2).view(-1, 2)
     other_BN = colour_BN != colour_BN.gather(1, targets[:, None])
@@ -221,7 +221,7 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / vectors.norm(dim=-1, keepdim=True).clamp(min=1e-6)
 
 
-def _shapes(side: int) -> Tensor:
+def shapes(side: int) -> Tensor:
     """Disc, square, ring and cross, (4, s, s) of 0 and 1."""
     line = (torch.arange(side) + 0.5) / side * 2 - 1
     x, y = line.expand(side, -1), line[:, None].expand(-1, side)

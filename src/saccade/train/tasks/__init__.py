@@ -16,6 +16,7 @@
 | `match` | which points of two views of a photograph show the same | AUC of corners | models that match |
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
+| `caption` | what a scene of shapes and digits shows, in a sentence | exact match | models that caption |
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
 | `click` | which rows of categories are clicked, or the user's logs | AUC | models of clicks |
 | `localise` | when something is heard or seen, or what a question asks for | mAP | models of events and moments |
@@ -28,6 +29,7 @@ from __future__ import annotations
 from saccade import catalogue
 from saccade.train.tasks.base import TURN as TURN
 from saccade.train.tasks.base import Task as Task
+from saccade.train.tasks.caption import Caption as Caption
 from saccade.train.tasks.click import Click as Click
 from saccade.train.tasks.detect import Detect as Detect
 from saccade.train.tasks.digits import Digits as Digits
@@ -71,6 +73,7 @@ TASKS: dict[str, type[Task]] = {
         Track,
         Click,
         Localise,
+        Caption,
     )
 }
 
