@@ -1,8 +1,12 @@
 """Matching and flow against the plain forms and against kornia: `python benchmarks/geometry.py [--quick] [CASE ...]`.
 
 - **loftr beside kornia**: kornia's LoFTR at 640 x 480 with the same weights, fp32, in inference, proved equal first; as
-  built, with norms folded into the convolutions, and with channels last; the goal is 1.3 x of the best.
-- **loftr at 1080p**: the peak of extra tensors on two images of 1920 x 1080.
+  built and with norms folded into the convolutions; the goal is 1.3 x of the best. Random weights find no match above
+  the usual threshold, so that nobody pays for the fine stage; **with matches** the threshold is zero and the second
+  image is the first one, moved.
+- **unimatch**: GMFlow at 640 x 480 against itself with every softmax over pixels written by its matrix, proved equal
+  first; at least 1.0 x.
+- **loftr at 1080p**, **unimatch at 1080p**: the peak of extra tensors on two images of 1920 x 1080 (1088 for UniMatch).
 - **coarse matching**: LoFTR's, of 256 channels: mutual best pairs of a dual softmax, streamed, against the matrix of
   all pairs; at 480p (60 x 80 cells at 1/8) at least 1.0 x, at 1080p (135 x 240) in less than 400 MB.
 - **global matching**: UniMatch's, of 128 channels: expected positions under a softmax over all pairs; alike.
@@ -16,6 +20,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -94,18 +99,22 @@ def once(run: Callable[[], object]) -> tuple[int, float]:
     return peak_bytes(run), time.perf_counter() - begin
 
 
-def kornia_row(quick: bool) -> dict[str, Any]:
+def kornia_row(quick: bool, matched: bool = False) -> dict[str, Any]:
     import kornia.feature
+    from kornia.feature.loftr.loftr import default_cfg
 
     from saccade.models.loftr import LoFTR
 
     torch.manual_seed(0)
-    theirs = kornia.feature.LoFTR(pretrained=None).eval()
-    ours = LoFTR.from_kornia(theirs, first_release=True)
+    threshold = 0.0 if matched else default_cfg["match_coarse"]["thr"]
+    config = default_cfg | {"match_coarse": default_cfg["match_coarse"] | {"thr": threshold}}
+    theirs = kornia.feature.LoFTR(pretrained=None, config=config).eval()
+    ours = LoFTR.from_kornia(theirs, first_release=True, threshold=threshold)
     height, width = (96, 128) if quick else (480, 640)
     images = torch.rand(2, 1, 1, height, width)
+    if matched:
+        images[1] = images[0].roll(16, 3)
     folded = copy.deepcopy(ours).fuse()
-    last = copy.deepcopy(folded).to(memory_format=torch.channels_last)
 
     def call(model: nn.Module, of_kornia: bool = False) -> Callable[[], Any]:
         def run() -> Any:
@@ -114,37 +123,84 @@ def kornia_row(quick: bool) -> dict[str, Any]:
 
         return run
 
-    calls = {"kornia": call(theirs, True), "seconds": call(ours), "folded": call(folded), "channels-last": call(last)}
+    calls = {"kornia": call(theirs, True), "seconds": call(ours), "folded": call(folded)}
     expected = calls["kornia"]()
-    for name in ("seconds", "folded", "channels-last"):
+    there = {tuple(a.tolist()): b for a, b in zip(expected["keypoints0"], expected["keypoints1"])}
+    for name in ("seconds", "folded"):
         found = calls[name]()
-        assert len(found.confidence) == len(expected["confidence"])
-        torch.testing.assert_close(found.keypoints1, expected["keypoints1"], atol=0.05, rtol=0)
+        both = [
+            (b, there[key]) for a, b in zip(found.keypoints0, found.keypoints1) if (key := tuple(a.tolist())) in there
+        ]
+        # of equal weights few pairs are best by a hair in one of the two only
+        assert len(both) >= 0.98 * max(len(there), len(found.keypoints0)), (len(both), len(there))
+        for ours_at, theirs_at in both:
+            torch.testing.assert_close(ours_at, theirs_at, atol=0.05, rtol=0)
     times = fastest(*calls.values(), repeats=2 if quick else 5, budget=40.0)
     row: dict[str, Any] = dict(zip(calls, times, strict=True))
-    gains = {name: row["kornia"] / row[name] for name in ("folded", "channels-last")}
-    return row | gains | {"speedup": row["kornia"] / row["seconds"], "matches": len(expected["confidence"])}
+    gains = {"folded": row["kornia"] / row["folded"], "speedup": row["kornia"] / row["seconds"]}
+    return row | gains | {"matches": len(there)}
 
 
-def large_row(quick: bool) -> dict[str, Any]:
-    from saccade.models.loftr import LoFTR
+def unimatch_row(quick: bool) -> dict[str, Any]:
+    from saccade.models.unimatch import UniMatch
 
     torch.manual_seed(0)
-    model = LoFTR().eval().fuse()
-    images = torch.rand(2, 1, 1, *((96, 128) if quick else (1080, 1920)))
+    model = UniMatch().eval()
+    images = 255 * torch.rand(2, 1, 3, *((64, 96) if quick else (480, 640)))
 
-    def run() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+    def run() -> Tensor:
         with torch.no_grad():
-            model(*images)
+            return model(*images).flow
 
-    return dict(zip(("bytes", "seconds"), once(run)))
+    def plain() -> Tensor:
+        room = "saccade.models.unimatch"
+        with (
+            patch(f"{room}.matching.attend", attend),
+            patch(f"{room}.transformer.attend", attend),
+            patch(f"{room}.matching.expected_positions", attend),
+        ):
+            return run()
+
+    torch.testing.assert_close(run(), plain(), atol=1e-2, rtol=1e-3)
+    seconds, plain_seconds = fastest(run, plain, repeats=2 if quick else 5, budget=40.0)
+    return {"seconds": seconds, "plain_seconds": plain_seconds, "speedup": plain_seconds / seconds}
+
+
+def large_row(model: nn.Module, channels: int, size: tuple[int, int]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    images = torch.rand(2, 1, channels, *size)
+
+    def run() -> object:
+        with torch.no_grad():
+            return model.eval()(*images)
+
+    size_bytes, seconds = once(run)
+    return {"bytes": size_bytes, "seconds": seconds}
+
+
+def large_loftr(quick: bool) -> dict[str, Any]:
+    from saccade.models.loftr import LoFTR
+
+    return large_row(LoFTR().eval().fuse(), 1, (96, 128) if quick else (1080, 1920))
+
+
+def large_unimatch(quick: bool) -> dict[str, Any]:
+    from saccade.models.unimatch import UniMatch
+
+    return large_row(UniMatch(), 3, (64, 96) if quick else (1088, 1920))
 
 
 CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {
     "coarse matching": lambda quick: matching_row(coarse, plain_coarse, 256, quick, False),
     "global matching": lambda quick: matching_row(everywhere, plain_everywhere, 128, quick, True),
     "loftr beside kornia": kornia_row,
-    "loftr at 1080p": large_row,
+    "loftr beside kornia, matches": lambda quick: kornia_row(quick, matched=True),
+    "unimatch": unimatch_row,
+    "loftr at 1080p": large_loftr,
+    "unimatch at 1080p": large_unimatch,
 }
 
 
@@ -156,9 +212,14 @@ def verdicts(kept: Kept) -> list[Verdict]:
             found.append(Verdict(f"{case} at 480p, against the matrix:", PLAIN, got, got >= PLAIN))
             got = row["bytes"] / MB
             found.append(Verdict(f"{case} at 1080p, MB:", BYTES / MB, got, got <= BYTES / MB, ceiling=True))
-    if (row := kept.get("loftr beside kornia")) is not None:
-        got = max(row["speedup"], row["folded"], row["channels-last"])
-        found.append(Verdict("LoFTR at 640 x 480 against kornia's, the best form:", KORNIA, got, got >= KORNIA))
+    for case in ("loftr beside kornia", "loftr beside kornia, matches"):
+        if (row := kept.get(case)) is not None:
+            got = max(row["speedup"], row["folded"])
+            words = f"LoFTR at 640 x 480 against kornia's, {row['matches']} matches, the best form:"
+            found.append(Verdict(words, KORNIA, got, got >= KORNIA))
+    if (row := kept.get("unimatch")) is not None:
+        got = row["speedup"]
+        found.append(Verdict("UniMatch at 640 x 480, against the matrices:", PLAIN, got, got >= PLAIN))
     return found
 
 
@@ -178,21 +239,23 @@ def sections(kept: Kept) -> dict[str, list[str]]:
             "", "cells", "ms", "by the matrix, ms", "times as fast", "cells", "s", "MB", "one matrix of all pairs, MB",
         ]  # fmt: skip
         found["Matching of all cells"] = records.table(columns, rows)
-    if (row := kept.get("loftr beside kornia")) is not None:
-        found["LoFTR, 640 x 480"] = records.table(
-            ["kornia's ms", "ours", "folded", "folded, channels last", "matches"],
-            [
-                [
-                    f"{1e3 * row['kornia']:.0f}",
-                    *(f"{row[name]:.2f} x" for name in ("speedup", "folded", "channels-last")),
-                    f"{row['matches']}",
-                ]
-            ],
-        )
-    if (row := kept.get("loftr at 1080p")) is not None:
-        found["LoFTR, 1920 x 1080"] = records.table(
-            ["extra memory, MB", "s"], [[f"{row['bytes'] / MB:,.0f}", f"{row['seconds']:.1f}"]], left=0
-        )
+    rows = [
+        [f"{row['matches']}", f"{1e3 * row['kornia']:.0f}", *(f"{row[name]:.2f} x" for name in ("speedup", "folded"))]
+        for case in ("loftr beside kornia", "loftr beside kornia, matches")
+        if (row := kept.get(case)) is not None
+    ]
+    if rows:
+        found["LoFTR, 640 x 480"] = records.table(["matches", "kornia's ms", "ours", "folded"], rows, left=0)
+    if (row := kept.get("unimatch")) is not None:
+        cells = [f"{1e3 * row['seconds']:.0f}", f"{1e3 * row['plain_seconds']:.0f}", f"{row['speedup']:.2f}"]
+        found["UniMatch, 640 x 480"] = records.table(["ms", "by matrices, ms", "times as fast"], [cells], left=0)
+    rows = [
+        [case.split()[0], f"{row['bytes'] / MB:,.0f}", f"{row['seconds']:.1f}"]
+        for case in ("loftr at 1080p", "unimatch at 1080p")
+        if (row := kept.get(case)) is not None
+    ]
+    if rows:
+        found["Networks on 1920 x 1080"] = records.table(["", "extra memory, MB", "s"], rows)
     return found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from saccade.bench import records
 from saccade.models.images import normalised, read_image
 from saccade.models.upsampling import backbone_features
 from saccade.train import models
-from saccade.train.data.pictures import photographs
+from saccade.train.data.looking import shapes
+from saccade.train.data.pictures import crops, photographs
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
 from saccade.train.metrics.gaze.maps import correlation
@@ -286,6 +287,80 @@ def gaze(lab: Lab) -> dict[str, Any]:
     }
 
 
+def conditions(lab: Lab) -> dict[str, Any]:
+    """Conditional cross-attention on the frozen ViT finds by shape or by colour, beside one space for both."""
+    from saccade.models.conditional_cross_attention import ConditionalViT, triplet_loss
+
+    colours = torch.tensor([[0.9, 0.2, 0.2], [0.2, 0.8, 0.2], [0.25, 0.35, 0.95], [0.9, 0.8, 0.1]])
+    side, drawn = 8 * PATCH, shapes(4 * PATCH)
+    networks: dict[str, ConditionalViT] = {}
+    for form, spaces in (("conditional", 2), ("shared", 1)):
+        torch.manual_seed(0)
+        networks[form] = ConditionalViT.from_vit(models.load("vit-s14"), spaces, embedding_dim=32, frozen=True)
+
+    def things(count: int, generator: torch.Generator, *names: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Images of a shape before a photograph, their tokens, and shape and colour (count, 2)."""
+        labels = torch.randint(4, (count, 2), generator=generator)
+        (images,) = crops([[photograph] for photograph in photographs(*names)], count, side, generator)
+        places = torch.randint(side - len(drawn[0]) + 1, (count, 2), generator=generator).tolist()
+        for image, (shape, colour), (top, left) in zip(images, labels.tolist(), places, strict=True):
+            window = image[:, top : top + len(drawn[0]), left : left + len(drawn[0])]
+            window.copy_(torch.where(drawn[shape] > 0, colours[colour][:, None, None], window))
+        with torch.no_grad():
+            tokens = [networks["shared"].tokens(normalised(part, 3)) for part in images.split(32)]
+        return images, torch.cat(tokens), labels
+
+    def triplets(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Which image is anchor, alike and unlike (count, 3) by half the triplets' shapes and the others' colours."""
+        attribute = torch.arange(count) % 2
+        alike = labels[:, None] == labels
+        anchor = torch.randint(len(labels), (count,), generator=generator)
+        same = alike[anchor, :, attribute].float()
+        same[torch.arange(count), anchor] = 0
+        chosen = [
+            torch.multinomial(each, 1, generator=generator)[:, 0]
+            for each in (same, 1 - alike[anchor, :, attribute].float())
+        ]
+        return torch.stack([anchor, *chosen], 1), attribute
+
+    def embedded(model: ConditionalViT, tokens: Tensor, rows: Tensor, attribute: Tensor) -> tuple[Tensor, ...]:
+        condition = (attribute * (model.head.num_attributes > 1)).repeat_interleave(3)
+        said = F.normalize(model.head(tokens[rows.flatten()], condition), dim=-1)
+        return said.unflatten(0, (-1, 3)).unbind(1)
+
+    _, learn, learn_labels = things(lab.size(384, 16), lab.generator(), "chelsea", "coffee", "rocket")
+    images, held, held_labels = things(lab.size(192, 16), lab.held_out(), "astronaut")
+    judged, judged_by = triplets(held_labels, lab.size(1024, 8), lab.held_out())
+    found: dict[str, Any] = {"steps": lab.steps(150)}
+    for form, model in networks.items():
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            generator = lab.generator()
+            while True:
+                yield triplets(learn_labels, 32, generator)
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            anchor, alike, unlike = embedded(cast(ConditionalViT, model), learn, *batch)
+            return triplet_loss(anchor, alike, unlike)
+
+        lab.train(model, batches(), loss, found["steps"], lr=3e-4, description=form)
+        model.eval()
+        with torch.no_grad():
+            anchor, alike, unlike = embedded(model, held, judged, judged_by)
+        right = ((anchor * alike).sum(1) > (anchor * unlike).sum(1)).float()
+        found[form] = {
+            f"triplets in order by {name}": float(right[judged_by == k].mean())
+            for k, name in enumerate(("shape", "colour"))
+        }
+    with torch.no_grad():
+        spaces = F.normalize(networks["conditional"].head(held), dim=-1)
+    tiles = []
+    for k in range(2):
+        near = spaces[:, k] @ spaces[0, k]
+        tiles += [images[i] for i in near.topk(5).indices]
+    return found | {"pictures": {"conditions": strip(*tiles, side=90)}}
+
+
 def maps(lab: Lab) -> dict[str, Any]:
     """SUM, trained for minutes on discs before photographs, beside the heat maps of a real network."""
     return beside_heat_maps(lab, "sum", "look", 300, lambda said: spread(said.heatmap[0]), "maps")
@@ -322,6 +397,7 @@ CAPTIONS = {
     "fusion": "Thermal, visible (laid over it), fused, the mean of both.",
     "saliency": "Photograph, the real network's heat map, ours; two photographs a row.",
     "gaze": "Scenes, each with where its first person is said to look.",
+    "conditions": "An image that was not learned from and the four nearest to it by shape; the same by colour.",
     "maps": "Photograph, the real network's heat map, ours; two photographs a row.",
 }
 
@@ -344,6 +420,7 @@ SECTIONS: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "saliency": saliency,
     "fusion": fusion,
     "gaze": gaze,
+    "conditions": conditions,
     "maps": maps,
 }
 

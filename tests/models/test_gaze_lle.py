@@ -23,6 +23,7 @@ from saccade.models.gaze_lle import (
 )
 from saccade.models.images import normalised, to_picture
 from saccade.train import models
+from saccade.report import predictions
 from saccade.train.data import gazes, generator_at, photographs
 
 BOXES = [[[0.1, 0.1, 0.4, 0.5], None], [], [[0.5, 0.2, 0.9, 0.9]]]
@@ -191,6 +192,19 @@ def test_files_and_heads_in_a_picture_of_their_gaze_out(tmp_path: Path) -> None:
     assert model.picture(output).size == (52, 40)
     empty = model.predict(tmp_path / "people.png", bboxes=[[]])
     assert model.answer(empty) == [{"people": "none"}] and model.picture(empty).size == (52, 40)
+
+
+def test_heads_are_given_in_pixels_on_the_command_line(tmp_path: Path) -> None:
+    to_picture(torch.rand(3, 40, 52)).save(tmp_path / "people.png")
+    call, network = [tmp_path / "people.png"], small()
+    assert predictions.boxes_of(network, call, ()) == {}
+    found = predictions.boxes_of(network, call, ("13,10,26,20", "0, 0, 52, 40"))["bboxes"]
+    assert found == [[[0.25, 0.25, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0]]]
+    for box in ("1,2,3", "a,b,c,d", "10,10,5,20", "0,0,53,40", "1.2.3,0,5,5"):
+        with pytest.raises(ValueError, match="52 x 40"):
+            predictions.boxes_of(network, call, (box,))
+    with pytest.raises(ValueError, match="one image, got 2"):
+        predictions.boxes_of(network, call * 2, ("0,0,5,5",))
 
 
 def test_refusals() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,12 +16,14 @@ from torch import Tensor
 
 from saccade import catalogue
 from saccade.models.complete import Complete
+from saccade.models.images import read_image
 from saccade.tables import table
 from saccade.train.entries import Entry, parse
 from saccade.train.files import make_folder, write_bytes
 
 #: what a picture may be written as, and what the tensors are
 PICTURES, TENSORS = (".png", ".jpg", ".jpeg", ".webp"), ".safetensors"
+_BOX = r"\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){3}\s*"
 
 
 def build(model: str, size: str | None = None, weights: str | Path | None = None, seed: int = 0) -> Complete:
@@ -57,6 +61,35 @@ def calls(model: str, files: Sequence[Path]) -> list[list[Path]]:
         slug = model.partition(":")[0].strip()
         raise ValueError(f"{slug!r} takes {len(views)} files together ({', '.join(views)}), got {len(files)}")
     return [list(files[i : i + len(views)]) for i in range(0, len(files), len(views))]
+
+
+def boxes_of(network: Complete, call: Sequence[Path], boxes: Sequence[str]) -> dict[str, Any]:
+    """What `predict` takes beside a file: the boxes of the people in it, where it takes them and there are some.
+
+    Args:
+        network: as `build` gives it.
+        call: the files of one call.
+        boxes: each "x0,y0,x1,y1", in pixels.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if the network takes none, there are several files, or a box is not four numbers within the image.
+    """
+    if not boxes:
+        return {}
+    if "bboxes" not in inspect.signature(network.predict).parameters:
+        raise ValueError(f"--box is for networks that are told where people are; {type(network).__name__} is not")
+    if len(call) != 1:
+        raise ValueError(f"--box is for one image, got {len(call)}")
+    height, width = read_image(call[0]).shape[-2:]
+    shares = []
+    for box in boxes:
+        numbers = [float(number) for number in box.split(",")] if re.fullmatch(_BOX, box) else []
+        x0, y0, x1, y1 = numbers or (0.0,) * 4
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise ValueError(f"--box must be x0,y0,x1,y1 in pixels of an image of {width} x {height}, got {box!r}")
+        shares.append([x0 / width, y0 / height, x1 / width, y1 / height])
+    return {"bboxes": [shares]}
 
 
 def _wanted(model: str) -> tuple[Entry, type[Complete]]:

@@ -132,6 +132,12 @@ def run(
             "(.flo), disparity (.pfm), either as KITTI's PNG (.16.png), or a folder; runs/ by default."
         ),
     ] = None,
+    box: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A head in the image, x0,y0,x1,y1 in pixels, for networks that say where people look; repeat."
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -152,6 +158,8 @@ def run(
 
     `saccade run unimatch first.png second.png --weights gmflow.pth --out first.flo`
 
+    `saccade run gaze-lle people.jpg --box 120,40,180,110 --weights gazelle_dinov2_vitb14.pt --out gaze.png`
+
     In Python: `model = ResNeSt.from_authors("resnest50.pth", "ResNeSt-50")`, then `model.predict(files)` and
     `model.picture(output)`.
     """
@@ -167,9 +175,10 @@ def run(
     network = predictions.build(model, size, weights, seed).to(device)
     if weights is None:
         print("saccade: without --weights the network is untrained, and its answer means nothing", file=sys.stderr)
+    people = [predictions.boxes_of(network, call, box or ()) for call in calls]
     answers = []
-    for call, target in zip(calls, targets):
-        output = network.predict(call)
+    for call, target, where in zip(calls, targets, people):
+        output = network.predict(call, **where)
         (said,) = network.answer(output, called)
         predictions.write(network, output, target, called, call)
         file = " + ".join(map(str, call))

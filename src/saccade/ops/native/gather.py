@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.memory import large_empty
 from saccade.ops.native.build import address, library, refusal
 
 __all__ = ["crops", "crops_gradients", "gather", "gather_dot", "in_c", "scatter"]
@@ -35,7 +36,7 @@ def gather(rows_RD: Tensor, index_KS: Tensor, weight_KS: Tensor) -> Tensor:
     """
     (K, S), D = index_KS.shape, rows_RD.shape[1]
     rows, index, weight = rows_RD.contiguous(), _whole(index_KS), weight_KS.contiguous()
-    out = rows.new_empty(K, D)
+    out = large_empty((K, D), rows.dtype, rows.device)
     _check(
         library().saccade_gather(
             address(rows), address(index), address(weight), address(out), len(rows), K, S, D, torch.get_num_threads()
@@ -94,7 +95,7 @@ def crops(
     G, T, Y, X = table_GTYX.shape
     K, table = len(top_K), table_GTYX.contiguous()
     places = [_whole(x) for x in (group_K, top_K, left_K)] + [x.contiguous() for x in (down_K, across_K)]
-    out = table.new_empty(K, T, H, W)
+    out = large_empty((K, T, H, W), table.dtype, table.device)
     failed = library().saccade_crops(
         address(table), *map(address, places), address(out), K, G, T, Y, X, H, W, torch.get_num_threads()
     )
