@@ -22,8 +22,8 @@ from saccade.models.gaze_lle import (
     place_code,
 )
 from saccade.models.images import normalised, to_picture
-from saccade.train import models
 from saccade.report import predictions
+from saccade.train import models
 from saccade.train.data import gazes, generator_at, photographs
 
 BOXES = [[[0.1, 0.1, 0.4, 0.5], None], [], [[0.5, 0.2, 0.9, 0.9]]]

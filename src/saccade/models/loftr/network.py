@@ -122,7 +122,6 @@ class LoFTR(Matcher):
             if linear is not None:
                 nn.init.kaiming_normal_(linear.weight, mode="fan_out", nonlinearity="relu")
         self.dustbin = nn.Parameter(torch.tensor(float(dustbin))) if matching == "sinkhorn" else None
-        self.to(memory_format=torch.channels_last)  # its convolutions are faster so
 
     @classmethod
     def from_kornia(cls, source: nn.Module | Mapping[str, Any], **changes: Any) -> Self:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, channels_last, nn
+from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.catalogue.authors import load_state, read_checkpoint
@@ -176,7 +176,6 @@ class RTDETRv2(Detector):
             sampling=sampling, offset_scale=offset_scale, selection=selection, learned_content=learned_content,
             num_denoising=num_denoising, label_noise=label_noise, box_noise=box_noise,
         )  # fmt: skip
-        self.to(memory_format=channels_last)  # its convolutions are faster so
 
     def forward(self, pixel_values: Tensor, targets: Sequence[Target] | None = None) -> Detection:
         """Images (B, 3, H, W) in [0, 1], of any size, best of multiples of 32.
