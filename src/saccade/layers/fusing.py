@@ -43,7 +43,7 @@ def fuse_norms(module: nn.Module) -> nn.Module:
             _fuse_pairs(part, list(pairwise(part._modules)))
         elif isinstance(part, ResidualBlock):
             _fuse_pairs(part, [(f"conv{i}", f"norm{i}") for i in (1, 2, 3) if hasattr(part, f"norm{i}")])
-    return module.to(memory_format=torch.channels_last)
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def _fuse_pairs(module: nn.Module, names: list[tuple[str, str]]) -> None:
