@@ -35,11 +35,13 @@ class ImageOutput:
     Attributes:
         features: maps (B, C, H, W) from fine to coarse, of `channels` and `strides` of the backbone.
         logits: (B, K), None without a head.
+        penalty: a scalar that training adds to its loss, where the network has one.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
     features: list[Tensor]
     logits: Tensor | None = None
+    penalty: Tensor | None = None
     images: list[Tensor] | None = None
 
 
