@@ -87,12 +87,24 @@ def seen_by_other(inverse_BDHW: Tensor, intrinsics_B33: Tensor, pose_B44: Tensor
     """
     grid_NX = places(inverse_BDHW)[0].flatten(0, 1).to(intrinsics_B33.dtype)
     pixel_3N = torch.cat([grid_NX, torch.ones_like(grid_NX[:, :1])], 1).T
-    ray_B3N = pose_B44[:, :3, :3] @ torch.linalg.inv(intrinsics_B33) @ pixel_3N
+    ray_B3N = pose_B44[:, :3, :3] @ _inverse(intrinsics_B33) @ pixel_3N
     depth_BD1N = 1 / inverse_BDHW.flatten(2)[:, :, None]
     point_BD3N = ray_B3N[:, None] * depth_BD1N + pose_B44[:, None, :3, 3:]
     seen_BD3N = intrinsics_B33[:, None] @ point_BD3N
     at_BD2N = seen_BD3N[:, :, :2] / seen_BD3N[:, :, 2:].clamp(min=NEAREST)
     return at_BD2N.mT.unflatten(2, inverse_BDHW.shape[2:])
+
+
+def _inverse(matrix_B33: Tensor) -> Tensor:
+    """By cross products, which every runtime has; of intrinsics it is as good as by elimination."""
+    a, b, c = matrix_B33.unbind(2)
+    rows = torch.stack([_cross(b, c), _cross(c, a), _cross(a, b)], 1)
+    return rows / (a * rows[:, 0]).sum(1)[:, None, None]
+
+
+def _cross(a_B3: Tensor, b_B3: Tensor) -> Tensor:
+    after, last = [1, 2, 0], [2, 0, 1]
+    return a_B3[:, after] * b_B3[:, last] - a_B3[:, last] * b_B3[:, after]
 
 
 def depth_weights(
