@@ -59,11 +59,13 @@ class Saliency:
     Attributes:
         logits: (B, 1, H, W), at the image's size; the map is their sigmoid.
         side: logits (B, 1, h, w) of coarser maps of the same, from fine to coarse; empty where the network has none.
+        score: (B,), the probability that anything does, where the network says one.
         images: (3, H, W) in [0, 1] each, as `predict` read them, depths too; None in what `forward` gives.
     """
 
     logits: Tensor
     side: list[Tensor] = field(default_factory=list)
+    score: Tensor | None = None
     images: list[Tensor] | None = None
 
     @property
@@ -122,7 +124,7 @@ class SaliencyNetwork(Complete):
         if "depth" in self.views:
             inputs.append(_square(views[1::2].mean(1, keepdim=True), self.image_size))
         said: Saliency = self(*inputs)
-        return Saliency(resize(said.logits, views), said.side, list(images))
+        return replace(said, logits=resize(said.logits, views), images=list(images))
 
     def prepared(self, images_B3HW: Tensor) -> Tensor:
         """Images in [0, 1] as the network takes them."""
