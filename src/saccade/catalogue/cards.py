@@ -167,6 +167,7 @@ class Published:
         inputs: the shapes of the call's named inputs, batch included.
         tolerance: how far the table may be off, as a share.
         note: why the tolerance is above 1 %, or what else the table does not say.
+        integers: the names of those inputs that are numbers of words.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Published:
     inputs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {"pixel_values": (1, 3, 224, 224)})
     tolerance: float = 0.01
     note: str = ""
+    integers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Kind(str):
         """The named inputs on which a published size is counted, without values; on torch's device of the moment."""
         import torch
 
-        return {name: torch.empty(shape) for name, shape in published.inputs.items()}
+        kinds = {name: torch.long if name in published.integers else None for name in published.inputs}
+        return {name: torch.empty(shape, dtype=kinds[name]) for name, shape in published.inputs.items()}
 
     def trial(self, part: Part) -> Trial | None:
         """What cost is measured on, where it is not measured beside `baseline`: the example at size 64, where there are

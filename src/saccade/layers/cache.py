@@ -48,6 +48,13 @@ class KVCache:
         self.length = end
         return self._keys[:, :, :end], self._values[:, :, :end]
 
+    def take_rows(self, index: Tensor) -> KVCache:
+        """A cache of the sequences at `index`, as beam search goes on with."""
+        new = KVCache()
+        new.length = self.length
+        new._keys, new._values = (None if held is None else held[index] for held in (self._keys, self._values))
+        return new
+
     def _grown(self, buffer: Tensor | None, new: Tensor) -> Tensor:
         need = self.length + new.shape[2]
         if buffer is not None and buffer.shape[0] != new.shape[0]:
@@ -130,3 +137,7 @@ class LayerCaches:
     def nbytes(self) -> int:
         """Bytes that all layers hold."""
         return sum(cache.nbytes for cache in self.layers if cache is not None)
+
+    def take_rows(self, index: Tensor) -> LayerCaches:
+        """Caches of the sequences at `index`; each layer's must be one that has `take_rows`."""
+        return LayerCaches([None if cache is None else cache.take_rows(index) for cache in self.layers], self.length)

@@ -182,7 +182,7 @@ class Captioner(SeesThroughEncoder, Complete):
             raise ValueError(f"captions must be ({rows}, words), got {tuple(captions.shape)}")
         if captions.dtype != torch.long:
             raise ValueError(f"captions must be words by number (torch.long), got {captions.dtype}")
-        if captions.numel() and not torch.compiler.is_compiling():
+        if captions.numel() and not (captions.is_meta or torch.compiler.is_compiling()):
             least, most = int(captions.min()), int(captions.max())
             if least < 0 or most >= self.vocab_size:
                 raise ValueError(f"captions must be words from 0 to {self.vocab_size - 1}, got {least} to {most}")
