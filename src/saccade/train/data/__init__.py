@@ -17,6 +17,7 @@
 | `salients` | such windows with a thing that stands out | generated |
 | `Market`, `read_log` | clicks on rows of categories whose reasons are known, or of files | generated |
 | `described` | coloured shapes and digits, and a sentence of each scene | the same |
+| `composed` | pictures of a thing, sentences that describe them or ask for another | generated |
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `streams` | sound and picture in which events happen, and a question in words about one | generated |
@@ -28,6 +29,7 @@ Everything random comes from a `torch.Generator`: the same generator state gives
 
 from saccade.train.data import solids
 from saccade.train.data.clicks import Clicks, Log, Market, read_log
+from saccade.train.data.composed import Composed, composed
 from saccade.train.data.described import WORDS, Described, described, sentence
 from saccade.train.data.draws import generator_at, rows
 from saccade.train.data.haze import Hazy, depths, hazy
@@ -48,6 +50,7 @@ __all__ = [
     "PHOTOGRAPHS",
     "WORDS",
     "Clicks",
+    "Composed",
     "Described",
     "Digits",
     "Gazes",
@@ -61,6 +64,7 @@ __all__ = [
     "Searches",
     "Streams",
     "ViewPairs",
+    "composed",
     "crops",
     "degraded",
     "depths",

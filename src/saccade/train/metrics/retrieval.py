@@ -4,6 +4,7 @@
 |---|---|---|
 | `mean_average_precision` | precision at each relevant item, their mean, and that over queries | torchmetrics |
 | `rank` | the share of queries with a relevant item among the first k (CMC at k) | torchmetrics |
+| `ndcg` | gains, discounted by the logarithm of the place, over those of the best order | torchmetrics |
 | `tar_at_far` | the share of genuine pairs that are accepted where FAR of the impostors are | scikit-learn's ROC |
 
 `apart` says what a query is held against where one set of images is query and gallery: all but itself and, as in
@@ -57,6 +58,30 @@ def rank(similarity_QG: Tensor, relevant_QG: Tensor, counts_QG: Tensor | None = 
     if k < 1:
         raise ValueError(f"k must be positive, got {k}")
     return _over_queries("retrieval_hit_rate", similarity_QG, relevant_QG, counts_QG, top_k=k)
+
+
+def ndcg(similarity_QG: Tensor, gain_QG: Tensor, counts_QG: Tensor | None = None, k: int | None = None) -> float:
+    """The mean over queries of sum_i gain_i / log2(1 + i) over that of the best order; those without gain are left out.
+
+    Args:
+        similarity_QG, counts_QG: as for `mean_average_precision`.
+        gain_QG: how much each item is worth to a query, a whole number not below 0, or bool.
+        k: of the ranking's items that count, from 1; all where None.
+
+    Raises:
+        ImportError: if torchmetrics is not installed.
+        ValueError: if the shapes differ, no query has any gain, or `k` is not positive.
+
+    >>> likeness = torch.tensor([[0.9, 0.8, 0.1]])
+    >>> ndcg(likeness, torch.tensor([[3, 2, 0]]))
+    1.0
+    >>> ndcg(likeness, torch.tensor([[0, 0, 1]]))  # 1 / log2(4)
+    0.5
+    """
+    if k is not None and k < 1:
+        raise ValueError(f"k must be positive, got {k}")
+    options = {} if k is None else {"top_k": k}
+    return _over_queries("retrieval_normalized_dcg", similarity_QG, gain_QG, counts_QG, **options)
 
 
 def tar_at_far(score_N: Tensor, genuine_N: Tensor, far: float = 1e-2) -> float:
@@ -120,7 +145,7 @@ def _over_queries(
     found = [
         float(score(similarity[counts].float(), relevant[counts], **options))
         for similarity, relevant, counts in zip(similarity_QG, relevant_QG, counts_QG)
-        if bool((relevant & counts).any())
+        if bool((relevant[counts] > 0).any())
     ]
     if not found:
         raise ValueError("no query has anything relevant that counts")

@@ -15,6 +15,7 @@
 | `detect` | where digits and shapes lie on photographs | AP | models that find objects |
 | `match` | which points of two views of a photograph show the same | AUC of corners | models that match |
 | `recognise` | whose face, or which digit, several degraded views show | mAP | models of embeddings |
+| `retrieve` | which picture a request or a description asks for | recall@1 | models of images and texts |
 | `look` | where people look: in scenes, in arrays, at photographs | AUC | models of gaze |
 | `caption` | what a scene of shapes and digits shows, in a sentence | exact match | models that caption |
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
@@ -44,6 +45,7 @@ from saccade.train.tasks.paired import PairedViews as PairedViews
 from saccade.train.tasks.recall import Recall as Recall
 from saccade.train.tasks.recognise import Recognise as Recognise
 from saccade.train.tasks.restore import Restore as Restore
+from saccade.train.tasks.retrieve import Retrieve as Retrieve
 from saccade.train.tasks.segment import Salient as Salient
 from saccade.train.tasks.segment import Segment as Segment
 from saccade.train.tasks.sequence import SequenceTask as SequenceTask
@@ -69,6 +71,7 @@ TASKS: dict[str, type[Task]] = {
         Detect,
         Match,
         Recognise,
+        Retrieve,
         Look,
         Track,
         Click,
