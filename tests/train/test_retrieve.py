@@ -41,9 +41,7 @@ class Knowing(Retriever):
     def learn(self, images: Tensor, attributes: Tensor) -> None:
         self.tables |= {float(image.sum()): row for image, row in zip(images, attributes)}
 
-    def document(
-        self, pixel_values: Tensor | None, input_ids: Tensor | None, mask_BL: Tensor | None, **more: object
-    ) -> EmbeddingOutput:
+    def vector(self, pixel_values: Tensor | None, input_ids: Tensor | None, mask_BL: Tensor | None) -> EmbeddingOutput:
         values = ((0, 14), (1, 16), (2, 21))
         if pixel_values is None:
             assert input_ids is not None

@@ -6,7 +6,6 @@ Shape letters: B batch, L words, C channels, H height, W width, Q queries, G ite
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +14,18 @@ from saccade.models.embedding import Embedder, EmbeddingOutput
 
 
 class Retriever(Embedder):
-    """Base of the networks that embed images, texts, and images with texts; a subclass gives `document`.
+    """Base of the networks that embed images, texts, and images with texts; a subclass gives `vector`.
 
     Args of the call are transformers': `pixel_values` (B, C, H, W), `input_ids` (B, L) and `attention_mask` (B, L).
     """
 
-    def document(
-        self, pixel_values: Tensor | None, input_ids: Tensor | None, mask_BL: Tensor | None, **more: Any
-    ) -> EmbeddingOutput:
+    def vector(self, pixel_values: Tensor | None, input_ids: Tensor | None, mask_BL: Tensor | None) -> EmbeddingOutput:
         """The vector of documents of which something is there.
 
         Args:
             pixel_values: images, or None.
             input_ids: words, or None.
             mask_BL: bool, True = real word; of `input_ids`.
-            **more: what else the network takes.
 
         Raises:
             ValueError: if the network cannot do with what there is.
@@ -41,30 +37,40 @@ class Retriever(Embedder):
         pixel_values: Tensor | None = None,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        **more: Any,
     ) -> EmbeddingOutput:
         """
         Args:
             pixel_values: images (B, C, H, W), or sets of views of one thing (B, V, C, H, W) where there is no text.
             input_ids: words (B, L).
             attention_mask: (B, L), not 0 = real word; all are where None.
-            **more: what else the network takes.
 
         Raises:
             ValueError: if there is neither image nor text, a mask without text, or batches differ.
         """
-        if pixel_values is None and input_ids is None:
-            raise ValueError("a document must have an image or a text: give pixel_values, input_ids or both")
+        mask_BL = documents(pixel_values, input_ids, attention_mask)
         if pixel_values is not None and pixel_values.ndim == 5 and input_ids is None:
             return super().forward(pixel_values)
-        mask_BL = words_there(input_ids, attention_mask)
-        if pixel_values is not None and input_ids is not None and len(pixel_values) != len(input_ids):
-            raise ValueError(f"there must be an image for each text, got {len(pixel_values)} and {len(input_ids)}")
-        return self.document(pixel_values, input_ids, mask_BL, **more)
+        return self.vector(pixel_values, input_ids, mask_BL)
 
     def embed(self, x_BCHW: Tensor) -> EmbeddingOutput:
         """Images without text."""
-        return self.document(x_BCHW, None, None)
+        return self.vector(x_BCHW, None, None)
+
+
+def documents(pixel_values: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """Which words are real, of documents that have an image, a text, or both.
+
+    Args:
+        pixel_values, input_ids, attention_mask: as `Retriever` is called.
+
+    Raises:
+        ValueError: as there.
+    """
+    if pixel_values is None and input_ids is None:
+        raise ValueError("a document must have an image or a text: give pixel_values, input_ids or both")
+    if pixel_values is not None and input_ids is not None and len(pixel_values) != len(input_ids):
+        raise ValueError(f"there must be an image for each text, got {len(pixel_values)} and {len(input_ids)}")
+    return words_there(input_ids, attention_mask)
 
 
 def words_there(input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
