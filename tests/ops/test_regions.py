@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from saccade.ops.boxes import area, suppress, to_centres, to_corners, union_shares
+from saccade.ops.boxes import area, suppress, suppress_each, to_centres, to_corners, union_shares
 from saccade.ops.deformable import roi_align
 from saccade.ops.deformable.regions import box_levels
 
@@ -112,3 +112,15 @@ def test_suppression_is_the_loop() -> None:
             kept.append(i)
     assert len(kept) < 60 and suppress(boxes, scores, labels, most=0.3).tolist() == kept
     assert suppress(boxes[:0], scores[:0]).tolist() == []
+
+
+def test_suppression_of_each_class_is_that_of_one() -> None:
+    torch.manual_seed(0)
+    low = 10 * torch.rand(40, 2)
+    boxes, scores = torch.cat([low, low + 1 + 6 * torch.rand(40, 2)], 1), torch.rand(40, 5).mul(8).round()
+    stays = suppress_each(boxes, scores, most=0.3)
+    for of_one, column in zip(stays.T, scores.T, strict=True):
+        expected = torch.zeros(40, dtype=torch.bool)
+        expected[suppress(boxes, column, most=0.3)] = True
+        assert torch.equal(of_one, expected) and 0 < expected.sum() < 40
+    assert suppress_each(boxes[:0], scores[:0]).shape == (0, 5)

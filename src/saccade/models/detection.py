@@ -38,6 +38,8 @@ class Detection:
         pred_boxes: (B, N, 4) as (cx, cy, w, h), shares of width and height.
         boxes: (B, T, 4) as (x0, y0, x1, y1) in pixels of the file, the surest first; None in what `forward` gives.
         labels, scores: (B, T), of `boxes`.
+        features: (B, T, F), what other models take of `boxes`, where the network gives it.
+        attributes: (B, T, A), probabilities of what `boxes` are like, where it tells them.
         images: (3, H, W) in [0, 1] each, as `predict` read them; None in what `forward` gives.
     """
 
@@ -46,6 +48,8 @@ class Detection:
     boxes: Tensor | None = None
     labels: Tensor | None = None
     scores: Tensor | None = None
+    features: Tensor | None = None
+    attributes: Tensor | None = None
     images: list[Tensor] | None = None
 
 

@@ -5,7 +5,7 @@
     IoU  = |a and b| / |a or b|
     GIoU = IoU - (|hull| - |a or b|) / |hull|,   hull: the smallest box around both (Rezatofighi, arXiv 1902.09630)
 
-Shape letters: N, M boxes; leading axes are the same for both, or broadcast.
+Shape letters: N, M boxes, K classes; leading axes are the same for both, or broadcast.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["area", "suppress", "to_centres", "to_corners", "union_shares"]
+__all__ = ["area", "suppress", "suppress_each", "to_centres", "to_corners", "union_shares"]
 
 
 def to_corners(boxes: Tensor) -> Tensor:
@@ -93,3 +93,27 @@ def suppress(boxes_N4: Tensor, scores_N: Tensor, labels_N: Tensor | None = None,
         if torch.equal(settled_N, stays_N):
             return order_N[stays_N]
         stays_N = settled_N
+
+
+def suppress_each(boxes_N4: Tensor, scores_NK: Tensor, *, most: float = 0.5) -> Tensor:
+    """`suppress` of the same boxes once for each class: which boxes stay, bool (N, K).
+
+    Rank by rank, in all classes at once: memory is that of N x N overlaps and of N x K scores.
+
+    Args:
+        boxes_N4: by their corners.
+        scores_NK: of each, as each class.
+        most: the largest IoU that two boxes may have.
+
+    >>> boxes = torch.tensor([[0.0, 0, 4, 4], [0, 0, 4, 5]])
+    >>> suppress_each(boxes, torch.tensor([[0.6, 0.9], [0.9, 0.3]])).tolist()
+    [[False, True], [True, False]]
+    """
+    over_NN = union_shares(boxes_N4, boxes_N4) > most
+    order_NK = scores_NK.argsort(dim=0, descending=True, stable=True)
+    later_NK = order_NK.argsort(dim=0)
+    stays_NK = torch.ones_like(scores_NK, dtype=torch.bool)
+    for rank, best_K in enumerate(order_NK):
+        is_there_K = stays_NK.gather(0, best_K[None])[0]
+        stays_NK &= ~(over_NN[best_K].T & is_there_K & (later_NK > rank))
+    return stays_NK
