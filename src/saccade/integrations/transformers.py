@@ -33,6 +33,7 @@ from saccade.extras import need
 from saccade.integrations.handed_masks import hand_over, read
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, implementation, mechanism, softmax_attend
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
+from saccade.layers.attention_interface import attended, attention_layers
 from saccade.ops.pattern import Pattern
 
 AttentionInterface = need("transformers").AttentionInterface
@@ -110,9 +111,7 @@ def switch(
     """
     entry = mechanism(slug)
     entry.check(options)
-    if not hasattr(model, "set_attn_implementation"):
-        raise ValueError(f"{type(model).__name__} is not a transformers model: it has no set_attn_implementation()")
-    places = _attention_layers(model)
+    places = attention_layers(model)
     chosen = choose(places, layers, "layers") if layers is not None else set(places)
     chosen -= choose(places, dense_layers, "dense_layers")
     rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
@@ -127,20 +126,14 @@ def switch(
 
 @contextmanager
 def _switched(model: nn.Module, entry: Mechanism, settings: Mapping[str, _Setting], report: Report) -> Iterator[Report]:
-    before = [(config, config._attn_implementation) for config in _configs(model)]
     attributes = [(module, module.__dict__.get("_saccade")) for module in model.modules()]
     try:
         for name, module in model.named_modules():
             module.__dict__["_saccade"] = settings.get(name) or _current(module)
-        model.set_attn_implementation(entry.implementation)  # type: ignore[operator]
-        if all(config._attn_implementation != entry.implementation for config, _ in before):
-            raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
-        yield report
+        with attended(model, entry.implementation):
+            yield report
         _warn_without_effect(entry, settings.values())
     finally:
-        # a config passes what it is set to on to its sub-configs: outer ones come first in modules()
-        for config, implementation in before:
-            config._attn_implementation = implementation
         for module, setting in attributes:
             if setting is None:
                 module.__dict__.pop("_saccade", None)
@@ -158,18 +151,6 @@ def _warn_without_effect(entry: Mechanism, settings: Iterable[_Setting]) -> None
         )
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Every config in the model, outer before inner."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while waiting:
-        config = waiting.pop(0)
-        if id(config) not in found and hasattr(config, "_attn_implementation"):
-            found[id(config)] = config
-            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
-    return list(found.values())
-
-
 def _current(module: nn.Module) -> _Setting:
     """What a layer does now: an outer switch's setting, what its config names, or dense attention."""
     if "_saccade" in module.__dict__:
@@ -185,17 +166,6 @@ def _configured(entry: Mechanism, module: nn.Module) -> _Setting:
     options = getattr(getattr(module, "config", None), "saccade", None) or {}
     entry.check(options)
     return _Setting(entry, options)
-
-
-def _attention_layers(model: nn.Module) -> dict[str, int]:
-    """Module path -> number of every attention layer: the innermost modules that are called so."""
-    named = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
-    outer = {name.rsplit(".", depth)[0] for name in named for depth in range(1, name.count(".") + 1)}
-    found = {name: module for name, module in named.items() if name not in outer}
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no attention layers")
-    numbers = [getattr(module, "layer_idx", None) for module in found.values()]
-    return {name: i if number is None else int(number) for i, (name, number) in enumerate(zip(found, numbers))}
 
 
 def _attention_function(slug: str) -> Any:

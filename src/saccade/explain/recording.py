@@ -1,0 +1,262 @@
+"""What the attention of any transformers model does in a call: queries, keys, values and outputs of every layer, and
+its weights, made when they are asked for.
+
+    with recorded(model) as recording:
+        model(**inputs)
+    recording.layers[3].weights(heads=[0], rows=[-1])          # A (B, 1, 1, M), of a long input too
+
+    A = softmax(cap(s q k^T) + bias),     out = A v,     dL/dA = dL/dout v^T
+
+Memory is linear in tokens: neither A nor its gradient is kept, both follow for the rows that are wanted. The model is
+as it was afterwards.
+
+Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.extras import need
+from saccade.layers.attention_interface import attended, attention_layers
+
+__all__ = ["AttentionRecord", "Recording", "recorded"]
+
+#: the name by which transformers' interface knows the attention that records
+IMPLEMENTATION = "saccade_recording"
+#: what a layer may give its attention that would change the weights, and that is not known here
+_UNKNOWN = ("position_bias", "head_mask", "s_aux", "sinks", "indices", "block_indices")
+
+Chosen = Sequence[int] | None
+
+
+@dataclass
+class AttentionRecord:
+    """One call of one attention layer.
+
+    Attributes:
+        name: path of the layer's module.
+        number: of the layer.
+        x_BNC: what the layer was given.
+        q_BHND: queries, positions in them.
+        k_BKMD, v_BKME: keys and values; K divides H.
+        bias: what is added to the scores, (B or 1, H or 1, N, M), None for nothing. What is hidden has a very negative
+            one.
+        scale: s.
+        soft_cap: c of cap(x) = c tanh(x / c), None where there is none.
+        out_BNHE: A v, before the output projection; its `grad` is there after a backward pass.
+    """
+
+    name: str
+    number: int
+    x_BNC: Tensor | None
+    q_BHND: Tensor
+    k_BKMD: Tensor
+    v_BKME: Tensor
+    bias: Tensor | None
+    scale: float
+    soft_cap: float | None
+    out_BNHE: Tensor
+
+    def scores(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
+        """cap(s q k^T) + bias (B, heads, rows, M), in float32.
+
+        Args:
+            heads: numbers of those that are wanted; all where None.
+            rows: likewise of the queries, from the end where negative.
+
+        Raises:
+            IndexError: if there is none of that number.
+        """
+        head_h, row_n = self._of(heads, self.q_BHND.shape[1]), self._of(rows, self.q_BHND.shape[2])
+        q_BhnD = self.q_BHND[:, head_h][:, :, row_n].float()
+        score_BhnM = q_BhnD @ self.k_BKMD[:, self._key_head(head_h)].float().mT * self.scale
+        if self.soft_cap is not None:
+            score_BhnM = self.soft_cap * (score_BhnM / self.soft_cap).tanh()
+        if self.bias is None:
+            return score_BhnM
+        bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, head_h]
+        return score_BhnM + (bias if bias.shape[2] == 1 else bias[:, :, row_n]).float()
+
+    def weights(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
+        """A (B, heads, rows, M), in float32; a row that may attend to nothing is 0.
+
+        Args:
+            heads, rows: as of `scores`.
+
+        Raises:
+            IndexError: if there is none of that number.
+        """
+        score_BhnM = self.scores(heads=heads, rows=rows)
+        if self.bias is None:
+            return score_BhnM.softmax(-1)
+        hidden_BhnM = score_BhnM <= torch.finfo(self.bias.dtype).min / 2
+        weight_BhnM = score_BhnM.masked_fill(hidden_BhnM, -torch.inf).softmax(-1)
+        return weight_BhnM.masked_fill(hidden_BhnM.all(-1, keepdim=True), 0)
+
+    def gradients(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
+        """dL/dA (B, heads, rows, M), of the scalar whose `backward` was called; in float32.
+
+        Args:
+            heads, rows: as of `scores`.
+
+        Raises:
+            IndexError: if there is none of that number.
+            RuntimeError: if nothing was called backward through this layer.
+        """
+        if self.out_BNHE.grad is None:
+            raise RuntimeError(
+                f"{self.name} has no gradient: call backward() on what the model said, inside `recorded`"
+            )
+        head_h, row_n = self._of(heads, self.q_BHND.shape[1]), self._of(rows, self.q_BHND.shape[2])
+        grad_BhnE = self.out_BNHE.grad[:, row_n][:, :, head_h].transpose(1, 2).float()
+        return grad_BhnE @ self.v_BKME[:, self._key_head(head_h)].detach().float().mT
+
+    def _of(self, wanted: Chosen, count: int) -> Tensor:
+        every = torch.arange(count, device=self.q_BHND.device)
+        return every if wanted is None else every[torch.as_tensor(wanted, device=every.device)]
+
+    def _key_head(self, head_h: Tensor) -> Tensor:
+        return head_h // (self.q_BHND.shape[1] // self.k_BKMD.shape[1])
+
+
+@dataclass
+class Recording:
+    """What `recorded` yields; it fills as the model runs.
+
+    Attributes:
+        layers: a record for each call of an attention layer, in the order of the calls.
+    """
+
+    layers: list[AttentionRecord] = field(default_factory=list)
+
+    def of(self, name: str) -> list[AttentionRecord]:
+        """The records of the layers whose path contains `name`, as "vision_model"."""
+        return [record for record in self.layers if name in record.name]
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        self.layers.clear()
+
+
+@dataclass
+class _Recorder:
+    recording: Recording
+    places: dict[int, tuple[str, int]]
+    wanted: set[int]
+    given: dict[int, Tensor] = field(default_factory=dict)
+
+
+_RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recorded(model: nn.Module, *, layers: Sequence[int] | None = None) -> Iterator[Recording]:
+    """Record every call of a transformers model's attention: decoder, encoder, ViT, CLIP, and those made of them.
+
+    Gradients flow as without it, and reach the records where the model's output is called backward.
+
+    Args:
+        model: a model that uses transformers' attention interface.
+        layers: numbers of the layers that are kept, from the end where negative; all where None.
+
+    Raises:
+        ImportError: if transformers is not installed.
+        ValueError: if the model does not use the interface, has no such layer, or, in a call, an attention that is more
+            than scores, softmax and values.
+
+    >>> from transformers import BertConfig, BertModel
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    >>> model = BertModel(BertConfig(vocab_size=9, **sizes)).eval()
+    >>> with recorded(model) as recording:
+    ...     _ = model(torch.tensor([[1, 2, 3]]))
+    >>> [record.name for record in recording.layers], recording.layers[0].weights().shape
+    (['encoder.layer.0.attention.self', 'encoder.layer.1.attention.self'], torch.Size([1, 2, 3, 3]))
+    """
+    _register()
+    places, modules = attention_layers(model), dict(model.named_modules())
+    count = 1 + max(places.values())
+    chosen = set(range(count)) if layers is None else {number + count * (number < 0) for number in layers}
+    if strange := chosen - set(places.values()):
+        raise ValueError(f"layers must be between 0 and {count - 1}, got {sorted(strange)}")
+    known = {id(modules[name]): (name, number) for name, number in places.items()}
+    recorder = _Recorder(Recording(), known, chosen)
+    hooks = [
+        modules[name].register_forward_pre_hook(_keep_input, with_kwargs=True)
+        for name, number in places.items()
+        if number in chosen
+    ]
+    token = _RECORDER.set(recorder)
+    try:
+        with attended(model, IMPLEMENTATION):
+            yield recorder.recording
+    finally:
+        _RECORDER.reset(token)
+        for hook in hooks:
+            hook.remove()
+
+
+def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    recorder = _RECORDER.get()
+    x = args[0] if args else kwargs.get("hidden_states")
+    if recorder is not None and isinstance(x, Tensor):
+        recorder.given[id(module)] = x
+
+
+@torch.compiler.disable
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    **extra: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: computes, and enters what it computed from in the recorder of the moment."""
+    for name in _UNKNOWN:
+        if extra.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} has {name!r} in its attention, which cannot be recorded")
+    recorder = _RECORDER.get()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias, (N, M) = attention_mask, (query.shape[2], key.shape[2])
+    if bias is None and N > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
+        bias = torch.ones(1, 1, N, M, dtype=torch.bool, device=query.device).tril(M - N)
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, torch.finfo(query.dtype).min)
+    name, number = ("", 0) if recorder is None else recorder.places.get(id(module), (type(module).__name__, 0))
+    given = None if recorder is None else recorder.given.pop(id(module), None)
+    record = AttentionRecord(name, number, given, query, key, value, bias, scale, softcap, query)
+    if softcap is None:
+        out_BHNE = F.scaled_dot_product_attention(
+            query, key, value, bias, dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
+    else:
+        weights = F.dropout(record.weights().to(value.dtype), dropout)
+        out_BHNE = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    out_BNHE = out_BHNE.transpose(1, 2).contiguous()
+    if out_BNHE.requires_grad:
+        out_BNHE.retain_grad()
+    if recorder is not None and number in recorder.wanted:
+        record.out_BNHE = out_BNHE
+        recorder.recording.layers.append(record)
+    return out_BNHE, None
+
+
+def _register() -> None:
+    """Make the name valid in transformers; the masks it gets are written out."""
+    what = "recording the attention of a model"
+    utilities, masks = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
+    utilities.AttentionInterface.register(IMPLEMENTATION, _attention)
+    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.eager_mask)

@@ -1,0 +1,70 @@
+"""The attention of a loaded transformers model, run by a function of ours for a while: knows the interface, not the
+package, which is imported by nobody here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+__all__ = ["attended", "attention_layers", "configs"]
+
+
+@contextmanager
+def attended(model: nn.Module, implementation: str) -> Iterator[None]:
+    """The model with another attention implementation, in all of its parts; afterwards it has those that it had.
+
+    Args:
+        model: a model that uses transformers' attention interface.
+        implementation: a name that is registered with the interface, of attention and of masks.
+
+    Raises:
+        ValueError: if it is no such model.
+    """
+    _check(model)
+    before = [(config, config._attn_implementation) for config in configs(model)]
+    try:
+        model.set_attn_implementation(implementation)
+        if all(config._attn_implementation != implementation for config, _ in before):
+            raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
+        yield
+    finally:
+        # a config passes what it is set to on to its sub-configs: outer ones come first in modules()
+        for config, name in before:
+            config._attn_implementation = name
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every config in the model that names an attention, outer before inner."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+            waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return list(found.values())
+
+
+def attention_layers(model: nn.Module) -> dict[str, int]:
+    """Module path -> number of every attention layer: the innermost modules that are called so.
+
+    Raises:
+        ValueError: if there are none, or it is no model of transformers.
+    """
+    _check(model)
+    named = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
+    outer = {name.rsplit(".", depth)[0] for name in named for depth in range(1, name.count(".") + 1)}
+    found = {name: module for name, module in named.items() if name not in outer}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention layers")
+    numbers = [getattr(module, "layer_idx", None) for module in found.values()]
+    return {name: i if number is None else int(number) for i, (name, number) in enumerate(zip(found, numbers))}
+
+
+def _check(model: nn.Module) -> None:
+    if not hasattr(model, "set_attn_implementation"):
+        raise ValueError(f"{type(model).__name__} is not a transformers model: it has no set_attn_implementation()")
