@@ -27,7 +27,7 @@ def attended(model: nn.Module, implementation: str) -> Iterator[None]:
     _check(model)
     before = [(config, config._attn_implementation) for config in configs(model)]
     try:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(implementation)  # type: ignore[operator]
         if all(config._attn_implementation != implementation for config, _ in before):
             raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
         yield
