@@ -21,6 +21,7 @@ from saccade.models.han import HAN
 from saccade.models.heatmap import HeatmapNetwork
 from saccade.models.images import colours, luma, middle, normalised, read_image, to_picture
 from saccade.models.matching import Matcher
+from saccade.models.moments import StreamNetwork
 from saccade.models.multitask import MultitaskNetwork
 from saccade.models.resnest import ResNeSt
 from saccade.models.scene import SceneNetwork
@@ -28,11 +29,11 @@ from saccade.models.segmentation import SaliencyNetwork, Segmenter
 from saccade.report import predictions
 
 RUNNABLE = predictions.runnable()
-#: on photographs; the files of the others are volumes, events or scenes, and tested in their rooms
+#: on photographs; the files of the others are volumes, events, scenes or features, and tested in their rooms
 SEEING = [
     slug
     for slug in RUNNABLE
-    if slug not in ("evenhancer", "hff-net", "taptrv2") and not issubclass(catalogue.part(slug).build, SceneNetwork)
+    if slug not in ("evenhancer", "hff-net", "taptrv2") and not issubclass(catalogue.part(slug).build, (SceneNetwork, StreamNetwork))
 ]
 #: of two images one
 FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]
