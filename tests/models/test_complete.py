@@ -33,7 +33,8 @@ RUNNABLE = predictions.runnable()
 SEEING = [
     slug
     for slug in RUNNABLE
-    if slug not in ("evenhancer", "hff-net", "taptrv2") and not issubclass(catalogue.part(slug).build, (SceneNetwork, StreamNetwork))
+    if slug not in ("evenhancer", "hff-net", "taptrv2")
+    and not issubclass(catalogue.part(slug).build, (SceneNetwork, StreamNetwork))
 ]
 #: of two images one
 FUSERS = [slug for slug in RUNNABLE if issubclass(catalogue.part(slug).build, Fuser)]

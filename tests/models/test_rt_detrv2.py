@@ -34,8 +34,8 @@ from saccade.models.rt_detrv2 import (
     varifocal_loss,
     warm_up,
 )
-from saccade.models.rt_detrv2.decoder import anchors, inverse_sigmoid
-from saccade.ops.boxes import to_corners
+from saccade.models.rt_detrv2.decoder import anchors
+from saccade.ops.boxes import inverse_sigmoid, to_corners
 from saccade.ops.deformable import deformable_attend_reference
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "rt-detrv2"

@@ -2,6 +2,8 @@
 
     corners    (x0, y0, x1, y1)          centres    (x, y, width, height)
 
+    the logit of a share that a head moves:  log(x / (1 - x))
+
     IoU  = |a and b| / |a or b|
     GIoU = IoU - (|hull| - |a or b|) / |hull|,   hull: the smallest box around both (Rezatofighi, arXiv 1902.09630)
 
@@ -15,7 +17,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-__all__ = ["area", "suppress", "suppress_each", "to_centres", "to_corners", "union_shares"]
+__all__ = ["area", "inverse_sigmoid", "suppress", "suppress_each", "to_centres", "to_corners", "union_shares"]
 
 
 def to_corners(boxes: Tensor) -> Tensor:
@@ -32,6 +34,12 @@ def to_centres(boxes: Tensor) -> Tensor:
     """(x0, y0, x1, y1) -> (x, y, width, height), (..., 4)."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], -1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """log(x / (1 - x)), with both kept at `eps` or more."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 def area(boxes: Tensor) -> Tensor:

@@ -19,17 +19,12 @@ from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.layers.mlp import MLP
 from saccade.layers.placed_attention import PlacedAttention
 from saccade.models.rt_detrv2.denoising import Noised, Target, contrastive_queries
+from saccade.ops.boxes import inverse_sigmoid
 from saccade.ops.deformable.points import Size, working_dtype
 
 SELECTION = ("default", "one2many", "agnostic")
 #: the probability that scores start at
 PRIOR = 0.01
-
-
-def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)), with both kept at `eps` or more."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=eps) / (1 - x).clamp(min=eps)).log()
 
 
 def anchors(

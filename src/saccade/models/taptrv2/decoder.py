@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from saccade import masks
 from saccade.layers.placed_attention import PlacedAttention
 from saccade.models.taptrv2.attention import KeyAwareDeformableAttention, PositionUpdate, level_sizes, sine_embedding
+from saccade.ops.boxes import inverse_sigmoid
 from saccade.ops.deformable.points import Size
 
 #: what the logit of a coordinate keeps from 0 and 1
@@ -24,12 +25,6 @@ EPS = 1e-3
 _SINES = 128
 #: the probability that classes start at
 _PRIOR = 0.01
-
-
-def inverse_sigmoid(x: Tensor) -> Tensor:
-    """log(x / (1 - x)), both kept at 0.001 or more."""
-    x = x.clamp(0, 1)
-    return (x.clamp(min=EPS) / (1 - x).clamp(min=EPS)).log()
 
 
 def _mlp(*widths: int) -> nn.Sequential:
@@ -117,7 +112,7 @@ class DecoderLayer(nn.Module):
         moves_BTNA2 = (looked.offsets / sizes).flatten(2, 3).unflatten(0, (B, T))
         delta_BTN2 = self.update(looked.logits.flatten(2).unflatten(0, (B, T)), moves_BTNA2)
         before_BTN2 = box_BTN4[..., :2]
-        centre = inverse_sigmoid(before_BTN2 + delta_BTN2.to(box_BTN4.dtype)).sigmoid()  # which stays in the picture
+        centre = inverse_sigmoid(before_BTN2 + delta_BTN2.to(box_BTN4.dtype), EPS).sigmoid()  # which stays in the picture
         box_BTN4 = torch.where(update_BTN[..., None], torch.cat([centre, box_BTN4[..., 2:]], -1), box_BTN4)
         place_BTNC = self.place(sine_embedding(box_BTN4, _SINES, self.temperature).to(x_BTNC.dtype))
 
@@ -218,7 +213,7 @@ class TrackDecoder(nn.Module):
             )  # fmt: skip
             e_BTNC = sine_embedding(delta_BTN2, _SINES, self.temperature).to(x_BTNC.dtype)
             f_BTNC = self.fuse(torch.cat([x_BTNC, e_BTNC], -1))
-            found_BTN4 = (inverse_sigmoid(at_BTN4) + box_head(f_BTNC).to(at_BTN4.dtype)).sigmoid()
+            found_BTN4 = (inverse_sigmoid(at_BTN4, EPS) + box_head(f_BTNC).to(at_BTN4.dtype)).sigmoid()
             found_BTN4 = torch.where(update_BTN[..., None], found_BTN4, box_BTN4)
             boxes.append(found_BTN4)
             logits.append(class_head(f_BTNC))
