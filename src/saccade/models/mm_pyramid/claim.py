@@ -79,9 +79,9 @@ def _claim(lab: Lab) -> ClaimResult:
             "one": partial(MMPyramid, **sizes, levels=1),
             "alone": partial(MMPyramid, **sizes, levels=4, cross=False),
         },
-        lambda generator: _drawn(lab.size(48, 2), generator),
+        lambda generator: _drawn(lab.size(32, 2), generator),
         measure,
-        300, loss=loss, lr=2e-3, task="localise",
+        220, loss=loss, lr=2e-3, task="localise",
     )  # fmt: skip
     measured = trials.means()
     longer = measured["four_f1_length_8"] - measured["one_f1_length_8"]

@@ -112,7 +112,9 @@ class DecoderLayer(nn.Module):
         moves_BTNA2 = (looked.offsets / sizes).flatten(2, 3).unflatten(0, (B, T))
         delta_BTN2 = self.update(looked.logits.flatten(2).unflatten(0, (B, T)), moves_BTNA2)
         before_BTN2 = box_BTN4[..., :2]
-        centre = inverse_sigmoid(before_BTN2 + delta_BTN2.to(box_BTN4.dtype), EPS).sigmoid()  # which stays in the picture
+        centre = inverse_sigmoid(
+            before_BTN2 + delta_BTN2.to(box_BTN4.dtype), EPS
+        ).sigmoid()  # which stays in the picture
         box_BTN4 = torch.where(update_BTN[..., None], torch.cat([centre, box_BTN4[..., 2:]], -1), box_BTN4)
         place_BTNC = self.place(sine_embedding(box_BTN4, _SINES, self.temperature).to(x_BTNC.dtype))
 
