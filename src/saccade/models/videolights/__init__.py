@@ -24,9 +24,9 @@ Where paper and code differ, as the code computes by default: the correlation of
 and weighs one vector, so that K is the constant c_q c_v for every clip (False: the words themselves, P^T t); the
 feed-forward layer of Bi-CMF adds its own output, not its input (`single_residual` adds the input); the pass with the
 neighbour's text takes clips that their own text has refined. A clip of padding has log 0 of its mask in the refinement,
-about -103.28, as in the code. Not as in the code: its mask of pairs of padding, which hides words from valid clips where
-lengths in a batch differ, is not computed; words of padding have no part in the alignment; a moment that starts before
-the video starts with it.
+about -103.28, as in the code. Not as in the code: its mask of pairs of padding, which hides words from valid clips
+where lengths in a batch differ, is not computed; words of padding have no part in the alignment; a moment that starts
+before the video starts with it.
 
 Training is `Criterion`, AdamW at 1e-4, weight decay 1e-4, batches of 32, gradients clipped at 0.1, 200 epochs; before
 it, where wanted, 100 epochs on clips with generated captions.

@@ -1,4 +1,4 @@
-"""The paper's claim at laptop size: one network finds moments and rates clips, and what it says depends on the query."""
+"""The paper's claim at laptop size: one network finds moments and rates clips, and the query tells which."""
 
 from __future__ import annotations
 

@@ -177,7 +177,15 @@ class VideoLights(MomentFinder):
         clips_BLD, words_BWD = self.video_map(self._with_ends(video, video_mask)), self.text_map(text)
         refined_BLD = self.refinement(clips_BLD, words_BWD, video_mask, text_mask)
         place_BLD = _clip_places(clips_BLD, video_mask)
-        memory_BLD, whole_BD = self.encode(refined_BLD, place_BLD, words_BWD, video_mask, text_mask)
+        # for the own words, and for those of the next item, in one go
+        words = torch.cat([words_BWD, words_BWD.roll(-1, 0)])
+        masks = [
+            None if mask is None else torch.cat([mask, mask.roll(-by, 0)])
+            for mask, by in ((video_mask, 0), (text_mask, 1))
+        ]
+        memory, whole = self.encode(refined_BLD.repeat(2, 1, 1), place_BLD.repeat(2, 1, 1), words, *masks)
+        saliency_BL, neighbour_BL = self._saliency(memory, whole).chunk(2)
+        memory_BLD = memory[: len(video)]
         contents, anchors = self.decoder(memory_BLD, place_BLD, video_mask)
         said = [
             (
@@ -190,15 +198,13 @@ class VideoLights(MomentFinder):
         logits, spans, queries = said[-1]
         surest_B = (logits[..., 0] - logits[..., 1]).argmax(1)
         span_B2 = spans.gather(1, surest_B[:, None, None].expand(-1, 1, 2))[:, 0]
-        neighbour = None if text_mask is None else text_mask.roll(-1, 0)
-        others = self.encode(refined_BLD, place_BLD, words_BWD.roll(-1, 0), video_mask, neighbour)
         return Trained(
             logits,
             spans,
-            self._saliency(memory_BLD, whole_BD),
+            saliency_BL,
             mask=video_mask,
             auxiliary=[x for layer in said[:-1] for x in layer],
-            saliency_neighbour=self._saliency(*others),
+            saliency_neighbour=neighbour_BL,
             saliency_feedback=self.feedback(clips_BLD, memory_BLD, span_B2),
             queries=queries,
             words=unit(self.word_space(words_BWD)),
