@@ -262,7 +262,7 @@ class EventParser(StreamNetwork):
         streams: the names of the M streams of the output.
     """
 
-    views = ("audio", "video")
+    views: ClassVar[tuple[str, ...]] = ("audio", "video")
     streams: tuple[str, ...] = ("audio", "video")
 
     def loss(self, said: EventOutput, truth_BTMK: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def _claim(lab: Lab) -> ClaimResult:
             "f1_shown_by_the_other": _f1(by_stream_said[~shows_B2], by_stream_true[~shows_B2]),
         }
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_classes": _CLASSES, "hidden": lab.size(32, 8), "audio_dim": _DIM, "video_dim": _DIM, "motion_dim": 0,
         "frames": 1, "num_heads": 4, "feedforward": lab.size(32, 8), "drop": 0.1,
     }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,7 @@ class MMPyramid(EventParser):
     """
 
     slug = "mm-pyramid"
+    views: ClassVar[tuple[str, ...]] = ("audio", "video", "motion")
     authors_module = "avvp_net"
 
     def __init__(
@@ -118,7 +119,8 @@ class MMPyramid(EventParser):
             attention_drop=attention_drop,
         )  # fmt: skip
         self.head = (ParsingHead if head == "parse" else LocalisationHead)(hidden, num_classes)
-        self.views = ("audio", "video", "motion") if motion_dim else ("audio", "video")  # type: ignore[misc]
+        if not motion_dim:
+            self.views = ("audio", "video")  # type: ignore[misc]
         if head == "localise":
             self.streams = ("audio and video",)
 

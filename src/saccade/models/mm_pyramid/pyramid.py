@@ -100,7 +100,8 @@ class IntegrateBlock(nn.Module):
             return WindowLayer(dim, feedforward, num_heads, drop=drop, attention_drop=attention_drop)
 
         self.video, self.audio, self.cross = layer(), layer(), layer() if cross else None
-        self.video_sum, self.audio_sum = (GatedSum(dim), GatedSum(dim)) if cross else (None, None)
+        self.video_sum = GatedSum(dim) if cross else None
+        self.audio_sum = GatedSum(dim) if cross else None
 
     def forward(self, video_BTC: Tensor, audio_BTC: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Both streams, with the same steps; `mask` is bool (B, T), False is padding."""

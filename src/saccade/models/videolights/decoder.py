@@ -151,7 +151,8 @@ class SpanDecoder(nn.Module):
         B, _, D = memory_BLD.shape
         span_BQ2 = self.anchors.sigmoid().expand(B, -1, -1)
         x_BQD = torch.zeros(B, self.anchors.shape[0], D, dtype=memory_BLD.dtype, device=memory_BLD.device)
-        contents, anchors = [], []
+        contents: list[Tensor] = []
+        anchors: list[Tensor] = []
         for layer in self.layers:
             anchors.append(span_BQ2)
             seen_BQ2 = span_BQ2.detach() if self.training and contents else span_BQ2
