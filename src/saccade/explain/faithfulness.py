@@ -1,0 +1,234 @@
+"""Whether a map of relevance deserves belief: what happens to the score when tokens or patches are taken away.
+
+    f(S)   the score with the parts S alone, f(all) with all of them
+
+| measure | | better |
+|---|---|---|
+| deletion | mean of f / f(all) while the most relevant go first | lower |
+| insertion | mean of f / f(all) while the most relevant come first | higher |
+| comprehensiveness | mean over shares k of f(all) - f(all but the top k) (DeYoung et al., arXiv 1911.03429) | higher |
+| sufficiency | mean over shares k of f(all) - f(the top k alone) | lower |
+| sensitivity-n | correlation of summed relevance and fall of f, over random sets of n parts (Ancona et al., arXiv 1711.06104) | higher |
+
+A random map is measured beside every map: what is no better than it says nothing about the model.
+
+Shape letters: M parts (tokens, patches), S sets of them.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from saccade.extras import need
+from saccade.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Faithfulness", "Measures", "agreement", "faithfulness", "overlap"]
+
+#: kept (S, M) of bool -> f (S,)
+Score = Callable[[Tensor], Tensor]
+
+#: the shares of parts of comprehensiveness and sufficiency
+SHARES = (0.05, 0.1, 0.2, 0.5)
+#: which way is better
+BETTER = {"deletion": -1, "insertion": 1, "comprehensiveness": 1, "sufficiency": -1, "sensitivity": 1}
+
+
+@dataclass
+class Measures:
+    """One map's measures; the module's docstring defines them.
+
+    Attributes:
+        deletion, insertion, comprehensiveness, sufficiency, sensitivity: the measures.
+        deletion_curve, insertion_curve: f / f(all) by the number of parts that went or came, from none to all.
+    """
+
+    deletion: float
+    insertion: float
+    comprehensiveness: float
+    sufficiency: float
+    sensitivity: float
+    deletion_curve: Tensor
+    insertion_curve: Tensor
+
+    def figures(self) -> dict[str, float]:
+        """The measures by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if not each.name.endswith("curve")}
+
+
+@dataclass
+class Faithfulness:
+    """Maps of one input beside each other, and beside random ones.
+
+    Attributes:
+        maps: by their names.
+        floor: those of random maps, one each.
+        whole, nothing: f with all parts and with none.
+    """
+
+    maps: dict[str, Measures]
+    floor: list[Measures]
+    whole: float
+    nothing: float
+
+    def beyond_chance(self, name: str) -> dict[str, bool]:
+        """By measure, whether a map is better than every random one.
+
+        Args:
+            name: of the map.
+        """
+        random = [each.figures() for each in self.floor]
+        return {
+            measure: all(sign * value > sign * other[measure] for other in random)
+            for measure, value in self.maps[name].figures().items()
+            for sign in (BETTER[measure],)
+        }
+
+    def believed(self) -> list[str]:
+        """The maps that are better than every random one by most measures, the best first.
+
+        Ordered by how many measures say so, then by insertion less deletion.
+        """
+        votes = {name: sum(self.beyond_chance(name).values()) for name in self.maps}
+        chosen = [name for name, count in votes.items() if 2 * count > len(BETTER)]
+        return sorted(chosen, key=lambda name: (-votes[name], self.maps[name].deletion - self.maps[name].insertion))
+
+    def table(self) -> str:
+        """A line a map, the mean of the random ones last; a star marks what no random map reaches."""
+        lines = []
+        for name, measures in self.maps.items():
+            beyond = self.beyond_chance(name)
+            lines.append((name, *(f"{v:.3f}{' *' * beyond[k]}" for k, v in measures.figures().items())))
+        random = [each.figures() for each in self.floor]
+        means = (sum(each[k] for each in random) / len(random) for k in BETTER)
+        lines.append(("random", *(f"{mean:.3f}" for mean in means)))
+        arrows = {1: "↑", -1: "↓"}
+        return table(("map", *(f"{name} {arrows[sign]}" for name, sign in BETTER.items())), lines)
+
+    def plot(self) -> Figure:
+        """Curves of deletion and insertion.
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        pyplot = need("matplotlib.pyplot", "plots")
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        for axis, kind in zip(axes, ("deletion", "insertion"), strict=True):
+            for each in self.floor:
+                axis.plot(getattr(each, f"{kind}_curve"), color="0.8", linewidth=1)
+            for name, measures in self.maps.items():
+                axis.plot(getattr(measures, f"{kind}_curve"), label=name)
+            axis.set_title(f"{kind}: the most relevant first")
+            axis.set_xlabel("parts")
+        axes[0].set_ylabel("score, share of the whole one")
+        axes[1].legend()
+        return figure
+
+
+def faithfulness(
+    score: Score,
+    maps: Mapping[str, Tensor],
+    *,
+    random: int = 5,
+    subsets: int = 64,
+    share: float = 0.2,
+    batch: int = 64,
+    seed: int = 0,
+) -> Faithfulness:
+    """Measure maps of one input, beside random ones.
+
+    Args:
+        score: what the model says with some of the parts, such as the target's probability: kept (S, M) -> (S,).
+        maps: relevance of each part (M,), by name.
+        random: how many random maps.
+        subsets: random sets of sensitivity-n.
+        share: of the parts in each of these, n / M.
+        batch: sets in one call of `score`.
+        seed: of random maps and sets.
+
+    Raises:
+        ValueError: if there are no maps, they have not one length, or the score of the whole input is 0.
+    """
+    lengths = {tuple(relevance.shape) for relevance in maps.values()}
+    if len(lengths) != 1 or len(shape := lengths.pop()) != 1 or not shape[0]:
+        raise ValueError(f"maps must have one relevance for each part, got {[tuple(x.shape) for x in maps.values()]}")
+    if random < 1 or subsets < 2 or not 0 < share < 1:
+        raise ValueError(f"random, subsets and share must be 1, 2 and in (0, 1), got {random}, {subsets} and {share}")
+    (M,) = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def scores(kept_SM: Tensor) -> Tensor:
+        return torch.cat([score(part).detach().float().cpu() for part in kept_SM.split(batch)])
+
+    whole, nothing = scores(torch.stack([torch.ones(M), torch.zeros(M)]).bool()).tolist()
+    if whole == 0:
+        raise ValueError("the score of the whole input is 0: nothing can be explained of it")
+    removed_SM = torch.zeros(subsets, M, dtype=torch.bool)
+    count = min(max(1, round(share * M)), M)
+    for row in removed_SM:
+        row[torch.randperm(M, generator=generator)[:count]] = True
+    fall_S = whole - scores(~removed_SM)
+
+    def measured(relevance_M: Tensor) -> Measures:
+        relevance_M = relevance_M.detach().float().cpu()
+        order = relevance_M.argsort(descending=True, stable=True)
+        first_SM = torch.zeros(M + 1, M, dtype=torch.bool)
+        first_SM[:, order] = torch.arange(M)[None] < torch.arange(M + 1)[:, None]
+        of_first, of_rest = scores(torch.cat([first_SM, ~first_SM])).chunk(2)
+        tops = [min(max(1, round(each * M)), M) for each in SHARES]
+        return Measures(
+            deletion=float(of_rest.mean() / whole),
+            insertion=float(of_first.mean() / whole),
+            comprehensiveness=float((whole - of_rest[tops]).mean()),
+            sufficiency=float((whole - of_first[tops]).mean()),
+            sensitivity=_correlation((removed_SM * relevance_M).sum(1), fall_S),
+            deletion_curve=of_rest / whole,
+            insertion_curve=of_first / whole,
+        )
+
+    floor = [measured(torch.rand(M, generator=generator)) for _ in range(random)]
+    return Faithfulness({name: measured(relevance) for name, relevance in maps.items()}, floor, whole, nothing)
+
+
+def agreement(maps: Mapping[str, Tensor]) -> Tensor:
+    """Spearman's rank correlation of each two maps, (maps, maps).
+
+    Args:
+        maps: relevance (M,), by name.
+    """
+    ranks = [_ranks(relevance.detach().float().flatten()) for relevance in maps.values()]
+    return torch.tensor([[_correlation(a, b) for b in ranks] for a in ranks])
+
+
+def overlap(first_M: Tensor, second_M: Tensor, share: float = 0.1) -> float:
+    """The share of the parts that both maps have among their top ones.
+
+    Args:
+        first_M, second_M: relevance.
+        share: of the parts that are top ones.
+    """
+    count = max(1, round(share * len(first_M)))
+    chosen: Sequence[set[int]] = [set(each.topk(count).indices.tolist()) for each in (first_M, second_M)]
+    return len(chosen[0] & chosen[1]) / count
+
+
+def _ranks(x_M: Tensor) -> Tensor:
+    """From 0; equal ones have their mean rank."""
+    ordered, position = x_M.unique(return_inverse=True)
+    count = torch.bincount(position, minlength=len(ordered)).float()
+    return (count.cumsum(0) - (count + 1) / 2)[position]
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    """Pearson's; 0 where one of them is constant."""
+    x, y = x.double() - x.double().mean(), y.double() - y.double().mean()
+    norm = float(x.norm() * y.norm())
+    return float(x @ y) / norm if norm > 0 else 0.0
