@@ -26,6 +26,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "load_authors": ("saccade.catalogue", "load_authors"),
     "switch": ("saccade.integrations.transformers", "switch"),
     "advise": ("saccade.integrations.advise", "advise"),
+    "explain": ("saccade.explain", None),
     "insert": ("saccade.integrations.insert", "insert"),
     "compare": ("saccade.train", "compare"),
 }
@@ -50,6 +51,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from saccade import catalogue as catalogue
+    from saccade import explain as explain
     from saccade.catalogue import create as create
     from saccade.catalogue import load_authors as load_authors
     from saccade.integrations.advise import advise as advise
