@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from saccade.compress.a_vl import AVLCache, AVLOptions, image_span
 from saccade.extras import need
+from saccade.layers.vision_language import decoder_of
 
 AttentionInterface = need("transformers", "A-VL's cache for a model").AttentionInterface
 Cache: Any = need("transformers.cache_utils", "A-VL's cache for a model").Cache
@@ -86,7 +87,7 @@ def compressed(model: nn.Module, image: Tensor, **options: Any) -> Iterator[AVLC
         ValueError: if an option is out of range, or the model, the image span or the padding is not of the kind.
     """
     policy = _policy(options)
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     if image.dtype != torch.bool:
         token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
         if token is None:
@@ -114,13 +115,6 @@ def _policy(options: Mapping[str, Any]) -> AVLOptions:
         if name not in known:
             raise ValueError(f"A-VL has the options {', '.join(known)}, not {name!r}")
     return AVLOptions(**options)
-
-
-def _decoder(model: nn.Module) -> Any:
-    for module in model.modules():
-        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "embed_tokens"):
-            return module
-    raise ValueError(f"{type(model).__name__} has no decoder with layers and embed_tokens")
 
 
 def _refuse_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
