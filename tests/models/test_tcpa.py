@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from saccade import catalogue
 from saccade.layers.vision_transformer import VisionTransformer
+from saccade.layers.wrapping import footprint
 from saccade.models.tcpa import (
     TCPA,
     Prompts,
@@ -92,7 +93,7 @@ def test_limits() -> None:
     torch.testing.assert_close(bare.tokens(image)[0], bare.norm(tokens), rtol=0, atol=0)
     whole = {"class_pool": 4, "image_pool": 3, "class_top_k": 4, "image_top_k": 3}
     chosen, roles = _network(**whole), _network(**whole, matched=False)
-    roles.load_state_dict({name: t for name, t in chosen.state_dict().items() if "keys" not in name})
+    roles.load_state_dict(chosen.state_dict())
     assert torch.equal(chosen(image).logits, roles(image).logits)
     assert chosen(image).penalty is not None and roles(image).penalty is None
     shared = _network(roles=False, matched=False)
@@ -176,7 +177,7 @@ def test_around_a_transformer_of_transformers(family: str) -> None:
     }  # fmt: skip
     vit = getattr(transformers, f"{family}Model")(getattr(transformers, f"{family}Config")(**sizes)).eval()
     image = _image()
-    plain = vit(image).last_hidden_state
+    plain, before = vit(image).last_hidden_state, footprint(vit)
     with prompted(vit, Prompts(16, 2, **_NONE).eval()):
         torch.testing.assert_close(vit(image).last_hidden_state, plain)
     prompts = Prompts(16, 2, class_pool=3, image_pool=3, class_top_k=1, image_top_k=2)
@@ -189,7 +190,8 @@ def test_around_a_transformer_of_transformers(family: str) -> None:
     with pytest.raises(RuntimeError, match="meanwhile"), prompted(vit, prompts):
         raise RuntimeError("meanwhile")
     assert torch.equal(vit(image).last_hidden_state, plain)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+    assert footprint(vit) == before
+    assert seen.calls == 2 and seen.figures()["prompts a layer"] == "6" and seen.figures()["seen by a token"] == "32%"
     with pytest.raises(ValueError, match=r"are of 3 layers, and .* has 2 blocks"), prompted(vit, Prompts(16, 3)):
         pass
     with pytest.raises(ValueError, match=r"prompts must be as wide .* \(16\), got 8"), prompted(vit, Prompts(8, 2)):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from saccade.layers.pretrained import SoftmaxLayer, read_softmax
+from saccade.layers.wrapping import Report, changing
 
 #: the cross attention of Stable Diffusion's layers at a quarter of the latent's sides, five of them
 LAYERS = ("down_blocks.2.attentions.*attn2", "up_blocks.1.attentions.*attn2")
@@ -46,14 +47,11 @@ def cross_maps(model: nn.Module, layers: Sequence[str] = LAYERS) -> Iterator[lis
     """
     found = [(name, module, read_softmax(module)) for name, module in _named(model, layers, nn.Module)]
     maps: list[Tensor] = []
-    handles = [model.register_forward_pre_hook(lambda *called: maps.clear())]
-    try:
+    with changing(model, Report("far")) as changes:
+        changes.before(model, lambda *called: maps.clear())
         for name, module, layer in found:
-            handles.append(module.register_forward_pre_hook(partial(_read, maps, name, layer), with_kwargs=True))
+            changes.before(module, partial(_read, maps, name, layer))
         yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def trainable(model: nn.Module, form: str = "kv", *, rank: int = 32, alpha: float = 32.0) -> list[nn.Parameter]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from saccade.layers.patches import filled
 from saccade.layers.vision_transformer import VisionTransformer
 from saccade.models.backbone import Backbone, ImageOutput, check_images
-from saccade.models.tcpa.prompts import PromptedAttention, Prompting, Prompts
+from saccade.models.tcpa.prompts import PromptedAttention, Prompting, Prompts, total_distance
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -144,9 +144,7 @@ class TCPA(Backbone):
         """Images (B, C, H, W) of any size; `penalty` is the distance of tokens to the keys that they chose."""
         x_BND, layers = self.tokens(pixel_values)
         logits_BK = None if self.head is None else self.head(x_BND[:, 0])
-        distances = [layer.distance for layer in layers if layer.distance is not None]
-        penalty = torch.stack(distances).sum() if distances else None
-        return ImageOutput([self._map(pixel_values, x_BND)], logits_BK, penalty=penalty)
+        return ImageOutput([self._map(pixel_values, x_BND)], logits_BK, penalty=total_distance(layers))
 
     def _map(self, image_BCHW: Tensor, x_BND: Tensor) -> Tensor:
         height = filled(image_BCHW, self.patch).shape[2] // self.patch

@@ -6,8 +6,8 @@ a pool, l prompts of an entry, k entries that a token chooses, M tokens or promp
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,12 @@ class Prompting(NamedTuple):
     prompts: Tensor
     visible: Tensor
     distance: Tensor | None
+
+
+def total_distance(layers: Sequence[Prompting]) -> Tensor | None:
+    """The sum over layers; None where nothing is matched."""
+    found = [layer.distance for layer in layers if layer.distance is not None]
+    return torch.stack(found).sum() if found else None
 
 
 def match(x_BND: Tensor, keys_mD: Tensor, top_k: int, *, random: bool = False) -> tuple[Tensor, Tensor]:
@@ -109,6 +115,12 @@ class PromptPool(nn.Module):
         self.top_k, self.size, self.length = top_k, size, length
         self.keys = None if top_k is None else nn.Parameter(torch.empty(depth, size, dim).uniform_(-1, 1))
         self.prompts = nn.Parameter(torch.empty(depth, size, length, dim).uniform_(-1, 1))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *arguments: Any) -> None:
+        """Keys of a checkpoint are left out where all is seen: the authors' pools have them in either case."""
+        if self.keys is None:
+            state_dict.pop(f"{prefix}keys", None)  # type: ignore[attr-defined]
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def see(self, layer: int, x_BND: Tensor, random: bool) -> tuple[Tensor, Tensor | None]:
         """Which prompts (B, N, m l) of a layer each token sees, and the distance of their keys."""

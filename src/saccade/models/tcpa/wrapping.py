@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.pretrained import SoftmaxLayer, read_softmax
-from saccade.models.tcpa.prompts import Prompting, Prompts, attend_with
+from saccade.layers.wrapping import Report, changing
+from saccade.models.tcpa.prompts import Prompting, Prompts, attend_with, total_distance
 
 
 @dataclass
-class Seen:
-    """What the last call of a prompted transformer made of its prompts.
+class Seen(Report):
+    """What is changed, and what the last call of a prompted transformer made of its prompts.
 
     Attributes:
         layers: the prompting of each layer.
@@ -32,8 +32,12 @@ class Seen:
     @property
     def distance(self) -> Tensor | None:
         """The sum over layers; None where nothing is matched."""
-        found = [layer.distance for layer in self.layers if layer.distance is not None]
-        return torch.stack(found).sum() if found else None
+        return total_distance(self.layers)
+
+    def figures(self) -> dict[str, str]:
+        shown = sum(float(layer.visible.float().mean()) for layer in self.layers) / max(1, len(self.layers))
+        prompts = self.layers[0].prompts.shape[1] if self.layers else 0
+        return {**super().figures(), "prompts a layer": str(prompts), "seen by a token": f"{shown:.0%}"}
 
 
 @contextmanager
@@ -59,19 +63,13 @@ def prompted(model: nn.Module, prompts: Prompts) -> Iterator[Seen]:
     for _, _, layer in blocks:
         if layer.dim != prompts.dim or layer.num_kv_heads != layer.num_heads or layer.rope:
             raise ValueError(f"prompts must be as wide as the model's attention ({layer.dim}), got {prompts.dim}")
-    seen, handles = Seen(), []
-    try:
+    with changing(model, Seen("tcpa")) as changes:
         for i, (block, attention, layer) in enumerate(blocks):
-            of_block = _Block(i, prompts, seen, _norm(block), layer)
-            handles += [
-                block.register_forward_pre_hook(of_block.enter, with_kwargs=True),
-                attention.register_forward_pre_hook(of_block.shorten, with_kwargs=True),
-                attention.register_forward_hook(of_block.replace),
-            ]
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+            of_block = _Block(i, prompts, changes.report, _norm(block), layer)
+            changes.before(block, of_block.enter)
+            changes.before(attention, of_block.shorten)
+            changes.after(attention, of_block.replace)
+        yield changes.report
 
 
 class _Block:
@@ -87,6 +85,7 @@ class _Block:
         tokens_BND = args[0] if args else kwargs["hidden_states"]
         if not self.number:
             self.seen.layers.clear()
+            self.seen.calls += 1
         self.prompting = self.prompts(self.number, tokens_BND)
         self.seen.layers.append(self.prompting)
 
@@ -97,7 +96,7 @@ class _Block:
         first = self.normed_BND[:, :1]
         return ((first, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": first})
 
-    def replace(self, attention: nn.Module, args: tuple[Any, ...], said: Any) -> Any:
+    def replace(self, attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], said: Any) -> Any:
         prompts_BLD = self.norm(self.prompting.prompts)
         out_BND = attend_with(
             self.prompts, self.project, self.layer.num_heads, self.normed_BND, prompts_BLD, self.prompting.visible

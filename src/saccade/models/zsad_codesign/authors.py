@@ -69,14 +69,14 @@ def _run_network(module: ACDCLIP, inputs: dict[str, Tensor], args: dict[str, Any
     text = module.describe(inputs["tokens"])
     seg, det, _ = module.see_patches(inputs["x"])
     said = module(inputs["x"], descriptors=text)
-    size = (args["img_size"],) * 2
+    logits_GBNK, size = module.gateway(seg, text[:, None]), (args["img_size"],) * 2
     return {
         "seg_tokens": seg,
         "det_tokens": det,
         "text": text,
         "probability": said.score,
-        "map_test": said.logits[:, 0].sigmoid(),
-        "map_train": state_maps(module.gateway(seg, text[:, None]), size).softmax(1),
+        "map_test": state_maps(logits_GBNK, size, domain=module.domain).softmax(1)[:, 1],
+        "map_train": state_maps(logits_GBNK, size).softmax(1),
     }
 
 
