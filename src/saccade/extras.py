@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 #: package -> the extra that brings it
 EXTRAS = {
@@ -45,3 +46,15 @@ def need(module: str, what: str = "this") -> ModuleType:
             raise  # the package is there, but one that it needs is not
         message = f"{what} needs {package}: pip install 'saccade[{EXTRAS[package]}]'"
         raise ImportError(message, name=package) from None
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure, without touching matplotlib's global state.
+
+    Args:
+        width, height: in inches.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    return need("matplotlib.figure", "drawing").Figure(figsize=(width, height), layout="constrained")

@@ -128,7 +128,7 @@ def test_a_text_with_its_tokenizer() -> None:
 
 
 def test_maps_are_drawn(finder: Any) -> None:
-    pytest.importorskip("matplotlib").use("agg")
+    pytest.importorskip("matplotlib")
     found = saccade.explain(finder, {"input_ids": IDS}, methods=["raw", "rollout"], **FEW)
     assert len(found.plot().axes) == 2
     image = saccade.explain(vit(), {"pixel_values": torch.rand(1, 3, 16, 16)}, methods=["raw"], **FEW)

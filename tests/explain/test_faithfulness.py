@@ -47,8 +47,15 @@ def test_the_same_seed_gives_the_same_and_sets_come_in_batches() -> None:
         return additive(kept_SM)
 
     first, second = (faithfulness(score, {"a": WORTH}, batch=7, seed=3) for _ in range(2))
-    assert first.table() == second.table() and max(sizes) == 7
+    assert first.table() == second.table() and max(sizes) == 7 and first.maps["a"].counts.tolist() == [*range(11)]
     assert first.table() != faithfulness(score, {"a": WORTH}, seed=4).table()
+
+
+def test_curves_of_many_parts_have_few_steps() -> None:
+    worth = torch.rand(200)
+    found = faithfulness(lambda kept: kept.float() @ worth, {"true": worth}, steps=8, random=1).maps["true"]
+    assert found.counts.tolist() == [0, 25, 50, 75, 100, 125, 150, 175, 200]
+    torch.testing.assert_close(found.deletion_curve[4], worth.sort().values[:100].sum() / worth.sum())
 
 
 def test_agreement_and_overlap() -> None:
@@ -61,7 +68,7 @@ def test_agreement_and_overlap() -> None:
 
 
 def test_curves_are_drawn() -> None:
-    pytest.importorskip("matplotlib").use("agg")
+    pytest.importorskip("matplotlib")
     figure = faithfulness(additive, {"true": WORTH}).plot()
     assert len(figure.axes) == 2
 

@@ -124,7 +124,7 @@ def test_a_name_without_a_network(
         if silent:
             hub.listen()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{hub.getsockname()[1]}")
-        monkeypatch.setattr("saccade.report.advice.PATIENCE", 0.2)
+        monkeypatch.setattr("saccade.report.pretrained.PATIENCE", 0.2)
         monkeypatch.setattr("time.sleep", sleep)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
         monkeypatch.chdir(tmp_path)

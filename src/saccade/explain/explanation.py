@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from saccade.explain import maps
 from saccade.explain.faithfulness import Faithfulness, agreement, faithfulness
-from saccade.explain.recording import Recording, recorded
+from saccade.explain.recording import AttentionRecord, Recording, recorded
 from saccade.explain.subjects import Image, Subject, Target, subject
-from saccade.extras import need
+from saccade.extras import new_figure
 from saccade.layers.watching import evaluating
 from saccade.tables import table
 
@@ -37,6 +37,7 @@ class Explanation:
         maps: relevance (M,) by method.
         faithfulness: of each map, beside random ones.
         agreement: rank correlation of each two maps.
+        heads: (layers, H, M), the attention of what the output is read from to each part, head by head.
     """
 
     labels: list[str]
@@ -45,6 +46,12 @@ class Explanation:
     maps: dict[str, Tensor]
     faithfulness: Faithfulness
     agreement: Tensor
+    heads: Tensor
+
+    @property
+    def probability(self) -> float:
+        """Of the target; of an embedding 1, its likeness to itself."""
+        return self.faithfulness.whole
 
     def best(self) -> str | None:
         """The map that deserves belief most, None if none is better than chance."""
@@ -80,19 +87,18 @@ class Explanation:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        pyplot = need("matplotlib.pyplot", "plots")
         count = len(self.maps)
         if self.grid is not None:
-            figure, axes = pyplot.subplots(1, count, figsize=(2.4 * count, 2.6), squeeze=False, layout="constrained")
+            figure = new_figure(2.4 * count, 2.6)
+            axes = figure.subplots(1, count, squeeze=False)
             for axis, (name, relevance) in zip(axes[0], self.maps.items(), strict=True):
                 axis.imshow(relevance.view(self.grid), cmap="magma")
                 axis.set_title(name, fontsize=9)
                 axis.set_axis_off()
             return figure
         width = max(6.0, 0.3 * len(self.labels))
-        figure, axes = pyplot.subplots(
-            count, 1, figsize=(width, 1.2 * count + 1), squeeze=False, sharex=True, layout="constrained"
-        )
+        figure = new_figure(width, 1.2 * count + 1)
+        axes = figure.subplots(count, 1, squeeze=False, sharex=True)
         for axis, (name, relevance) in zip(axes[:, 0], self.maps.items(), strict=True):
             axis.bar(range(len(relevance)), relevance)
             axis.set_ylabel(name, rotation=0, ha="right", fontsize=9)
@@ -186,9 +192,16 @@ def explain(
         chosen = methods or [name for name in METHODS if name not in _SLOW or seen.parts <= _FEW]
         recording, gradients = _run(seen)
         found = {name: METHODS[name](seen, recording, gradients).detach().float().cpu() for name in chosen}
+        heads = torch.stack([_heads(seen, record) for record in recording.layers]).float().cpu()
         measured = faithfulness(seen.score, found, random=random, subsets=subsets, seed=seed)
     grid = seen.grid if isinstance(seen, Image) else None
-    return Explanation(seen.labels, grid, seen.target, found, measured, agreement(found))
+    return Explanation(seen.labels, grid, seen.target, found, measured, agreement(found), heads)
+
+
+def _heads(seen: Subject, record: AttentionRecord) -> Tensor:
+    """A layer's attention from what is read to the parts, (H, M)."""
+    weights = record.weights(rows=None if seen.rows is None else [seen.rows])[0].mean(1).detach()
+    return torch.stack([seen.on_parts(weight) for weight in weights])
 
 
 def _run(seen: Subject) -> tuple[Recording, dict[str, Tensor]]:

@@ -18,13 +18,13 @@ Shape letters: M parts (tokens, patches), S sets of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from saccade.extras import need
+from saccade.extras import new_figure
 from saccade.tables import table
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Measures:
 
     Attributes:
         deletion, insertion, comprehensiveness, sufficiency, sensitivity: the measures.
-        deletion_curve, insertion_curve: f / f(all) by the number of parts that went or came, from none to all.
+        deletion_curve, insertion_curve: f / f(all) by the number of parts that went or came, which is in `counts`.
+        counts: from none to all.
     """
 
     deletion: float
@@ -57,10 +58,11 @@ class Measures:
     sensitivity: float
     deletion_curve: Tensor
     insertion_curve: Tensor
+    counts: Tensor
 
     def figures(self) -> dict[str, float]:
         """The measures by name."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if not each.name.endswith("curve")}
+        return {name: getattr(self, name) for name in BETTER}
 
 
 @dataclass
@@ -118,13 +120,13 @@ class Faithfulness:
         Raises:
             ImportError: if matplotlib is not installed.
         """
-        pyplot = need("matplotlib.pyplot", "plots")
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True, layout="constrained")
+        figure = new_figure(9, 3.4)
+        axes = figure.subplots(1, 2, sharey=True)
         for axis, kind in zip(axes, ("deletion", "insertion"), strict=True):
             for each in self.floor:
-                axis.plot(getattr(each, f"{kind}_curve"), color="0.8", linewidth=1)
+                axis.plot(each.counts, getattr(each, f"{kind}_curve"), color="0.8", linewidth=1)
             for name, measures in self.maps.items():
-                axis.plot(getattr(measures, f"{kind}_curve"), label=name)
+                axis.plot(measures.counts, getattr(measures, f"{kind}_curve"), label=name)
             axis.set_title(f"{kind}: the most relevant first")
             axis.set_xlabel("parts")
         axes[0].set_ylabel("score, share of the whole one")
@@ -139,7 +141,8 @@ def faithfulness(
     random: int = 5,
     subsets: int = 64,
     share: float = 0.2,
-    batch: int = 64,
+    steps: int = 16,
+    batch: int = 32,
     seed: int = 0,
 ) -> Faithfulness:
     """Measure maps of one input, beside random ones.
@@ -150,6 +153,7 @@ def faithfulness(
         random: how many random maps.
         subsets: random sets of sensitivity-n.
         share: of the parts in each of these, n / M.
+        steps: of the curves; every part is one where there are not more.
         batch: sets in one call of `score`.
         seed: of random maps and sets.
 
@@ -159,8 +163,9 @@ def faithfulness(
     lengths = {tuple(relevance.shape) for relevance in maps.values()}
     if len(lengths) != 1 or len(shape := lengths.pop()) != 1 or not shape[0]:
         raise ValueError(f"maps must have one relevance for each part, got {[tuple(x.shape) for x in maps.values()]}")
-    if random < 1 or subsets < 2 or not 0 < share < 1:
-        raise ValueError(f"random, subsets and share must be 1, 2 and in (0, 1), got {random}, {subsets} and {share}")
+    if min(random, subsets - 1, steps) < 1 or not 0 < share < 1:
+        given = f"{random}, {subsets}, {steps} and {share}"
+        raise ValueError(f"random, subsets, steps and share must be at least 1, 2, 1 and in (0, 1), got {given}")
     (M,) = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -176,22 +181,25 @@ def faithfulness(
     for row in removed_SM:
         row[torch.randperm(M, generator=generator)[:count]] = True
     fall_S = whole - scores(~removed_SM)
+    counts = torch.linspace(0, M, min(steps, M) + 1).round().int()
+    tops = torch.tensor([min(max(1, round(each * M)), M) for each in SHARES])
 
     def measured(relevance_M: Tensor) -> Measures:
         relevance_M = relevance_M.detach().float().cpu()
         order = relevance_M.argsort(descending=True, stable=True)
-        first_SM = torch.zeros(M + 1, M, dtype=torch.bool)
-        first_SM[:, order] = torch.arange(M)[None] < torch.arange(M + 1)[:, None]
+        first_SM = torch.zeros(len(counts) + len(tops), M, dtype=torch.bool)
+        first_SM[:, order] = torch.arange(M)[None] < torch.cat([counts, tops])[:, None]
         of_first, of_rest = scores(torch.cat([first_SM, ~first_SM])).chunk(2)
-        tops = [min(max(1, round(each * M)), M) for each in SHARES]
+        coming, going = (each[: len(counts)] / whole for each in (of_first, of_rest))
         return Measures(
-            deletion=float(of_rest.mean() / whole),
-            insertion=float(of_first.mean() / whole),
-            comprehensiveness=float((whole - of_rest[tops]).mean()),
-            sufficiency=float((whole - of_first[tops]).mean()),
+            deletion=float(going.mean()),
+            insertion=float(coming.mean()),
+            comprehensiveness=float((whole - of_rest[len(counts) :]).mean()),
+            sufficiency=float((whole - of_first[len(counts) :]).mean()),
             sensitivity=_correlation((removed_SM * relevance_M).sum(1), fall_S),
-            deletion_curve=of_rest / whole,
-            insertion_curve=of_first / whole,
+            deletion_curve=going,
+            insertion_curve=coming,
+            counts=counts,
         )
 
     floor = [measured(torch.rand(M, generator=generator)) for _ in range(random)]

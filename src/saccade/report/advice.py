@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import io
 import json
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from saccade.extras import need
+from saccade.extras import need, new_figure
 from saccade.integrations.advise import positions
+from saccade.report import pretrained
 from saccade.train.data import read_files, text_bytes
 from saccade.train.files import make_folder, write_bytes, write_text
-from saccade.train.plotting import new_figure, style
+from saccade.train.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from saccade.integrations.advise import Advice
 
-#: seconds that a hub of models may take to answer at all, before only its cache on this machine is looked at
-PATIENCE = 2.0
-
 
 def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any, Any]:
     """A transformers model by folder or name, and a text cut to `context` tokens by its own tokenizer.
 
-    A name is fetched by transformers; where no hub answers within `PATIENCE`, it has to have been fetched before.
+    A name is fetched by transformers; where no hub answers, it has to have been fetched before.
     A model with a language head is loaded with it, another without. English from Python's documentation is the text
     where no file is given. All that can be refused is refused before the weights are loaded.
 
@@ -38,72 +34,20 @@ def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any
     """
     raw = text_bytes() if data is None else read_files([data], least=1)
     transformers = need("transformers", "advise on a model")
-    local = Path(name).exists() or _is_path(name) or not _hub_answers()
-    config = _config(name, local)
+    local = pretrained.is_local(name)
+    config = pretrained.config_of(name, local)
     limit = positions(config)
     if context is not None and limit is not None and context > limit:
         raise ValueError(f"the context must be at most the model's positions ({limit}), got {context}")
     longest = context or min(2048, limit or 2048)
     text = bytes(raw[: longest * 32].tolist()).decode("utf-8", "replace")
-    encoded = _tokenizer(name, local)(text, return_tensors="pt", truncation=True, max_length=longest)
+    encoded = pretrained.tokenizer_of(name, local)(text, return_tensors="pt", truncation=True, max_length=longest)
     if context is not None and encoded["input_ids"].shape[1] < context:
         had = encoded["input_ids"].shape[1]
         raise ValueError(f"the text must have at least {context} tokens, got {had}; give a longer --data")
     decoder = any(architecture.endswith("ForCausalLM") for architecture in config.architectures or ())
     loader = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
     return loader.from_pretrained(name, config=config, local_files_only=local).eval(), dict(encoded)
-
-
-def _is_path(name: str) -> bool:
-    """Whether it can only be meant as a folder; models have one slash in their names at most."""
-    return Path(name).is_absolute() or name.startswith(("./", "../", "~")) or name.count("/") > 1
-
-
-def _hub_answers() -> bool:
-    """Whether the hub that transformers fetches from can be reached, asked once: transformers would ask for half a
-    minute, for each file.
-    """
-    hub = need("huggingface_hub", "advise on a model by name")
-    heard = []
-
-    def ask() -> None:
-        # any answer will do, and any failure is none: the errors are those of whichever client the hub's package has
-        with suppress(Exception):
-            heard.append(hub.get_session().head(hub.constants.ENDPOINT, timeout=PATIENCE))
-
-    asking = Thread(target=ask, daemon=True)  # for looking a name up, no client has a limit
-    asking.start()
-    asking.join(PATIENCE)
-    return bool(heard)
-
-
-def _config(name: str, local: bool) -> Any:
-    """The model's configuration; a folder that is not there, or holds no model, is said to be so."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no transformers model in {name}: it has no config.json")
-    if folder.is_file():
-        raise NotADirectoryError(f"{name} is a file; a transformers model is a folder")
-    if not folder.is_dir() and _is_path(name):
-        raise FileNotFoundError(f"no folder at {name}")
-    try:
-        return need("transformers").AutoConfig.from_pretrained(name, local_files_only=local)
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            raise ValueError(f"{name} cannot be read as a transformers model: {error}") from error
-        why = "was fetched before; the network gives no answer" if local else "could be fetched"
-        raise FileNotFoundError(f"no folder at {name}, and no model of that name {why}") from error
-
-
-def _tokenizer(name: str, local: bool) -> Any:
-    """The model's tokenizer; transformers has many errors for there being none."""
-    try:
-        return need("transformers").AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except Exception as error:
-        raise ValueError(
-            f"{name} has no tokenizer that can be read, and the sample text needs one; "
-            "saccade.advise(model, inputs=...) in Python takes any inputs"
-        ) from error
 
 
 def write_advice(advice: Advice, folder: Path) -> None:

@@ -5,51 +5,21 @@ The only script sorts the table by the column whose heading is pressed; without 
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from saccade import __version__, catalogue
+from saccade.report.document import document, picture, png
 from saccade.train.entries import NONE
 from saccade.train.files import folder_name, write_bytes
 from saccade.train.labels import IN_PLOTS, labels
 from saccade.train.plotting import PANELS, attention_maps, darken, is_wide, panel
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from saccade.train.records import MechanismRecord
     from saccade.train.result import CompareResult
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; }
-:root { --line: #d8dce2; --soft: #f5f7f9; --muted: #5b6675; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14181f; --line: #343c48; --soft: #1e242d; --ink: #dfe5ee; --muted: #9aa6b6; }
-}
-body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; margin: 0; }
-body { color: var(--ink); background: var(--paper); }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-.muted { color: var(--muted); font-size: .9rem; }
-.answer { background: var(--soft); border-left: 4px solid #0072B2; padding: .8rem 1.1rem; margin: 1.4rem 0; }
-.answer p { margin: .25rem 0; }
-.wide { overflow-x: auto; }
-table { font-size: .92rem; border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .55rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--ink); }
-tbody tr.best { background: var(--soft); }
-th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid #0072B2; }
-th[aria-sort=ascending] button::after { content: " ▴"; } th[aria-sort=descending] button::after { content: " ▾"; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1.2rem; }
-figure { margin: 0; } figure.whole { grid-column: 1 / -1; }
-figcaption { color: var(--muted); font-size: .88rem; } img { max-width: 100%; height: auto; }
-pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; font-size: .85rem; }
-"""
 
 #: sorts by what begins a cell as a number; what begins with none goes last
 _SORT = """
@@ -87,11 +57,11 @@ def write_report(result: CompareResult, folder: str | Path) -> Path:
     for record in result.mechanisms:
         figure = attention_maps(record)
         if figure is not None:
-            maps[record.name] = _png(figure)
-    for name, png in pictures.items():
-        write_bytes(folder / f"{name}.png", png)
-    for name, png in maps.items():
-        write_bytes(folder / f"maps-{folder_name(name)}.png", png)
+            maps[record.name] = png(figure)
+    for name, drawn in pictures.items():
+        write_bytes(folder / f"{name}.png", drawn)
+    for name, drawn in maps.items():
+        write_bytes(folder / f"maps-{folder_name(name)}.png", drawn)
     path = folder / "report.html"
     write_bytes(path, page(result, pictures, maps, dark).encode("utf-8", "backslashreplace"))
     return path
@@ -106,8 +76,8 @@ def panels(result: CompareResult) -> tuple[dict[str, bytes], dict[str, bytes]]:
     light, dark = {}, {}
     for name in PANELS:
         figure = panel(result, name)
-        light[name] = _png(figure, colors=256)
-        dark[name] = _png(darken(figure), colors=256)
+        light[name] = png(figure, colors=256)
+        dark[name] = png(darken(figure), colors=256)
     return light, dark
 
 
@@ -128,8 +98,8 @@ def page(
         "<h2>Pictures</h2>",
         '<div class="pictures">'
         + "".join(
-            _picture(png, (PANELS[name].__doc__ or name).splitlines()[0], dark.get(name), whole=is_wide(result))
-            for name, png in pictures.items()
+            picture(drawn, (PANELS[name].__doc__ or name).splitlines()[0], dark.get(name), whole=is_wide(result))
+            for name, drawn in pictures.items()
         )
         + "</div>",
     ]
@@ -138,29 +108,10 @@ def page(
         sections += [
             f"<h2>{'What they make of images' if _shows_images(result) else 'Where they attend'}</h2>",
             f'<p class="muted">{_maps_caption(result)}</p>',
-            *(f"<h3>{escape(name)}</h3>{_picture(png, f'{name} {along}')}" for name, png in maps.items()),
+            *(f"<h3>{escape(name)}</h3>{picture(drawn, f'{name} {along}')}" for name, drawn in maps.items()),
         ]
     sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<link rel="icon" href="data:,">'
-        f"<title>saccade compare: {escape(result.title)}</title><style>{_STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main><script>{_SORT}</script></body></html>\n"
-    )
-
-
-def _png(figure: Figure, colors: int | None = None) -> bytes:
-    """The figure as PNG, of so many colours: lines and letters are as clear with 256, in a third of the bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    if colors is not None:
-        from PIL import Image  # comes with matplotlib
-
-        drawn = Image.open(buffer).convert("RGB").quantize(colors, method=Image.Quantize.MAXCOVERAGE)
-        buffer = io.BytesIO()
-        drawn.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    return document(f"saccade compare: {result.title}", sections, _SORT)
 
 
 def _shows_images(result: CompareResult) -> bool:
@@ -179,19 +130,6 @@ def _maps_caption(result: CompareResult) -> str:
     }
     told = " ".join(text for number, text in said.items() if number in axes)
     return f"On one held-out sample. {told} Brightness is the square root of the size."
-
-
-def _picture(png: bytes, caption: str, dark: bytes | None = None, whole: bool = False) -> str:
-    image = f'<img src="{_data(png)}" alt="{escape(caption, quote=True)}">'
-    if dark is not None:
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{_data(dark)}">'
-        image = f"<picture>{source}{image}</picture>"
-    start = '<figure class="whole">' if whole else "<figure>"
-    return f"{start}{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _data(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _caption(result: CompareResult) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from saccade.extras import need
+from saccade.extras import new_figure
 from saccade.train.labels import IN_PLOTS, labels
 
 if TYPE_CHECKING:
@@ -59,15 +59,6 @@ def as_text(name: str) -> str:
     """A name of the caller's in a figure: what stands between two dollars would be read as mathematics."""
     shown = "".join(character if character.isprintable() else " " for character in name)
     return shown.replace("$", r"\$")
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, without touching matplotlib's global state.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
-    return need("matplotlib.figure", "drawing").Figure(figsize=(width, height), layout="constrained")
 
 
 def darken(figure: Figure) -> Figure:

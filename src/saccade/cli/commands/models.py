@@ -1,4 +1,4 @@
-"""Commands on whole models and what they make: `advise`, `insert`, `run`, `fuse-metrics`."""
+"""Commands on whole models and what they make: `advise`, `insert`, `run`, `explain`, `fuse-metrics`."""
 
 from __future__ import annotations
 
@@ -188,6 +188,71 @@ def run(
             print(predictions.told(said, file), f"written: {target}", sep="\n", flush=True)
     if as_json:
         print_json(answers)
+
+
+def explain(
+    model: Annotated[
+        str, typer.Argument(help="A transformers model by folder or name, or smollm2-135m, minilm, vit-s14.")
+    ],
+    what: Annotated[str, typer.Argument(help="A text, or an image file.")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="The class, or the token (a number, or a word), that is explained; the likeliest by default."
+        ),
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Maps, comma-separated; all by default.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page (.html) with maps, measures and pictures; the table alone without.")
+    ] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """What did a model look at, and does the map deserve belief? Maps by several methods, each beside random ones.
+
+    `saccade explain minilm "The cat sat on the mat" --out cat.html`
+
+    `saccade explain smollm2-135m "The capital of France is" --target " Paris" --out paris.html`
+
+    `saccade explain google/vit-base-patch16-224 photo.jpg --out photo.html`
+
+    In Python: `saccade.explain(model, inputs, target)`.
+    """
+    from saccade.explain.explanation import explain as explained
+    from saccade.models.images import read_image
+    from saccade.report import pretrained
+    from saccade.report.explained import write_explanation
+    from saccade.report.predictions import PICTURES
+
+    if out is not None and out.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--out must be a page, .html, got {out}")
+    shown = read_image(what) if Path(what).suffix.lower() in PICTURES else None
+    loaded = pretrained.load(model, image=shown is not None)
+    picture, words = None, ""
+    if shown is None:
+        inputs = dict(loaded.tokenizer(what, return_tensors="pt"))
+    else:
+        picture, pixels = loaded.pixels(shown)
+        inputs = {"pixel_values": pixels}
+    chosen = None if target is None else pretrained.target_of(loaded, target)
+    names = None if methods is None else [name.strip() for name in methods.split(",")]
+    found = explained(loaded.model, inputs, chosen, tokenizer=loaded.tokenizer, methods=names, seed=seed)
+    words = pretrained.words_of(loaded, found.target)
+    if as_json:
+        print_json(
+            {
+                "target": found.target, "says": words, "probability": found.probability, "best": found.best(),
+                "labels": found.labels, "maps": {name: each.tolist() for name, each in found.maps.items()},
+                "measures": {name: each.figures() for name, each in found.faithfulness.maps.items()},
+                "random": [each.figures() for each in found.faithfulness.floor],
+            }
+        )  # fmt: skip
+    else:
+        print(f"explained: {words or 'the embedding'}, probability {found.probability:.3f}", found.table(), sep="\n")
+    if out is not None:
+        drawn = None if picture is None else picture[0]
+        afterwards("page", lambda: write_explanation(found, out, model=model, target=words, image=drawn))
+        print(f"written: {out}", file=sys.stderr)
 
 
 def fuse_metrics(

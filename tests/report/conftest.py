@@ -1,0 +1,41 @@
+"""A browser without a window, for pages."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> Callable[..., str]:
+    """`shown(page, of, width=1200)`: what the JavaScript expression `of` gives once a page is loaded; no error is
+    reported meanwhile."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+
+    def run(page: Path, of: str, width: int = 1200) -> str:
+        probe = tmp_path / "probe.html"
+        script = f"<script>addEventListener('load', () => document.title = 'said:' + ({of}) + ':')</script>"
+        probe.write_text(page.read_text().replace("</body>", script + "</body>"))
+        done = subprocess.run(
+            [
+                str(CHROMIUM),
+                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
+                *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
+                *("--virtual-time-budget=5000", "--dump-dom", probe.as_uri()),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert "CONSOLE" not in done.stderr
+        return done.stdout.split("said:")[1].split(":")[0]
+
+    return run
