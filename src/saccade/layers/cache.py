@@ -55,6 +55,19 @@ class KVCache:
         new._keys, new._values = (None if held is None else held[index] for held in (self._keys, self._values))
         return new
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first tokens.
+
+        Args:
+            length: how many stay; at most those that there are.
+
+        Raises:
+            ValueError: if there are not so many.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length must be from 0 to {self.length}, got {length}")
+        self.length = length
+
     def _grown(self, buffer: Tensor | None, new: Tensor) -> Tensor:
         need = self.length + new.shape[2]
         if buffer is not None and buffer.shape[0] != new.shape[0]:
