@@ -94,4 +94,5 @@ register(
     build=DreamDraft,
     example={"dim": 16, "hidden": 24, "num_heads": 4, "num_kv_heads": 2},
     inputs=lambda module, size: (torch.randn(2, size, 16), torch.randn(2, size - 1, 16)),
+    tasks={"speculate": {"strict": True}},
 )

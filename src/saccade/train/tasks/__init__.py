@@ -21,6 +21,7 @@
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
 | `click` | which rows of categories are clicked, or the user's logs | AUC | models of clicks |
 | `localise` | when something is heard or seen, or what a question asks for | mAP | models of events and moments |
+| `speculate` | what SmolLM2 says next, guessed ahead and verified | tokens a pass | models that draft |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
 """
@@ -50,6 +51,7 @@ from saccade.train.tasks.segment import Salient as Salient
 from saccade.train.tasks.segment import Segment as Segment
 from saccade.train.tasks.sequence import SequenceTask as SequenceTask
 from saccade.train.tasks.settings import Settings as Settings
+from saccade.train.tasks.speculate import Speculate as Speculate
 from saccade.train.tasks.text import Text as Text
 from saccade.train.tasks.text import fingerprint as fingerprint
 from saccade.train.tasks.text import is_paths as is_paths
@@ -77,6 +79,7 @@ TASKS: dict[str, type[Task]] = {
         Click,
         Localise,
         Caption,
+        Speculate,
     )
 }
 
