@@ -2,7 +2,7 @@
 
 - **dream**: SmolLM2-135M behind windows of text, greedy, with a draft that is trained here once, for minutes, and kept
   in the cache folder; against plain `generate` and transformers' prompt lookup in the same run. The tokens must be
-  the same; the goal is 1.5 times plain decoding. Beside it what a pass of the target costs by its tokens, and the draft.
+  the same; the goal is 1.5 times plain decoding. What a pass of the target and a level of the draft cost is beside it.
 
 Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.
 """
