@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.layers.speculation import Proposal, Speculative, _tree_masks, compact
+from saccade.layers.proposals import Proposal
+from saccade.layers.speculation import Speculative, compact, tree_masks
 from saccade.layers.wrapping import footprint
 from saccade.models.dream import (
     DreamDraft,
@@ -213,7 +214,7 @@ def test_sampling_is_the_models_own() -> None:
         second = [model(torch.tensor([[1, 2, 3, 4, t]])).logits[0, -1].softmax(-1) for t in (0, 2)]
         cache = model(ids[:, :3], use_cache=True).past_key_values
         tree = model(
-            input_ids=tokens, attention_mask=_tree_masks(model, parents, 3), position_ids=3 + depths(parents)[None],
+            input_ids=tokens, attention_mask=tree_masks(model, parents, 3), position_ids=3 + depths(parents)[None],
             past_key_values=cache,
         ).logits[0].softmax(-1)  # fmt: skip
     assert torch.allclose(tree[0], first, atol=1e-5) and torch.allclose(tree[1:3], torch.stack(second), atol=1e-5)
@@ -308,7 +309,7 @@ def test_training_makes_longer_guesses() -> None:
     torch.manual_seed(0)
     prompts = torch.randint(1, VOCABULARY, (32, 2))
     texts = model.generate(prompts, max_new_tokens=22, do_sample=False)
-    samples = [record(model, input_ids=texts)] * 60
+    samples = [record(model, input_ids=texts)] * 40
     assert samples[0].features.shape == (32, 24, 16) and samples[0].learned.all()
     network = draft(0.5)
 
@@ -318,7 +319,7 @@ def test_training_makes_longer_guesses() -> None:
         return report.accepted_length
 
     before = accepted()
-    losses = fit_draft(network, model, samples, lr=1e-2, warmup=5, steps=60, over="sum", noise=0.0)
+    losses = fit_draft(network, model, samples, lr=1e-2, warmup=5, steps=40, over="sum", noise=0.0)
     assert losses[-1] < 0.7 * losses[0] and accepted() > before + 0.3
 
 

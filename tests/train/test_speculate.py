@@ -29,13 +29,9 @@ def task(tmp_path: Path) -> Speculate:
     return task
 
 
-def entry() -> Entry:
-    return Entry("dream", "dream", {}, DreamDraft)
-
-
 def test_a_draft_of_the_targets_size_learns_and_is_judged(task: Speculate) -> None:
     assert TASKS["speculate"] is Speculate
-    model: Any = task.model(Entry("mine", None, {}, lambda length, seed=0, **sizes: DreamDraft(**sizes)), 0)
+    model: Any = task.model(Entry("mine", None, {}, lambda **sizes: DreamDraft(**sizes)), 0)
     assert torch.equal(model.last.mlp.up_proj.weight, task.target.model.model.layers[-1].mlp.up_proj.weight)
     batch = task.batch(0, 0)
     assert batch[0].shape == batch[1].shape == (4, 16, 16) and batch[3].all()

@@ -26,7 +26,11 @@ __all__ = ["Llama", "LlamaAttention", "LlamaBlock", "LlamaLM", "from_transformer
 
 
 class LlamaAttention(SoftmaxAttention):
-    """`SoftmaxAttention`, causal unless told otherwise; a call may give the positions of its tokens."""
+    """`SoftmaxAttention`, causal unless told otherwise; a call may give the positions of its tokens.
+
+    Args:
+        dim, num_heads, causal: as there, and so are all others.
+    """
 
     def __init__(self, dim: int, num_heads: int = 8, causal: bool = True, **arguments: Any) -> None:
         super().__init__(dim, num_heads, causal, **arguments)

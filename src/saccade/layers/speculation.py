@@ -16,95 +16,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.layers.wrapping import Report, changing
+from saccade.layers.proposals import Drafter, Proposal, Speculated
+from saccade.layers.wrapping import changing
 from saccade.ops import masks
 from saccade.ops.trees import choose_child, depths
 
-__all__ = ["Drafter", "Proposal", "Speculated", "Speculative", "compact", "last_attention"]
-
-
-@dataclass
-class Proposal:
-    """A tree of tokens.
-
-    Attributes:
-        tokens: of each node; the first is the last token that is known, the root.
-        parents: the number of each node's parent, before it; -1 of the root. Children of one node differ.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-
-    @property
-    def is_chain(self) -> bool:
-        """Each node is the parent of the next."""
-        return self.parents == list(range(-1, len(self.parents) - 1))
-
-
-class Drafter(Protocol):
-    """Who proposes."""
-
-    def begin(self, model: nn.Module, prompt: Tensor, attention: Tensor | None) -> Tensor | None:
-        """A new text.
-
-        Args:
-            model: the target.
-            prompt: its tokens (1, P); none where embeddings were given.
-            attention: of the last layer (H, P, P), where it is wanted.
-
-        Returns:
-            the places of the prompt that it wants to read; None for all.
-        """
-
-    @property
-    def wants_attention(self) -> bool:
-        """Whether `begin` needs the attention."""
-
-    def propose(self, tokens: Sequence[int], embeds: Tensor, features: Tensor) -> Proposal:
-        """A tree behind what is known.
-
-        Args:
-            tokens: that are known since the last call (at first those of the prompt that it wanted), the last one
-                being the root.
-            embeds: of them, (1, N, D).
-            features: the model's last hidden states of the tokens before the root that it has not been given, (1, N, D)
-                and at first (1, N - 1, D).
-        """
-
-
-@dataclass
-class Speculated(Report):
-    """What speculation brought.
-
-    Attributes:
-        rounds: passes of the model behind those of the prompts.
-        tokens: that came out of these.
-        proposed: nodes that were proposed, without the roots.
-    """
-
-    rounds: int = 0
-    tokens: int = 0
-    proposed: int = 0
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens per pass of the model; 1 without a draft."""
-        return self.tokens / max(1, self.rounds)
-
-    def figures(self) -> dict[str, str]:
-        return {
-            "passes": str(self.rounds),
-            "tokens": str(self.tokens),
-            "tokens per pass": f"{self.accepted_length:.2f}",
-            "proposed per pass": f"{self.proposed / max(1, self.rounds):.1f}",
-            **super().figures(),
-        }
+__all__ = ["Speculative", "compact", "last_attention", "tree_masks"]
 
 
 class Speculative:
@@ -316,7 +239,7 @@ class _Text:
             places = places.expand(self.seen.positions.shape[0], 1, nodes)
         said = self.model(
             input_ids=torch.tensor([tree.tokens], device=device),
-            attention_mask=None if tree.is_chain else _tree_masks(self.model, parents, past),
+            attention_mask=None if tree.is_chain else tree_masks(self.model, parents, past),
             position_ids=places,
             past_key_values=cache,
             use_cache=True,
@@ -355,6 +278,9 @@ def compact(cache: Any, past: int, accepted: Sequence[int]) -> None:
         cache: of transformers.
         past: tokens before the tree.
         accepted: the nodes that stay, in ascending order.
+
+    Raises:
+        ValueError: if there is none.
     """
     if not accepted:
         raise ValueError("accepted must hold a node at least")
@@ -392,8 +318,17 @@ def _check(cache: Any) -> None:
             )
 
 
-def _tree_masks(model: Any, parents: Tensor, past: int) -> Tensor | dict[str, Tensor]:
-    """What the model's attention adds to its scores: (1, 1, T, past + T), by kind of layer where there are several."""
+def tree_masks(model: Any, parents: Tensor, past: int) -> Tensor | dict[str, Tensor]:
+    """What the model's attention adds to its scores: (1, 1, T, past + T), by kind of layer where there are several.
+
+    Args:
+        model: of transformers.
+        parents: of the nodes of a tree.
+        past: tokens before it.
+
+    Raises:
+        ValueError: if its attention takes no such mask.
+    """
     config = model.config.get_text_config()
     implementation = str(getattr(config, "_attn_implementation", "sdpa"))
     if "flash" in implementation or "flex" in implementation:

@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from saccade.layers.speculation import Drafter, Speculated, Speculative
+from saccade.layers.proposals import Drafter, Speculated
+from saccade.layers.speculation import Speculative
 from saccade.models.dream import DreamDraft, DreamDrafter, Sample, fit_draft, record
 from saccade.ops.folder import write_bytes
 from saccade.train.data import generator_at
 from saccade.train.progress import track
 
-__all__ = ["Decoded", "Target", "decoded", "start_as", "trained"]
+__all__ = ["Decoded", "Target", "decoded", "drafter", "start_as", "trained"]
 
 #: texts that are made at a time
 ROWS = 24
@@ -258,7 +259,13 @@ def decoded(model: Any, prompts_BP: Tensor, new: int, drafter: Drafter | None = 
 
 
 def drafter(draft: DreamDraft, target: Target, **tree: Any) -> DreamDrafter:
-    """The draft as it is used on a machine without much arithmetic: small trees, and the text's own vocabulary."""
+    """The draft as it is used on a machine without much arithmetic: small trees, and the text's own vocabulary.
+
+    Args:
+        draft: the network.
+        target: for its text.
+        **tree: what is to differ from `SMALL_TREE`.
+    """
     return DreamDrafter(draft, vocabulary=target.vocabulary, **{**SMALL_TREE, **tree})
 
 

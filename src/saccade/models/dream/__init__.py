@@ -32,7 +32,8 @@ from __future__ import annotations
 import torch
 
 from saccade.catalogue import register
-from saccade.layers.speculation import Proposal, Speculated, Speculative
+from saccade.layers.proposals import Proposal, Speculated
+from saccade.layers.speculation import Speculative
 from saccade.models.dream.draft import DraftCache, DraftOutput, DreamDraft, FeatureAttention, FeatureBlock
 from saccade.models.dream.drafting import DreamDrafter, dream, grow
 from saccade.models.dream.selection import attention_entropy, kept_tokens, mutual_information, select_features

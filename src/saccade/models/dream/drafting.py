@@ -1,6 +1,6 @@
 """The draft as a drafter: a tree is grown where the draft is surest, level by level, on the draft's own features.
 
-Shape letters: K nodes of a level, M nodes of all levels so far, D channels, V vocabulary.
+Shape letters: K nodes of a level, M nodes of all levels so far, N tokens, D channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.layers.speculation import Proposal, Speculative
+from saccade.layers.proposals import Proposal
+from saccade.layers.speculation import Speculative
 from saccade.models.dream.draft import DraftCache, DreamDraft
 from saccade.models.dream.selection import kept_tokens
 from saccade.ops.masks.trees import Tree

@@ -3,7 +3,7 @@
     step 1   p KL(head(f) || head(out)) + v smooth_l1(out, f) + smooth_l1(mid, f_l*)         F with uniform noise
     step 2   KL alone, F at the learned tokens being what the draft said in step 1            (as while it drafts)
 
-Shape letters: B batch, T tokens, D channels, V vocabulary.
+Shape letters: B batch, T tokens, N learned tokens, D channels, V vocabulary.
 """
 
 from __future__ import annotations
@@ -122,7 +122,14 @@ def feature_noise(features_BTD: Tensor, scale: float = 0.2) -> Tensor:
 def divergence(
     out_BTD: Tensor, features_BTD: Tensor, learned_BT: Tensor, head: Callable[[Tensor], Tensor], over: str
 ) -> Tensor:
-    """KL(softmax(head(f)) || softmax(head(out))), its mean over the learned tokens."""
+    """KL(softmax(head(f)) || softmax(head(out))), its mean over the learned tokens.
+
+    Args:
+        out_BTD, features_BTD: of the draft, and of the target.
+        learned_BT: bool.
+        head: the target's.
+        over: as in `draft_losses`.
+    """
     out_ND, features_ND = out_BTD[learned_BT], features_BTD[learned_BT]
     with torch.no_grad():
         target_NV = head(features_ND).float().log_softmax(-1)

@@ -1,4 +1,7 @@
-"""Trees of tokens behind a common beginning: each sees the beginning, its ancestors and itself."""
+"""Trees of tokens behind a common beginning: each sees the beginning, its ancestors and itself.
+
+Shape letters: N queries, T nodes.
+"""
 
 from __future__ import annotations
 
