@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,7 @@ def _claim(lab: Lab) -> ClaimResult:
     chosen: dict[str, Tensor] = {"random": torch.randperm(_PIXELS, generator=lab.generator())[:_CHOSEN]}
 
     def choose(trial: Trial) -> dict[str, float]:
-        order = trial.model.gate.order.clamp(min=0)  # type: ignore[union-attr]
+        order = cast(_Net, trial.model).gate.order.clamp(min=0)
         chosen[trial.form] = order
         return {"different": float((order % (_PIXELS // 2)).unique().numel())}
 
