@@ -27,6 +27,7 @@ class _Net(nn.Module):
         per_step = 1 if select is None else select
         self.gate = SequentialAttention(_PIXELS, _CHOSEN, per_step=per_step)
         self.hidden, self.head = nn.Linear(_PIXELS, 67), nn.Linear(67, 10)
+        self.seen: Tensor
         seen = torch.ones(_PIXELS) if chosen is None else torch.zeros(_PIXELS).index_fill(0, chosen, 1.0)
         self.register_buffer("seen", seen)
         self.masked = chosen is None
