@@ -23,6 +23,7 @@ from saccade.models.vinvl import (
     RegionDetector,
     answer_loss,
     attribute_loss,
+    caption,
     captioning_mask,
     decode,
     encode,
@@ -33,6 +34,7 @@ from saccade.models.vinvl import (
     select_boxes,
     unmatched_unasked,
 )
+from saccade.models.vinvl.captioning import advance, start
 
 
 def _oscar(**changes: Any) -> OscarPlus:
@@ -136,6 +138,33 @@ def test_captioning_sees_the_past_alone() -> None:
     torch.testing.assert_close(again[:, :3], said[:, :3])
     torch.testing.assert_close(again[:, 4:], said[:, 4:])
     assert not torch.allclose(again[:, 3], said[:, 3])
+
+
+def test_captions_word_by_word_are_those_of_the_whole_text() -> None:
+    model, (ids, regions) = _oscar(), _inputs()
+    nn.init.normal_(model.bert.embeddings.words.weight)
+    tags, longest, mask = ids[:, :3], 8, 29
+    real = torch.ones(2, 8, dtype=torch.bool)
+    real[0, 2], real[1, 7] = False, False
+    state, step, said = start(model, regions, tags, real=real, longest=longest), advance(model, mask), [5]
+    types = torch.tensor([0] * longest + [1] * 3).expand(2, -1)
+    with torch.no_grad():
+        for number in range(4):
+            found, state = step(torch.full((2,), said[-1]), state)
+            text = torch.zeros(2, longest, dtype=torch.long)
+            text[:, : len(said)], text[:, len(said)] = torch.tensor(said), mask
+            words = (torch.arange(longest) <= len(said)).expand(2, -1)
+            whole = model(torch.cat([text, tags], 1), regions, captioning_mask(words, real), types)
+            torch.testing.assert_close(found.logits, whole.logits[:, len(said)])
+            said.append(7 + number)
+    options: dict[str, Any] = {"begin": 5, "end": 6, "mask": mask, "longest": 8, "most": 4}
+    greedy = caption(model, regions, tags, **options)
+    assert greedy.words.shape[0] == 2 and not torch.isin(greedy.words, torch.tensor([5, mask])).any()
+    first = advance(model, mask)(torch.full((2,), 5), start(model, regions, tags, longest=8))[0].logits
+    first[:, [0, 5, mask]] = -torch.inf
+    assert torch.equal(greedy.words[:, 0], first.argmax(1))
+    assert caption(model, regions, tags, beams=3, **options).scores.shape == (2,)
+    assert caption(model, regions, **options).words.shape[0] == 2
 
 
 def test_what_is_drawn_for_training() -> None:
@@ -253,7 +282,11 @@ def test_refusals() -> None:
     said = model(ids, regions)
     calls = (
         (partial(_oscar, kinds=1), "kinds at least 2"),
-        (partial(model, ids, regions[..., :9]), r"region_vectors must be \(2, regions, 10\)"),
+        (partial(model, ids, regions[..., :9]), r"region_vectors must be \(batch, regions, 10\)"),
+        (partial(model, ids, regions[:1]), "of 2 images, got 1"),
+        (partial(caption, model, regions, longest=8, most=8), "most must be from 1 to 7"),
+        (partial(caption, model, regions, ids, longest=8, most=3), "has 12 places for words, and one stands at 13"),
+        (partial(caption, model, regions, real=torch.ones(2, 4, dtype=torch.bool)), r"real must be \(2, 5\)"),
         (partial(model, ids, regions, torch.ones(2, 6)), r"attention_mask must be \(2, 11\)"),
         (partial(model, ids.repeat(1, 3)), "at most 12 words"),
         (partial(select_boxes, boxes, shares[:3]), "boxes must be"),

@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 
 from saccade.catalogue import register
+from saccade.models.vinvl.captioning import caption
 from saccade.models.vinvl.detector import RegionDetector, RegionProposals, decode, encode
 from saccade.models.vinvl.oscar import Answers, OscarPlus, captioning_mask
 from saccade.models.vinvl.regions import AttributeHead, Selected, attribute_loss, region_vectors, select_boxes
@@ -57,6 +58,7 @@ __all__ = [
     "Triplet",
     "answer_loss",
     "attribute_loss",
+    "caption",
     "captioning_mask",
     "decode",
     "encode",

@@ -82,14 +82,28 @@ class OscarPlus(nn.Module):
         """
         x_BNC = self.bert.embeddings(input_ids, token_type_ids)
         if region_vectors is not None:
-            if region_vectors.ndim != 3 or region_vectors.shape[::2] != (len(input_ids), self.region_dim):
-                expected = f"({len(input_ids)}, regions, {self.region_dim})"
-                raise ValueError(f"region_vectors must be {expected}, got {tuple(region_vectors.shape)}")
-            x_BNC = torch.cat([x_BNC, self.drop(self.region_norm(self.regions(region_vectors)))], 1)
+            if len(region_vectors) != len(input_ids):
+                raise ValueError(f"region_vectors must be of {len(input_ids)} images, got {len(region_vectors)}")
+            x_BNC = torch.cat([x_BNC, self.embed_regions(region_vectors)], 1)
         states_BNC = self.bert.encode(x_BNC, mask=_mask(attention_mask, len(x_BNC), x_BNC.shape[1]))
         pooled_BC = self.pooler(states_BNC[:, 0]).tanh()
-        logits_BNV = self.transform(states_BNC) @ self.bert.embeddings.words.weight.T + self.bias
-        return MaskedTextOutput(logits_BNV, self.kind(pooled_BC), states_BNC, pooled_BC)
+        return MaskedTextOutput(self.words(states_BNC), self.kind(pooled_BC), states_BNC, pooled_BC)
+
+    def embed_regions(self, region_vectors: Tensor) -> Tensor:
+        """Region vectors (B, R, F) as the first block takes them.
+
+        Raises:
+            ValueError: if they are none.
+        """
+        if region_vectors.ndim != 3 or region_vectors.shape[2] != self.region_dim:
+            raise ValueError(
+                f"region_vectors must be (batch, regions, {self.region_dim}), got {tuple(region_vectors.shape)}"
+            )
+        return self.drop(self.region_norm(self.regions(region_vectors)))
+
+    def words(self, states: Tensor) -> Tensor:
+        """Scores (..., V) of the word at each place, by the words' own vectors."""
+        return self.transform(states) @ self.bert.embeddings.words.weight.T + self.bias
 
 
 def captioning_mask(words: Tensor, others: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """From boxes of a detector to regions for a language model: which are kept, of what class, and their vectors.
 
-Shape letters: R regions, C channels, K classes with the background, which is 0, A attributes with "none", which is 0,
-F width of a feature, D width of a class's vector, h, w map of a region.
+Shape letters: R regions, T those that are kept, C channels, K classes with the background, which is 0, A attributes
+with "none", which is 0, F width of a feature, D width of a class's vector, h, w map of a region.
 """
 
 from __future__ import annotations
