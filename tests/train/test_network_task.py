@@ -78,7 +78,7 @@ def test_a_network_is_built_with_what_the_task_asks_for_and_the_same_for_a_seed(
 
 def test_the_sweep_is_over_pixels(task: Brighter) -> None:
     for length, size in ((16, (4, 4)), (64, (8, 8)), (300, (17, 17))):
-        assert [tuple(x.shape) for x in task.part_inputs(length)] == [(1, 3, *size)]
+        assert [tuple(x.shape) for x in task.part_inputs(length)] == [(2, 3, *size)]
 
 
 def test_a_model_takes_part_where_its_card_names_the_task(task: Brighter) -> None:

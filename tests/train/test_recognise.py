@@ -122,7 +122,7 @@ def test_a_network_of_pixels_is_judged_as_pixels_are(task: Recognise) -> None:
     assert {name: tuple(x.shape) for name, x in task.pictures(model).items()} == {
         name: (4, 24, 24, 3) for name in ("a view", "mean of views", "nearest")
     }
-    assert [tuple(x.shape) for x in task.part_inputs(300)] == [(1, 3, 17, 17)]
+    assert [tuple(x.shape) for x in task.part_inputs(300)] == [(2, 3, 17, 17)]
     with pytest.raises(ValueError, match="square"):
         Recognise(Settings(length=1000), torch.device("cpu"))
 

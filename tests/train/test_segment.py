@@ -116,7 +116,7 @@ def test_it_trains_measures_and_draws(kind: type[PixelTask], network: Any, tmp_p
         ("input", "output", "truth", "error"), (4, 32, 32, 3)
     )
     part, inputs = one.part(entry, 1024), one.part_inputs(4096)
-    assert [x.shape for x in inputs] == [(1, 3, 64, 64)] and part(*inputs).logits.shape[2:] == (64, 64)
+    assert [x.shape for x in inputs] == [(2, 3, 64, 64)] and part(*inputs).logits.shape[2:] == (64, 64)
 
 
 def test_sides_that_networks_cannot_halve_are_refused() -> None:

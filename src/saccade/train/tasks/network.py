@@ -79,9 +79,10 @@ class NetworkTask(Task):
         return self.model(mechanism, 0)
 
     def part_inputs(self, length: int) -> tuple[Any, ...]:
-        """Images of some `length` pixels: the first of the held-out ones, repeated or cut."""
+        """Images of some `length` pixels: the first two held-out ones, repeated or cut. One alone would give norms over
+        a batch a single value where a map has shrunk to a pixel, and these refuse that in training."""
         side = max(1, math.isqrt(length))
-        return tuple(self._at(x[:1], side, length // side) for x in self.sample())
+        return tuple(self._at(x[:2], side, length // side) for x in self.sample())
 
     def parts_of(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         return [("network", model)]

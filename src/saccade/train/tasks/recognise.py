@@ -114,9 +114,9 @@ class Recognise(NetworkTask):
         return scored(embedding, second, torch.cat([truth for _, truth in said]))
 
     def part_inputs(self, length: int) -> tuple[Any, ...]:
-        """One view, of some `length` pixels."""
+        """A view of two identities, of some `length` pixels."""
         side = max(1, math.isqrt(length))
-        return (self._at(self.sample()[0][:1, 0], side, length // side),)
+        return (self._at(self.sample()[0][:2, 0], side, length // side),)
 
     def chance(self) -> float:
         """The mAP of the mean picture of a set, as it is."""
