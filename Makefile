@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison onnx real-models clean
+.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison comparison-networks onnx real-models clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,9 @@ claims: setup
 
 comparison: setup
 	$(BIN)/python tools/comparison.py
+
+comparison-networks: setup
+	$(BIN)/python tools/comparison.py --networks
 
 onnx: setup
 	$(BIN)/python tools/exports.py
