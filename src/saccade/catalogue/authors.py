@@ -47,9 +47,9 @@ def load_authors(slug: str, path: str | Path, module: str | None = None, **autho
 
     Args:
         slug: the part.
-        path: `.safetensors`, or a file of `torch.save` that holds tensors only. The state dict may be the file itself
-            or stand in it under a usual name ("state_dict", "model", "ema" ...); what `DataParallel` and `compile` put
-            before names is taken off.
+        path: `.safetensors`, `.npz`, or a file of `torch.save`, that holds tensors only. The state dict may be the
+            file itself or stand in it under a usual name ("state_dict", "model", "ema" ...); what `DataParallel` and
+            `compile` put before names is taken off.
         module: which of the part's ports; not needed where there is one, or one that is called `network`.
         **authors_arguments: the authors' own constructor arguments, under their names.
 
@@ -112,7 +112,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file, by name.
 
     Args:
-        path: of a file of safetensors or of `torch.save`.
+        path: of a file of safetensors, of `torch.save`, or of numpy's arrays (`.npz`).
 
     Raises:
         OSError: if the file cannot be read or is no regular file.
@@ -179,7 +179,14 @@ def _read(path: Path) -> Any:
                 count = len(archive.infolist())
     if count > _MOST_TENSORS:
         raise ValueError(f"it holds {count} tensors, at most {_MOST_TENSORS} are read")
-    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if path.suffix == ".npz":  # of what was released before there was torch
+        import numpy as np
+
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: torch.as_tensor(arrays[name]) for name in arrays.files}
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def _state_in(loaded: Any, path: Path) -> dict[str, Tensor]:

@@ -23,11 +23,13 @@ class Said(NamedTuple):
         logits: (N, V).
         attention: (N, R), see `CaptionOutput`.
         looks: (N,), see `CaptionOutput`.
+        chosen: (N, R), see `CaptionOutput`.
     """
 
     logits: Tensor
     attention: Tensor | None = None
     looks: Tensor | None = None
+    chosen: Tensor | None = None
 
 
 class Found(NamedTuple):
@@ -127,7 +129,8 @@ def taken(state: State, index_N: Tensor) -> State:
     if isinstance(state, Tensor):
         return state[index_N]
     if isinstance(state, (tuple, list)):
-        return type(state)(taken(each, index_N) for each in state)
+        parts = [taken(each, index_N) for each in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     return state.take_rows(index_N)
 
 

@@ -42,6 +42,7 @@ class CaptionOutput:
         logits: (B, T, V), of each word of given captions, told by the words before it; None of generated ones.
         attention: (B, T, R), how much each word looks at each region, with sum 1; None where there are no regions.
         looks: (B, T) in [0, 1], how much of each word comes from the image; None where the network does not tell it.
+        chosen: (B, T, R), with what weights of regions each word was said, where they are drawn from the attention.
         words: (B, T), generated; after the word that ends a caption, what fills up.
         lengths: (B,), words of each without the one that ends it.
         scores: (B,), log-probability of each generated caption, with its end.
@@ -51,6 +52,7 @@ class CaptionOutput:
     logits: Tensor | None = None
     attention: Tensor | None = None
     looks: Tensor | None = None
+    chosen: Tensor | None = None
     words: Tensor | None = None
     lengths: Tensor | None = None
     scores: Tensor | None = None
@@ -160,8 +162,7 @@ class Captioner(SeesThroughEncoder, Complete):
         for word_B in words_BT.unbind(1):
             said, state = self.advance(word_B, state)
             found.append(said)
-        logits, attention, looks = (None if part[0] is None else torch.stack(part, 1) for part in zip(*found))
-        return CaptionOutput(logits, attention, looks)
+        return in_order(found)
 
     def begun(self, captions_BT: Tensor) -> Tensor:
         """The word before each of a caption's."""
@@ -269,6 +270,15 @@ class Captioner(SeesThroughEncoder, Complete):
                 pictures.append(_labelled(seen, word if looks is None else f"{word}  {looks[step]:.2f}"))
             rows.append(beside(pictures))
         return stacked(rows)
+
+
+def in_order(steps: Sequence[Said]) -> CaptionOutput:
+    """What was said of one word after the other.
+
+    Args:
+        steps: of `Captioner.advance`, for T words.
+    """
+    return CaptionOutput(*(None if part[0] is None else torch.stack(part, 1) for part in zip(*steps)))
 
 
 def caption_loss(logits_BTV: Tensor, captions_BT: Tensor, end: int, pad: int) -> Tensor:

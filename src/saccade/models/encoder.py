@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_act
@@ -16,6 +17,16 @@ from saccade.models.upsampling import backbone_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+class Coordinates(nn.Module):
+    """Images (B, C, H, W) with x and y from -1 to 1 as two further channels."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[2:]
+        y_H, x_W = ((torch.arange(n, device=x_BCHW.device) + 0.5) / n * 2 - 1 for n in (height, width))
+        at_2HW = torch.stack([x_W.expand(height, -1), y_H[:, None].expand(-1, width)]).to(x_BCHW.dtype)
+        return torch.cat([x_BCHW, at_2HW.expand(len(x_BCHW), -1, -1, -1)], 1)
 
 
 class SeesThroughEncoder(nn.Module):
@@ -31,15 +42,18 @@ class SeesThroughEncoder(nn.Module):
     #: kept in a tuple, so that it is no module of this one: it is moved with it, but not trained or saved
     _encoder: tuple[Callable[[Tensor], Any]] | None
 
-    def see_through(self, stem: Sequence[int] = (), patch: int = 14) -> None:
+    def see_through(self, stem: Sequence[int] = (), patch: int = 14, *, placed: bool = False) -> None:
         """Make the stem.
 
         Args:
             stem: widths of its convolutions; empty for none.
             patch: of an encoder that does not say it.
+            placed: the stem is told where each pixel is, so that its features know their place.
         """
-        widths = (3, *stem)
-        self.stem = nn.Sequential(*(conv_norm_act(a, b, 3, 2) for a, b in zip(widths, stem))) if stem else None
+        widths = (5 if placed else 3, *stem)
+        steps: list[nn.Module] = [Coordinates()] if placed else []
+        steps += [conv_norm_act(a, b, 3, 2) for a, b in zip(widths, stem)]
+        self.stem = nn.Sequential(*steps) if stem else None
         self.patch = 2 ** len(stem) if stem else patch
         self._encoder = None
 
