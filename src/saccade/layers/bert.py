@@ -131,6 +131,7 @@ class BertBlock(nn.Module):
         context_dim: E; None has no cross attention.
         drop: dropout of what each branch gives.
         attn_drop: dropout of the attentions' weights.
+        inner_drop: dropout within the MLP, as `nn.TransformerEncoderLayer` has it and BERT not.
         norm_eps: of the norms.
     """
 
@@ -143,6 +144,7 @@ class BertBlock(nn.Module):
         context_dim: int | None = None,
         drop: float = 0.1,
         attn_drop: float = 0.1,
+        inner_drop: float = 0.0,
         norm_eps: float = 1e-12,
     ) -> None:
         super().__init__()
@@ -153,7 +155,7 @@ class BertBlock(nn.Module):
         if context_dim is not None:
             self.cross = CrossAttention(dim, num_heads, context_dim, attn_drop=attn_drop, **biases)
         self.cross_norm = None if context_dim is None else nn.LayerNorm(dim, norm_eps)
-        self.mlp, self.mlp_norm = MLP(dim, hidden), nn.LayerNorm(dim, norm_eps)
+        self.mlp, self.mlp_norm = MLP(dim, hidden, inner_drop=inner_drop), nn.LayerNorm(dim, norm_eps)
         self.drop = nn.Dropout(drop)
 
     def forward(

@@ -34,6 +34,7 @@ class MLP(nn.Module):
         hidden: F, 4 C where None.
         activation: of `ACTIVATIONS`.
         drop: dropout after the activation and at the end.
+        inner_drop: dropout after the activation, where it is another; as `drop` where None.
         bias: of both linears.
 
     Raises:
@@ -41,7 +42,14 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: int | None = None, *, activation: str = "gelu", drop: float = 0.0, bias: bool = True
+        self,
+        dim: int,
+        hidden: int | None = None,
+        *,
+        activation: str = "gelu",
+        drop: float = 0.0,
+        inner_drop: float | None = None,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         width = 4 * dim if hidden is None else hidden
@@ -49,9 +57,10 @@ class MLP(nn.Module):
         self.activation = activation
         self.fc1, self.fc2 = nn.Linear(dim, width, bias=bias), nn.Linear(width, dim, bias=bias)
         self.drop = nn.Dropout(drop)
+        self.inner_drop = self.drop if inner_drop is None else nn.Dropout(inner_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(ACTIVATIONS[self.activation](self.fc1(x)))))
+        return self.drop(self.fc2(self.inner_drop(ACTIVATIONS[self.activation](self.fc1(x)))))
 
 
 class GatedMLP(nn.Module):
