@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade import catalogue
 from saccade.models.beams import Said, search, taken
 from saccade.models.captioning import Captioner, CaptionOutput, caption_loss
 from saccade.models.images import to_picture
 from saccade.train.data import WORDS, described, sentence
 from saccade.train.data.described import BEGIN, COLOUR_NAMES, END, MOST_WORDS, PAD, THINGS
+from saccade.train.entries import parse
 from saccade.train.metrics.text import bleu, cider, exact_match
 from saccade.train.tasks.caption import Caption, looking
 from saccade.train.tasks.settings import Settings
@@ -214,6 +216,15 @@ def test_the_task_judges_words_and_looks(task: Caption) -> None:
     assert [tuple(x.shape) for x in task.part_inputs(300)] == [(1, 3, 16, 16), (1, MOST_WORDS)]
     with pytest.raises(ValueError, match="multiple of 16"):
         Caption(Settings(length=1000), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if "caption" in part.tasks])
+def test_networks_take_part_as_their_cards_say(task: Caption, slug: str) -> None:
+    model = task.model(parse([slug])[0], 0)
+    task.loss(model, task.batch(0, 0)).backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.stem.parameters())
+    assert task.figures(model, share=0.4).keys() >= {"exact", "bleu4", "cider"}
+    assert model(*task.part_inputs(1024)).logits.shape == (1, MOST_WORDS, len(WORDS))
 
 
 def test_who_looks_at_the_cell_points_at_it() -> None:
