@@ -222,7 +222,7 @@ def test_the_task_judges_words_and_looks(task: Caption) -> None:
 def test_networks_take_part_as_their_cards_say(task: Caption, slug: str) -> None:
     model = task.model(parse([slug])[0], 0)
     task.loss(model, task.batch(0, 0)).backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.stem.parameters())
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert task.figures(model, share=0.4).keys() >= {"exact", "bleu4", "cider"}
     assert model(*task.part_inputs(1024)).logits.shape == (1, MOST_WORDS, len(WORDS))
 

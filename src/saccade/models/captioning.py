@@ -278,7 +278,8 @@ def in_order(steps: Sequence[Said]) -> CaptionOutput:
     Args:
         steps: of `Captioner.advance`, for T words.
     """
-    return CaptionOutput(*(None if part[0] is None else torch.stack(part, 1) for part in zip(*steps)))
+    logits, attention, looks, chosen = (None if part[0] is None else torch.stack(part, 1) for part in zip(*steps))
+    return CaptionOutput(logits, attention, looks, chosen)
 
 
 def caption_loss(logits_BTV: Tensor, captions_BT: Tensor, end: int, pad: int) -> Tensor:

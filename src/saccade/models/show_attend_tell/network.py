@@ -208,7 +208,7 @@ class ShowAttendTell(Captioner):
 
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None,
         captions: Tensor,
         *,
         mask: Tensor | None = None,
