@@ -1,6 +1,7 @@
 """The sentinel, and the softmax in which it stands beside the regions.
 
-Shape letters: B images, R regions, D width of regions, state and sentinel, K width of attention, X input of the LSTM.
+Shape letters: B images, R regions, S = R + 1 with the sentinel, D width of regions, state and sentinel, K width of
+attention, X input of the LSTM.
 """
 
 from __future__ import annotations
