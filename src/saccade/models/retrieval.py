@@ -1,6 +1,6 @@
 """Networks that make one vector of an image, a text, or both, so that what belongs together is found.
 
-Shape letters: B batch, L words, C channels, H height, W width, Q queries, G items of a gallery, D width.
+Shape letters: B batch, L words, C channels, H height, W width, Q queries, G items of a gallery, k of them, D width.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class _Partial(CoVR):
-    """A query without the picture, the request or the description; targets and captions are as ever."""
+    """A query without the picture or the request, and so without a description; targets and captions are as ever."""
 
     left_out = ""
 
@@ -37,7 +37,7 @@ class _Partial(CoVR):
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    """Recall of the whole network, and of those that are never given the description, the picture or the request."""
+    """Recall of the whole network, and of those that are never given the picture or the request."""
     task = lab.task("retrieve")
     sizes: dict[str, Any] = {
         **task.arguments(None), "vision_dim": 64, "vision_depth": 2, "vision_heads": 4, "patch": 8, "dim": 64,
@@ -52,19 +52,18 @@ def _claim(lab: Lab) -> ClaimResult:
     trials = lab.forms(
         {
             "whole": lambda: CoVR(**sizes),
-            "without_description": lambda: without("description"),
             "text_only": lambda: without("picture"),
             "picture_only": lambda: without("request"),
         },
-        lambda generator: task.to_device(task.drawn(task.settings.batch, generator)),
+        lambda generator: task.to_device(task.drawn(lab.size(32, 2), generator)),
         lambda trial: _figures(task, trial),
-        500, loss=task.loss, lr=2e-3, task="retrieve",
+        400, loss=task.loss, lr=2e-3, task="retrieve",
     )  # fmt: skip
     measured = {"chance_recall1": task.chance(), **trials.means()}
     others = max(measured["text_only_recall1"], measured["picture_only_recall1"])
     return ClaimResult(
         measured,
-        holds=measured["whole_recall1"] > others and measured["without_description_recall1"] > others,
+        holds=measured["whole_recall1"] > others,
         note="one seed; the description says of the reference nothing that the picture does not show",
     )
 

@@ -1,7 +1,7 @@
 """CoVR's networks: the text encoder that looks at a shifted reference, and the whole with its vision tower.
 
 Shape letters: B batch, P image tokens, V vision width, L words, C text width, E width of the embedding, H, W image,
-F frames of a video.
+F frames of a video, Q queries.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ class ComposedQuery(nn.Module):
         embed_dim: E.
         encode_token: the word that stands first where the encoder looks at an image; None leaves what is there.
         encode_description: put it first in descriptions too, as the authors do when they test.
+
+    Raises:
+        ValueError: if `encode_token` is no word, or is needed and None, or as `Bert` does.
     """
 
     def __init__(
@@ -115,7 +118,8 @@ class CoVR(Retriever):
         image_size, patch, vision_dim, vision_depth, vision_heads: of the ViT; `image_size` is also the side to which
             files are scaled.
         frozen: what embeds targets is not trained, as in the paper.
-        embed_dim, **text: of `ComposedQuery`.
+        embed_dim: E.
+        **text: of `ComposedQuery`.
     """
 
     slug = "covr"

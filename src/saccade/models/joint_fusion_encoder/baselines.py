@@ -3,7 +3,7 @@
     score fusion    e = m_t f_T(t) + m_I f_I(I)
     feature fusion  e = mean over tokens of Blocks([states of the text; states of the image])
 
-Shape letters: B batch, L words, P tokens of an image, E width, H, W image.
+Shape letters: B batch, L words, P tokens of an image, N all tokens, E width, H, W image.
 """
 
 from __future__ import annotations

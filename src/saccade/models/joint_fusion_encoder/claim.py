@@ -31,9 +31,9 @@ def _claim(lab: Lab) -> ClaimResult:
             "score_fusion": lambda: LateFusion("score", **sizes, embed_dim=64),
             "feature_fusion": lambda: LateFusion("feature", **sizes, embed_dim=64),
         },
-        lambda generator: task.to_device(task.drawn(task.settings.batch, generator)),
+        lambda generator: task.to_device(task.drawn(lab.size(32, 2), generator)),
         measure,
-        500, loss=task.loss, lr=2e-3, task="retrieve",
+        400, loss=task.loss, lr=2e-3, task="retrieve",
     )  # fmt: skip
     measured = {"chance_recall1": task.chance(), **trials.means()}
     return ClaimResult(

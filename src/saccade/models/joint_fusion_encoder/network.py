@@ -1,7 +1,7 @@
 """The joint encoder: instruction, images and text as one sequence through one transformer, one vector out.
 
 Shape letters: B batch, I images of an item, P tokens of an image, L words, N all tokens, D width, E width of the
-embedding, H, W image.
+embedding, C channels, H, W image.
 """
 
 from __future__ import annotations

@@ -29,7 +29,11 @@ def last_state(states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
 
 
 def mean_state(states_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """The mean (B, D) of the states of real tokens; zeros where there is none. Arguments as of `last_state`."""
+    """The mean (B, D) of the states of real tokens; zeros where there is none.
+
+    Args:
+        states_BLD, mask_BL: as of `last_state`, and with its errors.
+    """
     real_BL1 = _real(states_BLD, mask_BL)[..., None]
     return torch.where(real_BL1, states_BLD, 0).sum(1) / real_BL1.sum(1).clamp(min=1)
 

@@ -1,6 +1,7 @@
 """Which picture is asked for, by another picture and a request, or by a description?
 
-Shape letters: B triples, S side of a picture, L words, N held-out triples, G = 2 N pictures of the gallery, D width.
+Shape letters: B triples, S side of a picture, L words, N held-out triples, G = 2 N pictures of the gallery, D width, C
+channels, H, W picture.
 """
 
 from __future__ import annotations
