@@ -73,7 +73,7 @@ def test_a_cross_network_by_hand() -> None:
 @pytest.mark.parametrize("form", INTERACTIONS)
 def test_every_interaction_gives_a_logit_and_trains(form: str) -> None:
     extra = 0 if form == "fm" else 2
-    net = Interaction(3, 6, form, hidden=(5, 4), extra=extra, batch_norm=True)
+    net = Interaction(3, 6, form, hidden=(5, 4), extra=extra, norm="batch")
     e = embeddings().requires_grad_()
     out = net(e, torch.randn(4, extra) if extra else None)
     assert out.shape == (4,)

@@ -12,7 +12,8 @@
 
 All categories share one table, a field's values follow those of the field before. -1 is a missing value: a zero vector.
 
-Shape letters: B batch, F fields, K values of a field, P pairs of fields, D width, M numbers, V values of all fields.
+Shape letters: B batch, F fields, K values of a field, P pairs of fields, D width, E numbers that an MLP
+reads, M numbers of a row, V values of all fields.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ from torch import Tensor, nn
 
 from saccade.ops.export import output
 
+#: norms of `deep`: width -> layers
+NORMS: Mapping[str, Callable[[int], list[nn.Module]]] = MappingProxyType(
+    {
+        "none": lambda width: [],
+        "batch": lambda width: [nn.BatchNorm1d(width)],
+        "layer": lambda width: [nn.LayerNorm(width)],
+    }
+)
 #: what says that a field has no value
 MISSING = -1
 
@@ -49,12 +58,16 @@ class ClickOutput:
 
     @property
     def probability(self) -> Tensor:
-        """(B,), in fp32."""
-        return self.logits.float().sigmoid()
+        """(B,), in fp32 at least."""
+        return _exact(self.logits).sigmoid()
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def click_loss(said: ClickOutput, label_B: Tensor) -> Tensor:
-    """The log loss in fp32, and the network's penalty.
+    """The log loss in fp32 at least, and the network's penalty.
 
     Args:
         said: of a network.
@@ -65,7 +78,8 @@ def click_loss(said: ClickOutput, label_B: Tensor) -> Tensor:
     """
     if said.logits.shape != label_B.shape:
         raise ValueError(f"labels must be {tuple(said.logits.shape)}, got {tuple(label_B.shape)}")
-    loss = F.binary_cross_entropy_with_logits(said.logits.float(), label_B.float())
+    logits_B = _exact(said.logits)
+    loss = F.binary_cross_entropy_with_logits(logits_B, label_B.to(logits_B.dtype))
     return loss if said.penalty is None else loss + said.penalty
 
 
@@ -178,24 +192,25 @@ class FirstOrder(nn.Module):
         return (weight_BF if scale_BF is None else weight_BF * scale_BF).sum(1) + self.bias
 
 
-def deep(inputs: int, hidden: Sequence[int], *, batch_norm: bool = False, drop: float = 0.0) -> nn.Sequential:
-    """An MLP to one number: linear, batch norm where wanted, ReLU and dropout for each width, and a linear layer.
+def deep(inputs: int, hidden: Sequence[int], *, norm: str = "none", drop: float = 0.0) -> nn.Sequential:
+    """An MLP to one number: linear, a norm where wanted, ReLU and dropout for each width, and a linear layer.
 
     Args:
         inputs: width of what comes in.
         hidden: widths.
-        batch_norm: whether norms stand behind the linear layers.
+        norm: behind the linear layers, of `NORMS`.
         drop: of dropout.
 
     Raises:
-        ValueError: if a width is not positive.
+        ValueError: if a width is not positive, or the norm is unknown.
     """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
     if min((inputs, *hidden)) < 1:
         raise ValueError(f"widths must be positive, got {inputs} and {tuple(hidden)}")
     layers: list[nn.Module] = []
     for width in hidden:
-        layers += [nn.Linear(inputs, width), *([nn.BatchNorm1d(width)] if batch_norm else []), nn.ReLU()]
-        layers.append(nn.Dropout(drop))
+        layers += [nn.Linear(inputs, width), *NORMS[norm](width), nn.ReLU(), nn.Dropout(drop)]
         inputs = width
     return nn.Sequential(*layers, nn.Linear(inputs, 1))
 
@@ -214,10 +229,15 @@ def pairs_of(fields: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(fields) for j in range(i + 1, fields)]
 
 
-def inner_products(e_BFD: Tensor) -> Tensor:
-    """e_i . e_j for i < j, (B, P), row by row."""
+def inner_products(e_BFD: Tensor, with_BFD: Tensor | None = None) -> Tensor:
+    """e_i . e_j for i < j, (B, P), row by row.
+
+    Args:
+        e_BFD: of the fields.
+        with_BFD: whose e_j are meant; the same where None.
+    """
     first, second = torch.triu_indices(e_BFD.shape[1], e_BFD.shape[1], 1, device=e_BFD.device)
-    return (e_BFD[:, first] * e_BFD[:, second]).sum(-1)
+    return (e_BFD[:, first] * (e_BFD if with_BFD is None else with_BFD)[:, second]).sum(-1)
 
 
 class CrossNetwork(nn.Module):
@@ -250,7 +270,7 @@ class Interaction(nn.Module):
         form: of `INTERACTIONS`.
         hidden: widths of the MLP.
         extra: E, further inputs of the MLP.
-        batch_norm, drop: of the MLP.
+        norm, drop: of the MLP.
         depth: layers of the cross network.
 
     Raises:
@@ -265,7 +285,7 @@ class Interaction(nn.Module):
         *,
         hidden: Sequence[int] = (1024, 512, 256),
         extra: int = 0,
-        batch_norm: bool = False,
+        norm: str = "none",
         drop: float = 0.0,
         depth: int = 3,
     ) -> None:
@@ -278,7 +298,7 @@ class Interaction(nn.Module):
             )
         self.form = form
         inputs = fields * dim + extra + (fields * (fields - 1) // 2 if form == "ipnn" else 0)
-        self.mlp = None if form == "fm" else deep(inputs, hidden, batch_norm=batch_norm, drop=drop)
+        self.mlp = None if form == "fm" else deep(inputs, hidden, norm=norm, drop=drop)
         self.cross = CrossNetwork(inputs, depth) if form == "dcn" else None
         self.read = nn.Linear(inputs, 1, bias=False) if form == "dcn" else None
 

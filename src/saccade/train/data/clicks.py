@@ -9,7 +9,7 @@ Files are read by `read_log`: Criteo's (tab-separated, without names: label, 13 
 with a line of names, of which one is "click" or "label"; columns that are called I1, I2 ..., or hold numbers with a
 decimal point, are numbers, all others categories.
 
-Shape letters: B rows, F fields, M numbers, K width of hidden vectors.
+Shape letters: B rows, F fields, S fields that have a say, M numbers, K width of hidden vectors.
 """
 
 from __future__ import annotations

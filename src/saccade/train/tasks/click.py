@@ -22,7 +22,7 @@ from saccade.train.tasks.network import NetworkTask
 from saccade.train.tasks.settings import Settings
 
 #: rows of a generated log that are learned from; more would make selection needless
-_LOG = 40_000
+_LOG = 160_000
 
 
 class Click(NetworkTask):
