@@ -14,7 +14,12 @@ from saccade.models.click import MISSING, FieldTable, check_ids, pooled
 
 
 class Table(FieldTable):
-    """A table of all fields as it is (the baseline); others are made of it by `kept`, the weight that is read."""
+    """A table of all fields as it is (the baseline); others are made of it by `kept`, the weight that is read.
+
+    Args:
+        fields: how many values each has.
+        dim: D.
+    """
 
     def kept(self) -> Tensor:
         """The weight (V, D) as the interaction sees it."""
