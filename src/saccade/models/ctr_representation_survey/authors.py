@@ -17,6 +17,7 @@ from saccade.models.ctr_representation_survey.dimension import binary_step
 from saccade.models.ctr_representation_survey.generation import OptInter
 from saccade.models.ctr_representation_survey.network import ClickModel
 from saccade.models.ctr_representation_survey.selection import (
+    AdaFS,
     autofield_gates,
     lpfs_gates,
     lpfs_plus_gates,
@@ -59,10 +60,12 @@ def _lpfs(module: ClickModel, inputs: dict[str, Tensor], args: dict[str, Any]) -
 
 def _adafs(module: ClickModel, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
     ids = _ids(inputs, args["field_dim"])
+    selection = module.selection
+    assert isinstance(selection, AdaFS)
     said = module(ids)
-    module.selection.pretraining = True
+    selection.pretraining = True
     pretraining = module(ids).embeddings
-    module.selection.pretraining = False
+    selection.pretraining = False
     return {"embed": said.embeddings, "logit": said.logits, "embed_pretrain": pretraining}
 
 

@@ -92,9 +92,10 @@ class OptInter(nn.Module):
         super().__init__()
         self.categories, self.numeric = tuple(fields[numeric:]), numeric
         count = len(self.categories)
-        self.pairs = tuple(pairs_of(count) if pairs is None else (tuple(pair) for pair in pairs))
-        if not self.pairs or any(len(pair) != 2 or not 0 <= pair[0] < pair[1] < count for pair in self.pairs):
-            raise ValueError(f"pairs must be (i, j) with i < j of {count} categories, one at least, got {self.pairs}")
+        found = pairs_of(count) if pairs is None else list(pairs)
+        if not found or any(len(pair) != 2 or not 0 <= pair[0] < pair[1] < count for pair in found):
+            raise ValueError(f"pairs must be (i, j) with i < j of {count} categories, one at least, got {found}")
+        self.pairs = tuple((i, j) for i, j in found)
         self.given = crosses is not None
         total = crosses if crosses is not None else sum(cross_sizes(self.categories, self.pairs))
         self.cross, self.factors = FieldTable([total], width), FieldTable(fields, width)
