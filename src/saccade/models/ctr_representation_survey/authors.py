@@ -70,7 +70,8 @@ def _adafs(module: ClickModel, inputs: dict[str, Tensor], args: dict[str, Any]) 
 
 
 def _optfs(module: ClickModel, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict[str, Tensor]:
-    ids, found = _ids(inputs, args["field_dims"]), {}
+    ids = _ids(inputs, args["field_dims"])
+    found: dict[str, Tensor] = {}
     module.table.temperature = args.get("temp", 1.0)
     for name, ticket in (("soft", False), ("ticket", True)):
         module.table.ticket = ticket
@@ -92,6 +93,7 @@ def _optembed(module: ClickModel, inputs: dict[str, Tensor], args: dict[str, Any
     with torch.enable_grad():
         points = inputs["step_points"].clone().requires_grad_()
         (slope,) = torch.autograd.grad(binary_step(points).sum(), points)
+    assert module.first is not None
     logit = fm(embed) + module.first(ids)
     return found | {"embed_candidate": embed, "logit_candidate_fm": logit, "step_grad": slope}
 
