@@ -22,7 +22,12 @@ MEMORISE, FACTORISE, NAIVE = range(3)
 
 
 def cross_sizes(fields: Sequence[int], pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """How many combinations each pair has."""
+    """How many combinations each pair has.
+
+    Args:
+        fields: how many values each has.
+        pairs: of fields.
+    """
     return tuple(fields[i] * fields[j] for i, j in pairs)
 
 
