@@ -18,7 +18,6 @@ from saccade.models.visual_sentinel import (
     optimisers,
 )
 from saccade.models.visual_sentinel.authors import PORTS
-from saccade.models.visual_sentinel.claim import FIRST, KINDS, scenes
 
 SMALL = {"vocab_size": 11, "dim": 12, "word_dim": 8, "attention_dim": 7, "channels": 10}
 GOLDEN = Path(__file__).parents[1] / "golden" / "visual-sentinel" / "decoder.a.safetensors"
@@ -179,15 +178,6 @@ def test_training_by_two_rates() -> None:
     assert counted == len(list(model.parameters())) and encoder.param_groups[0]["lr"] == 1e-5
     assert optimisers(small())[1] is None
     assert learning_rate(0) == 4e-4 and learning_rate(120) == pytest.approx(1e-4)
-
-
-def test_the_claims_words_follow_from_regions_and_words() -> None:
-    regions, words = scenes(50, torch.Generator().manual_seed(1))
-    assert regions.shape == (50, 9, 32) and words.shape == (50, 8)
-    visual, function = words[:, ::2] - FIRST, words[:, 1::2] - FIRST - KINDS
-    assert int(visual.min()) >= 0 and int(visual.max()) < KINDS and int(function.min()) >= 0
-    pairs = {(int(a), int(b)) for a, b in zip(visual.flatten(), function.flatten())}
-    assert len(pairs) == KINDS == len({b for _, b in pairs})
 
 
 def test_refusals() -> None:

@@ -37,7 +37,12 @@ def _claim(lab: Lab) -> ClaimResult:
 
     forms: dict[str, Any] = {"attention": partial(ShowAttendTell, **arguments), "mean": blind}
     trials = lab.forms(
-        forms, lambda generator: task.drawn(task.settings.batch, generator), measure, 500, loss=task.loss, lr=3e-3
+        forms,
+        lambda generator: task.drawn(task.settings.batch, generator),
+        measure,
+        task.settings.steps,
+        loss=task.loss,
+        lr=3e-3,
     )
     measured = trials.means("{form}_{figure}")
     holds = (
