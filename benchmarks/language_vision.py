@@ -28,7 +28,7 @@ PASSES = (1, 4, 8, 16)
 @torch.no_grad()
 def dream_row(quick: bool) -> dict[str, Any]:
     task = Lab().task("speculate")
-    draft = task.trained(50 if quick else 400)
+    draft = task.trained(50 if quick else 600)
     row: dict[str, Any] = task.figures(draft)
     model = task.target.model
     ids = task.prompts()[:1]

@@ -192,6 +192,7 @@ def fit_draft(
     second: bool = True,
     clip: float = 0.5,
     vocabulary: Tensor | None = None,
+    autocast: torch.dtype | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     done: int = 0,
 ) -> list[float]:
@@ -208,6 +209,7 @@ def fit_draft(
         noise: of `feature_noise`.
         second: whether there is a step 2.
         vocabulary: the tokens that count in the KL; None for all.
+        autocast: the type in which products are computed, such as `torch.bfloat16`; None leaves them as they are.
         optimizer: to go on with.
         done: steps that were made before.
     """
@@ -227,12 +229,15 @@ def fit_draft(
         rate *= 1.0 if steps is None else max(0.0, (steps - number) / max(1, steps - min(warmup, number)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
-        out = draft(sample.embeds, feature_noise(sample.features, noise)[:, :-1])
-        loss = draft_losses(out, sample, head, over=over).total(p_weight, v_weight)
+        with torch.autocast(sample.embeds.device.type, autocast, enabled=autocast is not None):
+            out = draft(sample.embeds, feature_noise(sample.features, noise)[:, :-1])
+            loss = draft_losses(out, sample, head, over=over).total(p_weight, v_weight)
         step(loss)
         losses.append(loss.item())
         if second:
-            again = draft(sample.embeds, own_features(out, sample)[:, :-1])
-            step(divergence(again.hidden, sample.features, sample.learned, head, over))
+            with torch.autocast(sample.embeds.device.type, autocast, enabled=autocast is not None):
+                again = draft(sample.embeds, own_features(out, sample)[:, :-1])
+                loss = divergence(again.hidden, sample.features, sample.learned, head, over)
+            step(loss)
     draft.eval()
     return losses

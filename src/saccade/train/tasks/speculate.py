@@ -30,7 +30,7 @@ from saccade.train.tasks.settings import Settings
 #: the target
 NAME = "smollm2-135m"
 #: how often a text is learned from
-PASSES = 6
+PASSES = 12
 
 
 class Speculate(NetworkTask):
@@ -167,7 +167,7 @@ class Speculate(NetworkTask):
     def tokens_per_step(self) -> int:
         return self.settings.batch * self.settings.length
 
-    def trained(self, steps: int = 400) -> DreamDraft:
+    def trained(self, steps: int = 600) -> DreamDraft:
         """A draft of the target that is trained once and kept in the cache folder; whoever interrupts goes on there.
 
         Args:
