@@ -1,6 +1,7 @@
 """The decoder: anchors in time that each layer moves, as DAB-DETR's in one dimension.
 
-Shape letters: B batch, Q queries, L clips, D width, H heads, E width of a head, i layers.
+Shape letters: B batch, Q queries, L clips, D width, H heads, E width of a head, N queries or
+clips, i layers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Clips and words that look at each other, and the encoder's layers over clips.
 
-Shape letters: B batch, N queries, M keys, L clips, W words, D width.
+Shape letters: B batch, N queries, M keys, L clips, W words, C or D width.
 """
 
 from __future__ import annotations

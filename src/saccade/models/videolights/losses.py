@@ -1,7 +1,7 @@
 """What VideoLights learns by: moments that are matched, saliency of clips in five ways, and one space for both tasks.
 
 Shape letters: B batch, Q queries, G true moments of an item, M matched in a batch, L clips, W words, E contrastive
-width, P pairs of clips.
+width, D width, P pairs of clips, R ranks.
 """
 
 from __future__ import annotations

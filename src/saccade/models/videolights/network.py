@@ -1,6 +1,7 @@
 """VideoLights on features of clips and words.
 
-Shape letters: B batch, L clips, W words, Q queries, C channels of features, D width, E width of the contrastive space.
+Shape letters: B batch, T or L clips, W words, Q queries, C channels of features, D width, E width of the contrastive
+space.
 """
 
 from __future__ import annotations

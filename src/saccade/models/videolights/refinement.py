@@ -21,6 +21,9 @@ class Projection(nn.Module):
         dim: D.
         layers: how many.
         drop: before each map.
+
+    Raises:
+        ValueError: if there is no layer.
     """
 
     def __init__(self, in_dim: int, dim: int, layers: int = 2, drop: float = 0.5) -> None:

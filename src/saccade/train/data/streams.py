@@ -1,7 +1,7 @@
 """Streams of sound and picture in which events happen, and a question in words about one of them.
 
 Shape letters: B items, T steps, E events of an item, K classes, M streams, A, V channels of sound and picture, W words,
-D channels of a word.
+D channels of a word, F words that say nothing.
 """
 
 from __future__ import annotations
