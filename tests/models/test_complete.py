@@ -179,7 +179,8 @@ def test_maps_have_the_size_of_the_image(slug: str, photograph: Path) -> None:
         assert found["embedding"].shape[0] == 1 and float(found["embedding"].square().sum()) == pytest.approx(1)
     else:
         assert found["logits"].ndim == 2
-        if slug == "vtff":  # also sees patterns of the image before it is normalised; tested in its room
+        # vtff also sees patterns of the image before it is normalised, diffssl it in [-1, 1]; tested in their rooms
+        if slug in ("vtff", "diffssl"):
             return
         square = normalised(middle(read_image(photograph), model.image_size)[None], 3)
         torch.testing.assert_close(found["logits"], model.eval()(square).logits)

@@ -6,7 +6,6 @@ Shape letters: B batch, C channels, H height, W width, K classes, T noise steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,17 +75,19 @@ class DiffusionClassifier(Backbone):
         given = UNet(**(unet_sizes or {})) if unet is None else unet
         self.unet = given if isinstance(given, (UNet, DiffusersUNet)) else DiffusersUNet(given)
         self.unet.requires_grad_(False).eval()
-        self.schedule = Diffusion() if schedule is None else schedule
+        with torch.device("cpu"):  # numbers, also where the network itself is built without memory
+            schedule = Diffusion() if schedule is None else schedule
         self.times, self.first_blocks, self.second_blocks = tuple(times), tuple(first_blocks), tuple(second_blocks)
         self.in_channels, self.image_size = self.unet.in_channels, image_size
         channels, levels, count = self.unet.channels, self.unet.levels, len(self.unet.channels)
         read = sorted({*first_blocks, *second_blocks})
         check_blocks((*read, *feedback), count)
-        if not read or not times or not all(0 <= t < self.schedule.steps for t in times):
+        if not read or not times or not all(0 <= t < schedule.steps for t in times):
             raise ValueError(
-                f"a block must be read, and times lie from 0 to {self.schedule.steps - 1}, got blocks {read} and times "
+                f"a block must be read, and times lie from 0 to {schedule.steps - 1}, got blocks {read} and times "
                 f"{self.times}"
             )
+        self.kept = tuple(float(schedule.kept[t]) for t in self.times)
         if second_blocks and not feedback:
             raise ValueError("second_blocks need feedback: without it the second pass is the first again")
         if any(2 * b <= count + 1 for b in feedback):
@@ -141,12 +142,14 @@ class DiffusionClassifier(Backbone):
             x_BCHW: images in [-1, 1].
             noise_BTCHW: of each noise step.
         """
-        count, first, second = len(self.unet.channels), list[Maps](), list[Maps]()
+        count = len(self.unet.channels)
+        first: list[Maps] = []
+        second: list[Maps] = []
         sources = {int(name): layer for name, layer in self.feedback.items()}
-        for number, t in enumerate(self.times):
+        for number, (t, kept) in enumerate(zip(self.times, self.kept)):
             step_B = torch.full((len(x_BCHW),), t, device=x_BCHW.device)
-            noisy_BCHW = self.schedule.noised(x_BCHW, noise_BTCHW[:, number], step_B)
-            with torch.no_grad() if self.training else nullcontext():
+            noisy_BCHW = kept**0.5 * x_BCHW + (1 - kept) ** 0.5 * noise_BTCHW[:, number]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training):
                 maps = self.unet.read(noisy_BCHW, step_B, {*self.first_blocks, *sources})
             if self.first_blocks:
                 first.append({b: maps[b] for b in self.first_blocks})
