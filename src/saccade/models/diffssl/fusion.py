@@ -5,7 +5,7 @@ Shape letters: B batch, C channels, s side of a pooled map, N tokens, D their wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,13 @@ from saccade.models.diffssl.unet import group_norm
 
 #: maps by the number of their block
 Maps = Mapping[int, Tensor]
+#: words of a feedback's layout that leave the channels as they are
+_SIMPLE: Mapping[str, Callable[[int], nn.Module]] = {
+    "B": nn.BatchNorm2d,
+    "G": group_norm,
+    "R": lambda channels: nn.ReLU(),
+    "S": lambda channels: nn.SiLU(),
+}
 
 
 class PooledHead(nn.Module):
@@ -156,8 +163,8 @@ class FeedbackResidual(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 1)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
@@ -186,9 +193,8 @@ class FeedbackLayer(nn.Sequential):
                     layer = nn.Conv2d(channels, out_channels, 1, bias=False)
             elif word == "Res":
                 layer = FeedbackResidual(channels, out_channels)
-            elif word in ("B", "G", "R", "S"):
-                norms = {"B": nn.BatchNorm2d, "G": group_norm}
-                layer = norms[word](channels) if word in norms else {"R": nn.ReLU, "S": nn.SiLU}[word]()
+            elif word in _SIMPLE:
+                layer = _SIMPLE[word](channels)
             else:
                 raise ValueError(f"layout must be of C, B, G, R, S and Res, joined by '_', got {layout!r}")
             if word in ("C", "Res"):

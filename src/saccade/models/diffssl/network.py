@@ -73,7 +73,7 @@ class DiffusionClassifier(Backbone):
     ) -> None:
         super().__init__()
         given = UNet(**(unet_sizes or {})) if unet is None else unet
-        self.unet = given if isinstance(given, (UNet, DiffusersUNet)) else DiffusersUNet(given)
+        self.unet: UNet | DiffusersUNet = given if isinstance(given, (UNet, DiffusersUNet)) else DiffusersUNet(given)
         self.unet.requires_grad_(False).eval()
         with torch.device("cpu"):  # numbers, also where the network itself is built without memory
             schedule = Diffusion() if schedule is None else schedule

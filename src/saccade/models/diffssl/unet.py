@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,8 @@ class ResidualBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * out_channels)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor, time_BE: Tensor) -> Tensor:
         scale, shift = self.time(F.silu(time_BE))[..., None, None].chunk(2, 1)
@@ -73,8 +73,8 @@ class MapAttention(nn.Module):
         self.heads = channels // head_dim if channels % head_dim == 0 else 1
         self.norm = group_norm(channels)
         self.qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        for parameter in self.proj.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x_BCHW)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(3, 4).unbind(1)
@@ -163,7 +163,8 @@ class UNet(nn.Module):
                 levels.append(level - rises)
         self.out = nn.Sequential(group_norm(last), nn.SiLU(), nn.Conv2d(last, in_channels, 3, padding=1))
         #: of each block, from the first, and how often its map was halved
-        self.channels, self.levels = tuple(channels), tuple(levels)
+        self.channels: tuple[int, ...] = tuple(channels)
+        self.levels: tuple[int, ...] = tuple(levels)
 
     def forward(self, x_BCHW: Tensor, step_B: Tensor) -> Denoised:
         """The noise in x_t; t is the same for all, or one of each."""
@@ -223,9 +224,11 @@ class DiffusersUNet(nn.Module):
         super().__init__()
         if not all(hasattr(unet, name) for name in ("conv_in", "down_blocks", "mid_block", "up_blocks")):
             raise ValueError(f"unet must be a UNet2DModel of diffusers, got {type(unet).__name__}")
-        self.unet: Any = unet
+        self.unet: Any = cast(Any, unet)  # whose attributes are diffusers'
         self.in_channels = int(self.unet.config.in_channels)
-        units, channels, levels, level, width = [self.unet.conv_in], [self.unet.conv_in.out_channels], [0], 0, 0
+        units: list[Any] = [self.unet.conv_in]
+        channels: list[int] = [int(self.unet.conv_in.out_channels)]
+        levels, level = [0], 0
         for way, blocks in (
             ("down", self.unet.down_blocks),
             ("middle", [self.unet.mid_block]),
@@ -235,7 +238,7 @@ class DiffusersUNet(nn.Module):
                 resnets = list(block.resnets)
                 attentions = list(getattr(block, "attentions", None) or [])
                 changes = list(getattr(block, f"{way}samplers", None) or [])
-                width = resnets[-1].out_channels
+                width = int(resnets[-1].out_channels)
                 if way == "middle":
                     units.append(block)
                 else:
@@ -251,7 +254,9 @@ class DiffusersUNet(nn.Module):
                         units.append(changes[-1])
                 channels.append(width)
                 levels.append(level)
-        self.units, self.channels, self.levels = units, tuple(channels), tuple(levels)
+        self.units = units
+        self.channels: tuple[int, ...] = tuple(channels)
+        self.levels: tuple[int, ...] = tuple(levels)
 
     def read(
         self, x_BCHW: Tensor, step_B: Tensor, wanted: Collection[int], add: Mapping[int, Tensor] | None = None
