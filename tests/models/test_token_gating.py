@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from saccade.models.token_gating import (
     ChannelAttention,
@@ -262,6 +264,20 @@ def test_objectives_learn_from_a_pass() -> None:
     )
     with pytest.raises(ValueError, match="log or fraction"):
         LexiconContrast(16, form="x")
+
+
+def test_released_files_load_and_compute_as_released(tmp_path: Path) -> None:
+    tensors = load_file(Path(__file__).parents[1] / "golden" / "token-gating" / "dual_stream_film.a.safetensors")
+    path = tmp_path / "film.safetensors"
+    save_file({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("param.")}, path)
+    sizes = {**SMALL, "vocab_size": 30, "max_len": 8, "enhance": "film"}
+    model = DualStream.from_authors(path, **sizes)
+    assert not model.per_sample and model.layers[0].gate.noisy
+    there = tensors["input.padding_mask"] == 0
+    streams = model.streams(tensors["input.input_ids"], tensors["input.dino_embedding"], there)
+    torch.testing.assert_close(streams.logits, tensors["output.logits"], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="does not fit DualStream"):
+        DualStream.from_authors(path, **{**sizes, "enhance": None})
 
 
 def test_schedules() -> None:

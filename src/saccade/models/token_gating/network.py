@@ -222,6 +222,13 @@ class DualStream(Captioner):
         )  # fmt: skip
         self.logits = None if tied else nn.Linear(dim, vocab_size)
 
+    def as_released(self) -> None:
+        """A batch with an image has all samples look, and hard gates draw noise when they are evaluated."""
+        self.per_sample = False
+        for module in self.modules():
+            if isinstance(module, DynamicGate):
+                module.noisy = True
+
     def vector(self, pixel_values: Tensor) -> Tensor:
         """The image's vector, (B, G): of images what the encoder sums them up by, or else their mean over places.
 
