@@ -72,3 +72,13 @@ def test_matching_against_the_matrix_and_its_page(case: str) -> None:
     assert speed.got == row["speedup"] and memory.met
     page = records.page("Title", "command", "about", kept, ["others"], [speed, memory], geometry.sections(kept))
     assert f"| {case} | 192 |" in page
+
+
+def test_adem_vl_beside_cross_attention_and_its_page() -> None:
+    benchmark = load("language_vision")
+    row = benchmark.CASES["adem-vl"](True)
+    assert row["kept_bytes"] * benchmark.BLOCKS == row["cross_kept_bytes"]
+    kept = {"adem-vl": records.stamp() | row}
+    fast, small, *_ = benchmark.verdicts(kept)
+    assert fast.got == row["prompt_speedup"] and small.met
+    assert "| prompt |" in records.page("Title", "command", "about", kept, [], [fast], benchmark.sections(kept))

@@ -205,7 +205,7 @@ def test_a_model_of_transformers_sees_and_is_as_before() -> None:
         (lambda m: m.start(None), "pixel_values must be images or their tokens"),
         (lambda m: silu_fusion(torch.randn(3, 2, 8), parts()[1]), "an image for each of 3 texts, got 2"),
         (lambda m: silu_fusion(torch.randn(2, 2, 7), parts()[1]), r"\(batch, tokens, 8\)"),
-        (lambda m: fused(nn.Linear(2, 2), m.fusion, parts()[1]).__enter__(), "Linear has none"),
+        (lambda m: fused(nn.Linear(2, 2), m.fusion, parts()[1]).__enter__(), "Linear has no decoder"),
         (lambda m: fused(tiny_llama(), m.fusion, parts()[1]).__enter__(), "width 16, got 8"),
     ],
 )

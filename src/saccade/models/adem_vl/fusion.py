@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.layers.vision_language import decoder_of
 from saccade.layers.wrapping import Report, changing
 
 
@@ -219,8 +220,8 @@ def fused(model: nn.Module, fusion: VisualFusion, memory: VisualMemory) -> Itera
     Raises:
         ValueError: if the model has no such blocks, or another width.
     """
-    layers: Any = getattr(_decoder(model), "layers", None)
-    if layers is None or not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
+    layers: Any = decoder_of(model).layers
+    if not all(isinstance(getattr(layer, "mlp", None), nn.Module) for layer in layers):
         raise ValueError(f"model must have blocks with an mlp (model.layers[i].mlp), {type(model).__name__} has none")
     width = getattr(getattr(model, "config", None), "hidden_size", memory.key_BSD.shape[-1])
     if width != memory.key_BSD.shape[-1]:
@@ -241,14 +242,3 @@ def fused(model: nn.Module, fusion: VisualFusion, memory: VisualMemory) -> Itera
         for layer in layers:
             changes.after(layer.mlp, add)
         yield changes.report
-
-
-def _decoder(model: Any) -> Any:
-    """The module that has the blocks, in a causal model of transformers or in one of vision and language."""
-    for path in ("", "model", "language_model", "model.language_model", "language_model.model"):
-        found = model
-        for name in filter(None, path.split(".")):
-            found = getattr(found, name, None)
-        if hasattr(found, "layers"):
-            return found
-    return model
