@@ -26,7 +26,7 @@ def test_unknown_names_answer_with_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no part is called 'mobba'; did you mean 'moba'"):
         saccade.create("mobba", dim=8)
     with pytest.raises(ValueError, match="planned and not built yet"):
-        saccade.create("vinvl")
+        saccade.create("tensorlens")
     with pytest.raises(ValueError, match="has ports for cbam, bottleneck, not for 'nothing'"):
         catalogue.port("cbam", "nothing")
 

@@ -9,7 +9,7 @@
 
 All are of self-attention; layers whose tokens differ in number cannot be composed.
 
-Shape letters: B batch, N outputs, M inputs, H heads.
+Shape letters: B batch, N outputs, M inputs, H heads, D head dim, K key heads, E value dim.
 """
 
 from __future__ import annotations

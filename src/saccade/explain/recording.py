@@ -10,7 +10,8 @@ its weights, made when they are asked for.
 Memory is linear in tokens: neither A nor its gradient is kept, both follow for the rows that are wanted. The model is
 as it was afterwards.
 
-Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E value dim.
+Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E value dim; h heads and n
+queries that are wanted.
 """
 
 from __future__ import annotations

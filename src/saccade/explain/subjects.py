@@ -5,7 +5,8 @@ patches; one that is taken away has the picture's mean colour. Of a model that c
 logit, and the score its probability; of a language model, those of a token at a position; of a model that embeds, the
 likeness to the embedding of the whole input, both times.
 
-Shape letters: B batch, N tokens, M parts, S sets of parts, C channels, V classes or tokens of the vocabulary.
+Shape letters: B batch, N tokens, M parts, S sets of parts, C channels, V classes or tokens of the vocabulary, h and w a
+grid of patches.
 """
 
 from __future__ import annotations

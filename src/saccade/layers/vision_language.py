@@ -3,7 +3,7 @@
 Models of transformers are known by what they have, not by name: a decoder with `layers` and `embed_tokens`, an image
 token in the config, `pixel_values` in the call.
 
-Shape letters: B batch, N tokens, n image tokens, H heads, M keys, I images, C channels, P patches.
+Shape letters: B batch, N tokens, n image tokens, H heads, M keys, I images, C channels, P patches, H and W of an image.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """The page of an explanation: the parts coloured by each map, and beside it whether the map deserves belief.
 
 Without a script: what a pointer shows of a token, the keyboard's focus shows too, and a screen reader reads.
+
+Shape letters: H, W image, h, w grid of patches.
 """
 
 from __future__ import annotations

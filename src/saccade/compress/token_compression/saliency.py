@@ -1,6 +1,7 @@
 """What the encoder's class token, or the prompt's text, looks at in an image; and how that changes from layer to layer.
 
-Shape letters: B batch, N tokens of the prompt, H heads, M keys, P patches of an encoder, n tokens of an image.
+Shape letters: B batch, N tokens of the prompt, H heads, M keys, P patches of an encoder, n tokens of an image,
+D width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The authors' classifier of texts around the pooling, and the table of what lexicons know of words.
 
-Shape letters: B batch, L tokens, E width of embeddings, F features of a word, V words, K classes.
+Shape letters: B batch, L tokens, E width of embeddings, F features of a word, V words, K classes, D width of
+a hidden state.
 """
 
 from __future__ import annotations

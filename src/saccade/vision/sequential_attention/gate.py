@@ -1,6 +1,6 @@
 """The mask over candidates, and the state of what is chosen.
 
-Shape letters: d candidates, k of them to be chosen, B batch, C = d channels.
+Shape letters: d candidates, k of them to be chosen, B batch, C = d channels, N rows of a table.
 """
 
 from __future__ import annotations
