@@ -1,10 +1,6 @@
 """Clips and words that look at each other, and the encoder's layers over clips.
 
-<<<<<<< HEAD
 Shape letters: B batch, N queries, M keys, L clips, W words, C or D width.
-=======
-Shape letters: B batch, N queries, M keys, L clips, W words, D width, C channels.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
 """
 
 from __future__ import annotations

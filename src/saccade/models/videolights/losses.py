@@ -1,11 +1,7 @@
 """What VideoLights learns by: moments that are matched, saliency of clips in five ways, and one space for both tasks.
 
 Shape letters: B batch, Q queries, G true moments of an item, M matched in a batch, L clips, W words, E contrastive
-<<<<<<< HEAD
 width, D width, P pairs of clips, R ranks.
-=======
-width, P pairs of clips, D width, R ranks.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
 """VideoLights on features of clips and words.
 
-<<<<<<< HEAD
 Shape letters: B batch, T or L clips, W words, Q queries, C channels of features, D width, E width of the contrastive
 space.
-=======
-Shape letters: B batch, L clips, W words, Q queries, C channels of features, D width, E width of the
-contrastive space, T steps.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
 """
 
 from __future__ import annotations

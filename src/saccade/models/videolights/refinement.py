@@ -23,11 +23,7 @@ class Projection(nn.Module):
         drop: before each map.
 
     Raises:
-<<<<<<< HEAD
         ValueError: if there is no layer.
-=======
-        ValueError: if there are no layers.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
     """
 
     def __init__(self, in_dim: int, dim: int, layers: int = 2, drop: float = 0.5) -> None:

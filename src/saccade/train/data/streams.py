@@ -1,11 +1,7 @@
 """Streams of sound and picture in which events happen, and a question in words about one of them.
 
 Shape letters: B items, T steps, E events of an item, K classes, M streams, A, V channels of sound and picture, W words,
-<<<<<<< HEAD
 D channels of a word, F words that say nothing.
-=======
-D channels of a word, F channels of a stream.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
 """
 
 from __future__ import annotations

@@ -12,11 +12,7 @@
 Average precision is the area under the precision of the best recall from there on (all points). F1 counts all classes
 of a stream together, and is a mean over streams; where nothing is there and nothing said, it is 1.
 
-<<<<<<< HEAD
 Shape letters: Q questions, N moments that are found, G true ones, T steps, K classes, B streams, R thresholds.
-=======
-Shape letters: Q questions, N moments that are found, G true ones, T steps, K classes, B rows, R ranks.
->>>>>>> 63e4a29 (Legends name all letters; the base's unknown names are unknown still)
 """
 
 from __future__ import annotations
