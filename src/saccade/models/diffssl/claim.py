@@ -58,7 +58,7 @@ def _claim(lab: Lab) -> ClaimResult:
     Beside them a linear layer on pixels, one on a map, and the same on that map of a denoiser that learned nothing.
     """
     sizes: dict[str, Any] = {
-        "in_channels": 1, "width": lab.size(24, 8), "factors": (1, 2), "depth": 1, "attention": (1,), "head_dim": 8,
+        "in_channels": 1, "width": lab.size(16, 8), "factors": (1, 2), "depth": 1, "attention": (1,), "head_dim": 8,
     }  # fmt: skip
     generator, schedule = lab.generator(), Diffusion()
     with lab.seeded():
@@ -73,8 +73,8 @@ def _claim(lab: Lab) -> ClaimResult:
         images, step_B, noise = batch
         return schedule.loss(model, images, step_B, noise)["loss"].mean()
 
-    batches = (noisy(generator, lab.size(48, 2)) for _ in iter(int, 1))
-    lab.train(unet, batches, denoise, lab.steps(500), lr=2e-3, description="denoising")
+    batches = (noisy(generator, lab.size(32, 2)) for _ in iter(int, 1))
+    lab.train(unet, batches, denoise, lab.steps(400), lr=2e-3, description="denoising")
 
     def classifier(network: UNet, head: str, **changes: Any) -> DiffusionClassifier:
         return DiffusionClassifier(
