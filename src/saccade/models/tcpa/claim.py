@@ -1,4 +1,4 @@
-"""The paper's claim at laptop size: images of two factors, a frozen transformer that was trained for others."""
+"""The paper's claim at laptop size: images of two factors, a frozen transformer that knows one of them alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
 
 _SIDE, _PATCH, _STEPS = 16, 4, 4
-_NOISE = 0.7
+_NOISE = 0.4
 
 
 def two_factors(count: int, steps: int, generator: Generator, offset: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,49 +53,46 @@ def _diversity(model: TCPA, image: Tensor) -> float:
     return float(1 - (cosine_BPP.sum((1, 2)) - count).mean() / (count * (count - 1)))
 
 
-class _Both(nn.Module):
-    """The network that is trained first, on both factors, each by a head."""
+class _First(nn.Module):
+    """The network that is trained first, on kinds of colours."""
 
     def __init__(self, model: TCPA, kinds: int) -> None:
         super().__init__()
-        self.model, self.heads = model, nn.ModuleList(nn.Linear(model.channels[0], kinds) for _ in range(2))
+        self.model, self.head = model, nn.Linear(model.channels[0], kinds)
         model.vit.requires_grad_(True)
         model.norm.requires_grad_(True)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        token_BD = self.model.tokens(image)[0][:, 0]
-        return [head(token_BD) for head in self.heads]
+    def forward(self, image: Tensor) -> Tensor:
+        return self.head(self.model.tokens(image)[0][:, 0])
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    """Accuracy of 16 new classes by four forms with as many prompts, three seeds, equal steps; the head alone too."""
+    """Accuracy of 16 new classes by forms with as many prompts, two seeds, equal steps; of the head alone too."""
     size: dict[str, Any] = {
         "image_size": _SIDE, "patch": _PATCH, "dim": lab.size(48, 8), "depth": lab.size(4, 1), "num_heads": 2,
         "num_classes": _STEPS**2, "fourier": False,
     }  # fmt: skip
     none: dict[str, Any] = {"class_pool": 0, "image_pool": 0, "class_top_k": 0, "image_top_k": 0}
-    pools: dict[str, Any] = {"class_pool": 12, "image_pool": 12, "class_top_k": 4, "image_top_k": 4}
+    pools: dict[str, Any] = {"class_pool": 12, "image_pool": 12, "class_top_k": 8, "image_top_k": 8}
     forms: dict[str, dict[str, Any]] = {
         "head_alone": none,
         "shared": {**pools, "roles": False, "matched": False},
-        "roles": {**pools, "matched": False},
         "chosen": pools,
     }
     with lab.seeded():
-        first = _Both(TCPA(**size, **none), 8)
+        first = _First(TCPA(**size, **none), 8)
     generator = lab.generator()
     batches = (two_factors(lab.size(64, 4), 8, generator) for _ in range(10**6))
 
-    def both(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        colour_BK, stripes_BK = model(batch[0])
-        return F.cross_entropy(colour_BK, batch[1]) + F.cross_entropy(stripes_BK, batch[2])
+    def colours(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
 
-    lab.train(first, batches, both, 400, lr=2e-3, description="the transformer")
+    lab.train(first, batches, colours, 200, lr=2e-3, description="the transformer")
     frozen = {name: t for name, t in first.model.state_dict().items() if name.startswith(("vit.", "norm."))}
     image, colour_B, stripes_B = two_factors(lab.size(1024, 8), _STEPS, lab.held_out(), 0.25)
     figures: dict[str, dict[str, list[float]]] = {}
     for form, arguments in forms.items():
-        for seed in range(lab.seed, lab.seed + lab.size(3, 1)):
+        for seed in range(lab.seed, lab.seed + lab.size(2, 1)):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = TCPA(**size, **arguments)
@@ -119,7 +116,8 @@ def _claim(lab: Lab) -> ClaimResult:
         measured,
         holds=chosen > measured["shared_accuracy_percent"] > measured["head_alone_accuracy_percent"]
         and measured["chosen_diversity"] > measured["shared_diversity"],
-        note="means of three seeds; what differs by less than the spreads is not told apart",
+        note="means of two seeds; what differs by less than the spreads is not told apart. In a minute prompts hardly "
+        "teach a frozen transformer a factor that it does not know; the paper tunes one that knows ImageNet-21k",
     )
 
 
@@ -127,7 +125,7 @@ def _tune(lab: Lab, model: TCPA, seed: int, form: str) -> None:
     """Prompts and head, AdamW; the first tenth of the steps chooses at random, as the paper's first epochs do."""
     optimizer = torch.optim.AdamW(list(tuned(model)), lr=1e-2, weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    steps = lab.steps(150)
+    steps = lab.steps(120)
     model.train()
     for step in lab.progress(range(steps), f"{form}, seed {seed}"):
         model.prompts.random = step < steps // 10
@@ -141,7 +139,7 @@ def _tune(lab: Lab, model: TCPA, seed: int, form: str) -> None:
 CLAIM = Claim(
     paper="better than VPT, VFPT and other prompts on the HTA benchmark and VTAB-1k at equal numbers of prompts, and "
     "features of patches that differ more",
-    expected="16 classes of colour and stripes on a frozen transformer: prompts that tokens choose give a higher "
-    "accuracy than as many that all share, those than the head alone, and patches that differ more",
+    expected="16 classes of colour and stripes on a transformer that knows colours: prompts that tokens choose give a "
+    "higher accuracy than as many that all share, those than the head alone, and patches that differ more",
     run=_claim,
 )

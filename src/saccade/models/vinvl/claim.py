@@ -122,7 +122,7 @@ def _claim(lab: Lab) -> ClaimResult:
         {name: partial(_Told, name == "told", lab.size(8, 4)) for name in ("told", "untold")},
         lambda generator: shapes(lab.size(4, 2), generator),
         lambda trial: _attribute_accuracy(trial, held_out),
-        200, loss=lambda model, batch: model(*batch), lr=2e-3, seeds=2,
+        120, loss=lambda model, batch: model(*batch), lr=3e-3, seeds=2,
     )  # fmt: skip
     measured = told.means() | told.spreads("{form}_{figure}_spread")
     judged = scenes(lab.size(1000, 8), lab.held_out())

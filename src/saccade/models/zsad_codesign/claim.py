@@ -23,15 +23,15 @@ _SENTENCES = torch.tensor([[[1, 2, 3, 9], [1, 4, 3, 9]], [[1, 5, 3, 9], [1, 6, 3
 
 
 def textures(count: int, generator: Generator, unseen: bool = False) -> tuple[Tensor, Tensor]:
-    """Noisy stripes (B, 3, 48, 48), on half of which a blob blurs what is there, and where it does (B, 48, 48).
+    """Noisy stripes (B, 3, 48, 48), on half of which a blob takes most of them away, and where (B, 48, 48).
 
     Args:
         count: B.
         generator: of all that is random.
-        unseen: of directions and widths of stripes that the others have not.
+        unseen: of widths of stripes that the others have not.
     """
-    angle_B = torch.rand(count, generator=generator) * torch.pi / 2 + (torch.pi / 2 if unseen else 0)
-    rate_B = 0.9 + 0.5 * torch.rand(count, generator=generator) + (0.3 if unseen else 0)
+    angle_B = torch.pi * torch.rand(count, generator=generator)
+    rate_B = 0.9 + 0.5 * torch.rand(count, generator=generator) + (0.5 if unseen else 0)
     at = torch.arange(_SIDE).float()
     along_BHW = angle_B.cos()[:, None, None] * at[:, None] + angle_B.sin()[:, None, None] * at
     phase_B11 = 2 * torch.pi * torch.rand(count, 1, 1, generator=generator)
@@ -41,8 +41,7 @@ def textures(count: int, generator: Generator, unseen: bool = False) -> tuple[Te
     square_BHW = (at[:, None] - middle_B2[:, :1, None]).square() + (at - middle_B2[:, 1:, None]).square()
     there_B = (torch.rand(count, generator=generator) < 0.5).float()
     mask_BHW = (square_BHW < radius_B.square()[:, None, None]).float() * there_B[:, None, None]
-    other_BHW = (rate_B[:, None, None] * along_BHW.mT.flip(1) + phase_B11).sin()
-    image_BHW = torch.where(mask_BHW > 0, other_BHW, image_BHW)
+    image_BHW = image_BHW * (1 - 0.7 * mask_BHW)
     image = image_BHW[:, None] + 0.5 * torch.randn(count, 3, _SIDE, _SIDE, generator=generator)
     return image, mask_BHW
 
@@ -84,7 +83,7 @@ def _claim(lab: Lab) -> ClaimResult:
         {form: partial(_network, form, width) for form in ("conv_lora", "lora", "none")},
         lambda generator: textures(lab.size(16, 4), generator),
         measure,
-        200, loss=_loss, lr=3e-3, seeds=2,
+        150, loss=_loss, lr=3e-3, seeds=2,
     )  # fmt: skip
     measured = trials.means() | trials.spreads("{form}_{figure}_spread", "pixel_auroc_percent")
     conv, low, none = (measured[f"{form}_pixel_auroc_percent"] for form in ("conv_lora", "lora", "none"))
