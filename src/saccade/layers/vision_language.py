@@ -8,6 +8,7 @@ Shape letters: B batch, N tokens, n image tokens, H heads, M keys, I images, C c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,21 @@ def images_of(call: Mapping[str, Any]) -> int | None:
     if pixels is None:
         return None
     return len(grids) if grids is not None and pixels.ndim == 2 else len(pixels.flatten(0, -4))
+
+
+def named(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's arguments, all by name.
+
+    Args:
+        function: that is called, or a module.
+        args: that are given by place.
+        kwargs: that are given by name.
+    """
+    function = getattr(function, "_orig_mod", function)  # compiled
+    given = inspect.signature(getattr(function, "forward", function)).bind_partial(*args, **kwargs)
+    loose = {p.name for p in given.signature.parameters.values() if p.kind is p.VAR_KEYWORD}
+    found = {name: value for name, value in given.arguments.items() if name not in loose}
+    return found | {name: value for rest in loose for name, value in given.arguments.get(rest, {}).items()}
 
 
 def attention_modules(stack: nn.Module) -> list[nn.Module]:
@@ -212,14 +228,15 @@ class Pictures:
         return cls(pixels, tuple(mean or (0.0,)), tuple(std or (1.0,)), call.get("image_grid_thw"), **sizes)
 
     def images(self) -> list[Tensor]:
-        """Each image (C, H, W), fp32 in [0, 1]; images that are all zeros, as SmolVLM's padding, are among them."""
+        """Each image (C, H, W), in fp32 or fp64, in [0, 1], padding (images of zeros) too."""
         if self.pixels.ndim == 2:
             assert self.grids is not None
             sizes = self.grids.prod(-1).tolist()
             parts = [self._image(x, grid) for x, grid in zip(self.pixels.split(sizes), self.grids.tolist())]
         else:
             parts = list(self.pixels.flatten(0, -4))
-        return [(x.float() * self._of(self.std, x) + self._of(self.mean, x)).clamp(0, 1) for x in parts]
+        parts = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts]
+        return [(x * self._of(self.std, x) + self._of(self.mean, x)).clamp(0, 1) for x in parts]
 
     def owners(self, batch: int) -> list[int]:
         """The row of the batch of each image.
@@ -253,7 +270,7 @@ class Pictures:
         return found.to(self.pixels.dtype)
 
     def _of(self, values: Sequence[float], like_CHW: Tensor) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=like_CHW.device)[:, None, None]
+        return torch.as_tensor(values, dtype=like_CHW.dtype, device=like_CHW.device)[:, None, None]
 
     def _image(self, patches: Tensor, grid: list[int]) -> Tensor:
         (time, rows, columns), m, p = grid, self.merge, self.patch
