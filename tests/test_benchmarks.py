@@ -74,7 +74,6 @@ def test_matching_against_the_matrix_and_its_page(case: str) -> None:
     assert f"| {case} | 192 |" in page
 
 
-<<<<<<< HEAD
 def test_adem_vl_beside_cross_attention_and_its_page() -> None:
     benchmark = load("language_vision")
     row = benchmark.CASES["adem-vl"](True)
@@ -83,7 +82,8 @@ def test_adem_vl_beside_cross_attention_and_its_page() -> None:
     fast, small, *_ = benchmark.verdicts(kept)
     assert fast.got == row["prompt_speedup"] and small.met
     assert "| prompt |" in records.page("Title", "command", "about", kept, [], [fast], benchmark.sections(kept))
-=======
+
+
 def test_wrappers_beside_the_bare_model() -> None:
     """Quick, of a tiny model: figures of each case, and a page; what they are is no test's concern."""
     pytest.importorskip("transformers")
@@ -96,4 +96,3 @@ def test_wrappers_beside_the_bare_model() -> None:
     assert len(bench.verdicts(kept)) == 5
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
     assert "| cluster | 11% |" in page and "| carve |" in page
->>>>>>> 088d656 (AGLA and CARVE: two wrappers around vision-language models of transformers, equal to the authors' recordings; what wrappers cost)
