@@ -1,0 +1,310 @@
+"""A small vision-language model of real parts: a frozen ViT-S/14 and a frozen SmolLM2, joined by what is trained here.
+
+    tokens = W2 gelu(W1 norm([4 neighbouring patches])),     16 of an image of 112 x 112
+
+It is a `LlavaForConditionalGeneration` of transformers with its processor. It learns from generated scenes over
+scikit-image's photographs, in two steps: that a token of the image lies near the embeddings of words that name what is
+there (without the language model), then that the language model answers questions by them. Questions are `DESCRIBE`,
+"What colour is the circle? Say one word." and "Is there a circle? Say yes or no.".
+
+Shape letters: B scenes, C channels of the encoder, D width of the language model, N patches, T tokens of text,
+K tokens of an image, W words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from saccade.extras import need
+from saccade.models.images import MEAN, STD, normalised
+from saccade.train.data.described import CELLS, COLOUR_NAMES, END, THINGS, WORDS, Described, described, sentence
+from saccade.train.data.pictures import photographs
+from saccade.train.files import read_tensors, write_tensors
+from saccade.train.loop import Training
+from saccade.train.progress import bar, showing
+
+__all__ = ["DESCRIBE", "IMAGE", "SIDE", "TOKENS", "Parts", "TokenProjector", "answers", "assemble", "prompt", "train"]
+
+#: pixels of an image's side; tokens of its side, of 2 x 2 patches each
+SIDE, TOKENS = 112, 4
+#: the token that stands for an image in a text
+IMAGE = "<image>"
+#: questions; a frozen language model is told how to answer
+DESCRIBE = 'What is in the picture? Say it like "two red squares left of a blue 7".'
+#: photographs behind what is learned from, and what is judged on
+LEARN, JUDGE = ("chelsea", "coffee", "rocket"), ("astronaut",)
+#: scenes that are learned from; steps and batches of the two parts of training; steps between two checkpoints
+_SCENES, _WORD_STEPS, _WORD_BATCH, _STEPS, _BATCH, _EVERY = 1200, 300, 48, 100, 8, 10
+_IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is joined, frozen.
+
+    Attributes:
+        vision: transformers' `Dinov2Model`.
+        language: transformers' causal language model.
+        tokenizer: its tokenizer; `IMAGE` is added to it.
+    """
+
+    vision: Any
+    language: Any
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        self.tokenizer.add_tokens([IMAGE], special_tokens=True)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    @property
+    def image_token(self) -> int:
+        """The number of `IMAGE`."""
+        return int(self.tokenizer.convert_tokens_to_ids(IMAGE))
+
+    def projector(self) -> TokenProjector:
+        """One that has learned nothing."""
+        return TokenProjector(self.vision.config.hidden_size, self.language.config.hidden_size)
+
+    @torch.no_grad()
+    def patches(self, images_B3SS: Tensor) -> Tensor:
+        """Patches (B, N, C) of images in [0, 1], before the encoder's last norm."""
+        return self.vision(normalised(images_B3SS, 3), output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+class TokenProjector(nn.Module):
+    """Patches (B, N, C) of a square map -> tokens (B, N / 4, D), of 2 x 2 patches each.
+
+    Args:
+        channels: C.
+        dim: D.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.linear_1, self.linear_2 = nn.Linear(4 * channels, dim), nn.Linear(dim, dim)
+
+    def forward(self, image_features: Tensor) -> Tensor:
+        side = round(image_features.shape[1] ** 0.5)
+        map_BCss = image_features.mT.unflatten(2, (side, side))
+        return self.linear_2(F.gelu(self.linear_1(self.norm(F.pixel_unshuffle(map_BCss, 2).flatten(2).mT))))
+
+
+def prompt(question: str = DESCRIBE) -> str:
+    """The text to which the model answers; the processor puts an image in the place of `IMAGE`."""
+    return f"{IMAGE}\nQuestion: {question}\nAnswer:"
+
+
+def assemble(parts: Parts, projector: TokenProjector) -> tuple[Any, Any]:
+    """The model and its processor.
+
+    Args:
+        parts: become the model's.
+        projector: its `multi_modal_projector`.
+    """
+    transformers = need("transformers", "the vision-language model")
+    count = len(parts.tokenizer)
+    if parts.language.get_input_embeddings().num_embeddings < count:
+        parts.language.resize_token_embeddings(count, mean_resizing=False)
+    config = transformers.LlavaConfig(
+        vision_config=parts.vision.config, text_config=parts.language.config, image_token_id=parts.image_token,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", image_seq_length=TOKENS**2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlavaForConditionalGeneration(config)
+    model.model.vision_tower, model.model.multi_modal_projector = parts.vision, projector
+    model.model.language_model, model.lm_head = parts.language.model, parts.language.lm_head
+    model.generation_config = parts.language.generation_config
+    images = transformers.BitImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
+    )
+    parts.tokenizer.padding_side = "left"
+    processor = transformers.LlavaProcessor(
+        images, parts.tokenizer, patch_size=SIDE // TOKENS, vision_feature_select_strategy="full"
+    )
+    return model.eval(), processor
+
+
+def scenes(count: int, generator: torch.Generator, *, judge: bool = False) -> Described:
+    """Scenes over photographs; of those that are judged on, photographs and digits are others."""
+    behind = photographs(*(JUDGE if judge else LEARN))
+    return described(count, SIDE, generator, judge=judge, photographs=behind)
+
+
+def answers(words_T: Sequence[int], choice: int = 0) -> tuple[str, str]:
+    """A question on a scene and its answer.
+
+    Args:
+        words_T: its caption, by number.
+        choice: any number: 0, 1, 2 modulo 5 describe, 3 asks for a colour, 4 whether there is a thing.
+    """
+    words = sentence(words_T).split()
+    named = [(words[i], words[i + 1]) for i, word in enumerate(words[:-1]) if word in COLOUR_NAMES]
+    colour, thing = named[choice // 5 % len(named)]
+    others = {other for _, other in named}
+    if choice % 5 == 3 and len(others) == len(named):
+        return f"What colour {'are' if thing in _MANY else 'is'} the {thing}? Say one word.", colour
+    if choice % 5 == 4:
+        is_there = choice // 10 % 2 == 0
+        if not is_there:
+            absent = [each for each in THINGS if not any(other in (each, _MANY_OF[each]) for other in others)]
+            thing = absent[choice // 20 % len(absent)]
+        asked = next((one for one, many in _MANY_OF.items() if many == thing), thing)
+        return f"Is there a {asked}? Say yes or no.", "yes" if is_there else "no"
+    return DESCRIBE, " ".join(words)
+
+
+_MANY_OF = dict(zip(THINGS, WORDS[-len(THINGS) :], strict=True))
+_MANY = set(_MANY_OF.values())
+
+
+def train(parts: Parts, folder: Path, *, seed: int = 0, shown: bool | None = None) -> TokenProjector:
+    """Train a projector, with progress; killed, it goes on from the last checkpoint.
+
+    Some minutes on two cores that do nothing else.
+
+    Args:
+        parts: stay as they are.
+        folder: of scenes that are seen and of checkpoints.
+        seed: of everything random.
+        shown: False for no progress; see `saccade.train.progress.showing`.
+
+    Raises:
+        OSError: if the folder cannot be written.
+        ValueError: if a checkpoint is of another model.
+    """
+    for part in (parts.vision, parts.language):
+        part.eval().requires_grad_(False)
+    with showing(shown), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = parts.projector()
+        bank = _bank(parts, folder / f"scenes-{seed}.safetensors", seed)
+        training = Training(projector, _STEPS, lr=3e-3)
+        state = folder / f"state-{seed}.safetensors"
+        if state.exists():
+            training.load_state(read_tensors(state)[0])
+        else:
+            _learn_words(parts, projector, bank, seed)
+            write_tensors(state, training.state())
+        with bar("answering by image tokens", _STEPS) as update:
+            for step in range(training.step, _STEPS):
+                generator = torch.Generator().manual_seed(_STEPS * seed + step)
+                chosen = torch.randint(_SCENES, (_BATCH,), generator=generator)
+                choices = torch.randint(10**6, (_BATCH,), generator=generator).tolist()
+                batch = (bank["patches"][chosen].float(), bank["captions"][chosen].tolist(), choices)
+                loss = training(batch, lambda model, batch: _answer_loss(parts, model, *batch))
+                update(step + 1, words=f"loss {loss:.3f}")
+                if training.step % _EVERY == 0:
+                    write_tensors(state, training.state())
+    return projector.eval()
+
+
+def _bank(parts: Parts, file: Path, seed: int) -> dict[str, Tensor]:
+    """What the encoder sees of all scenes, once."""
+    if file.exists():
+        return read_tensors(file)[0]
+    generator = torch.Generator().manual_seed(seed)
+    found: list[tuple[Tensor, ...]] = []
+    with bar("seeing scenes", _SCENES) as update:
+        for start in range(0, _SCENES, 40):
+            each = scenes(min(40, _SCENES - start), generator)
+            found.append((parts.patches(each.images).half(), each.captions, each.cells))
+            update(start + 40)
+    bank = dict(zip(("patches", "captions", "cells"), (torch.cat(part) for part in zip(*found)), strict=True))
+    write_tensors(file, bank)
+    return bank
+
+
+def _learn_words(parts: Parts, projector: TokenProjector, bank: dict[str, Tensor], seed: int) -> None:
+    """Of each cell the left tokens go to the embedding of its colour, the right ones to that of its thing."""
+    table_WD = _embedded(parts)
+    target_BKD = table_WD[_labels(bank["captions"], bank["cells"])]
+    size = table_WD.square().mean()
+    training, generator = Training(projector, _WORD_STEPS, lr=2e-3), torch.Generator().manual_seed(seed)
+
+    def loss(model: nn.Module, chosen: Tensor) -> Tensor:
+        return F.mse_loss(model(bank["patches"][chosen].float()), target_BKD[chosen]) / size
+
+    with bar("naming image tokens", _WORD_STEPS) as update:
+        for _ in range(_WORD_STEPS):
+            value = training(torch.randint(_SCENES, (_WORD_BATCH,), generator=generator), loss)
+            update(words=f"loss {value:.3f}")
+
+
+def _embedded(parts: Parts) -> Tensor:
+    """Embeddings (W + 1, D) of the words of captions, and of nothing to be seen (a full stop)."""
+    embeddings = parts.language.get_input_embeddings().weight
+    spelled = [parts.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*WORDS, ".")]
+    return torch.stack([embeddings[ids].mean(0) for ids in spelled])
+
+
+def _labels(captions_BT: Tensor, cells_BT: Tensor) -> Tensor:
+    """The word (B, K) of each token: W where nothing is to be seen."""
+    label = torch.full((len(captions_BT), TOKENS, TOKENS), len(WORDS))
+    each = TOKENS // CELLS
+    for scene, (words, cells) in enumerate(zip(captions_BT.tolist(), cells_BT.tolist(), strict=True)):
+        for word, cell in zip(words, cells, strict=True):
+            if cell >= 0:
+                row, column = cell // CELLS * each, cell % CELLS * each
+                half = slice(column, column + each // 2) if WORDS[word] in COLOUR_NAMES else slice(
+                    column + each // 2, column + each
+                )  # fmt: skip
+                label[scene, row : row + each, half] = word
+    return label.flatten(1)
+
+
+def _answer_loss(
+    parts: Parts, projector: nn.Module, patches_BNC: Tensor, captions: list[list[int]], choices: list[int]
+) -> Tensor:
+    """Cross-entropy of the answers' tokens, and of their end."""
+    tokenizer, K = parts.tokenizer, TOKENS**2
+    texts, labels = [], []
+    for words, choice in zip(captions, choices, strict=True):
+        question, answer = answers(words[: words.index(END)], choice)
+        asked = tokenizer(prompt(question).removeprefix(IMAGE), add_special_tokens=False)["input_ids"]
+        said = [*tokenizer(f" {answer}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        texts.append(torch.tensor(asked + said))
+        labels.append(torch.tensor([_IGNORE] * len(asked) + said))
+    text_BT = nn.utils.rnn.pad_sequence(texts, True, tokenizer.eos_token_id)
+    label_BT = nn.utils.rnn.pad_sequence(labels, True, _IGNORE)
+    embeds = torch.cat([projector(patches_BNC), parts.language.get_input_embeddings()(text_BT)], 1)
+    hidden = parts.language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, K - 1 : -1]
+    counts = label_BT != _IGNORE
+    return F.cross_entropy(parts.language.lm_head(hidden[counts]), label_BT[counts])
+
+
+@torch.no_grad()
+def score(model: Any, processor: Any, count: int = 40, seed: int = 10**6, batch: int = 20) -> dict[str, float]:
+    """How many of held-out scenes are described in the right words, and the share of right answers to other questions.
+
+    Args:
+        model, processor: of `assemble`.
+        count: scenes.
+        seed: of them.
+        batch: scenes at once.
+    """
+    found: dict[str, list[bool]] = {"described": [], "colour": [], "presence": []}
+    asked = scenes(count, torch.Generator().manual_seed(seed), judge=True)
+    pictures = [(255 * image.movedim(0, -1)).round().byte().numpy() for image in asked.images]
+    for kind, choice in (("described", 0), ("colour", 3), ("presence", 4)):
+        pairs = [answers(words, choice + 5 * number) for number, words in enumerate(asked.captions.tolist())]
+        kept = [i for i, (question, _) in enumerate(pairs) if kind == "described" or question != DESCRIBE]
+        for start in range(0, len(kept), batch):
+            some = kept[start : start + batch]
+            inputs = processor(
+                images=[pictures[i] for i in some], text=[prompt(pairs[i][0]) for i in some], padding=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            said = model.generate(**inputs, max_new_tokens=14, do_sample=False)
+            texts = processor.tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            found[kind] += [text.strip() == pairs[i][1] for i, text in zip(some, texts, strict=True)]
+    return {kind: sum(right) / len(right) for kind, right in found.items() if right}
