@@ -1,7 +1,7 @@
 """The magnifier on somebody else's decoder: any vision-language model whose coarse tokens own fine ones.
 
 Shape letters: B batch, N rows of a call, M keys so far, C channels, H query heads, K key heads, D head dim, R rows of
-text, V coarse tokens, F fine tokens in all.
+text, V coarse tokens, F fine tokens in all, X channels of all heads.
 """
 
 from __future__ import annotations
