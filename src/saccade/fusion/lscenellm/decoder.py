@@ -1,7 +1,7 @@
 """A decoder that reads a scene as coarse tokens, and looks closer where it just looked.
 
-Shape letters: B batch, V coarse tokens, n fine tokens of each, P tokens before the scene, T tokens of text, C channels, F fine
-tokens in all, N tokens of a call.
+Shape letters: B batch, V coarse tokens, n fine tokens of each, P tokens before the scene, T tokens of text, C
+channels, F fine tokens in all, N tokens of a call.
 """
 
 from __future__ import annotations
