@@ -1,6 +1,7 @@
 """What reads the maps: a pooled linear head, attention over blocks and noise steps, and the layers of the feedback.
 
-Shape letters: B batch, C channels, s side of a pooled map, N tokens, D their width, T noise steps, K classes, H and W of a map.
+Shape letters: B batch, C channels, s side of a pooled map, N tokens, D their width, T noise steps, K classes, H and W
+of a map.
 """
 
 from __future__ import annotations
