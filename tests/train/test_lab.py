@@ -108,4 +108,4 @@ def test_claims_of_unknown_parts() -> None:
     with pytest.raises(ValueError, match="no part is called"):
         run_claim("nothing", Lab(smoke=True))
     with pytest.raises(ValueError, match="planned and not built"):
-        run_claim("dream", Lab(smoke=True))
+        run_claim("tensorlens", Lab(smoke=True))

@@ -16,13 +16,13 @@ def test_the_mask_before_during_and_after() -> None:
     torch.testing.assert_close(gate(x), x)  # the first phase has not begun
     gate.logits.data = torch.tensor([0.0, 3.0, 0.0, 1.0, 0.0, 0.0])
     assert not gate.advance(0.3)
-    torch.testing.assert_close(gate.gate(x), gate.logits.softmax(0))
+    torch.testing.assert_close(gate.mask(), gate.logits.softmax(0))
     assert gate.advance(0.55) and gate.order.tolist() == [1, -1]
-    mask = gate.gate(x)
+    mask = gate.mask()
     assert mask[1] == 1 and float(mask.sum()) == pytest.approx(2.0)
     gate.logits.data = torch.tensor([0.0, 99.0, 0.0, 1.0, 0.0, 0.0])
     assert gate.advance(1.0) and gate.order.tolist() == [1, 3]
-    assert gate.gate(x).tolist() == [0, 1, 0, 1, 0, 0]
+    assert gate.mask().tolist() == [0, 1, 0, 1, 0, 0]
     assert not gate.advance(1.0)
 
 
@@ -30,7 +30,7 @@ def test_the_mask_before_during_and_after() -> None:
 def test_candidates_alone_are_scored(score: str) -> None:
     gate = SequentialAttention(5, 1, start=0.0, score=score)
     gate.logits.data = torch.tensor([0.5, -2.0, 0.1, 0.2, 1.0])
-    mask = gate.gate(torch.ones(1, 5))
+    mask = gate.mask()
     best = 4 if score == "softmax" else 1  # the others go by size
     assert mask.ge(0).all() and int(mask.argmax()) == best
     assert gate.advance(1.0) and gate.order.tolist() == [best]
@@ -65,7 +65,7 @@ def test_a_state_dict_goes_on_where_it_was() -> None:
     other = SequentialAttention(6, 3, start=0.0)
     other.load_state_dict(gate.state_dict())
     assert other.order.tolist() == gate.order.tolist()
-    torch.testing.assert_close(other.gate(torch.ones(1, 6)), gate.gate(torch.ones(1, 6)))
+    torch.testing.assert_close(other.mask(), gate.mask())
 
 
 def test_a_linear_model_chooses_as_matching_pursuit() -> None:

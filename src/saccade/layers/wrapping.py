@@ -141,7 +141,7 @@ def changing(model: nn.Module, report: R) -> Iterator[Changes[R]]:
     >>> import torch
     >>> model = nn.Linear(2, 2)
     >>> with changing(model, Report("silent")) as changes:
-    ...     changes.after(model, lambda module, args, kwargs, output: 0 * output)
+    ...     changes.after(model, lambda module, args, kwargs, output: output.zero_())
     ...     model(torch.ones(1, 2)).tolist()
     [[0.0, 0.0]]
     >>> changes.report.places, len(model._forward_hooks)

@@ -12,8 +12,8 @@ busy machine held-out scenes are never described rightly, colours named in .3 an
 is chance. With exact embeddings of words as image tokens SmolLM2 reads this layout hardly better (3.13 nats against
 3.54 of shuffled ones), so that more steps, or a prompt in its chat format, come before more scenes.
 
-Shape letters: B scenes, C channels of the encoder, D width of the language model, N patches, T tokens of text,
-K tokens of an image, W words.
+Shape letters: B scenes, C channels of the encoder, D width of the language model, N patches, T tokens of text, K
+tokens of an image, W words, S pixels of a side, s patches of a side.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ Where paper and code differ: sim is the matching head in the gradient and the co
 published loop gives the second view the first's cache from the second token on, here it has its own, as in the
 equations. What stays open: the image is what the model was given (its `pixel_values`, put back into [0, 1]), resized to
 S and, masked, back again; several images of a prompt are masked one by one.
+
+Shape letters: B batch, S side of the image.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Where in the image the prompt is: relevance of patches, heat of pixels, and what stays of the image.
 
 Shape letters: B images, H heads, T tokens of the prompt, G side of the map of patches, M = 1 + G^2 keys, S side of the
-image, C channels.
+image, C channels, P patches.
 """
 
 from __future__ import annotations

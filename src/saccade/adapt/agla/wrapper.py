@@ -3,7 +3,8 @@
 The model runs once more, on the augmented image and with a cache of its own, whenever it is called; the logits that it
 gives are the calibrated ones, so whatever chooses tokens of them (beams, samples, processors) does as ever.
 
-Shape letters: I images, S side of the matching model's image, G side of its map, C channels, B batch.
+Shape letters: I images, S side of the matching model's image, G side of its map, C channels, B batch, H and W of an
+image, N tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Two maps of attention into one: what the question looks at, divided by what any instruction looks at.
 
-Shape letters: T steps, L layers, n image tokens, H height and W width of an image in pixels, h and w of its grid.
+Shape letters: T steps, L layers, n image tokens, H height and W width of an image in pixels, h and w of its grid, C
+channels.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """From a map to a refined image: which pixels stay, the box around them, and that box enlarged.
 
-Shape letters: B images, H height, W width, C channels.
+Shape letters: B images, H height, W width, C channels, P pixels.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `generate` is three passes: the image with the question, the image with a general instruction, both greedy and short and
 with attention that gives its weights; then, as it was called, with the refined image in the place of the image.
 
-Shape letters: B batch, I images, N tokens of the prompt, n image tokens, T steps, L layers.
+Shape letters: B batch, I images, N tokens of the prompt, n image tokens, T steps, L layers, M keys.
 """
 
 from __future__ import annotations

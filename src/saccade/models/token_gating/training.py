@@ -27,8 +27,8 @@ def learning_rate(step: int, rate: float = RATE, warm_up: int = WARM_UP, steps: 
         warm_up: steps until it is reached.
         steps: all of them.
 
-    >>> learning_rate(6_000), learning_rate(12_000), round(learning_rate(1_107_020), 9)
-    (2.5e-05, 5e-05, 0.0)
+    >>> [round(learning_rate(step), 9) for step in (6_000, 12_000, 1_107_020)]
+    [2.5e-05, 5e-05, 0.0]
     """
     if step < warm_up:
         return rate * step / warm_up

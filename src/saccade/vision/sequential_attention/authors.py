@@ -42,7 +42,7 @@ def _run(calls: _Calls, inputs: dict[str, Tensor], args: dict[str, Any]) -> dict
     for logits_d, draws_d, progress in rows:
         module.logits.copy_(logits_d)
         module.advance(progress, draws_d)
-        found["mask"].append(module.gate(logits_d))
+        found["mask"].append(module.mask())
         found["selected"].append(module.selected.float())
         found["attention_weights_after"].append(module.logits.clone())
     return {name: torch.stack(values) for name, values in found.items()}

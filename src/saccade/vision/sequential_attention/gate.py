@@ -144,13 +144,17 @@ class SequentialAttention(nn.Module):
                 break  # one choice a call
         return chose
 
-    def gate(self, x_BC: Tensor) -> Tensor:
+    def mask(self) -> Tensor:
         """m (d,); 1 everywhere before the first phase."""
         open_d = ~self.selected
         weight_d = SCORES[self.score](self.logits, open_d)
         if self.timing == "phase-end":
             weight_d = torch.where((self.order >= 0).all(), 0, weight_d)
         return torch.where(self.progress < self.start, 1, weight_d + self.selected)
+
+    def gate(self, x_BC: Tensor) -> Tensor:
+        """m as a factor of x, (1, C, 1, ...)."""
+        return self.mask().to(x_BC.dtype).view(1, -1, *[1] * (x_BC.ndim - 2))
 
     def forward(self, x_BC: Tensor) -> Tensor:
         """
@@ -162,8 +166,7 @@ class SequentialAttention(nn.Module):
         """
         if x_BC.ndim < 2 or x_BC.shape[1] != self.channels:
             raise ValueError(f"the input must be (batch, {self.channels}, ...), got {tuple(x_BC.shape)}")
-        mask_d = self.gate(x_BC).to(x_BC.dtype)
-        return x_BC * mask_d.view(-1, *[1] * (x_BC.ndim - 2))
+        return x_BC * self.gate(x_BC)
 
 
 def linear_loss(x_Nd: Tensor, y_N: Tensor, w_d: Tensor, beta_d: Tensor, selected_d: Tensor, penalty: float) -> Tensor:
