@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -105,5 +106,15 @@ def page(exports: Sequence[Export]) -> str:
     ]
     for each in exports:
         yes, error = ("no", "") if each.error is None else ("yes", f"{each.error:.0e}")
-        rows.append(f"| `{each.slug}` | {yes} | {error} | {each.operators or ''} | {each.reason} |")
+        rows.append(f"| `{each.slug}` | {yes} | {error} | {each.operators or ''} | {remark(each.reason)} |")
     return "\n".join(rows) + "\n"
+
+
+def remark(reason: str) -> str:
+    """An exporter's reason as a cell of a table: without the class of the error, and with nothing that reads as a link.
+
+    Args:
+        reason: in a line.
+    """
+    words = re.sub(r"^<class '[^']*'>: ", "", reason).removesuffix(" See the stack trace for more information.")
+    return words.replace("](", "] (").replace("|", "/")

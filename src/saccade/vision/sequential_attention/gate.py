@@ -15,7 +15,7 @@ TIMINGS = ("phase-end", "released")
 
 def _softmax(w_d: Tensor, open_d: Tensor) -> Tensor:
     """0 where nothing is open."""
-    top = w_d.masked_fill(~open_d, -torch.inf).amax()
+    top = w_d.masked_fill(~open_d, -torch.inf).amax(0)
     weight_d = open_d * (w_d - torch.where(top.isfinite(), top, 0)).masked_fill(~open_d, 0).exp()
     return weight_d / weight_d.sum().clamp(min=torch.finfo(w_d.dtype).tiny)
 
