@@ -18,6 +18,7 @@ from saccade.explain.recording import AttentionRecord, Recording, recorded
 from saccade.explain.subjects import Image, Subject, Target, subject
 from saccade.extras import new_figure
 from saccade.layers.watching import evaluating
+from saccade.layers.wrapping import Report, changing
 from saccade.tables import table
 
 if TYPE_CHECKING:
@@ -208,27 +209,22 @@ def _run(seen: Subject) -> tuple[Recording, dict[str, Tensor]]:
     """One pass forward and one backward, without gradients in the model's parameters."""
     model, held = seen.model, []
 
-    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         held.append(output.detach().requires_grad_())
         return held[-1]
 
     inputs = dict(seen.inputs)
-    hook = None
-    if isinstance(seen, Image):
-        inputs[seen.main] = inputs[seen.main].detach().clone().requires_grad_()
-    else:
-        hook = model.get_input_embeddings().register_forward_hook(keep)  # type: ignore[operator]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
+    with changing(model, Report("explained")) as changes:
+        if isinstance(seen, Image):
+            inputs[seen.main] = inputs[seen.main].detach().clone().requires_grad_()
+        else:
+            changes.after(model.get_input_embeddings(), keep)  # type: ignore[operator]
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                changes.finally_(parameter.requires_grad_)
+                parameter.requires_grad_(False)
         with torch.enable_grad(), recorded(model) as recording:
             seen.scalar(model(**inputs)).backward()
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_()
-        if hook is not None:
-            hook.remove()
     if isinstance(seen, Image):
         pixels = inputs[seen.main]
         assert pixels.grad is not None

@@ -93,6 +93,10 @@ class Faithfulness:
             for sign in (BETTER[measure],)
         }
 
+    def chance(self) -> dict[str, float]:
+        """The measures of random maps, in the mean."""
+        return {name: sum(each.figures()[name] for each in self.floor) / len(self.floor) for name in BETTER}
+
     def believed(self) -> list[str]:
         """The maps that are better than every random one by most measures, the best first.
 
@@ -108,9 +112,7 @@ class Faithfulness:
         for name, measures in self.maps.items():
             beyond = self.beyond_chance(name)
             lines.append((name, *(f"{v:.3f}{' *' * beyond[k]}" for k, v in measures.figures().items())))
-        random = [each.figures() for each in self.floor]
-        means = (sum(each[k] for each in random) / len(random) for k in BETTER)
-        lines.append(("random", *(f"{mean:.3f}" for mean in means)))
+        lines.append(("random", *(f"{mean:.3f}" for mean in self.chance().values())))
         arrows = {1: "↑", -1: "↓"}
         return table(("map", *(f"{name} {arrows[sign]}" for name, sign in BETTER.items())), lines)
 

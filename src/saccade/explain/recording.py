@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from saccade.extras import need
 from saccade.layers.attention_interface import attended, attention_layers
+from saccade.layers.wrapping import Report, changing
 
 __all__ = ["AttentionRecord", "Recording", "recorded"]
 
@@ -190,19 +191,12 @@ def recorded(model: nn.Module, *, layers: Sequence[int] | None = None) -> Iterat
         raise ValueError(f"layers must be between 0 and {count - 1}, got {sorted(strange)}")
     known = {id(modules[name]): (name, number) for name, number in places.items()}
     recorder = _Recorder(Recording(), known, chosen)
-    hooks = [
-        modules[name].register_forward_pre_hook(_keep_input, with_kwargs=True)
-        for name, number in places.items()
-        if number in chosen
-    ]
-    token = _RECORDER.set(recorder)
-    try:
-        with attended(model, IMPLEMENTATION):
-            yield recorder.recording
-    finally:
-        _RECORDER.reset(token)
-        for hook in hooks:
-            hook.remove()
+    with changing(model, Report("recorded")) as changes, attended(model, IMPLEMENTATION):
+        for name, number in places.items():
+            if number in chosen:
+                changes.before(modules[name], _keep_input)
+        changes.finally_(_RECORDER.reset, _RECORDER.set(recorder))
+        yield recorder.recording
 
 
 def _keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

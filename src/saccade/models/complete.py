@@ -27,6 +27,7 @@ class Complete(nn.Module):
 
     Attributes:
         authors_module: the authors' port of the whole network.
+        authors_part: the module of the network that their files hold, and that the port is of; "" for all of it.
         in_channels: of the images, 3 or 1.
         runs_alone: whether files are all that `predict` needs.
         views: the images of one call, by the names that the network gives them; where there are several, `predict`
@@ -37,6 +38,7 @@ class Complete(nn.Module):
 
     slug: ClassVar[str]
     authors_module: ClassVar[str] = "network"
+    authors_part: ClassVar[str] = ""
     in_channels: int = 3
     runs_alone: ClassVar[bool] = True
     views: ClassVar[tuple[str, ...]] = ("image",)
@@ -79,16 +81,23 @@ class Complete(nn.Module):
     def load(self, path: str | Path) -> Self:
         """Take the weights of a file, by name: a state dict of this network, or a checkpoint of the authors.
 
+        What the authors' file does not hold (`authors_part`) stays as it is.
+
         Raises:
             OSError: if the file cannot be read.
             ValueError: if it does not fit.
         """
-        state = read_checkpoint(path)
+        state, what = read_checkpoint(path), type(self).__name__
         try:
             own = state.keys() == self.state_dict().keys()
-            load_state(self, state if own else catalogue.port(self.slug, self.authors_module).convert(state))
+            if own:
+                load_state(self, state)
+            else:
+                what = f"the {self.authors_part} of {what}" if self.authors_part else what
+                converted = catalogue.port(self.slug, self.authors_module).convert(state)
+                load_state(self.get_submodule(self.authors_part), converted)
         except Exception as error:  # what a port meets in a file it was not written for is any exception
-            raise ValueError(f"{path} does not fit {type(self).__name__}: {error or type(error).__name__}") from error
+            raise ValueError(f"{path} does not fit {what}: {error or type(error).__name__}") from error
         if not own:
             self.as_released()
         return self

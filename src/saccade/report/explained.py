@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade import __version__
-from saccade.explain.faithfulness import BETTER, Measures
+from saccade.explain.faithfulness import BETTER
 from saccade.extras import new_figure
 from saccade.report.document import document, picture, png
 from saccade.train.files import write_text
@@ -160,12 +160,8 @@ def _measures(found: Explanation) -> str:
     known = found.faithfulness
     head = "".join(f'<th scope="col">{name} {"↑" if sign > 0 else "↓"}</th>' for name, sign in BETTER.items())
     rows = [row(name, each.figures(), known.beyond_chance(name)) for name, each in known.maps.items()]
-    rows.append(row("random", _mean(known.floor), {}))
+    rows.append(row("random", known.chance(), {}))
     return _table(f'<th scope="col">map</th>{head}', rows)
-
-
-def _mean(floor: list[Measures]) -> dict[str, float]:
-    return {name: sum(each.figures()[name] for each in floor) / len(floor) for name in BETTER}
 
 
 def _agreement(found: Explanation) -> str:

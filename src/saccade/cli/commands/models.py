@@ -228,7 +228,7 @@ def explain(
         raise ValueError(f"--out must be a page, .html, got {out}")
     shown = read_image(what) if Path(what).suffix.lower() in PICTURES else None
     loaded = pretrained.load(model, image=shown is not None)
-    picture, words = None, ""
+    picture = None
     if shown is None:
         inputs = dict(loaded.tokenizer(what, return_tensors="pt"))
     else:

@@ -141,11 +141,8 @@ class AttentionClassifier(nn.Module):
 
     def attend(self, e_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query (B, K, A), weights (B, K, T) and values (B, K, T, V)."""
-        q_BKA = self.q_proj(e_BTD[:, self.class_position]).unflatten(-1, (self.num_heads, -1))
-        k_BKTA, v_BKTV = (
-            proj(e_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
-        )
-        return q_BKA, ((k_BKTA @ q_BKA[..., None])[..., 0] * self.scale).softmax(-1), v_BKTV
+        q_BKA, k_BKTA, v_BKTV = self._projected(e_BTD)
+        return q_BKA, self._weights(q_BKA, k_BKTA), v_BKTV
 
     def logits(self, e_BTD: Tensor) -> Tensor:
         """f (B, C) of embeddings."""
@@ -166,7 +163,8 @@ class AttentionClassifier(nn.Module):
         if not 0 <= target < self.classifier.shape[1]:
             raise ValueError(f"target must be below {self.classifier.shape[1]}, got {target}")
         e_BTD = self.embedded(ids_BT)
-        q_BKA, alpha_BKT, v_BKTV = self.attend(e_BTD)
+        q_BKA, k_BKTA, v_BKTV = self._projected(e_BTD)
+        alpha_BKT = self._weights(q_BKA, k_BKTA)
         logits = self._classified((alpha_BKT[:, :, None] @ v_BKTV)[:, :, 0])
         w_KV = self.classifier[:, target]
         worth_BKT = (v_BKTV @ w_KV[:, :, None])[..., 0]
@@ -178,7 +176,6 @@ class AttentionClassifier(nn.Module):
         of_keys_BKD = (q_BKA[:, :, None] @ w_k)[:, :, 0]
         grad_BTD = alpha_BKT.mT @ of_values_KD + pull_BKT.mT @ of_keys_BKD
         if query_term:
-            k_BKTA = self.k_proj(e_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             pulled_BKA = (pull_BKT[:, :, None] @ k_BKTA)[:, :, 0]
             through_BD = torch.einsum("bka,kad->bd", pulled_BKA, w_q)
             at_T = torch.arange(e_BTD.shape[1], device=e_BTD.device) == self.class_position
@@ -203,6 +200,18 @@ class AttentionClassifier(nn.Module):
             return (alpha_BKT * (v_BKTV @ w_KV[:, :, None])[..., 0]).mean(1)
 
         return factor * (worth(ids_BT) - worth(removed))
+
+    def _projected(self, e_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The class token's query (B, K, A), keys (B, K, T, A) and values (B, K, T, V)."""
+        q_BKA = self.q_proj(e_BTD[:, self.class_position]).unflatten(-1, (self.num_heads, -1))
+        k_BKTA, v_BKTV = (
+            proj(e_BTD).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for proj in (self.k_proj, self.v_proj)
+        )
+        return q_BKA, k_BKTA, v_BKTV
+
+    def _weights(self, q_BKA: Tensor, k_BKTA: Tensor) -> Tensor:
+        """alpha, (B, K, T)."""
+        return ((k_BKTA @ q_BKA[..., None])[..., 0] * self.scale).softmax(-1)
 
     def _classified(self, f_BKV: Tensor) -> Tensor:
         return torch.einsum("bkv,kcv->bc", f_BKV, self.classifier) / self.num_heads

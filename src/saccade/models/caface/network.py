@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade import catalogue
-from saccade.catalogue.authors import load_state, read_checkpoint
 from saccade.layers.resnet import ResNetTrunk
 from saccade.models.backbone import check_images, maps_of
 from saccade.models.caface.aggregator import ClusterAggregate, style_statistics
 from saccade.models.embedding import Embedder, EmbeddingOutput
 from saccade.ops.summary import Summary
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CAFace(Embedder):
@@ -47,6 +40,7 @@ class CAFace(Embedder):
 
     slug = "caface"
     authors_module = "caface_aggregator"
+    authors_part = "aggregator"
     together = True
 
     def __init__(
@@ -162,24 +156,6 @@ class CAFace(Embedder):
             views.append(F.normalize(features, dim=-1))
         assert summary is not None
         return replace(self.recognised(summary), views=torch.cat(views)[None], images=list(images))
-
-    def load(self, path: str | Path) -> Self:
-        """Take the weights of a file: a state dict of this network, or a checkpoint of the authors.
-
-        The latter holds the aggregator alone; the encoder stays as it is.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it does not fit.
-        """
-        state = read_checkpoint(path)
-        if state.keys() == self.state_dict().keys():
-            return super().load(path)
-        try:
-            load_state(self.aggregator, catalogue.port(self.slug, self.authors_module).convert(state))
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit the aggregator of CAFace: {error}") from error
-        return self
 
     def _seen(self, views_BVCHW: Tensor) -> tuple[Tensor, Tensor]:
         """`features` of views: (B, V, C) and (B, V, S, 2)."""

@@ -6,15 +6,12 @@ F frames of a video, Q queries.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade import catalogue
-from saccade.catalogue.authors import load_state, read_checkpoint
 from saccade.catalogue.names import Names
 from saccade.layers.bert import BERT, Bert
 from saccade.layers.vision_transformer import VisionTransformer
@@ -124,6 +121,7 @@ class CoVR(Retriever):
 
     slug = "covr"
     authors_module = "composed_query"
+    authors_part = "query"
 
     def __init__(
         self,
@@ -205,24 +203,6 @@ class CoVR(Retriever):
         else:
             features_BE = self.query(tokens_BPV, input_ids, mask_BL, description_ids, description_mask)
         return EmbeddingOutput(F.normalize(features_BE, dim=-1), features=features_BE)
-
-    def load(self, path: str | Path) -> Self:
-        """Take the weights of a file: a state dict of this network, or a checkpoint of the authors.
-
-        The latter gives the query's side; what embeds targets stays as it is.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it does not fit.
-        """
-        state = read_checkpoint(path)
-        if state.keys() == self.state_dict().keys():
-            return super().load(path)
-        try:
-            load_state(self.query, catalogue.port(self.slug, self.authors_module).convert(state))
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit the query of CoVR: {error}") from error
-        return self
 
     @classmethod
     def from_blip(cls, blip: Any, **arguments: Any) -> Self:

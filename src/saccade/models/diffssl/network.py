@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from saccade import catalogue
-from saccade.catalogue.authors import load_state, read_checkpoint
 from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.models.diffssl.fusion import AttentionFusion, FeedbackLayer, Maps, PooledHead
 from saccade.models.diffssl.unet import DiffusersUNet, UNet, check_blocks
@@ -48,6 +45,7 @@ class DiffusionClassifier(Backbone):
 
     slug = "diffssl"
     authors_module = "attention_fusion"
+    authors_part = "head"
 
     def __init__(
         self,
@@ -114,22 +112,6 @@ class DiffusionClassifier(Backbone):
         """As of any module, but for the U-Net, which stays in evaluation."""
         super().train(mode)
         self.unet.eval()
-        return self
-
-    def load(self, path: str | Path) -> Self:
-        """Take the weights of a file: a state dict of this network, or a head of the authors; the U-Net stays.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it does not fit.
-        """
-        state = read_checkpoint(path)
-        if state.keys() == self.state_dict().keys():
-            return super().load(path)
-        try:
-            load_state(self.head, catalogue.port(self.slug, self.authors_module).convert(state))
-        except ValueError as error:
-            raise ValueError(f"{path} does not fit the head of DiffusionClassifier: {error}") from error
         return self
 
     def passes(self, x_BCHW: Tensor, noise_BTCHW: Tensor) -> tuple[list[Maps], list[Maps]]:
