@@ -96,3 +96,13 @@ def test_wrappers_beside_the_bare_model() -> None:
     assert len(bench.verdicts(kept)) == 5
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
     assert "| cluster | 11% |" in page and "| carve |" in page
+
+
+def test_what_looking_inside_costs() -> None:
+    pytest.importorskip("transformers")
+    bench = load("explain")
+    kept = {name: records.stamp() | bench.CASES[name](True) for name in ("maps", "memory")}
+    assert kept["maps"]["seconds"] > 0 and set(kept["maps"]["maps"]) >= {"raw", "rollout", "gradient x attention"}
+    assert len(bench.verdicts(kept)) == 2
+    page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
+    assert "| rollout |" in page and "| 256 |" in page

@@ -47,6 +47,10 @@ def test_flow_of_one_layer_is_its_attention_and_of_two_what_fits_through() -> No
     two = flow([layer(first), layer(second, 1)], 2)
     torch.testing.assert_close(two[0], torch.tensor([0.1, 0.55, 0.55]), atol=1e-5, rtol=0)
     torch.testing.assert_close(flow([layer(first), layer(second, 1)]), two)
+    # read by halves, no more than a half fits through each; token 0 has .1 and .2 + .1 x 1 of the ways to it
+    reads = torch.tensor([0.0, 0.5, 0.5])
+    both = flow([layer(first), layer(second, 1)], reads)
+    assert bool((both <= reads.sum() + 1e-5).all()) and float(both[0, 1]) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_gradients_weigh_attention() -> None:
@@ -61,6 +65,32 @@ def test_gradients_weigh_attention() -> None:
         torch.eye(4) + (w * r.out_BNHE.grad.transpose(1, 2)).clamp(min=0).mean(1) for w, r in zip(weights, records)
     ]
     torch.testing.assert_close(gradient_attention(records), steps[1] @ steps[0])
+
+
+def test_some_rows_are_those_of_all_of_them_in_bounded_memory() -> None:
+    torch.manual_seed(0)
+    records = [layer(attention(2, 2, 5, 5), i) for i in range(3)]
+    for record in records:
+        record.out_BNHE.grad = torch.randn_like(record.out_BNHE)
+    mean = torch.full((1, 5), 0.2)
+    for make in (raw, rollout, gradient_attention):
+        whole = make(records)
+        torch.testing.assert_close(make(records, rows=[3, -1]), whole[:, [3, 4]])
+        torch.testing.assert_close(make(records, rows=mean), whole.mean(1, keepdim=True))
+        torch.testing.assert_close(make(records, memory_mb=1e-6), whole)  # a row at a time
+
+
+def test_rows_of_a_long_input_need_little_memory() -> None:
+    from saccade.ops.measure import peak_bytes
+
+    N = 2048
+    q = torch.randn(1, 4, N, 8)
+    long = [AttentionRecord(str(i), i, None, q, q, q, None, 0.35, None, q.mT, causal=True) for i in range(2)]
+    found = rollout(long, rows=[-1])
+    assert found.shape == (1, 1, N)
+    torch.testing.assert_close(found.sum(-1), torch.ones(1, 1))
+    # all of A would be 4 heads of 16 MiB
+    assert peak_bytes(lambda: rollout(long, rows=[-1], memory_mb=2.0)) < 8 * 2**20
 
 
 def test_refusals() -> None:

@@ -120,6 +120,22 @@ def test_gradients_of_weights_without_weights(family: str) -> None:
         torch.testing.assert_close(record.gradients(heads=[2], rows=[1]), mine[:, [2]][:, :, [1]])
 
 
+def test_a_long_causal_input_is_kept_without_a_mask() -> None:
+    torch.manual_seed(0)
+    model = llama().eval()
+    ids = torch.randint(20, (1, 12))
+    with recorded(model) as recording, torch.no_grad():
+        model(ids)
+    assert all(record.mask is None and record.causal for record in recording.layers)
+    with recorded(model) as masked, torch.no_grad():
+        model(ids, attention_mask=torch.tensor([[0] + [1] * 11]))
+    (first, _), (hidden, _) = recording.layers, masked.layers
+    assert not first.weights().triu(1).any() and hidden.mask is not None
+    assert not hidden.weights()[..., 0].any() and not hidden.weights(rows=[0]).any()
+    later = first.weights(rows=[4])[..., 1:]
+    torch.testing.assert_close(hidden.weights(rows=[4])[..., 1:], later / later.sum(-1, keepdim=True))
+
+
 def test_some_layers_and_what_is_refused() -> None:
     model = bert().eval()
     with recorded(model, layers=[-1]) as recording, torch.no_grad():

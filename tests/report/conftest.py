@@ -14,20 +14,25 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 @pytest.fixture
 def shown(tmp_path: Path) -> Callable[..., str]:
-    """`shown(page, of, width=1200)`: what the JavaScript expression `of` gives once a page is loaded; no error is
-    reported meanwhile."""
+    """`shown(page, of, width=1200, dark=False)`: what the JavaScript expression `of` gives once a page is loaded, to a
+    reader who likes light or dark pages; no error is reported meanwhile."""
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
 
-    def run(page: Path, of: str, width: int = 1200) -> str:
+    def run(page: Path, of: str, width: int = 1200, dark: bool = False) -> str:
         probe = tmp_path / "probe.html"
-        script = f"<script>addEventListener('load', () => document.title = 'said:' + ({of}) + ':')</script>"
+        # a window has the keyboard a little after it is loaded
+        script = (
+            f"<script>const say = left => document.hasFocus() || !left ? document.title = 'said:' + ({of}) + ':'"
+            " : setTimeout(say, 20, left - 1); addEventListener('load', () => say(50))</script>"
+        )
         probe.write_text(page.read_text().replace("</body>", script + "</body>"))
         done = subprocess.run(
             [
                 str(CHROMIUM),
                 *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
                 *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"),
+                f"--blink-settings=preferredColorScheme={0 if dark else 1}",
                 *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"),
                 *("--virtual-time-budget=5000", "--dump-dom", probe.as_uri()),
             ],

@@ -5,26 +5,28 @@ Shape letters: B batch, N tokens, M parts (tokens of a text, patches of an image
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.explain import maps
 from saccade.explain.faithfulness import Faithfulness, agreement, faithfulness
-from saccade.explain.recording import AttentionRecord, Recording, recorded
-from saccade.explain.subjects import Image, Subject, Target, subject
+from saccade.explain.methods import METHODS, chosen, heads
+from saccade.explain.pairs import Pair
+from saccade.explain.parts import Parts
+from saccade.explain.prompts import Prompt
+from saccade.explain.sanity import Sanity, sanity
+from saccade.explain.subjects import Image, Segment, Subject, Target, Text
 from saccade.extras import new_figure
 from saccade.layers.watching import evaluating
-from saccade.layers.wrapping import Report, changing
 from saccade.tables import table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["METHODS", "Explanation", "explain"]
+__all__ = ["METHODS", "Explanation", "explain", "subject"]
 
 
 @dataclass
@@ -33,30 +35,53 @@ class Explanation:
 
     Attributes:
         labels: of the parts.
-        grid: rows and columns of an image's patches; None of a text.
+        segments: which of them belong together: the tokens of a text, the patches of an image.
         target: (row, column) of the logit; None where the embedding is explained.
+        probability: of the target, or what `score_is` says.
+        score_is: what faithfulness measures: the target's probability, an embedding's likeness to itself, or the
+            likeness of image and text.
         maps: relevance (M,) by method.
-        faithfulness: of each map, beside random ones.
+        faithfulness: of each map, beside random ones; None where it was not asked for.
+        sanity: what becomes of each map as the model's weights are randomised; None where it was not asked for.
         agreement: rank correlation of each two maps.
-        heads: (layers, H, M), the attention of what the output is read from to each part, head by head.
+        heads: (layers, H, parts) a tower: the attention of what the output is read from to each part, head by head.
     """
 
     labels: list[str]
-    grid: tuple[int, int] | None
+    segments: list[Segment]
     target: tuple[int | None, int] | None
+    probability: float
+    score_is: str
     maps: dict[str, Tensor]
-    faithfulness: Faithfulness
+    faithfulness: Faithfulness | None
+    sanity: Sanity | None
     agreement: Tensor
-    heads: Tensor
+    heads: list[Tensor]
 
     @property
-    def probability(self) -> float:
-        """Of the target; of an embedding 1, its likeness to itself."""
-        return self.faithfulness.whole
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of the patches, where one image is all that there is; None else."""
+        return self.segments[0].grid if len(self.segments) == 1 else None
+
+    def believed(self) -> list[str]:
+        """The maps that are better than random ones by most measures, the best first; none if nothing was measured.
+
+        One that stays as it is when all weights are random is not among them.
+        """
+        found = [] if self.faithfulness is None else self.faithfulness.believed()
+        return [name for name in found if self.depends_on_weights(name)]
+
+    def depends_on_weights(self, name: str) -> bool:
+        """Whether a map is another one when the model's weights are random; true if that was not asked of it.
+
+        Args:
+            name: of the map.
+        """
+        return self.sanity is None or name not in self.sanity.agreement or self.sanity.passed(name)
 
     def best(self) -> str | None:
-        """The map that deserves belief most, None if none is better than chance."""
-        believed = self.faithfulness.believed()
+        """The map that deserves belief most, None if none is better than chance, or it was not measured."""
+        believed = self.believed()
         return believed[0] if believed else None
 
     def top(self, name: str, count: int = 5) -> list[tuple[str, float]]:
@@ -72,12 +97,17 @@ class Explanation:
 
     def table(self) -> str:
         """Each map's top parts, and the measures of its faithfulness."""
-        believed = set(self.faithfulness.believed())
+        believed = set(self.believed())
         rows = [
-            (name, "yes" if name in believed else "no", ", ".join(label for label, _ in self.top(name)))
+            (name, *self._belief(name in believed), ", ".join(label for label, _ in self.top(name)))
             for name in self.maps
         ]
-        return table(("map", "believe it", "most relevant"), rows) + "\n" + self.faithfulness.table()
+        head = ("map", *(() if self.faithfulness is None else ("believe it",)), "most relevant")
+        more = (each.table() for each in (self.faithfulness, self.sanity) if each is not None)
+        return "\n".join([table(head, rows), *more])
+
+    def _belief(self, believed: bool) -> tuple[str, ...]:
+        return () if self.faithfulness is None else ("yes" if believed else "no",)
 
     def __str__(self) -> str:
         return self.table()
@@ -107,57 +137,17 @@ class Explanation:
         return figure
 
 
-#: a map (M,) of a subject from its recording, after a backward pass; `x` holds the gradients of the inputs
-Method = Callable[[Subject, Recording, Mapping[str, Tensor]], Tensor]
-
-
-def _from_attention(function: Callable[..., Tensor]) -> Method:
-    def method(subject: Subject, recording: Recording, x: Mapping[str, Tensor]) -> Tensor:
-        return subject.on_parts(subject.of_rows(function(recording.layers)))
-
-    return method
-
-
-def _flow(subject: Subject, recording: Recording, x: Mapping[str, Tensor]) -> Tensor:
-    return subject.on_parts(maps.flow(recording.layers, -1 if subject.rows is None else subject.rows)[0])
-
-
-def _input_gradient(subject: Subject, recording: Recording, x: Mapping[str, Tensor]) -> Tensor:
-    """|x . dL/dx|, of a token's embedding or of a patch's pixels."""
-    return x["input x gradient"].abs()
-
-
-def _occlusion(subject: Subject, recording: Recording, x: Mapping[str, Tensor]) -> Tensor:
-    """f(all) - f(all but one)."""
-    kept = ~torch.eye(subject.parts, dtype=torch.bool)
-    whole = subject.score(torch.ones(1, subject.parts, dtype=torch.bool))
-    return whole - torch.cat([subject.score(part) for part in kept.split(32)])
-
-
-#: by name
-METHODS: dict[str, Method] = {
-    "raw": _from_attention(maps.raw),
-    "rollout": _from_attention(maps.rollout),
-    "flow": _flow,
-    "gradient x attention": _from_attention(maps.gradient_attention),
-    "input x gradient": _input_gradient,
-    "occlusion": _occlusion,
-}
-#: those that take a model's call, or a maximum flow, for each part
-_SLOW = ("flow", "occlusion")
-#: with more parts than these the slow ones are left out, unless they are asked for
-_FEW = 64
-
-
 def explain(
     model: nn.Module,
-    inputs: Mapping[str, Tensor] | str,
+    inputs: Mapping[str, Tensor] | Tensor | str,
     target: Target = None,
     *,
     tokenizer: Any = None,
     methods: Sequence[str] | None = None,
+    faithful: bool = True,
     random: int = 5,
     subsets: int = 64,
+    stages: int = 3,
     seed: int = 0,
 ) -> Explanation:
     """What the parts of an input have to do with what a model says of it, by several methods, each measured.
@@ -165,13 +155,18 @@ def explain(
     The model is as it was afterwards.
 
     Args:
-        model: of transformers: a decoder or an encoder of text, or a vision transformer, with or without a head.
-        inputs: of one example, by the names of the model's arguments; or a text, with `tokenizer`.
-        target: the class, or the token, or (position, token) that is explained; None for what the model finds
-            likeliest.
+        model: of transformers: a decoder or an encoder of text, a vision transformer, with or without a head; one that
+            compares an image with texts, as CLIP; a decoder that reads images too, as LLaVA and Qwen2-VL. Or a part of
+            the catalogue, or any network of such parts.
+        inputs: of one example, by the names of the model's arguments; or a text, with `tokenizer`; of parts a tensor.
+        target: the class, or the token, or (position, token), or the number of the text that is explained; None for
+            what the model finds likeliest.
         tokenizer: makes tokens of a text, and names them.
         methods: of `METHODS`; where None all, without flow and occlusion of more than 64 parts.
+        faithful: measure the maps, which takes some hundred calls of the model; without, they say nothing of belief.
         random, subsets, seed: as of `faithfulness`.
+        stages: in how many stages the weights are randomised, to see which maps change with them (not the slow maps);
+            0 for not at all, as without `faithful`.
 
     Returns:
         maps, how faithful each is, and how far they agree.
@@ -180,58 +175,65 @@ def explain(
         ImportError: if transformers is not installed.
         ValueError: if a method is unknown, or model, inputs and target do not fit.
     """
-    if strange := set(methods or ()) - set(METHODS):
-        raise ValueError(f"methods must be of {', '.join(METHODS)}, got {', '.join(sorted(strange))}")
     if isinstance(inputs, str):
         if tokenizer is None:
             raise ValueError("a text needs a tokenizer: explain(model, text, tokenizer=...)")
         inputs = dict(tokenizer(inputs, return_tensors="pt"))
-    if not hasattr(model, "config"):
-        raise ValueError(f"{type(model).__name__} is not a transformers model: it has no config")
     with evaluating(model):
         seen = subject(model, inputs, target, tokenizer)
-        chosen = methods or [name for name in METHODS if name not in _SLOW or seen.parts <= _FEW]
-        recording, gradients = _run(seen)
-        found = {name: METHODS[name](seen, recording, gradients).detach().float().cpu() for name in chosen}
-        heads = torch.stack([_heads(seen, record) for record in recording.layers]).float().cpu()
-        measured = faithfulness(seen.score, found, random=random, subsets=subsets, seed=seed)
-    grid = seen.grid if isinstance(seen, Image) else None
-    return Explanation(seen.labels, grid, seen.target, found, measured, agreement(found), heads)
+        names = chosen(seen, methods)
+        run = seen.run()
+        found = {name: METHODS[name](seen, run).detach().float().cpu() for name in names}
+        measured = faithfulness(seen.score, found, random=random, subsets=subsets, seed=seed) if faithful else None
+        checked = _sanity(seen, names, tokenizer, stages, seed) if faithful and stages else None
+        whole = float(seen.score(torch.ones(1, seen.parts, dtype=torch.bool))) if measured is None else measured.whole
+        agreed, each_head = agreement(found), heads(run)
+        return Explanation(
+            seen.labels, seen.segments, seen.target, whole, seen.score_is, found, measured, checked, agreed, each_head
+        )
 
 
-def _heads(seen: Subject, record: AttentionRecord) -> Tensor:
-    """A layer's attention from what is read to the parts, (H, M)."""
-    weights = record.weights(rows=None if seen.rows is None else [seen.rows])[0].mean(1).detach()
-    return torch.stack([seen.on_parts(weight) for weight in weights])
+def _sanity(seen: Subject, names: Sequence[str], tokenizer: Any, stages: int, seed: int) -> Sanity | None:
+    """Of the maps that take no call for each part; None where there are none of these."""
+    quick = [name for name in names if not METHODS[name].slow]
+
+    def again() -> dict[str, Tensor]:
+        # what is explained stays; an embedding's likeness is to the randomised model's own
+        now = subject(seen.model, seen.given, seen.asked, tokenizer)
+        run = now.run()
+        return {name: METHODS[name](now, run).detach().float().cpu() for name in quick}
+
+    return sanity(seen.model, again, stages=stages, seed=seed) if quick else None
 
 
-def _run(seen: Subject) -> tuple[Recording, dict[str, Tensor]]:
-    """One pass forward and one backward, without gradients in the model's parameters."""
-    model, held = seen.model, []
+def subject(
+    model: nn.Module, inputs: Mapping[str, Tensor] | Tensor, target: Target = None, tokenizer: Any = None
+) -> Subject:
+    """The input of a model, cut into parts.
 
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        held.append(output.detach().requires_grad_())
-        return held[-1]
+    Args:
+        model: of transformers.
+        inputs: of one example: `input_ids` or `pixel_values` or both, and what else the model takes. A model that
+            compares an image with texts, as CLIP, takes one image and any number of texts. Of anything else that is
+            made of the catalogue's parts, the tensor that it is called with; see `saccade.explain.parts.Parts`.
+        target: see `Subject`.
+        tokenizer: names the tokens of a text.
 
-    inputs = dict(seen.inputs)
-    with changing(model, Report("explained")) as changes:
-        if isinstance(seen, Image):
-            inputs[seen.main] = inputs[seen.main].detach().clone().requires_grad_()
-        else:
-            changes.after(model.get_input_embeddings(), keep)  # type: ignore[operator]
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                changes.finally_(parameter.requires_grad_)
-                parameter.requires_grad_(False)
-        with torch.enable_grad(), recorded(model) as recording:
-            seen.scalar(model(**inputs)).backward()
-    if isinstance(seen, Image):
-        pixels = inputs[seen.main]
-        assert pixels.grad is not None
-        of_pixels = (pixels.detach() * pixels.grad).sum(1, keepdim=True)
-        height, width = (n * p for n, p in zip(seen.grid, seen.patch, strict=True))
-        of_patch = nn.functional.avg_pool2d(of_pixels[..., :height, :width], seen.patch, divisor_override=1)
-        return recording, {"input x gradient": of_patch.flatten()}
-    (embeds,) = held
-    assert embeds.grad is not None
-    return recording, {"input x gradient": (embeds.detach() * embeds.grad).sum(-1)[0]}
+    Raises:
+        ValueError: if it is not one example, or as `Subject` says.
+    """
+    if isinstance(inputs, Tensor):
+        return Parts(model, inputs, target, tokenizer)
+    if not hasattr(model, "config"):
+        raise ValueError(f"{type(model).__name__} is not a transformers model, it has no config: give it a tensor")
+    text, image = (name in inputs for name in ("input_ids", "pixel_values"))
+    if not text and not image:
+        raise ValueError(f"inputs must hold input_ids or pixel_values, or both, got {', '.join(inputs) or 'none'}")
+    if text and image and hasattr(model, "logit_scale"):
+        return Pair(model, inputs, target, tokenizer)
+    main = "input_ids" if text else "pixel_values"
+    if len(inputs[main]) != 1:
+        raise ValueError(f"inputs must be one example, got {len(inputs[main])}")
+    if not text:
+        return Image(model, inputs, target)
+    return (Prompt if image else Text)(model, inputs, target, tokenizer)

@@ -7,9 +7,11 @@
 | flow | the most that can flow from an input to an output through that graph (the same paper) |
 | gradient x attention | R <- R + mean_h max(0, dL/dA * A) R, from R = I (Chefer et al., arXiv 2103.15679) |
 
-All are of self-attention; layers whose tokens differ in number cannot be composed.
+All are of self-attention; layers whose tokens differ in number cannot be composed. What is wanted of few outputs is
+made from the last layer down, some rows of each layer's A at a time: memory O(N) beside those rows, and no product of
+two N x N matrices.
 
-Shape letters: B batch, N outputs, M inputs, H heads, D head dim, K key heads, E value dim.
+Shape letters: B batch, N outputs, M inputs, H heads, n outputs that are wanted.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from saccade.explain.recording import AttentionRecord
+from saccade.explain.recording import Attends
 from saccade.extras import need
 
 __all__ = ["flow", "gradient_attention", "raw", "rollout"]
@@ -27,22 +29,41 @@ __all__ = ["flow", "gradient_attention", "raw", "rollout"]
 #: capacities of the flow are whole numbers of this part
 _PART = 10**6
 
+#: numbers of outputs; or weights (n, N) by which outputs are summed
+Rows = Sequence[int] | Tensor | None
+#: a record and some of its rows -> (B, rows, M)
+_Layer = Callable[[Attends, Tensor], Tensor]
 
-def raw(records: Sequence[AttentionRecord], layer: int = -1) -> Tensor:
-    """The mean over heads of a layer's attention, (B, N, M).
+
+def raw(records: Sequence[Attends], layer: int = -1, *, rows: Rows = None, memory_mb: float = 64.0) -> Tensor:
+    """The mean over heads of a layer's attention, (B, n, M).
 
     Args:
         records: of one model's layers, in order.
         layer: which of them.
+        rows: the outputs that are wanted, all where None; or weights (n, N) by which they are summed.
+        memory_mb: bound of the rows of A that are made at a time, in MiB.
 
     Raises:
         ValueError: if there are none.
     """
-    return _some(records)[layer].weights().mean(1)
+    record = _some(records)[layer]
+    begin_BnN = _begin(record, rows)
+    result = begin_BnN.new_zeros(*begin_BnN.shape[:2], record.shape[3])
+    for chosen in _pieces(begin_BnN, record, memory_mb):
+        result += begin_BnN[:, :, chosen] @ _weights(record, chosen)
+    return result
 
 
-def rollout(records: Sequence[AttentionRecord], *, start: int = 0, kept: float = 0.5) -> Tensor:
-    """Attention multiplied through the layers, the residual path in it, (B, N, N).
+def rollout(
+    records: Sequence[Attends],
+    *,
+    start: int = 0,
+    kept: float = 0.5,
+    rows: Rows = None,
+    memory_mb: float = 64.0,
+) -> Tensor:
+    """Attention multiplied through the layers, the residual path in it, (B, n, N).
 
         R = prod_l ((1 - r) mean_h A_l + r I) / rows
 
@@ -50,99 +71,147 @@ def rollout(records: Sequence[AttentionRecord], *, start: int = 0, kept: float =
         records: of one model's layers, in order.
         start: the first layer that counts.
         kept: r, what the residual path keeps.
+        rows, memory_mb: as of `raw`.
 
     Raises:
         ValueError: if there are no layers, or they are no self-attention of the same tokens.
     """
-    return _composed(_some(records[start:]), lambda record: (1 - kept) * record.weights().mean(1), kept)
+
+    def layer(record: Attends, chosen: Tensor) -> Tensor:
+        return (1 - kept) * _weights(record, chosen, size=True)
+
+    return _composed(_some(records[start:]), layer, kept, rows, memory_mb)
 
 
-def gradient_attention(records: Sequence[AttentionRecord]) -> Tensor:
-    """Attention weighed by what it does to the scalar that was called backward, (B, N, N).
+def gradient_attention(records: Sequence[Attends], *, rows: Rows = None, memory_mb: float = 64.0) -> Tensor:
+    """Attention weighed by what it does to the scalar that was called backward, (B, n, N).
 
     Args:
         records: of one model's layers, in order, after the backward pass.
+        rows, memory_mb: as of `raw`.
 
     Raises:
         RuntimeError: if nothing was called backward.
         ValueError: if there are no layers, or they are no self-attention of the same tokens.
     """
-    return _composed(
-        _some(records),
-        lambda record: (record.weights().detach() * record.gradients()).clamp(min=0).mean(1),
-        1.0,
-        normalised=False,
-    )
+
+    def layer(record: Attends, chosen: Tensor) -> Tensor:
+        return (record.weights(rows=chosen).detach() * record.gradients(rows=chosen)).clamp(min=0).mean(1).cpu()
+
+    return _composed(_some(records), layer, 1.0, rows, memory_mb, normalised=False)
 
 
-def flow(records: Sequence[AttentionRecord], output: int = -1) -> Tensor:
+def flow(records: Sequence[Attends], output: int | Tensor = -1) -> Tensor:
     """How much can flow from each input to one output, (B, M); capacities are those of `rollout`'s layers.
 
     Takes a maximum flow for each input: seconds for some tens of tokens, minutes for hundreds.
 
     Args:
         records: of one model's layers, in order.
-        output: the token that is explained.
+        output: the token that is explained; or weights (N,) by which outputs are read, the capacities of a last step.
 
     Raises:
         ImportError: if scipy is not installed.
         ValueError: if there are no layers, or they are no self-attention of the same tokens.
     """
     sparse, graphs = need("scipy.sparse", "attention flow"), need("scipy.sparse.csgraph", "attention flow")
-    layers = [_with_identity(0.5 * record.weights().mean(1), 0.5, True) for record in _some(records)]
+    layers = [_capacities(record) for record in _some(records)]
     B, N, _ = layers[0].shape
-    output = range(N)[output]
+    reads_N = output if isinstance(output, Tensor) else torch.eye(N)[output]
     found = torch.zeros(B, N)
+    sink = (len(layers) + 1) * N
+    # node l N + i is token i before layer l; an edge leads from it to all that attend to it, from the last to the sink
+    after, before = torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij")
+    begin = torch.cat([before.flatten() + i * N for i in range(len(layers))] + [torch.arange(sink - N, sink)])
+    end = torch.cat([after.flatten() + (i + 1) * N for i in range(len(layers))] + [torch.full((N,), sink)])
     for b in range(B):
-        # node l N + i is token i before layer l; an edge leads from it to all that attend to it
-        after, before = torch.meshgrid(torch.arange(N), torch.arange(N), indexing="ij")
-        begin = torch.cat([before.flatten() + i * N for i in range(len(layers))])
-        end = torch.cat([after.flatten() + (i + 1) * N for i in range(len(layers))])
-        capacity = torch.cat([(each[b].detach().cpu().double() * _PART).round().int().flatten() for each in layers])
-        size = (len(layers) + 1) * N
-        graph = sparse.csr_array((capacity.numpy(), (begin.numpy(), end.numpy())), shape=(size, size))
+        capacity = torch.cat([*(each[b].detach().cpu().double().flatten() for each in layers), reads_N.cpu().double()])
+        whole = (capacity * _PART).round().int()
+        graph = sparse.csr_array((whole.numpy(), (begin.numpy(), end.numpy())), shape=(sink + 1, sink + 1))
         for token in range(N):
-            sink = len(layers) * N + output
             found[b, token] = graphs.maximum_flow(graph, token, sink).flow_value / _PART
     return found
 
 
 def _composed(
-    records: Sequence[AttentionRecord],
-    of: Callable[[AttentionRecord], Tensor],
+    records: Sequence[Attends],
+    layer: _Layer,
     kept: float,
+    rows: Rows,
+    memory_mb: float,
     *,
     normalised: bool = True,
 ) -> Tensor:
-    """The layers' matrices with the residual path, later ones on the left."""
-    result: Tensor | None = None
+    """Rows of the product of the layers' matrices with the residual path, later ones on the left."""
     for record in records:
-        matrix = _with_identity(of(record), kept, normalised)
-        result = matrix if result is None else matrix @ result
-    assert result is not None
+        _check_square(record)
+    result = _begin(records[-1], rows)
+    for record in reversed(records):
+        after, result = result, kept * result
+        if normalised:
+            result = torch.zeros_like(after)
+        for chosen in _pieces(after, record, memory_mb):
+            matrix_BcM, read_Bnc = layer(record, chosen), after[:, :, chosen]
+            if normalised:
+                whole_Bc = (matrix_BcM.sum(-1) + kept).clamp(min=1e-12)
+                read_Bnc = read_Bnc / whole_Bc[:, None]
+                result[:, :, chosen] += kept * read_Bnc
+            result += read_Bnc @ matrix_BcM
     return result
 
 
-def _with_identity(matrix_BNM: Tensor, kept: float, normalised: bool) -> Tensor:
+def _begin(record: Attends, rows: Rows) -> Tensor:
+    """The weights (B, n, N) with which the outputs of a layer are read."""
+    B, _, N, _ = record.shape
+    if isinstance(rows, Tensor) and rows.is_floating_point():
+        return rows.float().expand(B, *rows.shape).clone()
+    chosen = torch.arange(N)
+    if rows is not None:
+        chosen = chosen[torch.as_tensor(rows)]
+    begin_nN = torch.zeros(len(chosen), N)
+    begin_nN[torch.arange(len(chosen)), chosen] = 1
+    return begin_nN.expand(B, *begin_nN.shape).clone()
+
+
+def _pieces(read_BnN: Tensor, record: Attends, memory_mb: float) -> Sequence[Tensor]:
+    """The outputs that are read at all, so many at a time that their weights, scores and gradients stay in bounds."""
+    B, H, _, M = record.shape
+    most = max(1, int(memory_mb * 2**20 / (3 * 4 * B * H * M)))
+    return read_BnN.abs().amax((0, 1)).nonzero()[:, 0].split(most)
+
+
+def _weights(record: Attends, chosen: Tensor, *, size: bool = False) -> Tensor:
+    """Rows of A on the CPU, the mean over heads; their size where they may have a sign."""
+    weights = record.weights(rows=chosen).detach()
+    return (weights.abs() if size else weights).mean(1).cpu()
+
+
+def _check_square(record: Attends) -> None:
     """
     Raises:
-        ValueError: if it is not square.
+        ValueError: if a layer is no self-attention.
     """
-    if matrix_BNM.shape[1] != matrix_BNM.shape[2]:
-        N, M = matrix_BNM.shape[1:]
+    _, _, N, M = record.shape
+    if N != M:
         raise ValueError(f"layers must be self-attention of all tokens at once, got one of {N} queries and {M} keys")
-    whole = matrix_BNM + kept * torch.eye(matrix_BNM.shape[1], device=matrix_BNM.device)
-    return whole / whole.sum(-1, keepdim=True).clamp(min=1e-12) if normalised else whole
 
 
-def _some(records: Sequence[AttentionRecord]) -> Sequence[AttentionRecord]:
+def _capacities(record: Attends) -> Tensor:
+    """(A + I) / rows of a layer, (B, N, N)."""
+    _check_square(record)
+    weights = _weights(record, torch.arange(record.shape[2]), size=True)
+    whole = weights + torch.eye(weights.shape[1])
+    return whole / whole.sum(-1, keepdim=True)
+
+
+def _some(records: Sequence[Attends]) -> Sequence[Attends]:
     """
     Raises:
         ValueError: if there are none, or they have not the same tokens.
     """
     if not records:
         raise ValueError("no layer was recorded: call the model inside `recorded`")
-    counts = {record.q_BHND.shape[2] for record in records}
+    counts = {record.shape[2] for record in records}
     if len(counts) > 1:
         raise ValueError(
             f"layers must have the same tokens, got {sorted(counts)}; `recording.of(name)` gives one tower's"

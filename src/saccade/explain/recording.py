@@ -7,8 +7,9 @@ its weights, made when they are asked for.
 
     A = softmax(cap(s q k^T) + bias),     out = A v,     dL/dA = dL/dout v^T
 
-Memory is linear in tokens: neither A nor its gradient is kept, both follow for the rows that are wanted. The model is
-as it was afterwards.
+Memory is linear in tokens: neither A nor its gradient is kept, both follow for the rows that are wanted. (A mask that
+the model writes out, for padding or windows, is as large as it is; all layers share it.) The model is as it was
+afterwards.
 
 Shape letters: B batch, N queries, M keys, C channels, H heads, K key heads, D head dim, E value dim; h heads and n
 queries that are wanted.
@@ -16,11 +17,12 @@ queries that are wanted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +32,34 @@ from saccade.extras import need
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.layers.wrapping import Report, changing
 
-__all__ = ["AttentionRecord", "Recording", "recorded"]
+__all__ = ["Attends", "AttentionRecord", "Recording", "recorded"]
 
 #: the name by which transformers' interface knows the attention that records
 IMPLEMENTATION = "saccade_recording"
 #: what a layer may give its attention that would change the weights, and that is not known here
 _UNKNOWN = ("position_bias", "head_mask", "s_aux", "sinks", "indices", "block_indices")
 
-Chosen = Sequence[int] | None
+#: the score of what is hidden
+_HIDDEN = torch.finfo(torch.float32).min
+
+Chosen = Sequence[int] | Tensor | None
+
+
+class Attends(Protocol):
+    """One call of anything that attends."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, N, M of its weights."""
+        ...
+
+    def weights(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
+        """A (B, heads, rows, M); all where None."""
+        ...
+
+    def gradients(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
+        """dL/dA, likewise, after a backward pass."""
+        ...
 
 
 @dataclass
@@ -50,11 +72,11 @@ class AttentionRecord:
         x_BNC: what the layer was given.
         q_BHND: queries, positions in them.
         k_BKMD, v_BKME: keys and values; K divides H.
-        bias: what is added to the scores, (B or 1, H or 1, N, M), None for nothing. What is hidden has a very negative
-            one.
+        mask: (B or 1, H or 1, N, M), of bool what is seen, else what is added to the scores; None for all and nothing.
         scale: s.
         soft_cap: c of cap(x) = c tanh(x / c), None where there is none.
         out_BNHE: A v, before the output projection; its `grad` is there after a backward pass.
+        causal: whether a query sees the keys up to itself alone; the last query is the last key's.
     """
 
     name: str
@@ -63,13 +85,19 @@ class AttentionRecord:
     q_BHND: Tensor
     k_BKMD: Tensor
     v_BKME: Tensor
-    bias: Tensor | None
+    mask: Tensor | None
     scale: float
     soft_cap: float | None
     out_BNHE: Tensor
+    causal: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, H, N, M of the weights."""
+        return *self.q_BHND.shape[:3], self.k_BKMD.shape[2]  # type: ignore[return-value]
 
     def scores(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
-        """cap(s q k^T) + bias (B, heads, rows, M), in float32.
+        """cap(s q k^T) + bias (B, heads, rows, M), in float32; what is hidden has a very negative one.
 
         Args:
             heads: numbers of those that are wanted; all where None.
@@ -83,10 +111,15 @@ class AttentionRecord:
         score_BhnM = q_BhnD @ self.k_BKMD[:, self._key_head(head_h)].float().mT * self.scale
         if self.soft_cap is not None:
             score_BhnM = self.soft_cap * (score_BhnM / self.soft_cap).tanh()
-        if self.bias is None:
+        if self.causal:
+            N, M = self.q_BHND.shape[2], score_BhnM.shape[3]
+            later_nM = torch.arange(M, device=row_n.device) > row_n[:, None] + (M - N)
+            score_BhnM = score_BhnM.masked_fill(later_nM, _HIDDEN)
+        if self.mask is None:
             return score_BhnM
-        bias = self.bias if self.bias.shape[1] == 1 else self.bias[:, head_h]
-        return score_BhnM + (bias if bias.shape[2] == 1 else bias[:, :, row_n]).float()
+        mask = self.mask if self.mask.shape[1] == 1 else self.mask[:, head_h]
+        mask = mask if mask.shape[2] == 1 else mask[:, :, row_n]
+        return score_BhnM.masked_fill(~mask, _HIDDEN) if mask.dtype == torch.bool else score_BhnM + mask.float()
 
     def weights(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
         """A (B, heads, rows, M), in float32; a row that may attend to nothing is 0.
@@ -98,9 +131,10 @@ class AttentionRecord:
             IndexError: if there is none of that number.
         """
         score_BhnM = self.scores(heads=heads, rows=rows)
-        if self.bias is None:
+        if self.mask is None:
             return score_BhnM.softmax(-1)
-        hidden_BhnM = score_BhnM <= torch.finfo(self.bias.dtype).min / 2
+        least = _HIDDEN if self.mask.dtype == torch.bool else torch.finfo(self.mask.dtype).min
+        hidden_BhnM = score_BhnM <= least / 2
         weight_BhnM = score_BhnM.masked_fill(hidden_BhnM, -torch.inf).softmax(-1)
         return weight_BhnM.masked_fill(hidden_BhnM.all(-1, keepdim=True), 0)
 
@@ -142,11 +176,51 @@ class Recording:
 
     def of(self, name: str) -> list[AttentionRecord]:
         """The records of the layers whose path contains `name`, as "vision_model"."""
-        return [record for record in self.layers if name in record.name]
+        return self.tower(name).layers
+
+    def tower(self, name: str) -> Recording:
+        """What was recorded of the layers whose path contains `name`."""
+        return Recording([record for record in self.layers if name in record.name])
+
+    def __getitem__(self, name: str | tuple[str, int]) -> Tensor:
+        """What a layer's attention had, in transformer-lens's words: ("pattern", 3) or "blocks.3.attn.hook_pattern".
+
+        "q", "k", "v" and "z" (before the output projection) are (B, N, H, D), "attn_scores" and "pattern" (B, H, N, M).
+
+        Args:
+            name: of what, and the number of the layer.
+
+        Raises:
+            KeyError: if there is none of that name or number, or, in several towers, more than one.
+        """
+        what, number = name if isinstance(name, tuple) else _hook(name)
+        records = [record for record in self.layers if record.number == number]
+        if what not in _WORDS or len(records) != 1:
+            calls = f"{len(records)} calls of layer {number} were recorded; `tower` chooses one tower's"
+            raise KeyError(f"{name!r}: {calls}; a layer has {', '.join(_WORDS)}")
+        return _WORDS[what](records[0])
 
     def clear(self) -> None:
         """Forget what was recorded."""
         self.layers.clear()
+
+
+_WORDS: dict[str, Callable[[AttentionRecord], Tensor]] = {
+    "q": lambda record: record.q_BHND.transpose(1, 2),
+    "k": lambda record: record.k_BKMD.transpose(1, 2),
+    "v": lambda record: record.v_BKME.transpose(1, 2),
+    "z": lambda record: record.out_BNHE,
+    "attn_scores": lambda record: record.scores(),
+    "pattern": lambda record: record.weights(),
+}
+
+
+def _hook(name: str) -> tuple[str, int]:
+    """The word and the layer of "blocks.3.attn.hook_pattern"."""
+    found = re.fullmatch(r"blocks\.(\d+)\.attn\.hook_(\w+)", name)
+    if found is None:
+        raise KeyError(f"{name!r} is no name such as 'blocks.3.attn.hook_pattern'")
+    return found[2], int(found[1])
 
 
 @dataclass
@@ -225,17 +299,17 @@ def _attention(
             raise ValueError(f"{type(module).__name__} has {name!r} in its attention, which cannot be recorded")
     recorder = _RECORDER.get()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias, (N, M) = attention_mask, (query.shape[2], key.shape[2])
-    if bias is None and N > 1 and (getattr(module, "is_causal", False) if is_causal is None else is_causal):
-        bias = torch.ones(1, 1, N, M, dtype=torch.bool, device=query.device).tril(M - N)
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill(~bias, torch.finfo(query.dtype).min)
+    mask, (N, M) = attention_mask, (query.shape[2], key.shape[2])
+    wanted = getattr(module, "is_causal", False) if is_causal is None else is_causal
+    causal = mask is None and N > 1 and bool(wanted)
+    if causal and N != M:
+        causal, mask = False, torch.ones(1, 1, N, M, dtype=torch.bool, device=query.device).tril(M - N)
     name, number = ("", 0) if recorder is None else recorder.places.get(id(module), (type(module).__name__, 0))
     given = None if recorder is None else recorder.given.pop(id(module), None)
-    record = AttentionRecord(name, number, given, query, key, value, bias, scale, softcap, query)
+    record = AttentionRecord(name, number, given, query, key, value, mask, scale, softcap, query, causal)
     if softcap is None:
         out_BHNE = F.scaled_dot_product_attention(
-            query, key, value, bias, dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
         )
     else:
         weights = F.dropout(record.weights().to(value.dtype), dropout)
@@ -250,8 +324,8 @@ def _attention(
 
 
 def _register() -> None:
-    """Make the name valid in transformers; the masks it gets are written out."""
+    """Make the name valid in transformers; the masks it gets are of bool, and none where causal says it all."""
     what = "recording the attention of a model"
     utilities, masks = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
     utilities.AttentionInterface.register(IMPLEMENTATION, _attention)
-    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.eager_mask)
+    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.sdpa_mask)

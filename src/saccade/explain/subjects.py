@@ -11,17 +11,71 @@ grid of patches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Image", "Subject", "Text", "subject"]
+from saccade.explain.recording import Attends, AttentionRecord, recorded
+from saccade.layers.wrapping import Changes, Report, changing
+
+__all__ = ["Image", "Run", "Segment", "Subject", "Text", "Tower"]
 
 #: what is said of a target: a class, or a token and, where it is not the last one, the position that says it
 Target = int | tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Parts that belong together.
+
+    Attributes:
+        kind: "text", "image" or "map".
+        parts: their numbers, from `start` to before `stop`.
+        grid: rows and columns of an image's or a map's; None of a text.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Layers that attend among the same tokens.
+
+    Attributes:
+        records: of their attention, in order.
+        reads: (1, N), by what weights the scalar reads the output tokens.
+        tokens: the numbers of the tokens that are parts, in the order of these.
+    """
+
+    records: Sequence[Attends]
+    reads: Tensor
+    tokens: Tensor
+
+    def on_parts(self, relevance: Tensor) -> Tensor:
+        """Relevance (..., N) of tokens as that of parts."""
+        return relevance[..., self.tokens]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one pass forward and one backward left.
+
+    Attributes:
+        towers: the towers' attention; their parts, one after another, are those of the subject.
+        gradient: (M,), input times gradient of the scalar, summed over each part.
+        gates: of feature maps, in order, what each was multiplied with.
+    """
+
+    towers: Sequence[Tower]
+    gradient: Tensor
+    gates: Sequence[Tensor] = ()
 
 
 class Subject:
@@ -34,7 +88,11 @@ class Subject:
             itself finds likeliest.
 
     Attributes:
+        given: what it was made of, without padding.
         labels: of the parts.
+        segments: which of them belong together.
+        score_is: what `score` says, in words.
+        gives: what its `run` has beside gradients of inputs: "attention", "gradients of attention", "gates".
         target: (row of the logits or None, column), or None where an embedding is explained.
         rows: the output tokens that the scalar is read from; None for the mean of all.
 
@@ -42,12 +100,16 @@ class Subject:
         ValueError: if the model says neither logits nor hidden states, or there is no such target.
     """
 
+    given: Any
     labels: list[str]
+    segments: list[Segment]
+    gives: frozenset[str] = frozenset({"attention", "gradients of attention"})
+    score_is: str = "probability"
     main: str
     rows: int | None
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None) -> None:
-        self.model, self.inputs = model, dict(inputs)
+        self.model, self.inputs, self.given = model, dict(inputs), inputs
         with torch.no_grad():
             said = model(**self.inputs)
         logits = getattr(said, "logits", None)
@@ -57,12 +119,20 @@ class Subject:
         if logits is None:
             if target is not None:
                 raise ValueError(f"{type(model).__name__} has no logits: its embedding is explained, without a target")
-            self.embedding = self.embedded(said, None)
+            self.embedding, self.score_is = self.embedded(said, None), "likeness to itself"
 
     @property
     def parts(self) -> int:
         """M."""
         return len(self.labels)
+
+    @property
+    def asked(self) -> Target:
+        """The target, as one asks for it."""
+        if self.target is None:
+            return None
+        row, column = self.target
+        return column if row is None else (row, column)
 
     def read(self, logits: Tensor, target: Target) -> int | None:
         """Choose the target, and say from which output token it is read."""
@@ -116,13 +186,27 @@ class Subject:
         logits = said.logits if row is None else said.logits[:, row]
         return logits.float().softmax(-1)[:, column]
 
-    def of_rows(self, relevance_BNM: Tensor) -> Tensor:
-        """A map's relevance to what the scalar is read from, (M,) of all tokens."""
-        return relevance_BNM[0].mean(0) if self.rows is None else relevance_BNM[0, self.rows]
+    def run(self) -> Run:
+        """One pass forward and one backward, recorded, without gradients in the model's parameters."""
+        with changing(self.model, Report("explained")) as changes:
+            inputs, gradient = self.watched(changes)
+            frozen(self.model, changes)
+            with torch.enable_grad(), recorded(self.model) as recording:
+                self.scalar(self.model(**inputs)).backward()
+        return Run(self.towers(recording.layers), gradient().detach())
 
-    def on_parts(self, relevance_N: Tensor) -> Tensor:
-        """Relevance of tokens as that of parts (M,)."""
-        return relevance_N
+    def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+        """Inputs whose gradients are kept; and what gives, after the backward pass, `Run.gradient`."""
+        raise NotImplementedError
+
+    def towers(self, records: Sequence[AttentionRecord]) -> list[Tower]:
+        """What was recorded, tower by tower."""
+        N = records[0].q_BHND.shape[2] if records else 0
+        return [Tower(records, read_from(N, self.rows), self.tokens(N))]
+
+    def tokens(self, count: int) -> Tensor:
+        """Which of so many tokens are parts."""
+        return torch.arange(count)
 
     def _column(self, logits_V: Tensor, column: int | None) -> int:
         if column is None:
@@ -147,10 +231,11 @@ class Text(Subject):
         ids = inputs[self.main]
         real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         # padding is no part: what is left of it says the same
-        inputs = {name: value[:, real[0]] if value.shape[:2] == ids.shape else value for name, value in inputs.items()}
+        inputs = {name: value[:, real[0]] if value.shape == ids.shape else value for name, value in inputs.items()}
         self.inputs = dict(inputs)
         tokens = self.inputs[self.main][0].tolist()
-        self.labels = [str(i) for i in tokens] if tokenizer is None else tokenizer.convert_ids_to_tokens(tokens)
+        self.labels = names_of(tokens, tokenizer)
+        self.segments = [Segment("text", 0, len(tokens))]
         super().__init__(model, inputs, target)
 
     def last(self) -> int:
@@ -163,6 +248,10 @@ class Text(Subject):
         kept_SM[:, 0 if self.rows is None else self.rows] = True  # what the output is read from stays
         wide = {name: value.expand(len(kept_SM), *value.shape[1:]) for name, value in self.inputs.items()}
         return wide | {"attention_mask": kept_SM.to(self.inputs[self.main])}
+
+    def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+        embedded = Embedded(changes, self.model.get_input_embeddings())  # type: ignore[operator]
+        return self.inputs, embedded.gradient
 
     def embedded(self, said: Any, kept_SM: Tensor | None) -> Tensor:
         whole = super().embedded(said, kept_SM)
@@ -178,51 +267,127 @@ class Image(Subject):
     main = "pixel_values"
 
     def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None) -> None:
-        patch = getattr(model.config, "patch_size", None)
-        if patch is None:
-            raise ValueError(f"{type(model).__name__} has no patch_size: its image cannot be cut into its tokens")
-        self.patch = (patch, patch) if isinstance(patch, int) else tuple(patch)
-        height, width = inputs[self.main].shape[-2:]
-        self.grid = height // self.patch[0], width // self.patch[1]
-        self.labels = [f"{row}, {column}" for row in range(self.grid[0]) for column in range(self.grid[1])]
+        self.patch, self.grid = cut(model, model.config, inputs[self.main])
+        self.labels = places(self.grid)
+        self.segments = [Segment("image", 0, len(self.labels), self.grid)]
         super().__init__(model, inputs, target)
 
     def last(self) -> int:
         raise ValueError("a model of images that says logits for each token is not explained: give it a classifier")
 
     def without(self, kept_SM: Tensor) -> dict[str, Tensor]:
-        image = self.inputs[self.main]
-        shown_S1hw = kept_SM.view(-1, 1, *self.grid).to(image)
-        shown = shown_S1hw.repeat_interleave(self.patch[0], 2).repeat_interleave(self.patch[1], 3)
-        shown = F.pad(shown, (0, image.shape[3] - shown.shape[3], 0, image.shape[2] - shown.shape[2]), value=1.0)
-        mean = image.mean((2, 3), keepdim=True)
         wide = {name: value.expand(len(kept_SM), *value.shape[1:]) for name, value in self.inputs.items()}
-        return wide | {self.main: mean + (image - mean) * shown}
+        return wide | {self.main: with_patches(self.inputs[self.main], kept_SM, self.patch, self.grid)}
 
-    def on_parts(self, relevance_N: Tensor) -> Tensor:
-        """Without the tokens before the patches: the class token and registers."""
-        if len(relevance_N) < self.parts:
-            raise ValueError(f"there are {self.parts} patches and {len(relevance_N)} tokens: they do not correspond")
-        return relevance_N[len(relevance_N) - self.parts :]
+    def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
+        pixels = self.inputs[self.main].detach().clone().requires_grad_()
+
+        def gradient() -> Tensor:
+            assert pixels.grad is not None
+            return of_patches(pixels.detach() * pixels.grad, self.patch, self.grid)
+
+        return self.inputs | {self.main: pixels}, gradient
+
+    def tokens(self, count: int) -> Tensor:
+        """Without those before the patches: the class token and registers."""
+        return after_the_first(count, self.parts)
 
 
-def subject(model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None, tokenizer: Any = None) -> Subject:
-    """The input of a model, cut into parts.
+def read_from(count: int, row: int | None) -> Tensor:
+    """Weights (1, N) that read one of so many tokens, or the mean of all where None."""
+    reads_1N = torch.full((1, count), 1 / max(count, 1))
+    if row is not None:
+        reads_1N.zero_()[0, row] = 1
+    return reads_1N
+
+
+def cut(model: nn.Module, config: Any, image_1Chw: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of a patch, and the grid of those of an image.
 
     Args:
-        model: of transformers.
-        inputs: of one example: `input_ids` or `pixel_values`, and what else the model takes.
-        target: see `Subject`.
-        tokenizer: names the tokens of a text.
+        model: for the message.
+        config: says `patch_size`.
+        image_1Chw: (1, C, height, width).
 
     Raises:
-        ValueError: if it is not one example of one of both, or as `Subject` says.
+        ValueError: if it does not.
     """
-    given = [name for name in ("input_ids", "pixel_values") if name in inputs]
-    if len(given) != 1:
-        raise ValueError(f"inputs must hold input_ids or pixel_values, one of both, got {', '.join(inputs) or 'none'}")
-    if len(inputs[given[0]]) != 1:
-        raise ValueError(f"inputs must be one example, got {len(inputs[given[0]])}")
-    if given == ["input_ids"]:
-        return Text(model, inputs, target, tokenizer)
-    return Image(model, inputs, target)
+    patch = getattr(config, "patch_size", None)
+    if patch is None:
+        raise ValueError(f"{type(model).__name__} has no patch_size: its image cannot be cut into its tokens")
+    high, wide = (patch, patch) if isinstance(patch, int) else patch
+    return (high, wide), (image_1Chw.shape[-2] // high, image_1Chw.shape[-1] // wide)
+
+
+def places(grid: tuple[int, int]) -> list[str]:
+    """Labels of a grid's cells, row by row."""
+    return [f"{row}, {column}" for row in range(grid[0]) for column in range(grid[1])]
+
+
+def with_patches(image_1Chw: Tensor, kept_SM: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """An image with some of its patches alone, the mean colour in the others' place, (S, C, height, width)."""
+    shown = kept_SM.view(-1, 1, *grid).to(image_1Chw)
+    shown = shown.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
+    right, below = image_1Chw.shape[3] - shown.shape[3], image_1Chw.shape[2] - shown.shape[2]
+    mean = image_1Chw.mean((2, 3), keepdim=True)
+    return mean + (image_1Chw - mean) * F.pad(shown, (0, right, 0, below), value=1.0)
+
+
+def names_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """The tokens of a text, by the tokenizer or by number."""
+    return [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(list(ids))
+
+
+def frozen(model: nn.Module, changes: Changes[Report]) -> None:
+    """No parameter wants gradients for a while."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            changes.finally_(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+
+
+class Embedded:
+    """What an embedding gave, held apart from its weights, and the gradient that reached it.
+
+    Args:
+        changes: of the model.
+        embedding: the module whose output it is.
+    """
+
+    def __init__(self, changes: Changes[Report], embedding: nn.Module) -> None:
+        self.held: list[Tensor] = []
+        changes.after(embedding, self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        self.held.append(output.detach().requires_grad_())
+        return self.held[-1]
+
+    def gradient(self) -> Tensor:
+        """x . dL/dx of each token, (N,)."""
+        (embeds,) = self.held
+        assert embeds.grad is not None
+        return (embeds.detach() * embeds.grad).sum(-1)[0]
+
+
+def of_patches(image_1Chw: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The sum over each patch of an image, row by row.
+
+    Args:
+        image_1Chw: (1, C, height, width).
+        patch: its height and width.
+        grid: how many there are; what is left over at the right and below is no patch.
+    """
+    height, width = (n * p for n, p in zip(grid, patch, strict=True))
+    shown = image_1Chw.sum(1, keepdim=True)[..., :height, :width]
+    return F.avg_pool2d(shown, patch, divisor_override=1).flatten()
+
+
+def after_the_first(count: int, parts: int) -> Tensor:
+    """The last ones of so many tokens.
+
+    Raises:
+        ValueError: if there are fewer tokens than parts.
+    """
+    if count < parts:
+        raise ValueError(f"there are {parts} patches and {count} tokens: they do not correspond")
+    return torch.arange(count - parts, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.extras import need
-from saccade.models.images import MEAN, STD
+from saccade.models.images import MEAN, STD, to_picture
 from saccade.train import models
 
 __all__ = ["Loaded", "config_of", "hub_answers", "is_local", "is_path", "load", "target_of", "tokenizer_of", "words_of"]
@@ -36,6 +37,8 @@ class Loaded:
         tokenizer: of texts, or None.
         image_size: of images, (H, W), or None.
         mean, std: of their channels.
+        processor: of images with texts, or None.
+        texts: that an image was compared with.
     """
 
     model: Any
@@ -43,6 +46,8 @@ class Loaded:
     image_size: tuple[int, int] | None = None
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    processor: Any = None
+    texts: Sequence[str] = ()
 
     def pixels(self, image_3HW: Tensor) -> tuple[Tensor, Tensor]:
         """An image in [0, 1] at the model's size, and as the model takes it, (1, 3, H, W) both.
@@ -56,13 +61,43 @@ class Loaded:
         mean, std = (torch.tensor(each).view(1, -1, 1, 1) for each in (self.mean, self.std))
         return sized, (sized - mean) / std
 
+    def both(self, image_3HW: Tensor, texts: Sequence[str]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """An image in [0, 1] with texts: as the model sees it, (3, H, W) each, and the model's inputs.
 
-def load(name: str, *, image: bool) -> Loaded:
+        A model that compares takes any number of texts; one that reads takes one, and the image is put before it.
+
+        Raises:
+            ValueError: if the model reads, and there is not one text.
+        """
+        compares = hasattr(self.model, "logit_scale")
+        if not compares and len(texts) != 1:
+            raise ValueError(f"{type(self.model).__name__} takes one text with an image, got {len(texts)}")
+        self.texts = texts if compares else ()
+        said = list(texts) if compares else [_prompt(self.processor, texts[0])]
+        inputs = dict(self.processor(text=said, images=[to_picture(image_3HW)], padding=compares, return_tensors="pt"))
+        pixels = inputs["pixel_values"]
+        if pixels.ndim < 4:  # patches already: they cover the image
+            return [image_3HW], inputs
+        made = self.processor.image_processor
+        mean, std = (torch.tensor(each).view(-1, 1, 1) for each in (made.image_mean, made.image_std))
+        return [(each * std + mean).clamp(0, 1) for each in pixels.flatten(0, -4)], inputs
+
+
+def _prompt(processor: Any, text: str) -> str:
+    """What one says to a model that reads images, with an image before the text."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    return f"{processor.image_token}\n{text}"
+
+
+def load(name: str, *, image: bool, text: bool = False) -> Loaded:
     """A model to look into: one of `saccade.train.models`, or transformers' by folder or name.
 
     Args:
         name: as the command takes it.
         image: whether an image is to be seen, else a text is to be read.
+        text: whether texts are to be read with the image.
 
     Raises:
         OSError: if there is none, or it cannot be read.
@@ -72,7 +107,7 @@ def load(name: str, *, image: bool) -> Loaded:
     if name in models.MODELS:
         found = models.load(name)
         model, tokenizer = found if isinstance(found, tuple) else (found, None)
-        if not hasattr(model, "config") or image != (tokenizer is None):
+        if not hasattr(model, "config") or image != (tokenizer is None) or (image and text):
             kind = "images" if tokenizer is None else "texts"
             raise ValueError(f"{name!r} is looked into on {kind} of its own kind alone, or not at all")
         return Loaded(model, tokenizer) if tokenizer is not None else Loaded(model, None, (224, 224), MEAN, STD)
@@ -83,6 +118,9 @@ def load(name: str, *, image: bool) -> Loaded:
     model = (known or [transformers.AutoModel])[0].from_pretrained(name, config=config, local_files_only=local).eval()
     if not image:
         return Loaded(model, tokenizer_of(name, local))
+    if text:
+        processor = _processor_of(name, local)
+        return Loaded(model, processor.tokenizer, processor=processor)
     try:
         processor = transformers.AutoImageProcessor.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError):
@@ -92,8 +130,19 @@ def load(name: str, *, image: bool) -> Loaded:
     return Loaded(model, None, sides, tuple(processor.image_mean), tuple(processor.image_std))
 
 
+def _processor_of(name: str, local: bool) -> Any:
+    """The model's processor of images and texts; transformers has many errors for there being none."""
+    try:
+        found = need("transformers").AutoProcessor.from_pretrained(name, local_files_only=local)
+    except Exception as error:
+        raise ValueError(f"{name} has no processor of images with texts that can be read: {error}") from error
+    if not hasattr(found, "image_processor") or not hasattr(found, "tokenizer"):
+        raise ValueError(f"{name} has no processor of images with texts: give it an image or a text alone")
+    return found
+
+
 def target_of(loaded: Loaded, words: str) -> int:
-    """A class or a token, by its number or its name.
+    """A class, a token, or one of the texts that an image is compared with, by its number or its name.
 
     Args:
         loaded: the model.
@@ -102,8 +151,12 @@ def target_of(loaded: Loaded, words: str) -> int:
     Raises:
         ValueError: if there is none of that name.
     """
+    if words in loaded.texts:
+        return list(loaded.texts).index(words)
     if words.strip().isdecimal():
         return int(words)
+    if loaded.texts:
+        raise ValueError(f"there is no text {words!r}; there are {', '.join(map(repr, loaded.texts))}")
     if loaded.tokenizer is not None and not _classes(loaded):
         ids = loaded.tokenizer(words, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
@@ -126,6 +179,8 @@ def words_of(loaded: Loaded, target: tuple[int | None, int] | None) -> str:
     if target is None:
         return ""
     row, column = target
+    if loaded.texts:
+        return f"likeness to {loaded.texts[column]!r}"
     if row is not None and loaded.tokenizer is not None:
         return repr(loaded.tokenizer.decode([column]))
     return _classes(loaded).get(column, "")

@@ -194,14 +194,18 @@ def explain(
     model: Annotated[
         str, typer.Argument(help="A transformers model by folder or name, or smollm2-135m, minilm, vit-s14.")
     ],
-    what: Annotated[str, typer.Argument(help="A text, or an image file.")],
+    what: Annotated[list[str], typer.Argument(help="A text, an image file, or an image file and texts.")],
     target: Annotated[
         str | None,
         typer.Option(
-            help="The class, or the token (a number, or a word), that is explained; the likeliest by default."
+            help="The class, the token or the text (a number, or words) that is explained; the likeliest by default."
         ),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Maps, comma-separated; all by default.")] = None,
+    faithful: Annotated[
+        bool,
+        typer.Option("--faithful/--maps-only", help="Measure whether to believe the maps: some hundred calls."),
+    ] = True,
     out: Annotated[
         Path | None, typer.Option(help="The page (.html) with maps, measures and pictures; the table alone without.")
     ] = None,
@@ -216,6 +220,10 @@ def explain(
 
     `saccade explain google/vit-base-patch16-224 photo.jpg --out photo.html`
 
+    `saccade explain openai/clip-vit-base-patch32 photo.jpg "a cat" "a dog" --out pair.html`
+
+    `saccade explain HuggingFaceTB/SmolVLM-256M-Instruct photo.jpg "What is this?" --out said.html`
+
     In Python: `saccade.explain(model, inputs, target)`.
     """
     from saccade.explain.explanation import explain as explained
@@ -226,32 +234,42 @@ def explain(
 
     if out is not None and out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out must be a page, .html, got {out}")
-    shown = read_image(what) if Path(what).suffix.lower() in PICTURES else None
-    loaded = pretrained.load(model, image=shown is not None)
-    picture = None
+    files = [each for each in what if Path(each).suffix.lower() in PICTURES]
+    texts = [each for each in what if each not in files]
+    if len(files) > 1 or (not files and len(texts) > 1):
+        raise ValueError(f"give a text, an image, or an image and texts, got {len(files)} images, {len(texts)} texts")
+    shown = read_image(files[0]) if files else None
+    loaded = pretrained.load(model, image=shown is not None, text=bool(texts))
+    pictures: list[Any] | None = None
     if shown is None:
-        inputs = dict(loaded.tokenizer(what, return_tensors="pt"))
+        inputs = dict(loaded.tokenizer(texts[0], return_tensors="pt"))
+    elif texts:
+        pictures, inputs = loaded.both(shown, texts)
     else:
-        picture, pixels = loaded.pixels(shown)
-        inputs = {"pixel_values": pixels}
+        sized, pixels = loaded.pixels(shown)
+        pictures, inputs = [sized[0]], {"pixel_values": pixels}
     chosen = None if target is None else pretrained.target_of(loaded, target)
     names = None if methods is None else [name.strip() for name in methods.split(",")]
-    found = explained(loaded.model, inputs, chosen, tokenizer=loaded.tokenizer, methods=names, seed=seed)
-    words = pretrained.words_of(loaded, found.target)
+    found = explained(
+        loaded.model, inputs, chosen, tokenizer=loaded.tokenizer, methods=names, faithful=faithful, seed=seed
+    )
+    words, measured, checked = pretrained.words_of(loaded, found.target), found.faithfulness, found.sanity
     if as_json:
         print_json(
             {
                 "target": found.target, "says": words, "probability": found.probability, "best": found.best(),
+                "probability_is": found.score_is,
                 "labels": found.labels, "maps": {name: each.tolist() for name, each in found.maps.items()},
-                "measures": {name: each.figures() for name, each in found.faithfulness.maps.items()},
-                "random": [each.figures() for each in found.faithfulness.floor],
+                "measures": {name: each.figures() for name, each in measured.maps.items()} if measured else None,
+                "as_weights_are_random": checked and {name: each.tolist() for name, each in checked.agreement.items()},
+                "random": [each.figures() for each in measured.floor] if measured else None,
             }
         )  # fmt: skip
     else:
-        print(f"explained: {words or 'the embedding'}, probability {found.probability:.3f}", found.table(), sep="\n")
+        print(f"explained: {words or 'the embedding'}, {found.score_is} {found.probability:.3f}")
+        print(found.table())
     if out is not None:
-        drawn = None if picture is None else picture[0]
-        afterwards("page", lambda: write_explanation(found, out, model=model, target=words, image=drawn))
+        afterwards("page", lambda: write_explanation(found, out, model=model, target=words, image=pictures))
         print(f"written: {out}", file=sys.stderr)
 
 

@@ -1,0 +1,122 @@
+"""What looking inside costs: `python benchmarks/explain.py [CASE ...]`.
+
+- **maps**: `saccade.explain` of 512 tokens on MiniLM, every map that takes no call or maximum flow for each token,
+  without faithfulness: goal 5 s on two cores. Beside it a call of the model, each map alone once the model has run, and
+  the sets of parts of which faithfulness asks the model.
+- **memory**: rollout of the last of 4096 tokens through random causal layers, beside the bytes of all of one layer's
+  attention: at most a quarter.
+
+Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.bench import records
+from saccade.bench.records import Kept, Verdict
+from saccade.explain.explanation import explain, subject
+from saccade.explain.maps import rollout
+from saccade.explain.methods import METHODS, chosen
+from saccade.explain.recording import AttentionRecord
+from saccade.ops.measure import fastest, peak_bytes
+
+TOKENS, SECONDS = 512, 5.0
+LONG, LAYERS, HEADS, SHARE = 4096, 4, 8, 0.25
+
+
+def minilm(quick: bool) -> tuple[Any, dict[str, Tensor]]:
+    """The encoder, or a tiny one, and so many tokens."""
+    if quick:
+        import transformers
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).eval()
+    else:
+        from saccade.train.models import load
+
+        model, _ = load("minilm")
+    ids = torch.arange(TOKENS)[None] % (model.config.vocab_size // 2) + model.config.vocab_size // 4
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def maps_row(quick: bool) -> dict[str, Any]:
+    model, inputs = minilm(quick)
+    seen = subject(model, inputs)
+    names, run = chosen(seen, None), seen.run()
+
+    def call() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    calls = [call, partial(explain, model, inputs, faithful=False), *(partial(METHODS[n], seen, run) for n in names)]
+    plain, seconds, *each = fastest(*calls, repeats=1 if quick else 5, budget=30.0)
+    # five random maps and the others, each by two curves of seventeen sets and four shares of parts, both ways
+    sets = 2 + 64 + (5 + len(names)) * 2 * (17 + 4)
+    return {
+        "tokens": TOKENS,
+        "seconds": seconds,
+        "call_seconds": plain,
+        "sets": sets,
+        "maps": dict(zip(names, each, strict=True)),
+    }
+
+
+def memory_row(quick: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    length = 256 if quick else LONG
+    layers = []
+    for number in range(LAYERS):
+        q, k = torch.randn(2, 1, HEADS, length, 16)
+        layers.append(AttentionRecord(str(number), number, None, q, k, k, None, 0.25, None, q.mT, causal=True))
+    bytes_ = peak_bytes(lambda: rollout(layers, rows=[-1]))
+    return {"tokens": length, "bytes": bytes_, "attention_bytes": 4 * HEADS * length**2}
+
+
+CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {"maps": maps_row, "memory": memory_row}
+
+
+def verdicts(kept: Kept) -> list[Verdict]:
+    found = []
+    if (row := kept.get("maps")) is not None:
+        words = f"seconds of all quick maps of {row['tokens']} tokens on MiniLM:"
+        found.append(Verdict(words, SECONDS, row["seconds"], row["seconds"] <= SECONDS, ceiling=True))
+    if (row := kept.get("memory")) is not None:
+        share = row["bytes"] / row["attention_bytes"]
+        words = f"memory of a rollout of {row['tokens']} tokens, of one layer's attention:"
+        found.append(Verdict(words, SHARE, share, share <= SHARE, ceiling=True))
+    return found
+
+
+def sections(kept: Kept) -> dict[str, list[str]]:
+    found = {}
+    if (row := kept.get("maps")) is not None:
+        lines = [["all of them, with the run", f"{1e3 * row['seconds']:.0f}"]]
+        lines += [[name, f"{1e3 * seconds:.0f}"] for name, seconds in row["maps"].items()]
+        lines.append(["a call of the model", f"{1e3 * row['call_seconds']:.0f}"])
+        found[f"Maps of {row['tokens']} tokens on MiniLM; faithfulness asks {row['sets']} sets of parts"] = (
+            records.table(["map", "ms"], lines)
+        )
+    if (row := kept.get("memory")) is not None:
+        figures = [f"{row[name] / 2**20:.1f}" for name in ("bytes", "attention_bytes")]
+        found["Memory of a rollout of one token"] = records.table(
+            ["tokens", "MiB", "one layer's attention, MiB"], [[str(row["tokens"]), *figures]]
+        )
+    return found
+
+
+if __name__ == "__main__":
+    records.command(
+        __doc__ or "",
+        "Speed of looking inside",
+        "explain",
+        CASES,
+        verdicts,
+        sections,
+        quick="few repeats, a tiny model and few tokens",
+    )
