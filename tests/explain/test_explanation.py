@@ -127,16 +127,48 @@ def test_a_text_with_its_tokenizer() -> None:
     assert found.labels == ["t6", "t8", "t8"] and found.target is None
 
 
-def test_maps_alone_call_the_model_three_times() -> None:
+def test_maps_alone_call_the_model_for_the_target_and_the_run() -> None:
     model, calls = bert(num_labels=2), []
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     found = saccade.explain(model, {"input_ids": IDS}, faithful=False, methods=["raw", "rollout"])
     handle.remove()
-    # the target, the run, the whole input's probability
-    assert len(calls) == 3 and found.faithfulness is None and found.best() is None
+    assert len(calls) == 2 and found.faithfulness is None and found.best() is None
     measured = saccade.explain(model, {"input_ids": IDS}, methods=["raw", "rollout"], **FEW)
     assert found.probability == pytest.approx(measured.probability) and "believe" not in str(found)
     torch.testing.assert_close(found.maps, measured.maps)
+
+
+@pytest.mark.parametrize("family", ["mamba", "t5"])
+def test_a_model_whose_attention_cannot_be_recorded_has_the_other_maps(family: str) -> None:
+    torch.manual_seed(0)
+    model: Any
+    if family == "mamba":
+        config = transformers.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=20)
+        model, why = transformers.MambaForCausalLM(config).eval(), "has no attention layers"
+    else:
+        config = transformers.T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+        model, why = transformers.T5EncoderModel(config).eval(), "position_bias"
+    before = footprint(model)
+    found = saccade.explain(model, {"input_ids": IDS}, **FEW)
+    assert footprint(model) == before
+    assert set(found.maps) == {"input x gradient", "occlusion"} and why in found.remark and why in str(found)
+    assert not found.heads and found.probability == pytest.approx(found.faithfulness.whole, abs=1e-5)
+    with pytest.raises(ValueError, match=why):
+        saccade.explain(model, {"input_ids": IDS}, methods=["raw"])
+
+
+def test_long_inputs_need_less_than_their_attention() -> None:
+    from saccade.ops.measure import peak_bytes
+
+    torch.manual_seed(0)
+    length, heads = 3072, 4
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": heads, "intermediate_size": 8}
+    config = transformers.LlamaConfig(**sizes, vocab_size=20, max_position_embeddings=length)
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, length))
+    run: Any = lambda: saccade.explain(model, {"input_ids": ids}, faithful=False)  # noqa: E731
+    assert set(run().maps) == {"raw", "rollout", "gradient x attention", "input x gradient"}
+    # the attention of one layer: what is made at a time is bounded by 64 MiB
+    assert peak_bytes(run) < 0.7 * 4 * heads * length**2
 
 
 def test_maps_are_drawn(finder: Any) -> None:

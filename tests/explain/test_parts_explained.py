@@ -84,7 +84,7 @@ def test_a_classifier_of_maps() -> None:
     x = torch.randn(1, 3, 8, 8)
     found = explain(network, x, 2, **FEW)
     assert found.target == (None, 2) and found.maps["gate"].shape == (64,)
-    assert found.probability == pytest.approx(float(network(x).softmax(1)[0, 2]))
+    assert found.probability == pytest.approx(float(network(x).softmax(1)[0, 2].detach()))
     whole = explain(network, x, faithful=False)
     assert whole.target is None and whole.score_is == "likeness to itself"
 

@@ -145,6 +145,17 @@ def test_what_is_taken_away_is_hidden_where_it_stands(name: str) -> None:
     assert float(scores[1]) != pytest.approx(float(scores[0]), abs=1e-6)
 
 
+def test_several_pictures_and_tokens_that_form_no_grid() -> None:
+    prompted, inputs = one("llava")
+    twice = torch.tensor([[5, *[3] * 16, 6, *[3] * 16, 7]])
+    pixels = inputs["pixel_values"].repeat(2, 1, 1, 1)
+    seen = subject(prompted.model, {"input_ids": twice, "pixel_values": pixels})
+    assert [each.grid for each in seen.segments] == [None, (4, 4), None, (4, 4), None]
+    beside = torch.tensor([[5, *[3] * 32, 7]])
+    seen = subject(prompted.model, {"input_ids": beside, "pixel_values": pixels})
+    assert [each.grid for each in seen.segments] == [None] * 3 and seen.parts == 34
+
+
 def test_refusals() -> None:
     model = clip()
     for change, target, message in (

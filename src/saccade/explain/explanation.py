@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from saccade.explain.faithfulness import Faithfulness, agreement, faithfulness
@@ -45,6 +44,7 @@ class Explanation:
         sanity: what becomes of each map as the model's weights are randomised; None where it was not asked for.
         agreement: rank correlation of each two maps.
         heads: (layers, H, parts) a tower: the attention of what the output is read from to each part, head by head.
+        remark: why there are no maps of attention, where there are none; else empty.
     """
 
     labels: list[str]
@@ -57,6 +57,7 @@ class Explanation:
     sanity: Sanity | None
     agreement: Tensor
     heads: list[Tensor]
+    remark: str = ""
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -103,8 +104,8 @@ class Explanation:
             for name in self.maps
         ]
         head = ("map", *(() if self.faithfulness is None else ("believe it",)), "most relevant")
-        more = (each.table() for each in (self.faithfulness, self.sanity) if each is not None)
-        return "\n".join([table(head, rows), *more])
+        more = [each.table() for each in (self.faithfulness, self.sanity) if each is not None]
+        return "\n".join([table(head, rows), *more, *([self.remark] if self.remark else [])])
 
     def _belief(self, believed: bool) -> tuple[str, ...]:
         return () if self.faithfulness is None else ("yes" if believed else "no",)
@@ -181,15 +182,23 @@ def explain(
         inputs = dict(tokenizer(inputs, return_tensors="pt"))
     with evaluating(model):
         seen = subject(model, inputs, target, tokenizer)
-        names = chosen(seen, methods)
         run = seen.run()
+        names = chosen(seen, methods)
         found = {name: METHODS[name](seen, run).detach().float().cpu() for name in names}
         measured = faithfulness(seen.score, found, random=random, subsets=subsets, seed=seed) if faithful else None
         checked = _sanity(seen, names, tokenizer, stages, seed) if faithful and stages else None
-        whole = float(seen.score(torch.ones(1, seen.parts, dtype=torch.bool))) if measured is None else measured.whole
-        agreed, each_head = agreement(found), heads(run)
         return Explanation(
-            seen.labels, seen.segments, seen.target, whole, seen.score_is, found, measured, checked, agreed, each_head
+            labels=seen.labels,
+            segments=seen.segments,
+            target=seen.target,
+            probability=seen.whole,
+            score_is=seen.score_is,
+            maps=found,
+            faithfulness=measured,
+            sanity=checked,
+            agreement=agreement(found),
+            heads=heads(run),
+            remark=seen.remark,
         )
 
 

@@ -96,7 +96,8 @@ def gradient_attention(records: Sequence[Attends], *, rows: Rows = None, memory_
     """
 
     def layer(record: Attends, chosen: Tensor) -> Tensor:
-        return (record.weights(rows=chosen).detach() * record.gradients(rows=chosen)).clamp(min=0).mean(1).cpu()
+        # both are made for this: in place, long rows take half the time
+        return record.weights(rows=chosen).detach().mul_(record.gradients(rows=chosen)).clamp_(min=0).mean(1).cpu()
 
     return _composed(_some(records), layer, 1.0, rows, memory_mb, normalised=False)
 

@@ -104,7 +104,8 @@ def chosen(subject: Subject, names: Sequence[str] | None) -> list[str]:
         raise ValueError(f"methods must be of {', '.join(METHODS)}, got {', '.join(sorted(strange)) or 'none'}")
     for name in names:
         if missing := METHODS[name].needs - subject.gives:
-            raise ValueError(f"{name} needs {' and '.join(sorted(missing))}, which cannot be had here")
+            why = f": {subject.remark}" if subject.remark else ""
+            raise ValueError(f"{name} needs {' and '.join(sorted(missing))}, which cannot be had here{why}")
     return list(names)
 
 

@@ -57,17 +57,19 @@ class Pair(Subject):
         if isinstance(target, tuple):
             raise ValueError(f"target must be the number of a text, got {target}")
         self.model, self.inputs, self.given = model, dict(inputs), inputs
-        config: Any = model.config
         texts = self.inputs[self.main]
         with torch.no_grad():
-            logits = model(**self.inputs).logits_per_image[0]
+            said = model(**self.inputs)
+        logits = said.logits_per_image[0]
         self.target = (None, self._column(logits, target))
         self.rows = self.embedding = None
         self.score_is = "probability" if len(texts) > 1 else "(1 + cosine) / 2"
         _, self.text = self.target
+        cosine = F.cosine_similarity(said.image_embeds, said.text_embeds[self.text : self.text + 1])
+        self.whole = float(logits.float().softmax(0)[self.text] if len(texts) > 1 else (1 + cosine) / 2)
         seen = self.inputs.get("attention_mask", torch.ones_like(texts))[self.text]
         self.real = seen.nonzero()[:, 0]
-        self.patch, self.grid = cut(model, config.vision_config, inputs["pixel_values"])
+        self.patch, self.grid = cut(model, model.config, inputs["pixel_values"])
         tokens = names_of(texts[self.text, self.real].tolist(), tokenizer)
         self.labels = places(self.grid) + tokens
         self.patches = self.grid[0] * self.grid[1]
@@ -87,7 +89,7 @@ class Pair(Subject):
 
     def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
         pixels = self.inputs["pixel_values"].detach().clone().requires_grad_()
-        tokens = Embedded(changes, self.model.text_model.get_input_embeddings())  # type: ignore[union-attr, operator]
+        tokens = Embedded(changes, self.model.text_model)
 
         def gradient() -> Tensor:
             assert pixels.grad is not None

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.explain.recording import Chosen
@@ -119,6 +118,7 @@ class Parts(Subject):
                 raise ValueError(f"target must be an output below {out.shape[1]}, got {target}")
             self.rows = target
             self.embedding, self.score_is = self.embedded(out, None), "likeness to itself"
+        self.whole = float(self.scored(out, None))
 
     @property
     def asked(self) -> Target:
@@ -146,12 +146,14 @@ class Parts(Subject):
     def score(self, kept_SM: Tensor) -> Tensor:
         with self._changed(lambda whole: with_tokens(whole, kept_SM)):
             x = self.x.expand(len(kept_SM), *self.x.shape[1:]) if self.numbers else with_tokens(self.x, kept_SM)
-            said = as_rows(self.model(x))
+            return self.scored(self.model(x), kept_SM)
+
+    def scored(self, said: Any, kept_SM: Tensor | None) -> Tensor:
         if self.target is None:
-            assert self.embedding is not None
-            return F.cosine_similarity(self.embedded(said, kept_SM), self.embedding)
+            return super().scored(said, kept_SM)
         row, column = self.target
-        return (said if row is None else said[:, row]).float().softmax(-1)[:, column]
+        logits = as_rows(said)
+        return (logits if row is None else logits[:, row]).float().softmax(-1)[:, column]
 
     @contextmanager
     def _changed(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:

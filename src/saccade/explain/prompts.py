@@ -66,10 +66,16 @@ class Prompt(Text):
         self.seen = {name: kwargs[name].detach() for name in given if kwargs.get(name) is not None}
 
     def _segments(self, of_image: list[bool]) -> list[Segment]:
-        """Runs of tokens of one sort; those of images on their grid."""
+        """Runs of tokens of one sort; those of images on their grid.
+
+        An image whose tokens form none, as with marks of line ends among them, is shown as tokens.
+        """
         starts = [i for i in range(len(of_image)) if i == 0 or of_image[i] != of_image[i - 1]]
         grids = iter(self.inputs["image_grid_thw"].tolist() if "image_grid_thw" in self.inputs else ())
         merge = getattr(getattr(self.model.config, "vision_config", None), "spatial_merge_size", 1)
+        pixels = self.inputs["pixel_values"]
+        runs = sum(of_image[start] for start in starts)
+        regular = pixels.ndim < 4 or len(pixels.flatten(0, -4)) == runs  # one run of tokens for each picture
         found = []
         for start, stop in zip(starts, [*starts[1:], len(of_image)], strict=True):
             if not of_image[start]:
@@ -77,7 +83,7 @@ class Prompt(Text):
                 continue
             frames, high, wide = next(grids, (1, merge * math.isqrt(stop - start), merge * math.isqrt(stop - start)))
             grid = frames * high // merge, wide // merge
-            if grid[0] * grid[1] != stop - start:  # no rectangle: shown as tokens
+            if not regular or grid[0] * grid[1] != stop - start:
                 found.append(Segment("text", start, stop))
                 continue
             self.labels[start:stop] = places(grid)

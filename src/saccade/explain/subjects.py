@@ -92,7 +92,9 @@ class Subject:
         labels: of the parts.
         segments: which of them belong together.
         score_is: what `score` says, in words.
+        whole: the score of all parts.
         gives: what its `run` has beside gradients of inputs: "attention", "gradients of attention", "gates".
+        remark: why it has no attention, where a run showed so; else empty.
         target: (row of the logits or None, column), or None where an embedding is explained.
         rows: the output tokens that the scalar is read from; None for the mean of all.
 
@@ -104,7 +106,9 @@ class Subject:
     labels: list[str]
     segments: list[Segment]
     gives: frozenset[str] = frozenset({"attention", "gradients of attention"})
+    remark: str = ""
     score_is: str = "probability"
+    whole: float
     main: str
     rows: int | None
 
@@ -120,6 +124,7 @@ class Subject:
             if target is not None:
                 raise ValueError(f"{type(model).__name__} has no logits: its embedding is explained, without a target")
             self.embedding, self.score_is = self.embedded(said, None), "likeness to itself"
+        self.whole = float(self.scored(said, None))
 
     @property
     def parts(self) -> int:
@@ -178,7 +183,10 @@ class Subject:
     @torch.no_grad()
     def score(self, kept_SM: Tensor) -> Tensor:
         """The target's probability, or the cosine to the whole input's embedding, with the kept parts alone, (S,)."""
-        said = self.model(**self.without(kept_SM))
+        return self.scored(self.model(**self.without(kept_SM)), kept_SM)
+
+    def scored(self, said: Any, kept_SM: Tensor | None) -> Tensor:
+        """The score of what the model said with some parts, or with all where None, (S,)."""
         if self.target is None:
             assert self.embedding is not None
             return F.cosine_similarity(self.embedded(said, kept_SM), self.embedding)
@@ -187,13 +195,23 @@ class Subject:
         return logits.float().softmax(-1)[:, column]
 
     def run(self) -> Run:
-        """One pass forward and one backward, recorded, without gradients in the model's parameters."""
-        with changing(self.model, Report("explained")) as changes:
+        """One pass forward and one backward, without gradients in the model's parameters; recorded, where it can be."""
+        if self.gives:
+            try:
+                with recorded(self.model) as recording:
+                    gradient = self._backward()
+                return Run(self.towers(recording.layers), gradient)
+            except ValueError as error:  # the model itself was called before, and said nothing
+                self.gives, self.remark = frozenset(), str(error)
+        return Run([], self._backward())
+
+    def _backward(self) -> Tensor:
+        """`Run.gradient`, of one call."""
+        with changing(self.model, Report("explained")) as changes, torch.enable_grad():
             inputs, gradient = self.watched(changes)
             frozen(self.model, changes)
-            with torch.enable_grad(), recorded(self.model) as recording:
-                self.scalar(self.model(**inputs)).backward()
-        return Run(self.towers(recording.layers), gradient().detach())
+            self.scalar(self.model(**inputs)).backward()
+            return gradient().detach()
 
     def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
         """Inputs whose gradients are kept; and what gives, after the backward pass, `Run.gradient`."""
@@ -250,7 +268,7 @@ class Text(Subject):
         return wide | {"attention_mask": kept_SM.to(self.inputs[self.main])}
 
     def watched(self, changes: Changes[Report]) -> tuple[dict[str, Tensor], Callable[[], Tensor]]:
-        embedded = Embedded(changes, self.model.get_input_embeddings())  # type: ignore[operator]
+        embedded = Embedded(changes, self.model)
         return self.inputs, embedded.gradient
 
     def embedded(self, said: Any, kept_SM: Tensor | None) -> Tensor:
@@ -306,13 +324,13 @@ def cut(model: nn.Module, config: Any, image_1Chw: Tensor) -> tuple[tuple[int, i
 
     Args:
         model: for the message.
-        config: says `patch_size`.
+        config: says `patch_size`, itself or of its vision.
         image_1Chw: (1, C, height, width).
 
     Raises:
         ValueError: if it does not.
     """
-    patch = getattr(config, "patch_size", None)
+    patch = getattr(config, "patch_size", getattr(getattr(config, "vision_config", None), "patch_size", None))
     if patch is None:
         raise ValueError(f"{type(model).__name__} has no patch_size: its image cannot be cut into its tokens")
     high, wide = (patch, patch) if isinstance(patch, int) else patch
@@ -351,12 +369,15 @@ class Embedded:
 
     Args:
         changes: of the model.
-        embedding: the module whose output it is.
+        model: as whose, by `get_input_embeddings`; modules that share its weights, as towers' do, count too.
     """
 
-    def __init__(self, changes: Changes[Report], embedding: nn.Module) -> None:
+    def __init__(self, changes: Changes[Report], model: Any) -> None:
         self.held: list[Tensor] = []
-        changes.after(embedding, self._keep)
+        weight = model.get_input_embeddings().weight
+        for module in model.modules():
+            if isinstance(module, nn.Embedding) and module.weight is weight:
+                changes.after(module, self._keep)
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         self.held.append(output.detach().requires_grad_())

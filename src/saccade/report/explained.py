@@ -97,6 +97,8 @@ def page(found: Explanation, *, model: str, target: str = "", image: Images = No
     else:
         tops = ", ".join(label for label, _ in found.top(best))
         answer.append(f"The map that deserves belief most is {best}; most relevant to it: {tops}.")
+    if found.remark:
+        answer.append(f"There are no maps of attention: {found.remark}.")
     measured = found.faithfulness
     sections = [
         f"<h1>What did {escape(model)} look at?</h1>",
@@ -110,17 +112,22 @@ def page(found: Explanation, *, model: str, target: str = "", image: Images = No
         *(() if found.sanity is None else _sane(found.sanity)),
         "<h2>Do they agree?</h2>",
         _agreement(found),
-        "<h2>Head by head</h2>",
-        '<div class="pictures">'
-        + "".join(
-            _drawn(
-                partial(heads, found, i), "Attention of what is read to each part; a row a head, layers from the top"
-            )
-            for i in range(len(found.heads))
-        )
-        + "</div>",
+        *(_heads(found) if found.heads else ()),
     ]
     return document(f"saccade explain: {model}", sections, style=_STYLE)
+
+
+def _heads(found: Explanation) -> list[str]:
+    """A picture of every head of each tower."""
+    towers = [segment.kind for segment in found.segments] if len(found.heads) > 1 else [""]
+    shown = [
+        _drawn(
+            partial(heads, found, i),
+            f"{kind and f'{kind}: '}attention of what is read to each part; a row a head, layers from the top",
+        )
+        for i, kind in enumerate(towers)
+    ]
+    return ["<h2>Head by head</h2>", '<div class="pictures">', *shown, "</div>"]
 
 
 def _belief(measured: Faithfulness) -> list[str]:
