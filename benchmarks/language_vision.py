@@ -60,7 +60,7 @@ MIB = 2**20
 @torch.no_grad()
 def dream_row(quick: bool) -> dict[str, Any]:
     task = Lab().task("speculate")
-    draft = task.trained(50 if quick else 600)
+    draft = task.trained(50 if quick else 1200)
     row: dict[str, Any] = task.figures(draft)
     model = task.target.model
     ids = task.prompts()[:1]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.layers.packed import packed
 from saccade.layers.proposals import Proposal
 from saccade.layers.speculation import Speculative, compact, tree_masks
 from saccade.layers.wrapping import footprint
@@ -175,6 +176,15 @@ def test_greedy_tokens_are_the_models_own(implementation: str) -> None:
     with pytest.raises(RuntimeError, match="inside"), speculative:
         raise RuntimeError("inside")
     assert footprint(model) == before and "generate" not in vars(model)
+
+
+def test_a_draft_of_another_type_changes_no_token() -> None:
+    model, ids = target(), torch.randint(1, VOCABULARY, (1, 6))
+    alone = model.generate(ids, max_new_tokens=12, do_sample=False)
+    wrapper = dream(model, draft().bfloat16(), total_tokens=8, depth=2, top_k=3, vocabulary=torch.arange(5, 20))
+    assert torch.equal(wrapper.generate(ids, max_new_tokens=12, do_sample=False), alone)
+    with packed(model), packed(wrapper.drafter.draft):  # type: ignore[attr-defined]
+        assert torch.equal(wrapper.generate(ids, max_new_tokens=12, do_sample=False), alone)
 
 
 def test_processors_stops_and_short_vocabularies() -> None:

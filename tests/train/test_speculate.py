@@ -49,7 +49,7 @@ def test_a_draft_of_the_targets_size_learns_and_is_judged(task: Speculate) -> No
 def test_training_goes_on_where_it_was(task: Speculate, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drafts, "CHECKPOINT", 2)
     whole = task.trained(6)
-    (task.target.folder / "draft-0-6-4-12.pt").unlink()  # type: ignore[operator]
+    (task.target.folder / "draft-0-6-4-6.pt").unlink()  # type: ignore[operator]
     made, fit = 0, drafts.fit_draft
 
     def interrupted(*args: Any, **options: Any) -> list[float]:

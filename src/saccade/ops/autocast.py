@@ -19,6 +19,12 @@ def is_on(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16 itself, so that autocast to it saves time."""
+    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return asked is not None and bool(asked())
+
+
 def off(device: str) -> AbstractContextManager[object]:
     """Without autocast on a kind of device."""
     return torch.autocast(device, enabled=False) if is_on(device) else nullcontext()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +23,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from saccade.layers.packed import can_pack, packed
 from saccade.layers.proposals import Drafter, Speculated
 from saccade.layers.speculation import Speculative
 from saccade.models.dream import DreamDraft, DreamDrafter, Sample, fit_draft, record
+from saccade.ops.autocast import has_bfloat16
 from saccade.ops.folder import write_bytes
 from saccade.train.data import generator_at
 from saccade.train.progress import track
@@ -103,10 +106,11 @@ class Target:
         else:
             prompts = self.prompts(ROWS, generator_at(0, number, 0))
             model = self.narrow
-            ids = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self.new, min_new_tokens=self.new,
-                do_sample=False, pad_token_id=0,
-            )  # fmt: skip
+            with quick_products(model, rows=ROWS):
+                ids = model.generate(
+                    prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self.new,
+                    min_new_tokens=self.new, do_sample=False, pad_token_id=0,
+                )  # fmt: skip
             with _giving_attentions(model):
                 said = record(model, input_ids=ids)
             held = {"ids": ids, "features": said.features.bfloat16(), "mid": said.mid.bfloat16()}
@@ -116,10 +120,15 @@ class Target:
         return held
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16 itself."""
-    asked = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return asked is not None and bool(asked())
+def quick_products(model: nn.Module, rows: int = 8) -> AbstractContextManager[Any]:
+    """`packed`, where the model's matrices can be packed; else nothing.
+
+    Args:
+        model: any network.
+        rows: of the products, about.
+    """
+    packs = any(type(module) is nn.Linear and can_pack(module.weight) for module in model.modules())
+    return packed(model, rows=rows) if packs else nullcontext()
 
 
 class _giving_attentions:
@@ -180,9 +189,9 @@ def trained(
     target: Target,
     draft: DreamDraft,
     *,
-    steps: int = 600,
+    steps: int = 1200,
     batch: int = 8,
-    passes: int = 12,
+    passes: int = 6,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> DreamDraft:
@@ -274,12 +283,15 @@ def decoded(model: Any, prompts_BP: Tensor, new: int, drafter: Drafter | None = 
 def drafter(draft: DreamDraft, target: Target, **tree: Any) -> DreamDrafter:
     """The draft as it is used on a machine without much arithmetic: small trees, and the text's own vocabulary.
 
+    It is a copy in bfloat16 where the machine multiplies in it: no proposal changes what the target says.
+
     Args:
         draft: the network.
         target: for its text.
         **tree: what is to differ from `SMALL_TREE`.
     """
-    return DreamDrafter(draft, vocabulary=target.vocabulary, **{**SMALL_TREE, **tree})
+    quick = copy.deepcopy(draft).to(torch.bfloat16) if has_bfloat16() else draft
+    return DreamDrafter(quick, vocabulary=target.vocabulary, **{**SMALL_TREE, **tree})
 
 
 #: two cores pay for each node of a pass, so that trees are small

@@ -37,7 +37,7 @@ from saccade.extras import need
 from saccade.models.images import normalised
 from saccade.ops.folder import cache_folder, private_folder
 
-__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load"]
+__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load", "version"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,16 @@ def load(name: str) -> Any:
 def installed(name: str) -> bool:
     """Whether the package of a model is installed."""
     return find_spec(MODELS[name].package) is not None
+
+
+def version(name: str) -> str:
+    """Of a model's package.
+
+    Raises:
+        ImportError: if it is not installed; the message is the command that installs it.
+    """
+    MODELS[name].folder()
+    return importlib.metadata.version(MODELS[name].distribution.partition("==")[0])
 
 
 def example_pair(name: str) -> tuple[Path, Path]:
@@ -304,9 +314,8 @@ def _kept(name: str, write: Callable[[Path], None]) -> Path:
     Raises:
         OSError: if it cannot be made.
     """
-    distribution = MODELS[name].distribution.partition("==")[0]
     models = private_folder(cache_folder() / "models")
-    folder = models / f"{name}-{importlib.metadata.version(distribution)}"
+    folder = models / f"{name}-{version(name)}"
     if not folder.is_dir():
         half = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=models))
         try:

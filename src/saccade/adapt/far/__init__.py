@@ -44,8 +44,9 @@ from saccade.adapt.far.fusion import (
     scattered,
 )
 from saccade.adapt.far.refinement import FaR, balanced_l1, grid_of, refinement, region_maps, words_of
-from saccade.adapt.far.tuning import LowRank, add_words, cross_maps, only_rows, trainable, word_places
+from saccade.adapt.far.tuning import add_words, cross_maps, only_rows, trainable, word_places
 from saccade.catalogue import register
+from saccade.layers.low_rank import LowRank
 
 __all__ = [
     "Concept",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from saccade.layers.low_rank import LowRank
 from saccade.layers.pretrained import SoftmaxLayer, read_softmax
 from saccade.layers.wrapping import Report, changing
 
@@ -83,31 +84,6 @@ def trainable(model: nn.Module, form: str = "kv", *, rank: int = 32, alpha: floa
         parametrize.register_parametrization(linear, "weight", lower)
         added += list(lower.parameters())
     return added
-
-
-class LowRank(nn.Module):
-    """W -> W + alpha / rank B A, with B at 0; `torch.nn.utils.parametrize` holds it and takes it away.
-
-    Args:
-        weight: W.
-        rank: rows of A.
-        alpha: factor.
-
-    Raises:
-        ValueError: if the rank is not positive.
-    """
-
-    def __init__(self, weight: Tensor, rank: int, alpha: float) -> None:
-        super().__init__()
-        if rank < 1:
-            raise ValueError(f"rank must be positive, got {rank}")
-        self.down = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
-        self.up = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
-        nn.init.kaiming_uniform_(self.down, a=5**0.5)
-        self.factor = alpha / rank
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.factor * self.up @ self.down
 
 
 def only_rows(embedding: nn.Embedding, rows: Sequence[int]) -> Any:

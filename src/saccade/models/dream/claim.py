@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab
 
 #: of the training, which is made once and kept
-_STEPS = 600
+_STEPS = 1200
 
 
 def _tiny(lab: Lab) -> tuple[Any, Tensor, Tensor]:

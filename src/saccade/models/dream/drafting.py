@@ -103,7 +103,7 @@ class DreamDrafter:
     """`grow` for `saccade.layers.speculation.Speculative`.
 
     Args:
-        draft: the network.
+        draft: the network; of another type than the model's, such as bfloat16, it costs less and changes no token.
         total_tokens, depth, top_k, least: of the tree, see `grow`.
         vocabulary: the tokens that may be proposed; None for all. A short list makes drafting cheaper.
         keep_ratio: of the prompt's image tokens, how many the draft reads (`kept_tokens`); it needs a model that gives
@@ -146,15 +146,20 @@ class DreamDrafter:
         return None if attention is None else kept_tokens(attention, image_tokens(model, prompt[0]), self.keep_ratio)
 
     def propose(self, tokens: Sequence[int], embeds: Tensor, features: Tensor) -> Proposal:
+        dtype = self.draft.norm.weight.dtype  # a draft of another type than the model's proposes as well
         with torch.no_grad():
-            hidden_D = self.draft(embeds, features, cache=self._cache).hidden[0, -1]
-            tree = grow(self.draft, self._cache, hidden_D, tokens[-1], self._lookup, self._head, **self.tree)
+            hidden_D = self.draft(embeds.to(dtype), features.to(dtype), cache=self._cache).hidden[0, -1]
+            tree = grow(self.draft, self._cache, hidden_D, tokens[-1], self._lookup, self._say, **self.tree)
         if self.vocabulary is not None:
             tree.tokens[1:] = self.vocabulary[tree.tokens[1:]].tolist()
         return tree
 
     def _lookup(self, ids: Tensor) -> Tensor:
-        return self._embed(ids if self.vocabulary is None else self.vocabulary[ids])
+        embeds = self._embed(ids if self.vocabulary is None else self.vocabulary[ids])
+        return embeds.to(self.draft.norm.weight.dtype)
+
+    def _say(self, hidden_KD: Tensor) -> Tensor:
+        return self._head(hidden_KD.to(self._embed.weight.dtype)).float()
 
 
 def head_of(model: Any, vocabulary: Tensor | None) -> Callable[[Tensor], Tensor]:
