@@ -21,6 +21,9 @@ from saccade.ops.masks.trees import Tree
 
 __all__ = ["DreamDrafter", "dream", "grow"]
 
+#: rows of a product that are few
+_FEW = 8
+
 
 def grow(
     draft: DreamDraft,
@@ -173,7 +176,14 @@ def head_of(model: Any, vocabulary: Tensor | None) -> Callable[[Tensor], Tensor]
     if vocabulary is None:
         return head
     weight, bias = head.weight.detach()[vocabulary], None if head.bias is None else head.bias.detach()[vocabulary]
-    return lambda hidden: F.linear(hidden, weight, bias)
+
+    def product(hidden: Tensor) -> Tensor:
+        # for few rows MKL is up to five times as fast this way round
+        if hidden.ndim == 2 and len(hidden) <= _FEW and bias is None and not torch.is_grad_enabled():
+            return (weight @ hidden.mT).mT
+        return F.linear(hidden, weight, bias)
+
+    return product
 
 
 def image_tokens(model: Any, ids_N: Tensor) -> Tensor:
