@@ -1,4 +1,7 @@
-"""What a claim may ask for. Rooms stand below the training floor, so they know the bench by this protocol only."""
+"""What a claim may ask for. Rooms stand below the training floor, so they know the bench by this protocol only.
+
+Shape letters: B batch, M parts of an example.
+"""
 
 from __future__ import annotations
 
@@ -157,6 +160,18 @@ class Lab(Protocol):
 
     def task(self, name: str) -> Any:
         """A task of `saccade.train.tasks` at the size of a quick comparison: its batches, loss, quality and figures."""
+
+    def judge(
+        self, maps: Mapping[str, Tensor], evidence_BM: Tensor, score: Callable[[int, Tensor], Tensor] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """How well maps of relevance (B, M) find evidence that is known, and how faithful they are, beside a random
+        map: map -> measure -> figure, as `saccade.explain.evidence.judge`."""
+
+    def planted(
+        self, mixer: Callable[[int], nn.Module], *, layers: int = 2, steps: int = 300, lr: float = 3e-3
+    ) -> tuple[nn.Module, Any]:
+        """A small model with `mixer(dim)` in each layer, trained on words of which it is known which decide, and the
+        task: `task.judged(model)` scores every map of it, `task.maps` gives them."""
 
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits."""

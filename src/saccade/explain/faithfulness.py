@@ -30,7 +30,7 @@ from saccade.tables import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Faithfulness", "Measures", "agreement", "faithfulness", "overlap"]
+__all__ = ["Faithfulness", "Measures", "agreement", "faithfulness", "overlap", "ranks"]
 
 #: kept (S, M) of bool -> f (S,)
 Score = Callable[[Tensor], Tensor]
@@ -214,8 +214,8 @@ def agreement(maps: Mapping[str, Tensor]) -> Tensor:
     Args:
         maps: relevance (M,), by name.
     """
-    ranks = [_ranks(relevance.detach().float().flatten()) for relevance in maps.values()]
-    return torch.tensor([[_correlation(a, b) for b in ranks] for a in ranks])
+    ranked = [ranks(relevance.detach().float().flatten()) for relevance in maps.values()]
+    return torch.tensor([[_correlation(a, b) for b in ranked] for a in ranked])
 
 
 def overlap(first_M: Tensor, second_M: Tensor, share: float = 0.1) -> float:
@@ -230,8 +230,12 @@ def overlap(first_M: Tensor, second_M: Tensor, share: float = 0.1) -> float:
     return len(chosen[0] & chosen[1]) / count
 
 
-def _ranks(x_M: Tensor) -> Tensor:
-    """From 0; equal ones have their mean rank."""
+def ranks(x_M: Tensor) -> Tensor:
+    """From 0, the smallest; equal ones have their mean rank.
+
+    Args:
+        x_M: figures.
+    """
     ordered, position = x_M.unique(return_inverse=True)
     count = torch.bincount(position, minlength=len(ordered)).float()
     return (count.cumsum(0) - (count + 1) / 2)[position]

@@ -105,20 +105,31 @@ def gradient_attention(records: Sequence[Attends], *, rows: Rows = None, memory_
 def flow(records: Sequence[Attends], output: int | Tensor = -1) -> Tensor:
     """How much can flow from each input to one output, (B, M); capacities are those of `rollout`'s layers.
 
-    Takes a maximum flow for each input: seconds for some tens of tokens, minutes for hundreds.
+    To one output of one or two layers it is a sum. Else it takes a maximum flow for each input: seconds for some tens
+    of tokens, minutes for hundreds.
 
     Args:
         records: of one model's layers, in order.
         output: the token that is explained; or weights (N,) by which outputs are read, the capacities of a last step.
 
     Raises:
-        ImportError: if scipy is not installed.
+        ImportError: if it is no sum, and scipy is not installed.
         ValueError: if there are no layers, or they are no self-attention of the same tokens.
     """
-    sparse, graphs = need("scipy.sparse", "attention flow"), need("scipy.sparse.csgraph", "attention flow")
     layers = [_capacities(record) for record in _some(records)]
+    if isinstance(output, Tensor):
+        return _maximum_flow(layers, output)
+    if len(layers) == 1:
+        return layers[0][:, output]
+    if len(layers) == 2:  # each token between is on one way alone, as wide as its narrower edge
+        return torch.minimum(layers[0], layers[1][:, output, :, None]).sum(1)
+    return _maximum_flow(layers, torch.eye(layers[0].shape[1])[output])
+
+
+def _maximum_flow(layers: Sequence[Tensor], reads_N: Tensor) -> Tensor:
+    """From each token before the first layer (B, N, N) to what reads those after the last, (B, N)."""
+    sparse, graphs = need("scipy.sparse", "attention flow"), need("scipy.sparse.csgraph", "attention flow")
     B, N, _ = layers[0].shape
-    reads_N = output if isinstance(output, Tensor) else torch.eye(N)[output]
     found = torch.zeros(B, N)
     sink = (len(layers) + 1) * N
     # node l N + i is token i before layer l; an edge leads from it to all that attend to it, from the last to the sink

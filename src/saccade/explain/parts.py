@@ -12,61 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from saccade.explain.recording import Chosen
+from saccade.explain.effective import MixRecord, effective
 from saccade.explain.subjects import Run, Segment, Subject, Target, Tower, frozen, names_of, places, read_from
 from saccade.layers.wrapping import Report, changing
 from saccade.ops.maps import Gates, Mixes, attention_map
 
 __all__ = ["MixRecord", "Parts"]
-
-
-@dataclass
-class MixRecord:
-    """One call of a part: its effective attention, made when it is asked for.
-
-    Attributes:
-        name: path of the part; its type's name where it is the whole.
-        number: of the part.
-        module: the part.
-        args, kwargs: what it was called with.
-        shape: B, H, N, M of its weights.
-    """
-
-    name: str
-    number: int
-    module: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    shape: tuple[int, int, int, int]
-
-    def weights(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
-        """A (B, heads, rows, M).
-
-        Args:
-            heads, rows: numbers of those that are wanted; all where None.
-
-        Raises:
-            ValueError: if the part is not linear in its values, or there is none of that number.
-        """
-        return attention_map(self.module, *self.args, heads=heads, rows=rows, **self.kwargs).float()
-
-    def gradients(self, *, heads: Chosen = None, rows: Chosen = None) -> Tensor:
-        """Not known: the weights are no tensor that the part computes.
-
-        Args:
-            heads, rows: as of `weights`.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(f"{self.name} has an effective attention, and no gradient of it")
 
 
 class Parts(Subject):
@@ -168,30 +124,20 @@ class Parts(Subject):
 
     def run(self) -> Run:
         held: list[Tensor] = []
-        records: list[MixRecord] = []
         gates: list[Tensor] = []
 
         def leaf(whole: Tensor) -> Tensor:
             held.append(whole.detach().clone().requires_grad_())
             return held[-1]
 
-        def called(number: int, name: str, module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-            # what is looked at later must not hold the graph
-            (x, *more), given = _detached(args), _detached(kwargs)
-            given = {key: value for key, value in given.items() if value is not None and key != "cache"}
-            if not self.mixers:
-                gates.append(attention_map(module, x, *more, **given))
-                return
-            if more:
-                given["context"] = more[0]
-            keys = tokens_of(given.get("context", x))
-            records.append(MixRecord(name, number, module, (x,), given, (1, module.num_heads, tokens_of(x), keys)))
+        def passed(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            gates.append(attention_map(module, *args, **kwargs))
 
         with changing(self.model, Report("explained")) as changes, self._changed(leaf):
-            for number, (name, module) in enumerate((self.mixers or self.gates).items()):
-                changes.after(module, partial(called, number, name))
+            for gate in () if self.mixers else self.gates.values():
+                changes.after(gate, passed)
             frozen(self.model, changes)
-            with torch.enable_grad():
+            with torch.enable_grad(), effective(self.model, self.mixers) as records:
                 self.scalar(self.model(self.x if self.numbers else leaf(self.x))).backward()
         (whole,) = held
         assert whole.grad is not None
@@ -209,15 +155,6 @@ class Parts(Subject):
         if not fit:
             raise ValueError(f"no part of {type(self.model).__name__} attends among the {self.parts} of its input")
         return [Tower(fit, read_from(self.parts, self.rows), torch.arange(self.parts))]
-
-
-def _detached(given: Any) -> Any:
-    """Tensors of a call, without their graph."""
-    if isinstance(given, dict):
-        return {key: _detached(value) for key, value in given.items()}
-    if isinstance(given, tuple):
-        return tuple(_detached(value) for value in given)
-    return given.detach() if isinstance(given, Tensor) else given
 
 
 def outermost(model: nn.Module, form: Any) -> dict[str, Any]:
@@ -240,11 +177,6 @@ def as_rows(said: Any) -> Tensor:
     if not isinstance(out, Tensor) or out.ndim not in (2, 3, 4):
         raise ValueError(f"the model must give a tensor (B, V), (B, N, C) or (B, C, H, W), got {type(out).__name__}")
     return out.flatten(2).mT if out.ndim == 4 else out
-
-
-def tokens_of(x: Tensor) -> int:
-    """Tokens or positions."""
-    return x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
 
 
 def with_tokens(x: Tensor, kept_SM: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The only script sorts the table by the column whose heading is pressed; without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,6 +93,7 @@ def page(
         '<div class="answer">' + "".join(f"<p>{escape(line)}</p>" for line in result.answer()) + "</div>",
         "<h2>All figures</h2>",
         _table(result),
+        _details(result),
         *(f'<p class="muted">{escape(line)}</p>' for line in _caption(result)),
         _notes(result),
         "<h2>Pictures</h2>",
@@ -139,16 +140,30 @@ def _caption(result: CompareResult) -> list[str]:
 
 
 def _table(result: CompareResult) -> str:
-    headings = ("mechanism", *result.headings())
-    head = "".join(f'<th scope="col"><button>{escape(heading)}</button></th>' for heading in headings)
     short = labels(record.name for record in result.mechanisms).of
-    rows = "".join(
-        f"<tr{' class=best' if number == 0 else ''}>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in (short[record.name], *result.cells(record)))
-        + "</tr>"
-        for number, record in enumerate(result.ranked)
+    rows = [(short[record.name], *result.cells(record)) for record in result.ranked]
+    return _sortable(("mechanism", *result.headings()), rows, best=0)
+
+
+def _details(result: CompareResult) -> str:
+    """The second table, where there is one."""
+    details = result.details()
+    if details is None:
+        return ""
+    headings, rows = details
+    short = labels(record.name for record in result.mechanisms).of
+    lines = [[short[name], *cells] for name, *cells in rows]
+    return _sortable(headings, lines)
+
+
+def _sortable(headings: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
+    """A table whose headings sort it; the row `best` stands out."""
+    head = "".join(f'<th scope="col"><button>{escape(heading)}</button></th>' for heading in headings)
+    body = "".join(
+        f"<tr{' class=best' if number == best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for number, row in enumerate(rows)
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _notes(result: CompareResult) -> str:

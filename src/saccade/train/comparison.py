@@ -266,6 +266,8 @@ def _config(
         "data": job.fingerprint(seeds[0]) if isinstance(job, Own) else fingerprint(data),
         "device": str(device),
     }
+    if job.rows:
+        config["rows"] = job.rows
     return _plain(config)
 
 

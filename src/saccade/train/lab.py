@@ -1,4 +1,7 @@
-"""The bench on which a claim is measured: data, training, timing, one seed, one progress display."""
+"""The bench on which a claim is measured: data, training, timing, one seed, one progress display.
+
+Shape letters: B batch, M parts of an example.
+"""
 
 from __future__ import annotations
 
@@ -257,6 +260,35 @@ class Lab:
         if self.smoke:
             settings = replace(settings, batch=2, evaluation_size=2)
         return TASKS[name](settings, torch.device("cpu"))
+
+    def judge(
+        self, maps: Mapping[str, Tensor], evidence_BM: Tensor, score: Callable[[int, Tensor], Tensor] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """How well maps of relevance find evidence that is known: map -> measure -> figure, a random map the last.
+
+        Args:
+            maps, evidence_BM, score: as of `saccade.explain.evidence.judge`, which says what it refuses.
+        """
+        from saccade.explain.evidence import judge
+
+        sizes = {"random": 1, "subsets": 2, "steps": 1} if self.smoke else {}
+        return judge(maps, evidence_BM, score, seed=self.seed, **sizes).measures
+
+    def planted(
+        self, mixer: Callable[[int], nn.Module], *, layers: int = 2, steps: int = 300, lr: float = 3e-3
+    ) -> tuple[nn.Module, Any]:
+        """A small model trained on the task `explain` with `mixer(dim)` in each layer; the model, and the task.
+
+        Args:
+            mixer: width -> the mechanism of a layer.
+            layers: of the model.
+            steps, lr: of the training, see `train`.
+        """
+        task, dim = self.task("explain"), 64
+        model = self.sequence_model(lambda _: mixer(dim), vocab=task.vocab, dim=dim, layers=layers)
+        batches = (task.batch(self.seed, step) for step in itertools.count())
+        self.train(model, batches, task.loss, steps, lr=lr, description="planted evidence")
+        return model.eval(), task
 
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.

@@ -59,6 +59,7 @@ def _measure(
     record.parameters = sum(p.numel() for p in model.parameters())
     record.train_bytes = training_bytes(task, mechanism)
     record.notes, record.marks = notes(task, mechanism, model)
+    record.notes += task.remarks(model)
     if isinstance(task, SequenceTask) and task.classes is None and settings.decode_tokens:
         assert isinstance(model, SequenceModel)
         if model.decodes:

@@ -123,6 +123,17 @@ class MechanismRecord:
         values = [run.metrics[metric] for run in self.runs if metric in run.metrics]
         return statistics.fmean(values) if values else None
 
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Of figures that are named "row: figure", the mean over the seeds by row and figure."""
+        found: dict[str, dict[str, float]] = {}
+        for name in dict.fromkeys(name for run in self.runs for name in run.metrics):
+            row, colon, figure = name.partition(": ")
+            if colon:
+                value = self.mean(name)
+                assert value is not None
+                found.setdefault(row, {})[figure] = value
+        return found
+
     @property
     def train_tokens_per_second(self) -> float | None:
         return self.mean("tokens_per_second")

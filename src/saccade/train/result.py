@@ -122,10 +122,25 @@ class CompareResult:
         short = labels(record.name for record in self.mechanisms)
         rows = [(short.of[record.name], *self.cells(record)) for record in self.ranked]
         lines = [table(("mechanism", *self.headings()), rows, title=self.title, width=width)]
+        if details := self.details():
+            headings, cells = details
+            lines += ["", table(headings, [(short.of[name], *rest) for name, *rest in cells], left=2, width=width)]
         notes = [f"{short.of.get(name, name)}: {note}" for name, note in self.notes()]
         for note in (*short.caption, *notes, *(f"not kept: {line}" for line in self.unkept)):
             lines += fold(note, width)
         return "\n".join(lines)
+
+    def details(self) -> tuple[list[str], list[list[str]]] | None:
+        """The second table: headings, and a line for each mechanism and row of its further figures; None where the task
+        has no such figures."""
+        if not self.config.get("rows"):
+            return None
+        found = [(record.name, row, figures) for record in self.ranked for row, figures in record.rows().items()]
+        names = list(dict.fromkeys(name for *_, figures in found for name in figures))
+        cells = [
+            [name, row, *(f"{figures[n]:.3f}" if n in figures else "-" for n in names)] for name, row, figures in found
+        ]
+        return ["mechanism", self.config["rows"], *names], cells
 
     def notes(self) -> list[tuple[str, str]]:
         """What a reader must know of the mechanisms: name and sentence."""

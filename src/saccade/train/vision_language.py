@@ -48,12 +48,8 @@ __all__ = [
     "answers",
     "assemble",
     "prompt",
-    "random_parts",
-    "scenes",
-    "score",
     "small",
     "train",
-    "untrained",
 ]
 
 #: pixels of an image's side; tokens of its side, of 2 x 2 patches each
@@ -178,53 +174,6 @@ def small(*, seed: int = 0, shown: bool | None = None) -> tuple[Any, Any]:
     versions = (models.version(name) for name in ("smollm2-135m", "vit-s14"))
     folder = private_folder(cache_folder() / "vision-language" / "-".join(versions))
     return assemble(parts, train(parts, folder, seed=seed, shown=shown))
-
-
-def untrained() -> tuple[Any, Any]:
-    """A tiny model of random weights that knows the words of captions alone, and its processor: for tests."""
-    parts = random_parts()
-    return assemble(parts, parts.projector())
-
-
-def random_parts() -> Parts:
-    """Parts of random weights whose tokenizer knows the words of captions and questions alone: for tests."""
-    transformers, tokenizers = need("transformers", "the model"), need("tokenizers", "the model")
-    asked = [
-        "Question",
-        ":",
-        "What",
-        "colour",
-        "are",
-        "is",
-        "the",
-        "in",
-        "picture",
-        "Is",
-        "there",
-        "Answer",
-        "yes",
-        "no",
-        ".",
-        "?",
-    ]
-    names = list(dict.fromkeys(["<end>", "<unk>", *WORDS, *asked, "yes", "no", "."]))
-    table = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
-    table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=table, eos_token="<end>", pad_token="<end>")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vision = transformers.Dinov2Model(
-            transformers.Dinov2Config(
-                hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, mlp_ratio=1
-            )
-        )
-        language = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=len(names), hidden_size=16, intermediate_size=16, num_hidden_layers=8,
-                num_attention_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-            )
-        )  # fmt: skip
-    return Parts(vision.eval(), language.eval(), tokenizer)
 
 
 def scenes(count: int, generator: torch.Generator, *, judge: bool = False) -> Described:

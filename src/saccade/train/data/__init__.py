@@ -21,6 +21,7 @@
 | `solids` | balls and boxes under rays: what cameras see of them | generated |
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `streams` | sound and picture in which events happen, and a question in words about one | generated |
+| `planted_tokens`, `planted_shapes` | words, and forms, of which it is known which decide | generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -38,6 +39,7 @@ from saccade.train.data.looking import Gazes, Salients, Searches, gazes, salient
 from saccade.train.data.moving import Moving, moving
 from saccade.train.data.pairs import ViewPairs, stereo_pair, view_pairs
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
+from saccade.train.data.planted import PlantedShapes, PlantedTokens, planted_shapes, planted_tokens
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.streams import Streams, streams
@@ -59,6 +61,8 @@ __all__ = [
     "Market",
     "Moving",
     "Paired",
+    "PlantedShapes",
+    "PlantedTokens",
     "Salients",
     "Scenes",
     "Searches",
@@ -78,6 +82,8 @@ __all__ = [
     "moving",
     "paired",
     "photographs",
+    "planted_shapes",
+    "planted_tokens",
     "read_files",
     "read_log",
     "recall",

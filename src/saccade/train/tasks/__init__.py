@@ -21,6 +21,8 @@
 | `track` | where points of moving textures are, and whether they are seen | AJ | models that follow points |
 | `click` | which rows of categories are clicked, or the user's logs | AUC | models of clicks |
 | `localise` | when something is heard or seen, or what a question asks for | mAP | models of events and moments |
+| `explain` | which class a family of words says, when it is asked for | evidence found by the best map | sequence |
+| `explain-cnn` | which small form is among scrambled ones | evidence found by the best map | gate |
 | `speculate` | what SmolLM2 says next, guessed ahead and verified | tokens a pass | models that draft |
 
 A task is entered in `TASKS`, and says in `kinds` and `needs` which parts it takes; `taking(part)` asks all of them.
@@ -36,6 +38,8 @@ from saccade.train.tasks.click import Click as Click
 from saccade.train.tasks.detect import Detect as Detect
 from saccade.train.tasks.digits import Digits as Digits
 from saccade.train.tasks.digits_cnn import DigitsCNN as DigitsCNN
+from saccade.train.tasks.explain import Explain as Explain
+from saccade.train.tasks.explain_cnn import ExplainCNN as ExplainCNN
 from saccade.train.tasks.fuse import Fuse as Fuse
 from saccade.train.tasks.listops import ListOps as ListOps
 from saccade.train.tasks.localise import Localise as Localise
@@ -79,6 +83,8 @@ TASKS: dict[str, type[Task]] = {
         Click,
         Localise,
         Caption,
+        Explain,
+        ExplainCNN,
         Speculate,
     )
 }
@@ -92,6 +98,6 @@ def taking(part: catalogue.Summary) -> list[type[Task]]:
 
     >>> from saccade import catalogue
     >>> [task.name for task in taking(catalogue.part("cbam"))]
-    ['digits-cnn']
+    ['digits-cnn', 'explain-cnn']
     """
     return [task for task in TASKS.values() if task.takes(part)]

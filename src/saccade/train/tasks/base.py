@@ -42,6 +42,8 @@ class Task:
     baseline: str | None = None
     #: what files it takes in place of its own data, in words; "" where it takes none
     files: str = ""
+    #: what the rows of its further figures are, where it names them "row: figure"; these are shown as a table
+    rows: str = ""
     #: whether seeing later tokens means seeing the answer
     predicts_next = False
     #: a run with fewer steps is hardly trained
@@ -157,6 +159,10 @@ class Task:
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:
         """What a trained model makes of held-out images, in place of attention maps: rows of (P, H, W, 3) by name."""
         return {}
+
+    def remarks(self, model: nn.Module) -> list[str]:
+        """What a reader must know of how a trained model took part, a sentence each."""
+        return []
 
     def sample(self) -> tuple[Any, ...]:
         """One held-out input for attention maps (without targets)."""

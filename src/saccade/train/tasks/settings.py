@@ -20,7 +20,7 @@ class Settings:
         batch: sequences in a step.
         steps: how many; a budget in seconds replaces it.
         lr, weight_decay: of AdamW.
-        pairs: key-value pairs of `recall`.
+        pairs: key-value pairs of `recall`, pieces of evidence of `explain`.
         evaluations: points of the learning curve.
         evaluation_size: held-out sequences (of those there are) for the quality at the end; the curve uses a quarter.
         lengths: of the sweep; empty for none.
