@@ -198,3 +198,14 @@ def test_digits_without_scikit_learn_name_the_extra(monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match=r"saccade\[data\]"):
         data.digits.__wrapped__()
+
+
+def test_sentences_come_topic_by_topic_and_once() -> None:
+    everything = data.sentences()
+    flat = [each for topic in everything for each in topic]
+    assert len(flat) == len(set(flat)) > 1000 and all(40 <= len(each) <= 250 for each in flat)
+    assert all(len(topic) >= 8 for topic in everything)
+    parts = [data.sentences(split) for split in ("train", "held-out")]
+    assert sum(map(len, parts)) == len(everything) and not set(parts[0][0]) & set(parts[1][0])
+    with pytest.raises(ValueError, match="split must be"):
+        data.sentences("test")

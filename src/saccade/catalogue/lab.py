@@ -173,6 +173,9 @@ class Lab(Protocol):
         """A small model with `mixer(dim)` in each layer, trained on words of which it is known which decide, and the
         task: `task.judged(model)` scores every map of it, `task.maps` gives them."""
 
+    def sentences(self, judge: bool = False) -> list[Tensor] | None:
+        """Unit vectors of the sentences of real documents, by MiniLM; None where that is not installed."""
+
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits."""
 

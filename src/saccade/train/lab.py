@@ -290,6 +290,23 @@ class Lab:
         self.train(model, batches, task.loss, steps, lr=lr, description="planted evidence")
         return model.eval(), task
 
+    def sentences(self, judge: bool = False) -> list[Tensor] | None:
+        """Unit vectors (sentences, 384) of the sentences of real documents, a tensor each, by MiniLM.
+
+        Args:
+            judge: of the documents that are judged on.
+
+        Returns:
+            None where MiniLM is not installed; in a smoke run random vectors.
+        """
+        from saccade.train import embedded, models
+
+        if self.smoke:
+            return list(F.normalize(torch.randn(8, 12, 384, generator=self.generator()), dim=-1))
+        if not models.installed("minilm"):
+            return None
+        return embedded.sentence_vectors("held-out" if judge else "train")
+
     def sequence_model(self, mixer: Callable[[int], nn.Module], *, dim: int, **sizes: Any) -> nn.Module:
         """A small transformer at the seed with `mixer(layer)` in each layer: tokens -> logits.
 

@@ -3,6 +3,7 @@
 | name | what | from |
 |---|---|---|
 | `text_bytes` | 465 kB of English | CPython's `pydoc_data.topics` |
+| `sentences` | its sentences, topic by topic | the same |
 | `read_files` | the user's own files as bytes | |
 | `digits` | 1797 images of handwritten digits, 8 x 8 | scikit-learn (extra `saccade[data]`) |
 | `paired` | two noisy views of a digit, either may be missing | the same |
@@ -43,7 +44,7 @@ from saccade.train.data.planted import PlantedShapes, PlantedTokens, planted_sha
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.streams import Streams, streams
-from saccade.train.data.text import read_files, text_bytes, windows
+from saccade.train.data.text import read_files, sentences, text_bytes, windows
 
 __all__ = [
     "CONDITIONS",
@@ -93,6 +94,7 @@ __all__ = [
     "scenes",
     "searches",
     "sentence",
+    "sentences",
     "solids",
     "stereo_pair",
     "streams",

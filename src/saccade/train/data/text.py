@@ -5,6 +5,7 @@ Shape letters: B batch, N tokens, L bytes of a text.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+#: characters of a sentence, and sentences of a topic at least
+_SHORT, _LONG, _LEAST = 40, 250, 8
 #: paragraphs of the text that go to one side together, and how many such runs there are to each held-out one
 _RUN, _EVERY = 16, 10
 
@@ -40,6 +43,30 @@ def text_bytes(split: str = "all") -> Tensor:
     held_out = split == "held-out"
     chosen = [p for i, p in enumerate(paragraphs) if (i // _RUN % _EVERY == _EVERY - 1) == held_out]
     return _as_tensor("\n\n".join(chosen).encode("utf-8"))
+
+
+def sentences(split: str = "all") -> list[list[str]]:
+    """The sentences of each topic of Python's language reference that has eight or more, each sentence once.
+
+    Args:
+        split: "all", "train" (three quarters of the topics) or "held-out".
+
+    Raises:
+        ValueError: for another split.
+    """
+    from pydoc_data.topics import topics
+
+    if split not in ("all", "train", "held-out"):
+        raise ValueError(f"split must be 'all', 'train' or 'held-out', got {split!r}")
+    seen: set[str] = set()
+    found = []
+    for name in sorted(topics):
+        cut = re.split(r"(?<=[.!?]) (?=[A-Z])", " ".join(topics[name].split()))
+        new = [each for each in dict.fromkeys(cut) if _SHORT <= len(each) <= _LONG and each not in seen]
+        seen.update(new)
+        if len(new) >= _LEAST:
+            found.append(new)
+    return [topic for i, topic in enumerate(found) if split == "all" or (i % 4 == 3) == (split == "held-out")]
 
 
 def read_files(paths: Sequence[str | Path], least: int = 4096) -> Tensor:
