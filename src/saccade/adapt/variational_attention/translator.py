@@ -86,7 +86,7 @@ class Translator(nn.Module):
             )
         if not all(0 <= word < target_words for word in (start, end, pad)):
             raise ValueError(f"start, end and pad must be words below {target_words}, got {start}, {end} and {pad}")
-        self.start_word, self.end_word, self.drop = start, end, nn.Dropout(drop)
+        self.start_word, self.end_word, self.pad_word, self.drop = start, end, pad, nn.Dropout(drop)
         self.source_embed, self.target_embed = (
             nn.Embedding(source_words, word_dim),
             nn.Embedding(target_words, word_dim),
@@ -131,7 +131,7 @@ class Translator(nn.Module):
             queries.append(h_BH)
         posterior = None
         if self.posterior is not None:
-            real_BT = said != self.attention.pad
+            real_BT = said.ne(self.pad_word)
             posterior = self.posterior(
                 self.drop(self.source_embed(source)), words_BTE[:, 1:], lengths, real_BT.sum(1).clamp(min=1)
             )
@@ -173,7 +173,7 @@ class Translator(nn.Module):
         ended_B, found = torch.zeros_like(words_B, dtype=torch.bool), []
         for _ in range(most):
             logs_BV, state = self.advance(words_B, state, top=top)
-            words_B = torch.where(ended_B, self.attention.pad or 0, logs_BV.argmax(1))
+            words_B = torch.where(ended_B, self.pad_word, logs_BV.argmax(1))
             found.append(words_B)
             ended_B = ended_B | (words_B == self.end_word)
             if ended_B.all():
