@@ -169,9 +169,10 @@ def test_padding_and_documents_together() -> None:
 
 
 @pytest.mark.parametrize("prompt", [1, 5, 8, 20])
-def test_decoding_equals_the_parallel_form(prompt: int) -> None:
+@pytest.mark.parametrize("sinks", [0, 5])
+def test_decoding_equals_the_parallel_form(prompt: int, sinks: int) -> None:
     torch.manual_seed(0)
-    layer = MoBA(32, 4, num_kv_heads=2, block_size=8, top_k=3).eval()
+    layer = MoBA(32, 4, num_kv_heads=2, block_size=8, top_k=3, sinks=sinks).eval()
     x = torch.randn(2, 70, 32)
     cache = layer.new_cache(2)
     assert isinstance(cache, MoBACache)
@@ -187,7 +188,7 @@ def test_decoding_equals_the_parallel_form(prompt: int) -> None:
 
 def test_decoding_with_left_padding_equals_the_sequence_alone() -> None:
     torch.manual_seed(0)
-    layer = MoBA(16, 2, block_size=4, top_k=2).eval()
+    layer = MoBA(16, 2, block_size=4, top_k=3, sinks=3).eval()
     x = torch.randn(1, 33, 16)
     padded, mask = torch.cat([torch.randn(1, 6, 16), x], 1), (torch.arange(39) >= 6)[None]
     cache = layer.new_cache(1)
@@ -196,6 +197,18 @@ def test_decoding_with_left_padding_equals_the_sequence_alone() -> None:
         pieces += [layer(padded[:, t : t + 1], mask=mask[:, : t + 1], cache=cache) for t in range(20, 30)]
         pieces += [layer(padded[:, 30:], mask=mask, cache=cache)]
         torch.testing.assert_close(torch.cat(pieces, 1)[:, 6:], layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_tokens_blocks_are_chosen_before_others() -> None:
+    q, k, v = heads(2, 4, 40, 8, K=2)
+    chosen = moba_route(q, k, block_size=4, top_k=4, first_blocks=2)
+    for block in range(3, 10):
+        picked = chosen[:, :, 4 * block : 4 * block + 4].sort(-1).values
+        assert (picked[..., :2] == torch.tensor([0, 1])).all() and (picked[..., 2] > 1).all()
+    mask = torch.tensor([[0] * 7 + [1] * 33, [1] * 40]).bool()  # counted from the first real token
+    options = {"block_size": 4, "top_k": 3, "sinks": 4}
+    alone = moba_attend(*(x[:1, :, 7:] for x in (q, k, v)), **options)
+    torch.testing.assert_close(moba_attend(q, k, v, mask=mask, **options)[:1, :, 7:], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_one_query_after_many_keys_without_a_cache() -> None:

@@ -89,3 +89,11 @@ def test_refusals() -> None:
         advise((1,), inputs=[torch.randn(1, 1, 8, 4)] * 3, context=9)
     with pytest.raises(ValueError, match="context length"):
         advise(torch.nn.Linear(2, 2))
+
+
+def test_causal_settings_are_tried_with_the_first_tokens_and_without() -> None:
+    told = [options for _, options in trials(64, ["window"], causal=True)]
+    assert told == [
+        each for options in [o for _, o in trials(64, ["window"])] for each in (options, options | {"sinks": 0})
+    ]
+    assert not any("sinks" in options for _, options in trials(64, ["mra"], causal=True))

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
 from saccade.integrations.handed_masks import HandedMask, hand_over, read  # noqa: E402
-from saccade.integrations.mechanisms import MECHANISMS, mechanism, pairs  # noqa: E402
+from saccade.integrations.mechanisms import MECHANISMS, SINKS, mechanism, pairs  # noqa: E402
 from saccade.integrations.transformers import Report, switch  # noqa: E402
 
 TEXT = dict(
@@ -183,10 +183,34 @@ def test_reported_density_is_counted_on_real_tokens() -> None:
         output(model, inputs, attention_mask=mask)
     kept = sum(t % 4 + 1 + min(t // 4, 1) * 4 for n in (12, 20) for t in range(n))
     assert report.layers[0].density == pytest.approx(kept / (12 * 13 / 2 + 20 * 21 / 2))
-    with switch(model, "window", report=True, left=5) as report:
-        output(model, inputs, attention_mask=mask)
-    kept = sum(min(t, 5) + 1 for n in (12, 20) for t in range(n))
-    assert report.layers[0].density == pytest.approx(kept / (12 * 13 / 2 + 20 * 21 / 2))
+    for sinks in (0, SINKS):
+        with switch(model, "window", report=True, left=5, **({} if sinks else {"sinks": 0})) as report:
+            output(model, inputs, attention_mask=mask)
+        kept = sum(min(t, 5) + 1 + min(sinks, max(0, t - 5)) for n in (12, 20) for t in range(n))
+        assert report.layers[0].density == pytest.approx(kept / (12 * 13 / 2 + 20 * 21 / 2))
+
+
+@pytest.mark.parametrize("slug", ["window", "moba", "spargeattn", "prism"])
+def test_causal_layers_keep_the_first_tokens_unless_told(slug: str) -> None:
+    torch.manual_seed(0)
+    entry = MECHANISMS[slug]
+    q, k, v = torch.randn(3, 1, 2, 64, 8)
+    options = {
+        "window": {"left": 2},
+        "moba": {"block_size": 4, "top_k": 2},
+        "spargeattn": {"top_k": 0.01, "block_q": 4, "block_k": 4, "similarity_threshold": -1.0},
+        "prism": {"block_size": 4, "low_freq_threshold": 0.0, "high_freq_threshold": 0.0, "force_sink": False},
+    }[slug]
+    v[..., 0], v[:, :, :SINKS, 0] = 0.0, 1.0
+
+    def reads_the_first(**more: object) -> Tensor:
+        return entry.run(q, k, v, causal=True, options={**options, **more})[0, :, 8:, 0] > 0
+
+    assert reads_the_first().all() and reads_the_first(sinks=1).all()
+    assert not reads_the_first(sinks=0).all()
+    assert entry.completed({"sinks": 9}, True) == {"sinks": 9} and entry.completed(options, False) == options
+    with pytest.raises(ValueError, match="sinks must be a number of"):
+        reads_the_first(sinks=-1)
 
 
 # decoding
@@ -665,7 +689,7 @@ def test_pretrained_encoder(encoder: tuple[nn.Module, dict[str, Tensor]], slug: 
 def test_work_of_spargeattn_is_its_block_map(causal: bool) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, 21, 8), torch.randn(2, 2, 21, 8), torch.randn(2, 2, 21, 8)
-    options = SPARSE["spargeattn"]
+    options = SPARSE["spargeattn"] | {"sinks": 3}
     entry = MECHANISMS["spargeattn"]
     _, keep = entry.function(q, k, v, causal=causal, return_map=True, **options)
     kept = keep.repeat_interleave(8, 2)[:, :, :21].repeat_interleave(4, 3)[..., :21]

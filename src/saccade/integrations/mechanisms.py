@@ -23,8 +23,13 @@ from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
 from saccade.ops.merge import add_sink
+from saccade.ops.pattern import Pattern
 
-__all__ = ["MECHANISMS", "Mechanism", "implementation", "mechanism", "pairs"]
+__all__ = ["MECHANISMS", "SINKS", "Mechanism", "implementation", "mechanism", "pairs"]
+
+#: first tokens that causal mechanisms keep in a pretrained model where `sinks` is not said: heads that find nothing
+#: look there, and perplexity rises by a quarter where they cannot
+SINKS = 4
 
 #: arguments of a mechanism's function that are not the user's to set
 _FILLED_IN = ("mask", "causal", "scale", "offset", "dropout", "return_map", "soft_cap", "sink_logits")
@@ -79,6 +84,16 @@ class Mechanism(Replacement):
             if argument.kind is argument.KEYWORD_ONLY and name not in _FILLED_IN
         }
 
+    def completed(self, options: Mapping[str, Any], causal: bool) -> Mapping[str, Any]:
+        """The options, and `sinks` = `SINKS` where layers are causal, the mechanism has it, and nothing else is said.
+
+        Args:
+            options: the user's.
+            causal: of the layer.
+        """
+        said = "sinks" in options or options.get("attention_sink")
+        return options if said or not causal or "sinks" not in self.options else {**options, "sinks": SINKS}
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError if there is no such option, or one is missing; the nearest names are in the message."""
         for name in options:
@@ -105,7 +120,7 @@ class Mechanism(Replacement):
         sink_logits: Tensor | None = None,
         options: Mapping[str, Any],
     ) -> Tensor:
-        """The mechanism's output (B, H, N, E). Query 0 stands at key `offset`.
+        """The mechanism's output (B, H, N, E), with the options `completed`. Query 0 stands at key `offset`.
 
         Raises:
             ValueError: if the mechanism has no dropout of weights, soft cap or sinks, and that is asked for.
@@ -120,7 +135,7 @@ class Mechanism(Replacement):
             raise ValueError(f"{self.slug} drops no attention weights: set the model's attention dropout to 0")
         filled: dict[str, Any] = {"mask": mask, "causal": causal, "offset": offset, "scale": scale, "dropout": dropout}
         filled = {name: value for name, value in filled.items() if name in self._arguments} | of_scores
-        return self.function(q_BHND, k_BKMD, v_BKME, **filled, **options)
+        return self.function(q_BHND, k_BKMD, v_BKME, **filled, **self.completed(options, causal))
 
     def work(
         self,
@@ -139,7 +154,7 @@ class Mechanism(Replacement):
         if mask is None and causal:
             mask = masks.causal(offset)
         dense = pairs(mask, B, H, N, M, q_BHND.device)
-        options = {**self.options, **options}
+        options = {**self.options, **self.completed(options, causal)}
         kept: Any
         if self.kept is not None:
             kept = self.kept(N, M, causal, offset, options)
@@ -210,16 +225,32 @@ def window_attend(
     Args:
         q, k, v, mask, scale, dropout, soft_cap, sink_logits: as in `softmax_attend`.
         left, right: keys before and after the query.
-        sinks: first keys that are seen in any case.
+        sinks: first keys of each sequence that are seen in any case; padding is none of them.
         causal: no key after the query, whatever `right` is.
         offset: the key at which query 0 stands.
 
     Raises:
         ValueError: if a number of keys is negative, or as `softmax_attend`.
     """
-    window = _window(0, 0, causal, offset, {"left": left, "right": right, "sinks": sinks})
+    B, N, M = q.shape[0], q.shape[2], k.shape[2]
+    ids_BM = (
+        Pattern.of(mask, B, N, M, causal=causal, offset=offset).sequence_ids(B, M)
+        if sinks and mask is not None
+        else None
+    )
+    window = _window(N, M, causal, offset, {"left": left, "right": right, "sinks": sinks if ids_BM is None else 0})
+    if ids_BM is not None:
+        first = masks.padding(_first_of_sequences(ids_BM, sinks))
+        window = window | (first & masks.causal(offset) if causal else first)
     whole = window if mask is None else window & mask
     return softmax_attend(q, k, v, mask=whole, scale=scale, dropout=dropout, soft_cap=soft_cap, sink_logits=sink_logits)
+
+
+def _first_of_sequences(ids_BM: Tensor, count: int) -> Tensor:
+    """Which tokens (B, M) are among the first `count` of their sequence; -1 is no sequence."""
+    sorted_BM, order_BM = ids_BM.sort(dim=1, stable=True)
+    rank_BM = torch.arange(ids_BM.shape[1], device=ids_BM.device) - torch.searchsorted(sorted_BM, sorted_BM)
+    return (ids_BM >= 0) & torch.zeros_like(ids_BM).scatter_(1, order_BM, rank_BM).lt(count)
 
 
 def _everything(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> Mask:

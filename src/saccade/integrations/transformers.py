@@ -292,7 +292,7 @@ def _measure(
     call: dict[str, Any] = {"causal": pattern.causal, "scale": scores["scale"], "options": setting.options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
     apart = pattern.valid_BM is not None or pattern.ids_BM is not None
-    if entry.masks != "any" and apart and n == m:
+    if apart and n == m and (entry.masks != "any" or pattern.is_whole_sequences):
         work = []
         for index_SL in sequences(q_BHND.shape[0], n, pattern.valid_BM, pattern.ids_BM):
             q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))

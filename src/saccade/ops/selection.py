@@ -139,6 +139,24 @@ def own_blocks(
     return past & ((torch.arange(m, device=device) + 1) * block_k > begin_n[:, None])
 
 
+def leading_blocks(sinks: int, block_size: int) -> int:
+    """How many blocks the first `sinks` tokens lie in.
+
+    Args:
+        sinks: tokens.
+        block_size: of a block.
+
+    Raises:
+        ValueError: if `sinks` is no number of tokens, 0 or more.
+
+    >>> [leading_blocks(sinks, 64) for sinks in (0, 1, 64, 65)]
+    [0, 1, 1, 2]
+    """
+    if not isinstance(sinks, int) or sinks < 0:
+        raise ValueError(f"sinks must be a number of tokens, 0 or more, got {sinks!r}")
+    return -(-sinks // block_size)
+
+
 def block_sparsity(keep_BHnm: Tensor, candidates_nm: Tensor | None = None) -> Tensor:
     """Share of the (candidate) blocks that are left out, (B, H).
 

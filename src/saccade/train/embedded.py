@@ -1,6 +1,6 @@
 """Sentences as real vectors: all-MiniLM-L6-v2 reads Python's language reference, topic by topic.
 
-Shape letters: S sentences of a topic, D width.
+Shape letters: B sentences at once, N tokens, S sentences of a topic, D width.
 """
 
 from __future__ import annotations

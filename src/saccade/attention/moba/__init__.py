@@ -13,6 +13,7 @@ No parameters: a layer can be switched between this and full attention at any ti
 |--------------|----------------|----------------------------------------------|--------------------------|
 | `block_size` | B (chunk size) | keys per block                               | 512 (its scaling laws)   |
 | `top_k`      | k              | blocks per query, the own one counted        | 3                        |
+| `sinks`      | none           | first tokens whose blocks are chosen first   | 0; ours                  |
 | `chosen`     | g              | the past blocks of a query, per *query* head |                          |
 
 Choices that the paper leaves open: a short tail block is its own queries' block only (authors' code); `top_k = 1` is

@@ -15,6 +15,7 @@ from saccade.layers.cache import KVCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import Pattern, Said
+from saccade.ops.selection import leading_blocks
 
 
 class MoBACache(KVCache):
@@ -62,9 +63,10 @@ class MoBA(QKVAttention):
         causal: must be True.
         block_size: keys per block.
         top_k: blocks per query, its own counted.
+        sinks: first tokens whose blocks are chosen before others.
 
     Raises:
-        ValueError: if `causal` is False, or `block_size` or `top_k` is below 1.
+        ValueError: if `causal` is False, `block_size` or `top_k` is below 1, or `sinks` below 0.
     """
 
     takes: tuple[Said, ...] = ("padding", "documents")
@@ -77,6 +79,7 @@ class MoBA(QKVAttention):
         *,
         block_size: int = 512,
         top_k: int = 3,
+        sinks: int = 0,
         **projections: Any,
     ) -> None:
         if not causal:
@@ -84,10 +87,13 @@ class MoBA(QKVAttention):
         if block_size < 1 or top_k < 1:
             raise ValueError(f"block_size and top_k must be at least 1, got {block_size} and {top_k}")
         super().__init__(dim, num_heads, causal, **projections)
-        self.block_size, self.top_k = block_size, top_k
+        self.block_size, self.top_k, self.sinks = block_size, top_k, sinks
+        self.first_blocks = leading_blocks(sinks, block_size)
 
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
-        return moba_attend(q_BHND, k_BKMD, v_BKME, block_size=self.block_size, top_k=self.top_k, mask=pattern)
+        return moba_attend(
+            q_BHND, k_BKMD, v_BKME, block_size=self.block_size, top_k=self.top_k, sinks=self.sinks, mask=pattern
+        )
 
     def remember(self, cache: Any, q_BHND: Tensor, k_BKND: Tensor, v_BKNE: Tensor, pattern: Pattern) -> Tensor:
         """One token with a `MoBACache` and no mask reads the cached block means."""
@@ -98,7 +104,7 @@ class MoBA(QKVAttention):
         keys, values = cache.append(k_BKND, v_BKNE)
         if means_BKnD is None:
             return attend(q_BHND, keys, values)
-        return attend_last(q_BHND, keys, values, means_BKnD, self.block_size, self.top_k, None)
+        return attend_last(q_BHND, keys, values, means_BKnD, self.block_size, self.top_k, None, None, self.first_blocks)
 
     def new_cache(
         self, batch_size: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None

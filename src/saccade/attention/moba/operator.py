@@ -18,6 +18,7 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.routed import block_layout, routed_attend
+from saccade.ops.selection import leading_blocks
 
 #: bytes of scores per piece of the gate, so that a piece stays in cache
 _GATE_PIECE = 4 * 2**20
@@ -30,6 +31,7 @@ def moba_attend(
     *,
     block_size: int = 512,
     top_k: int = 3,
+    sinks: int = 0,
     scale: float | None = None,
     mask: GivenMask = None,
 ) -> Tensor:
@@ -43,6 +45,7 @@ def moba_attend(
         k_BKMD, v_BKME: keys and values; K divides H, E may differ from D.
         block_size: S.
         top_k: blocks per query, its own counted; at least 1.
+        sinks: first tokens of a sequence whose blocks are chosen before others.
         scale: factor of the dot product, D ** -0.5 where None; not applied in the gate.
         mask: bool (B, M), True = real token (left or right padding); `masks.documents(ids)` or `cu_seqlens` for
             packed sequences; or both, combined with `&`. Blocks are counted from each sequence's first real token.
@@ -52,9 +55,10 @@ def moba_attend(
         (B, H, N, E).
 
     Raises:
-        ValueError: if `block_size` or `top_k` is below 1, N > M, or the mask is of another kind.
+        ValueError: if `block_size` or `top_k` is below 1, `sinks` below 0, N > M, or the mask is of another kind.
     """
     N, M = _check(q_BHND, k_BKMD, v_BKME, block_size, top_k)
+    first_blocks = leading_blocks(sinks, block_size)
     pattern = Pattern.of(mask, q_BHND.shape[0], N, M, causal=True, offset=M - N)
     ids_BM = pattern.only(("padding", "documents"), "MoBA").sequence_ids(q_BHND.shape[0], M)
     n = -(-M // block_size)
@@ -63,7 +67,7 @@ def moba_attend(
     if 0 in (q_BHND.shape[0], N):
         return attend(q_BHND, k_BKMD, v_BKME, mask=masks.causal(M - N), scale=scale)
     if N == 1 and M > 1:
-        return attend_last(q_BHND, k_BKMD, v_BKME, None, block_size, top_k, scale, ids_BM)
+        return attend_last(q_BHND, k_BKMD, v_BKME, None, block_size, top_k, scale, ids_BM, first_blocks)
 
     if ids_BM is None:
         layout, first = None, (M - N) // block_size
@@ -82,6 +86,7 @@ def moba_attend(
         block_size=block_size,
         top_k=top_k,
         first_block=first,
+        first_blocks=first_blocks,
         start_Bn=None if layout is None else layout.start_Bn,
     )
     out, _ = routed_attend(q, k, v, chosen, block_size, scale=scale)
@@ -111,6 +116,7 @@ def moba_route(
     block_size: int,
     top_k: int,
     first_block: int = 0,
+    first_blocks: int = 0,
     start_Bn: Tensor | None = None,
 ) -> Tensor:
     """The past blocks of each query: int64 (B, H, L, min(top_k - 1, n - 1)), -1 where there are fewer.
@@ -120,6 +126,7 @@ def moba_route(
         k_BKMD: keys in whole blocks.
         block_size, top_k: `moba_attend`'s.
         first_block: where the queries begin.
+        first_blocks: of a sequence, so many are chosen before others.
         start_Bn: first block of each block's own sequence; 0 where None.
     """
     B, H, L, D = q_BHLD.shape
@@ -143,6 +150,9 @@ def moba_route(
         if start_Bn is not None:
             absent = absent | (candidate < start_Bn[:, first:last, None])
             absent = absent[:, None]
+        if first_blocks:
+            start = 0 if start_Bn is None else start_Bn[:, None, first:last, None]
+            scores.masked_fill_((candidate < start + first_blocks)[..., None, :], float("inf"))
         scores.masked_fill_(absent[..., None, :], float("-inf"))
         best = _top(scores.flatten(2, 3), min(keep, past))
         chosen[:, :, here, : best.shape[-1]] = best
@@ -204,6 +214,7 @@ def attend_last(
     top_k: int,
     scale: float | None,
     ids_BM: Tensor | None = None,
+    first_blocks: int = 0,
 ) -> Tensor:
     """The last token's row, from the keys of its own and its chosen blocks alone."""
     B, H, _, D = q_BH1D.shape
@@ -228,6 +239,7 @@ def attend_last(
         scores = (q_BH1D.float().view(B, K, H // K, D) @ means_BKnD[:, :, :n].mT).view(B, H, n)
         block = torch.arange(n, device=device)
         absent = (block >= own_B1) | (block < start_B1)
+        scores = scores.masked_fill((block < start_B1 + first_blocks)[:, None], float("inf"))
         scores = scores.masked_fill(absent[:, None], float("-inf"))
         chosen_BHj = _top(scores, min(top_k - 1, n))
         blocks_BHj = torch.cat([chosen_BHj, own_B1[:, None].expand(B, H, 1)], -1)

@@ -23,6 +23,7 @@ t_band gives it the energy back.
 | `low_`, `high_freq_threshold` | tau   | share of the pooled weight that is kept  | 0.95                  |
 | `calibrate`                   |       | t as above, else the constants given     | True                  |
 | `force_sink`, `force_recent`  |       | the first and the own block are kept     | True                  |
+| `sinks`                       |       | first tokens whose blocks are kept; ours | 0                     |
 
 Channel i and i + D/2 are the rotary pair of frequency base^(-2i / D): the high band are the first d_h / 2 pairs, the
 low band the last d_l / 2.

@@ -22,7 +22,8 @@ class PrismAttention(QKVAttention):
         dim, num_heads, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         causal: must be True.
         block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold: `prism_blocks`'s.
-        calibrate, low_freq_temperature, high_freq_temperature, force_sink, force_recent: `prism_blocks`'s.
+        calibrate, low_freq_temperature, high_freq_temperature, force_sink, sinks, force_recent:
+            `prism_blocks`'s.
 
     Raises:
         ValueError: if `causal` is False or an option is out of range.
@@ -45,6 +46,7 @@ class PrismAttention(QKVAttention):
         low_freq_temperature: float = 1.0,
         high_freq_temperature: float = 1.0,
         force_sink: bool = True,
+        sinks: int = 0,
         force_recent: bool = True,
         **projections: Any,
     ) -> None:
@@ -59,6 +61,7 @@ class PrismAttention(QKVAttention):
             "low_freq_temperature": low_freq_temperature,
             "high_freq_temperature": high_freq_temperature,
             "force_sink": force_sink,
+            "sinks": sinks,
             "force_recent": force_recent,
         }
         # a call on one token raises for whatever is out of range

@@ -17,7 +17,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
-from saccade.ops.selection import block_causal, block_sparsity, own_blocks, pool_blocks, top_blocks
+from saccade.ops.selection import block_causal, block_sparsity, leading_blocks, own_blocks, pool_blocks, top_blocks
 
 
 def prism_attend(
@@ -34,6 +34,7 @@ def prism_attend(
     low_freq_temperature: float = 1.0,
     high_freq_temperature: float = 1.0,
     force_sink: bool = True,
+    sinks: int = 0,
     force_recent: bool = True,
     mask: GivenMask = None,
     causal: bool = True,
@@ -48,7 +49,8 @@ def prism_attend(
         q_BHND: rotated queries, the last N of the M tokens.
         k_BKMD, v_BKME: rotated keys, and values; K divides H, E may differ from D.
         block_size, low_freq_dim, high_freq_dim, low_freq_threshold, high_freq_threshold: see `prism_blocks`.
-        calibrate, low_freq_temperature, high_freq_temperature, force_sink, force_recent: see `prism_blocks`.
+        calibrate, low_freq_temperature, high_freq_temperature, force_sink, sinks, force_recent: see
+            `prism_blocks`.
         mask: bool (B, M), True = real token, or `masks.padding` of it. Queries that are padding give what they give.
         causal: must be True.
         scale: factor of the dot product, D ** -0.5 where None.
@@ -81,6 +83,7 @@ def prism_attend(
         low_freq_temperature=low_freq_temperature,
         high_freq_temperature=high_freq_temperature,
         force_sink=force_sink,
+        sinks=sinks,
         force_recent=force_recent,
         mask=mask,
         scale=scale,
@@ -114,6 +117,7 @@ def prism_blocks(
     low_freq_temperature: float = 1.0,
     high_freq_temperature: float = 1.0,
     force_sink: bool = True,
+    sinks: int = 0,
     force_recent: bool = True,
     mask: GivenMask = None,
     scale: float | None = None,
@@ -132,6 +136,7 @@ def prism_blocks(
         calibrate: temperatures from the energy of the bands; else the two that are given.
         low_freq_temperature, high_freq_temperature: t of the bands where `calibrate` is False.
         force_sink, force_recent: always keep the first block, and the queries' own.
+        sinks: always keep the blocks of so many first tokens.
         mask: as in `prism_attend`.
         scale: factor of the dot product, D ** -0.5 where None.
 
@@ -156,9 +161,10 @@ def prism_blocks(
     keep = torch.zeros(B, H, n, m, dtype=torch.bool, device=q_BHND.device)
     for (_, share_BHnm), threshold in zip(bands, (high_freq_threshold, low_freq_threshold), strict=True):
         keep |= top_blocks(share_BHnm, p=threshold, crossing=True)
-    keep &= block_causal(n, m, block_size, block_size, **where)
-    if force_sink:
-        keep[..., 0] = True
+    past = block_causal(n, m, block_size, block_size, **where)
+    if first_blocks := max(int(force_sink), leading_blocks(sinks, block_size)):
+        keep[..., :first_blocks] = True
+    keep &= past
     if force_recent:
         keep |= own_blocks(n, m, block_size, block_size, **where)
     return keep

@@ -19,6 +19,8 @@ nothing to a group of rows where max over the rows of (rowmax(S_ij) - m) + lambd
 | `top_k`                |          | instead of tau: share of all key blocks       | none (authors: 0.5)    |
 | `pv_threshold`         | lambda   | of stage 2                                    | none (authors: 50)     |
 | `block_q`, `block_k`   | b_q, b_k | tokens per block                              | 128, 64                |
+| `attention_sink`       |          | the first block is kept (authors, in causal models) | False            |
+| `sinks`                |          | first tokens whose blocks are kept; ours      | 0                      |
 
 Choices that the paper leaves open: lambda is positive, as in the authors' code (the paper writes it negative); the
 self-similarity of a short last block is that of its real rows (in the authors' code it is NaN, so the block is always

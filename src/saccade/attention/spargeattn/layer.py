@@ -23,7 +23,7 @@ class SpargeAttention(QKVAttention):
         dim, num_heads, causal, num_kv_heads, head_dim, rope, rope_base, qkv_bias, proj_bias: `QKVAttention`'s.
         thresholds: calibrated ones; they take the place of the four below.
         similarity_threshold, cdf_threshold, top_k, pv_threshold: `spargeattn_attend`'s.
-        attention_sink, smooth_k, quantize, block_q, block_k: `spargeattn_attend`'s.
+        attention_sink, sinks, smooth_k, quantize, block_q, block_k: `spargeattn_attend`'s.
 
     Raises:
         ValueError: if a threshold is out of range; on a call, for a mask (the paper has none but the causal one).
@@ -43,6 +43,7 @@ class SpargeAttention(QKVAttention):
         top_k: float | None = None,
         pv_threshold: float | None = None,
         attention_sink: bool = False,
+        sinks: int = 0,
         smooth_k: bool = True,
         quantize: bool = False,
         block_q: int = 128,
@@ -56,6 +57,7 @@ class SpargeAttention(QKVAttention):
             "top_k": top_k,
             "pv_threshold": pv_threshold,
             "attention_sink": attention_sink,
+            "sinks": sinks,
             "smooth_k": smooth_k,
             "quantize": quantize,
             "block_q": block_q,

@@ -31,6 +31,7 @@ def spargeattn_attend(
     top_k: PerHead | None = None,
     pv_threshold: PerHead | None = None,
     attention_sink: bool = False,
+    sinks: int = 0,
     smooth_k: bool = True,
     quantize: bool = False,
     block_q: int = 128,
@@ -48,7 +49,7 @@ def spargeattn_attend(
     Args:
         q_BHND, k_BKMD, v_BKME: K divides H; E may differ from D.
         causal: no query sees a later key. With N < M the queries are the last of the tokens, and all is dense.
-        similarity_threshold, cdf_threshold, top_k, attention_sink, block_q, block_k, short_blocks: see
+        similarity_threshold, cdf_threshold, top_k, attention_sink, sinks, block_q, block_k, short_blocks: see
             `sparge_block_map`.
         pv_threshold: lambda >= 0 of stage 2, for all or per head; None leaves stage 2 out.
         smooth_k: predict (and quantise) from k less its mean over the sequence.
@@ -84,6 +85,7 @@ def spargeattn_attend(
         cdf_threshold=cdf_threshold,
         top_k=top_k,
         attention_sink=attention_sink,
+        sinks=sinks,
         block_q=block_q,
         block_k=block_k,
         scale=scale,

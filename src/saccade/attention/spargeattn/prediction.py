@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.heads import check_qkv
-from saccade.ops.selection import block_causal, block_sparsity, pool_blocks, top_blocks
+from saccade.ops.selection import block_causal, block_sparsity, leading_blocks, pool_blocks, top_blocks
 
 #: a threshold for all heads, or one per query head
 PerHead = float | Tensor | Sequence[float]
@@ -32,6 +32,7 @@ def sparge_block_map(
     cdf_threshold: PerHead | None = None,
     top_k: PerHead | None = None,
     attention_sink: bool = False,
+    sinks: int = 0,
     block_q: int = 128,
     block_k: int = 64,
     scale: float | None = None,
@@ -49,6 +50,7 @@ def sparge_block_map(
         cdf_threshold: tau, 0.98 where None.
         top_k: instead of tau, the share of all key blocks that each row keeps (0 to 1), at least one.
         attention_sink: always keep the first key block.
+        sinks: always keep the key blocks of so many first tokens.
         block_q, block_k: tokens per block.
         scale: of the block scores, D ** -0.5 where None.
         short_blocks: "measure" the self-similarity of a short last block on its tokens, or always "keep" it, as the
@@ -101,8 +103,8 @@ def sparge_block_map(
     keep = keep | ~similar_BHm[:, :, None] | ~similar_BHn[..., None]
     if past is not None:
         keep = keep & past
-    if attention_sink:
-        keep[..., 0] = True
+    if first_blocks := max(int(attention_sink), leading_blocks(sinks, block_k)):
+        keep[..., :first_blocks] = True if past is None else past[..., :first_blocks]
     return keep
 
 

@@ -15,22 +15,30 @@ from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 
 
-def trials(context: int, mechanisms: Sequence[str] | None = None) -> list[tuple[Mechanism, dict[str, Any]]]:
+def trials(
+    context: int, mechanisms: Sequence[str] | None = None, causal: bool = False
+) -> list[tuple[Mechanism, dict[str, Any]]]:
     """What `advise` would run at a context length: (mechanism, options), in order.
+
+    Each setting of a causal mechanism that can keep the first tokens comes twice where `causal`: with them, as is the
+    default of `saccade.switch`, and without.
 
     Args:
         context: tokens.
         mechanisms: names; all where None.
+        causal: of the layers.
 
     Raises:
         ValueError: if a mechanism is unknown.
     """
     entries = [mechanism(slug) for slug in mechanisms] if mechanisms else list(MECHANISMS.values())
     return [
-        (entry, dict(options))
+        (entry, {**options, **sinks})
         for entry in entries
         if entry.slug != "softmax"
         for options in (entry.settings(context) if entry.settings else [{}])
+        for sinks in ({}, {"sinks": 0} if causal and entry.completed(options, True) != options else None)
+        if sinks is not None
     ]
 
 
@@ -81,7 +89,7 @@ def advise(
     advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds, on_model=isinstance(model, nn.Module))
     if inputs is None:
         advice.warning = "the inputs were random: give your own, deviations depend on them"
-    for entry, options in trials(bench.context, mechanisms):
+    for entry, options in trials(bench.context, mechanisms, bench.causal):
         if entry.slug in advice.skipped:
             continue
         if on_trial is not None:

@@ -23,6 +23,7 @@ class Bench:
 
     subject: str
     context: int
+    causal: bool
     dense_seconds: float
 
     def measure_dense(self) -> None:
@@ -40,6 +41,7 @@ class ModelBench(Bench):
     ) -> None:
         self.model, self.inputs, self.dense_layers, self.repeats = model, inputs, dense_layers, repeats
         self.subject = type(model).__name__
+        self.causal = any(getattr(module, "is_causal", False) for module in model.modules())
         self.context = max(x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1)
 
     @torch.no_grad()
