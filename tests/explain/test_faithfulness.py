@@ -51,6 +51,18 @@ def test_the_same_seed_gives_the_same_and_sets_come_in_batches() -> None:
     assert first.table() != faithfulness(score, {"a": WORTH}, seed=4).table()
 
 
+def test_no_set_is_asked_for_twice() -> None:
+    asked = []
+
+    def score(kept_SM: Tensor) -> Tensor:
+        asked.extend(tuple(row.tolist()) for row in kept_SM)
+        return kept_SM.float() @ WORTH[:4]
+
+    first = faithfulness(score, {"a": WORTH[:4], "b": -WORTH[:4]}, random=8)
+    assert len(asked) == len(set(asked)) <= 16
+    assert first.maps["a"].insertion == pytest.approx((0 + 4 + 6 + 6 + 6) / 5 / 6)
+
+
 def test_curves_of_many_parts_have_few_steps() -> None:
     worth = torch.rand(200)
     found = faithfulness(lambda kept: kept.float() @ worth, {"true": worth}, steps=8, random=1).maps["true"]
