@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import saccade
 from saccade.bench import records
+from saccade.explain.gaze.maps import correlation
 from saccade.models.images import normalised, read_image
 from saccade.models.upsampling import backbone_features
 from saccade.train import models
@@ -26,7 +27,6 @@ from saccade.train.data.looking import shapes
 from saccade.train.data.pictures import crops, photographs
 from saccade.train.files import write_text
 from saccade.train.lab import Lab
-from saccade.train.metrics.gaze.maps import correlation
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

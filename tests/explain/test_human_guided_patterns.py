@@ -155,6 +155,10 @@ def test_what_is_kept_and_shown() -> None:
     found = Relevance(relevance, torch.tensor([0.1, 0.1]), ("a", "b"))
     assert found.kept() == {"a": [(1, 2), (0, 3)]} and found.kept(0.85) == {"a": [(1, 2)]}
     assert found.ordered()[:2] == [(1, 2), (0, 3)]
+    found.relevance[1, 2, 1] = 0.3  # stands out by both, less by the second
+    found.relevance[2, 2, 1] = 0.3
+    assert found.kept()["b"] == [(1, 2), (2, 2)] and found.kept(alone=True)["b"] != found.kept()["b"]
+    assert sum((1, 2) in places for places in found.kept(alone=True).values()) == 1
     found.importance = torch.zeros(3, 4)
     found.importance[2, 0] = 1.0
     assert found.ordered()[0] == (2, 0) and "2.0" in str(found) and "density" in found.table()

@@ -224,7 +224,8 @@ def agreement(maps: Mapping[str, Tensor]) -> Tensor:
         maps: relevance (M,), by name.
     """
     ranked = [ranks(relevance.detach().float().flatten()) for relevance in maps.values()]
-    return torch.tensor([[_correlation(a, b) for b in ranked] for a in ranked])
+    rows = [[_correlation(a, b) for b in ranked] for a in ranked]
+    return torch.tensor(rows, device=ranked[0].device if ranked else None)
 
 
 def overlap(first_M: Tensor, second_M: Tensor, share: float = 0.1) -> float:

@@ -45,21 +45,26 @@ class Relevance:
     names: tuple[str, ...]
     importance: Tensor | None = None
 
-    def kept(self, threshold: float | None = None) -> dict[str, list[tuple[int, int]]]:
+    def kept(self, threshold: float | None = None, *, alone: bool = False) -> dict[str, list[tuple[int, int]]]:
         """Of each pattern the (layer, head) that are clearly above the others, the most relevant first.
 
         A pattern without any is not kept.
 
         Args:
             threshold: of GR; two standard deviations above the mean of all heads where None.
+            alone: a head that is kept for several patterns counts for the one by which it stands out most, in standard
+                deviations.
         """
+        spread_P = self.relevance.std((0, 1), correction=0)
+        out = (self.relevance - self.relevance.mean((0, 1))) / spread_P.clamp(min=1e-12)
+        above = out > 2 if threshold is None else self.relevance > threshold
+        if alone:
+            above = above & (out == out.masked_fill(~above, -torch.inf).amax(-1, keepdim=True))
         found = {}
-        for name, of_heads in zip(self.names, self.relevance.unbind(-1), strict=True):
-            spread = float(of_heads.std(correction=0))
-            level = float(of_heads.mean()) + 2 * spread if threshold is None else threshold
-            above = [(int(layer), int(head)) for layer, head in (of_heads > level).nonzero()]
-            if above and spread > 0:
-                found[name] = sorted(above, key=lambda place: -float(of_heads[place]))
+        for p, name in enumerate(self.names):
+            places = [(int(layer), int(head)) for layer, head in above[..., p].nonzero()]
+            if places:
+                found[name] = sorted(places, key=lambda place: -float(self.relevance[(*place, p)]))
         return found
 
     def ordered(self) -> list[tuple[int, int]]:

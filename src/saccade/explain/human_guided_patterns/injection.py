@@ -76,8 +76,8 @@ def injected(
     Args:
         model: of transformers, bidirectional, called with `input_ids`.
         patterns: by name.
-        heads: name -> (layer, head), as `Relevance.kept` gives them; where None, of n patterns head n j + p of every
-            layer has pattern p, for j below `per_pattern`.
+        heads: name -> (layer, head), as `Relevance.kept(alone=True)` gives them; where None, of n patterns head
+            n j + p of every layer has pattern p, for j below `per_pattern`.
         per_pattern: see `heads`.
         fixed: names of the patterns to which heads attend evenly; the others mask.
 

@@ -1,6 +1,6 @@
 """The loss of training: a map against the density of fixations, by four measures of the field and their square error.
 
-Shape letters: B batch, H height, W width, N pixels.
+Shape letters: B batch, H height, W width.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.autocast import exact
+from saccade.ops.saliency import correlation, divergence, scanpath_saliency, similarity
 
 #: of the terms in the loss
 WEIGHTS: Mapping[str, float] = {"kl": 10.0, "cc": -2.0, "sim": -1.0, "nss": -1.0, "mse": 5.0}
-
-_EPS = 2.2204e-16
 
 
 @exact
@@ -57,35 +56,3 @@ def saliency_loss(
     if fixations_BHW is not None:
         terms["nss"] = scanpath_saliency(p, fixations_BHW.flatten(1) > 0).mean()
     return sum((weights.get(name, 0.0) * term for name, term in terms.items()), p.new_zeros(())), terms
-
-
-def divergence(map_BN: Tensor, density_BN: Tensor) -> Tensor:
-    """KL of each image, (B,)."""
-    p, g = _shares(map_BN), _shares(density_BN)
-    return (g * (_EPS + g / (p + _EPS)).log()).sum(1)
-
-
-def correlation(map_BN: Tensor, density_BN: Tensor) -> Tensor:
-    """CC of each image, (B,); 0 where a map is constant."""
-    p, g = (x - x.mean(1, keepdim=True) for x in (map_BN, density_BN))
-    return F.cosine_similarity(p, g, dim=1, eps=1e-8)
-
-
-def similarity(map_BN: Tensor, density_BN: Tensor) -> Tensor:
-    """SIM of each image, (B,)."""
-    return torch.minimum(*(_shares(_spread(x)) for x in (map_BN, density_BN))).sum(1)
-
-
-def scanpath_saliency(map_BN: Tensor, fixated_BN: Tensor) -> Tensor:
-    """NSS of each image, (B,); 0 where the map is constant or nobody looked."""
-    away = (map_BN - map_BN.mean(1, keepdim=True)) / map_BN.std(1, keepdim=True).clamp(min=1e-8)
-    return (away * fixated_BN).sum(1) / fixated_BN.sum(1).clamp(min=1)
-
-
-def _shares(x_BN: Tensor) -> Tensor:
-    return x_BN / x_BN.sum(1, keepdim=True).clamp(min=_EPS)
-
-
-def _spread(x_BN: Tensor) -> Tensor:
-    least, most = x_BN.amin(1, keepdim=True), x_BN.amax(1, keepdim=True)
-    return (x_BN - least) / (most - least).clamp(min=_EPS)

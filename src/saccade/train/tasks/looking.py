@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.explain import gaze as measures
 from saccade.models.heatmap import HeatmapOutput, gaussian, warm
 from saccade.models.scanpath import ScanpathOutput
 from saccade.train.data.looking import Gazes, Salients, Searches
-from saccade.train.metrics import gaze as measures
 from saccade.train.tasks.network import SHOWN, shown
 
 #: rows and columns of arrays

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.explain.gaze.maps import area_under, resized
 from saccade.extras import need
-from saccade.train.metrics.gaze.maps import area_under, resized
 
 
 def peak(heat_HW: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def fixation_map(points_N2: Tensor, size: tuple[int, int]) -> Tensor:
         points_N2: x and y in pixels.
         size: H and W.
     """
-    return (_counts(points_N2, size) > 0).double()
+    return (fixation_counts(points_N2, size) > 0).double()
 
 
 def density_map(points_N2: Tensor, size: tuple[int, int], sigma: float | None = None) -> Tensor:
@@ -43,11 +43,24 @@ def density_map(points_N2: Tensor, size: tuple[int, int], sigma: float | None = 
     Raises:
         ValueError: if sigma is not positive.
     """
-    sigma = BLUR * max(size) if sigma is None else sigma
+    return blurred(fixation_counts(points_N2, size), sigma)
+
+
+def blurred(counts_HW: Tensor, sigma: float | None = None) -> Tensor:
+    """`density_map` of what `fixation_counts` gives.
+
+    Args:
+        counts_HW: how many points there are in each pixel.
+        sigma: as of `density_map`.
+
+    Raises:
+        ValueError: if sigma is not positive.
+    """
+    sigma = BLUR * max(counts_HW.shape) if sigma is None else sigma
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}")
-    down_HH, across_WW = (_blur(length, sigma) for length in size)
-    map_HW = down_HH @ _counts(points_N2, size) @ across_WW.T
+    down_HH, across_WW = (_blur(length, sigma, counts_HW.device) for length in counts_HW.shape)
+    map_HW = down_HH @ counts_HW.double() @ across_WW.T
     return map_HW / map_HW.sum().clamp(min=1e-300)
 
 
@@ -309,7 +322,13 @@ def next_fixation_scores(
     return [measure(map_HW, fixation_map(point[None, :2], size)) for map_HW, point in zip(maps_KHW, path_K2)]
 
 
-def _counts(points_N2: Tensor, size: tuple[int, int]) -> Tensor:
+def fixation_counts(points_N2: Tensor, size: tuple[int, int]) -> Tensor:
+    """How many points lie in each pixel, (H, W); those outside are left out.
+
+    Args:
+        points_N2: x and y in pixels.
+        size: H and W.
+    """
     height, width = size
     x_N, y_N = points_N2.double()[:, :2].floor().long().unbind(1)
     inside = (x_N >= 0) & (x_N < width) & (y_N >= 0) & (y_N < height)
@@ -317,14 +336,14 @@ def _counts(points_N2: Tensor, size: tuple[int, int]) -> Tensor:
     return places.bincount(minlength=height * width).double().view(height, width)
 
 
-def _blur(length: int, sigma: float) -> Tensor:
+def _blur(length: int, sigma: float, device: torch.device) -> Tensor:
     """The blur of a line as a matrix, mirrored at both ends."""
     reach = int(4 * sigma + 0.5)
-    offset = torch.arange(-reach, reach + 1)
+    offset = torch.arange(-reach, reach + 1, device=device)
     weight = (-0.5 * (offset / sigma).double().square()).exp()
-    place = (torch.arange(length)[:, None] + offset) % (2 * length)
+    place = (torch.arange(length, device=device)[:, None] + offset) % (2 * length)
     place = torch.minimum(place, 2 * length - 1 - place)
-    return torch.zeros(length, length, dtype=torch.double).scatter_add_(
+    return torch.zeros(length, length, dtype=torch.double, device=device).scatter_add_(
         1, place, (weight / weight.sum()).expand(length, -1)
     )
 

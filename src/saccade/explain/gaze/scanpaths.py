@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from saccade.train.metrics.gaze.multimatch import DIMENSIONS, check_path, multimatch
+from saccade.explain.gaze.multimatch import DIMENSIONS, check_path, multimatch
 
 #: cells of a line of the grid of letters
 LETTERS = 5
@@ -150,7 +150,7 @@ def scanmatch(
         a_S, b_T = (_by_time(each, path, time_bin) for each, path in ((a_S, a_N), (b_T, b_M)))
     if not a_S or not b_T:
         raise ValueError("scanpaths must have a fixation each that lasts long enough, got none")
-    return aligned(a_S, b_T, _nearness(bins, threshold), gap) / (threshold * max(len(a_S), len(b_T)))
+    return aligned(a_S, b_T, nearness(bins, threshold), gap) / (threshold * max(len(a_S), len(b_T)))
 
 
 def time_delay_distances(human_N: Tensor, simulated_M: Tensor, k: int) -> Tensor:
@@ -263,7 +263,13 @@ def _embedded(human_N: Tensor, simulated_M: Tensor, size: tuple[int, int]) -> Te
     return torch.stack(means) / max(size)
 
 
-def _nearness(bins: tuple[int, int], threshold: float) -> Tensor:
+def nearness(bins: tuple[int, int], threshold: float) -> Tensor:
+    """What two cells of a grid count in ScanMatch, (K, K): the threshold less their distance in cells.
+
+    Args:
+        bins: columns and rows.
+        threshold: in cells.
+    """
     columns, rows = bins
     down, across = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     place_K2 = torch.stack([across.flatten(), down.flatten()], 1).double()

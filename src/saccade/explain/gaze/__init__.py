@@ -23,14 +23,16 @@ The survey of Cartella and others ("Trends, Applications, and Challenges in Huma
 where they do, an argument (`eps`, `ddof`, `counts_itself`) gives theirs.
 """
 
-from saccade.train.metrics.gaze.agreement import diversity_score, histogram_divergence, pairwise, recalled
-from saccade.train.metrics.gaze.maps import (
+from saccade.explain.gaze.agreement import diversity_score, histogram_divergence, pairwise, recalled
+from saccade.explain.gaze.maps import (
     area_under,
     auc_borji,
     auc_judd,
+    blurred,
     correlation,
     density_map,
     divergence,
+    fixation_counts,
     fixation_map,
     information_gain,
     map_scores,
@@ -40,10 +42,11 @@ from saccade.train.metrics.gaze.maps import (
     shuffled_auc,
     similarity,
 )
-from saccade.train.metrics.gaze.multimatch import DIMENSIONS, multimatch, simplified
-from saccade.train.metrics.gaze.scanpaths import (
+from saccade.explain.gaze.multimatch import DIMENSIONS, multimatch, simplified
+from saccade.explain.gaze.scanpaths import (
     aligned,
     cells,
+    nearness,
     on_image,
     scanmatch,
     scanpath_scores,
@@ -54,8 +57,8 @@ from saccade.train.metrics.gaze.scanpaths import (
     time_delay_similarity,
     warping_distance,
 )
-from saccade.train.metrics.gaze.sequences import Clusters, clusters, match, regions, repeated, sequence_score
-from saccade.train.metrics.gaze.targets import gaze_auc, gaze_distance, in_out_precision, peak, target_box
+from saccade.explain.gaze.sequences import Clusters, clusters, match, regions, repeated, sequence_score
+from saccade.explain.gaze.targets import gaze_auc, gaze_distance, in_out_precision, peak, target_box
 
 __all__ = [
     "DIMENSIONS",
@@ -64,12 +67,14 @@ __all__ = [
     "area_under",
     "auc_borji",
     "auc_judd",
+    "blurred",
     "cells",
     "clusters",
     "correlation",
     "density_map",
     "divergence",
     "diversity_score",
+    "fixation_counts",
     "fixation_map",
     "gaze_auc",
     "gaze_distance",
@@ -79,6 +84,7 @@ __all__ = [
     "map_scores",
     "match",
     "multimatch",
+    "nearness",
     "next_fixation_scores",
     "nss",
     "on_image",

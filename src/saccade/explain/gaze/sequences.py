@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.explain.gaze.multimatch import check_path
 from saccade.extras import need
-from saccade.train.metrics.gaze.multimatch import check_path
 
 #: times the estimated bandwidth, of which the best is taken; the quantile of the estimate
 FACTORS, QUANTILE = (0.2, 0.5, 0.8, 1.0, 1.2, 1.5, 1.8), 0.3

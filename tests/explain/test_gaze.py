@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from saccade.train.metrics import gaze
+from saccade.explain import gaze
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "human-attention-survey"
+GOLDEN = Path(__file__).parents[1] / "golden" / "human-attention-survey"
 SIZE = (200, 300)
 
 
@@ -93,12 +93,7 @@ def test_recorded_scanmatch() -> None:
         close(gaze.pairwise(measure, real), expected[f"self_{bin_ms}ms"])
     symbols = [cell for path in real for cell in gaze.cells(path, SIZE, (16, 12))]
     assert symbols == expected["real_sequence_0ms"].tolist()
-    # what two cells count, read off scanpaths of one fixation each
-    pixel = torch.tensor([[(i % 16 + 0.5) * 300 / 16, (i // 16 + 0.5) * 200 / 12] for i in range(192)])
-    for row, cell in enumerate((0, 100)):
-        near = [i for i in range(192) if expected["substitution_rows"][row, i] > 0]
-        found = [3.5 * gaze.scanmatch(pixel[cell : cell + 1], pixel[i : i + 1], SIZE, time_bin=0) for i in near]
-        close(found, expected["substitution_rows"][row, near])
+    close(gaze.nearness((16, 12), 3.5)[[0, 100]], expected["substitution_rows"])
 
 
 def test_recorded_sequence_scores() -> None:
