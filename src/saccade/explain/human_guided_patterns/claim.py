@@ -48,7 +48,7 @@ class _Judge(nn.Module):
 def _claim(lab: Lab) -> ClaimResult:
     """The same small encoder with the pattern in one of its four heads, with another pattern, and plain."""
     held = twice(lab.size(1000, 8), lab.held_out())
-    measure_relevance = GlobalRelevance()
+    measure_relevance = GlobalRelevance({"matching": partial(matching, fallback=False)})
 
     def measure(trial: Trial) -> dict[str, float]:
         model = cast(_Judge, trial.model)
@@ -73,7 +73,7 @@ def _claim(lab: Lab) -> ClaimResult:
         "neighbours": partial(_Judge, dict(neighbours())),
         "plain": partial(_Judge, {}),
     }
-    measured = lab.forms(forms, partial(twice, lab.size(64, 4)), measure, 300, loss=loss, lr=2e-3, seeds=2).means()
+    measured = lab.forms(forms, partial(twice, lab.size(64, 4)), measure, 200, loss=loss, lr=2e-3, seeds=2).means()
     held_density = float(measure_relevance(torch.ones(len(held[0]), 1, _LENGTH, _LENGTH) / _LENGTH, held[0]).density[0])
     measured["density_of_matches"] = held_density
     return ClaimResult(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,7 +107,8 @@ class GlobalRelevance(nn.Module):
     """GR of weights (B, H, L, L) over the words (B, L) that they are of.
 
     Args:
-        patterns: by name; where None those that need no special words: matching, previous, next.
+        patterns: by name; where None those that need no special words: matching, previous, next. Rows that may attend
+            to all for want of a match would count as relevant: give `matching` with fallback=False.
 
     Raises:
         ValueError: if there are none.
@@ -114,7 +116,8 @@ class GlobalRelevance(nn.Module):
 
     def __init__(self, patterns: Mapping[str, Predicate] | None = None) -> None:
         super().__init__()
-        self.patterns = {"matching": matching, **neighbours()} if patterns is None else dict(patterns)
+        usual: dict[str, Predicate] = {"matching": partial(matching, fallback=False), **neighbours()}
+        self.patterns = usual if patterns is None else dict(patterns)
         if not self.patterns:
             raise ValueError("patterns must be some, got none")
 
