@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from saccade import switch
 from saccade.integrations.advise import Advice, Trial, advise, trials
 from saccade.integrations.mechanisms import MECHANISMS
 
@@ -97,3 +100,48 @@ def test_causal_settings_are_tried_with_the_first_tokens_and_without() -> None:
         each for options in [o for _, o in trials(64, ["window"])] for each in (options, options | {"sinks": 0})
     ]
     assert not any("sinks" in options for _, options in trials(64, ["mra"], causal=True))
+
+
+def language_model() -> tuple[torch.nn.Module, torch.Tensor]:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    return transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, 48))
+
+
+def test_the_tolerance_may_be_of_perplexity_and_settings_are_shared(tmp_path: Path) -> None:
+    model, ids = language_model()
+    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, quality="perplexity", tolerance=9.0)
+    with torch.no_grad():
+        expected = float(model(ids, labels=ids).loss.exp())
+    assert advice.perplexity == pytest.approx(expected, rel=1e-4)
+    assert all(trial.perplexity for trial in advice.trials) and "perplexity" in advice.table()
+    advice.trials = [replace(trial, speedup=2.0 + i) for i, trial in enumerate(advice.trials)]
+    best = advice.best
+    assert best is not None and advice.loss(best) == best.perplexity / advice.perplexity - 1 <= 9.0
+    advice.save(tmp_path / "settings.json")
+    with torch.no_grad():
+        with switch(model, settings=tmp_path / "settings.json") as report:
+            shared = model(ids).logits
+        with switch(model, best.slug, **best.options):
+            assert torch.equal(model(ids).logits, shared)
+    assert report.slug == best.slug
+    (tmp_path / "other.json").write_text("[]")
+    for wrong, words in (
+        ({"slug": "window", "settings": tmp_path / "settings.json"}, "not both"),
+        ({"settings": tmp_path / "settings.json", "left": 3}, "not both"),
+        ({}, "not both"),
+        ({"settings": tmp_path / "other.json"}, "holds no settings"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            switch(model, **wrong)
+    advice.tolerance = -1.0
+    with pytest.raises(ValueError, match="nothing is recommended"):
+        advice.save(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="perplexity is of causal language models"):
+        advise((1, 1, 8, 4), quality="perplexity", mechanisms=["window"])
+    with pytest.raises(ValueError, match="quality must be"):
+        advise((1, 1, 8, 4), quality="speed")
+    assert advise(model, inputs=ids, mechanisms=["window"], repeats=1).quality == "deviation"

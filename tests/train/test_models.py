@@ -24,6 +24,11 @@ def test_names() -> None:
         models.load("vit")
 
 
+def test_a_name_may_be_its_beginning() -> None:
+    assert models.named("smollm2") == models.named("smollm2-135m") == "smollm2-135m"
+    assert models.named("") is models.named("path/to/model") is models.named("bert") is None
+
+
 def test_what_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "find_spec", lambda name: None)
     for name, entry in models.MODELS.items():

@@ -19,11 +19,13 @@ L their length, T = B N tokens.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,8 +72,9 @@ class _Setting:
 
 def switch(
     model: nn.Module,
-    slug: str,
+    slug: str | None = None,
     *,
+    settings: str | Path | None = None,
     layers: Sequence[int | str] | None = None,
     dense_layers: Sequence[int | str] = (),
     report: bool = False,
@@ -88,6 +91,7 @@ def switch(
         model: a model that uses transformers' attention interface.
         slug: a training-free mechanism: "softmax", "window", "moba", "spargeattn", "prism" (causal), "mra",
             "block-sparse-vggt", "rectified-spaattn" (bidirectional).
+        settings: instead of a name and options, the file in which `Advice.save` wrote them.
         layers: the layers to switch, by number (negative from the end) or by pattern of module path
             ("vision_model.*"); all where None.
         dense_layers: layers to leave as they are, in the same words.
@@ -98,7 +102,9 @@ def switch(
         A context manager; `as` gives the `Report`, which fills as the model runs.
 
     Raises:
-        ValueError: if the mechanism, an option or a layer is unknown, or the model does not use the interface.
+        ValueError: if the mechanism, an option or a layer is unknown, the model does not use the interface, or not
+            either a name or settings are given.
+        OSError: if the settings cannot be read.
 
     >>> import saccade, torch
     >>> from transformers import LlamaConfig, LlamaModel
@@ -109,19 +115,40 @@ def switch(
     >>> round(report.layers[0].density, 2)
     0.72
     """
-    entry = mechanism(slug)
+    if (slug is None) == (settings is None) or (settings is not None and options):
+        raise ValueError("give a mechanism and its options, or settings=, not both")
+    if settings is not None:
+        slug, options = read_settings(settings)
+    entry = mechanism(str(slug))
     entry.check(options)
     places = attention_layers(model)
     chosen = choose(places, layers, "layers") if layers is not None else set(places)
     chosen -= choose(places, dense_layers, "dense_layers")
     rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
-    yielded = Report(slug, {**entry.options, **options}, list(rows.values()))
-    settings = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
+    yielded = Report(entry.slug, {**entry.options, **options}, list(rows.values()))
+    by_place = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
     if layers is None:
         # attention that goes by another name is switched too
         others = dict(model.named_modules()).keys() - places.keys()
-        settings |= dict.fromkeys(others, _Setting(entry, options))
-    return _switched(model, entry, settings, yielded)
+        by_place |= dict.fromkeys(others, _Setting(entry, options))
+    return _switched(model, entry, by_place, yielded)
+
+
+def read_settings(path: str | Path) -> tuple[str, dict[str, Any]]:
+    """The mechanism and the options of a settings file.
+
+    Args:
+        path: what `Advice.save` wrote.
+
+    Raises:
+        ValueError: if it holds something else.
+        OSError: if it cannot be read.
+    """
+    try:
+        found = json.loads(Path(path).read_text("utf-8"))
+        return str(found["mechanism"]), {str(name): value for name, value in found["options"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} holds no settings: `advice.save(path)` writes them") from None
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from saccade.extras import need
 from saccade.models.images import normalised
 from saccade.ops.folder import cache_folder, private_folder
 
-__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load", "version"]
+__all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load", "named", "version"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ def load(name: str) -> Any:
         if isinstance(part, nn.Module):
             part.eval().requires_grad_(False)
     return found
+
+
+def named(name: str) -> str | None:
+    """The model that a name, or the beginning of one name alone, means: `smollm2` is `smollm2-135m`; None for none."""
+    found = [name] if name in MODELS else [each for each in MODELS if name and each.startswith(name)]
+    return found[0] if len(found) == 1 else None
 
 
 def installed(name: str) -> bool:

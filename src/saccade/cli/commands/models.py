@@ -15,23 +15,31 @@ from saccade.cli.commands.app import AsJson, Seed, afterwards, integers, print_j
 
 def advise(
     model: Annotated[
-        str | None, typer.Argument(help="A transformers model: its folder, or its name where a network is there.")
+        str | None,
+        typer.Argument(help="A transformers model: its folder, its name where a network is there, or smollm2."),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="Instead of a model: B,H,N,D (B,H,K,N,D: K key heads).")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens to measure at; the longest that --data gives.")] = None,
     data: Annotated[Path | None, typer.Option(help="A text file as sample input; English by default.")] = None,
-    tolerance: Annotated[float, typer.Option(help="Largest acceptable deviation of the output (relative L1).")] = 0.05,
+    tolerance: Annotated[float, typer.Option(help="Largest acceptable loss of quality.")] = 0.05,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="What the tolerance is of: deviation (of the output, relative L1), or perplexity (its rise as a "
+            "share), the default for causal language models."
+        ),
+    ] = None,
     bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for advice.json and a picture, advice.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for advice.json, settings.json and advice.png.")] = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Which training-free mechanism is worth it here? Measures all of them over their settings, prints the frontier.
 
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
-    shapes alone.
+    shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote.
     """
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
@@ -39,7 +47,7 @@ def advise(
     from saccade.train.files import make_folder
     from saccade.train.progress import bar, showing
 
-    check(tolerance=tolerance, context=context, mechanisms=mechanism)
+    check(tolerance=tolerance, context=context, mechanisms=mechanism, quality=quality)
     if out is not None:
         make_folder(out)  # before minutes of measuring
     if (model is None) == (shape is None):
@@ -58,6 +66,7 @@ def advise(
             context=context,
             inputs=inputs,
             tolerance=tolerance,
+            quality=quality,
             causal=not bidirectional,
             mechanisms=mechanism or None,
             seed=seed,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from saccade.integrations.mechanisms import MECHANISMS
+from saccade.ops.folder import write_text
 from saccade.ops.measure import machine
 from saccade.tables import table
 
@@ -23,6 +26,7 @@ class Trial:
         density: share of dense attention's query-key pairs that were computed.
         worst_layer: the largest deviation of one layer on its own inputs; of the one call, where only shapes are given.
         agreement: share of positions whose most likely token is dense attention's; None without logits.
+        perplexity: of the inputs' tokens; None where the model is no causal language model.
     """
 
     slug: str
@@ -33,6 +37,7 @@ class Trial:
     density: float
     worst_layer: float
     agreement: float | None = None
+    perplexity: float | None = None
 
     @property
     def name(self) -> str:
@@ -54,6 +59,8 @@ class Advice:
         skipped: mechanism -> why it could not run here.
         warning: what the figures do not say, "" where there is nothing to warn of.
         on_model: whether it is of a model, not of shapes.
+        perplexity: with dense attention; None where the model is no causal language model.
+        quality: what the tolerance is of: "deviation", or "perplexity", its rise as a share of the dense one.
     """
 
     subject: str
@@ -64,20 +71,33 @@ class Advice:
     skipped: dict[str, str] = field(default_factory=dict)
     warning: str = ""
     on_model: bool = True
+    perplexity: float | None = None
+    quality: str = "deviation"
+
+    def loss(self, trial: Trial) -> float:
+        """What a setting costs in `quality`.
+
+        Args:
+            trial: of these.
+        """
+        if self.quality == "deviation":
+            return trial.deviation
+        assert trial.perplexity is not None and self.perplexity is not None
+        return trial.perplexity / self.perplexity - 1
 
     @property
     def frontier(self) -> list[Trial]:
-        """The trials that no other beats in both speed and deviation, fastest first."""
+        """The trials that no other beats in both speed and quality, fastest first."""
         best: list[Trial] = []
-        for trial in sorted(self.trials, key=lambda t: (-t.speedup, t.deviation)):
-            if not best or trial.deviation < best[-1].deviation:
+        for trial in sorted(self.trials, key=lambda t: (-t.speedup, self.loss(t))):
+            if not best or self.loss(trial) < self.loss(best[-1]):
                 best.append(trial)
         return best
 
     @property
     def best(self) -> Trial | None:
         """The fastest setting within the tolerance, if it is faster than dense attention."""
-        fit = [t for t in self.trials if t.deviation <= self.tolerance and t.speedup > 1.0]
+        fit = [t for t in self.trials if self.loss(t) <= self.tolerance and t.speedup > 1.0]
         return max(fit, key=lambda t: t.speedup, default=None)
 
     def code(self) -> str:
@@ -92,6 +112,23 @@ class Advice:
         name = entry.function.__name__
         return f"from {entry.place} import {name}; {name}(q, k, v{arguments})"
 
+    def save(self, path: str | Path) -> None:
+        """Write the recommendation as a settings file, which `saccade.switch(model, settings=path)` applies.
+
+        Args:
+            path: of the file, JSON; written whole or not at all.
+
+        Raises:
+            ValueError: if nothing is recommended, or it is of shapes.
+            OSError: if it cannot be written.
+        """
+        best = self.best
+        if best is None or not self.on_model:
+            raise ValueError("there are no settings to save: nothing is recommended for a model")
+        said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity")}
+        found = {"mechanism": best.slug, "options": dict(best.options), "model": self.subject, "context": self.context}
+        write_text(Path(path), json.dumps({**found, "measured": said, "machine": machine()}, indent=1) + "\n")
+
     def table(self, everything: bool = False) -> str:
         """A line per setting on the frontier (or of all), then the recommendation."""
         shown = sorted(self.trials, key=lambda t: -t.speedup) if everything else self.frontier
@@ -104,16 +141,23 @@ class Advice:
             columns.append("same next token")
             for row, trial in zip(rows, shown):
                 row.append("" if trial.agreement is None else f"{trial.agreement:.1%}")
+        if self.perplexity is not None:
+            columns.append("perplexity")
+            for row, trial in zip(rows, shown):
+                row.append("" if trial.perplexity is None else f"{trial.perplexity / self.perplexity - 1:+.2%}")
         title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
         lines = [table(columns, rows, title=title)]
         lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
         if self.warning:
             lines.append(f"mind: {self.warning}")
+        if self.perplexity is not None:
+            lines.append(f"perplexity of dense attention on this text: {self.perplexity:.3f}")
         best = self.best
+        within = {"deviation": "within a deviation of", "perplexity": "within a rise of perplexity by"}[self.quality]
         if best is None:
-            lines.append(f"nothing is faster than dense attention within a deviation of {self.tolerance:g}: keep it")
+            lines.append(f"nothing is faster than dense attention {within} {self.tolerance:g}: keep it")
         else:
-            lines.append(f"within a deviation of {self.tolerance:g}: {best.name}, {best.speedup:.2f} x as fast")
+            lines.append(f"{within} {self.tolerance:g}: {best.name}, {best.speedup:.2f} x as fast")
         return "\n".join([*lines, "    " + self.code()])
 
     def __str__(self) -> str:

@@ -48,6 +48,7 @@ def advise(
     context: int | None = None,
     inputs: Mapping[str, Any] | Sequence[Tensor] | Tensor | None = None,
     tolerance: float = 0.05,
+    quality: str | None = "deviation",
     causal: bool = True,
     mechanisms: Sequence[str] | None = None,
     dense_layers: Sequence[int | str] = (),
@@ -63,7 +64,9 @@ def advise(
         context: tokens to measure at; longer sample inputs are cut to it. All of them where None.
         inputs: what the model is called with (a mapping, or token ids); q, k, v where `model` is shapes. Random where
             None, and the advice then warns that its deviations mean little.
-        tolerance: the largest acceptable deviation.
+        tolerance: the largest acceptable deviation, or rise of perplexity.
+        quality: what the tolerance is of: "deviation" of the output; "perplexity", of a causal language model on its
+            inputs, its rise as a share; None for perplexity where there is one, and else deviation.
         causal: for shapes: whether the attention is causal.
         mechanisms: names to try; all where None.
         dense_layers: layers that stay dense, as in `saccade.switch`.
@@ -72,14 +75,14 @@ def advise(
         on_trial: called with the name of each setting before it runs.
 
     Raises:
-        ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, or a name or
-            argument is wrong.
+        ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, a name or
+            argument is wrong, or perplexity is asked for and there is none.
 
     >>> advice = advise((1, 2, 128, 16), mechanisms=["window"], repeats=1)
     >>> {trial.slug for trial in advice.trials}, advice.dense_seconds > 0
     ({'window'}, True)
     """
-    check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanisms)
+    check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanisms, quality=quality)
     generator = torch.Generator().manual_seed(seed)
     if isinstance(model, nn.Module):
         bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
@@ -87,6 +90,10 @@ def advise(
         bench = ShapesBench(shape_inputs(model, inputs, context, generator), causal, repeats)
     bench.measure_dense()
     advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds, on_model=isinstance(model, nn.Module))
+    advice.perplexity = bench.perplexity
+    if quality == "perplexity" and bench.perplexity is None:
+        raise ValueError(f"perplexity is of causal language models on tokens, got {bench.subject}")
+    advice.quality = quality or ("deviation" if bench.perplexity is None else "perplexity")
     if inputs is None:
         advice.warning = "the inputs were random: give your own, deviations depend on them"
     for entry, options in trials(bench.context, mechanisms, bench.causal):
@@ -106,18 +113,25 @@ def advise(
 
 
 def check(
-    *, tolerance: float = 0.05, repeats: int = 1, context: int | None = None, mechanisms: Sequence[str] | None = None
+    *,
+    tolerance: float = 0.05,
+    repeats: int = 1,
+    context: int | None = None,
+    mechanisms: Sequence[str] | None = None,
+    quality: str | None = None,
 ) -> None:
     """Refuse what `advise` would refuse whatever the model is.
 
     Args:
-        tolerance, repeats, context, mechanisms: as in `advise`.
+        tolerance, repeats, context, mechanisms, quality: as in `advise`.
 
     Raises:
         ValueError: if a number is out of range or a mechanism unknown.
     """
     if not tolerance >= 0 or repeats < 1:
         raise ValueError(f"tolerance must not be negative and repeats at least 1, got {tolerance} and {repeats}")
+    if quality not in (None, "deviation", "perplexity"):
+        raise ValueError(f"quality must be deviation or perplexity, got {quality!r}")
     if context is not None and context < 1:
         raise ValueError(f"context must be positive, got {context}")
     for slug in mechanisms or ():

@@ -5,10 +5,12 @@ Shape letters: B batch, H query heads, N tokens, D head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.integrations.advise.advice import Trial
@@ -25,6 +27,7 @@ class Bench:
     context: int
     causal: bool
     dense_seconds: float
+    perplexity: float | None = None
 
     def measure_dense(self) -> None:
         raise NotImplementedError
@@ -50,9 +53,22 @@ class ModelBench(Bench):
         self.model.eval()
         try:
             self.dense, self.has_logits = _output(self.model(**self.inputs))
+            self.perplexity = self._perplexity(self.dense)
             self.dense_seconds = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
         finally:
             self.model.train(was_training)
+
+    def _perplexity(self, logits: Tensor) -> float | None:
+        """Of the inputs' own tokens, each told by those before it; padding and what follows it do not count."""
+        ids = self.inputs.get("input_ids")
+        if not (self.has_logits and self.causal) or ids is None or logits.shape[:-1] != ids.shape or ids.shape[1] < 2:
+            return None
+        real = self.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        told = real[:, 1:] & real[:, :-1]
+        rows, words = logits[:, :-1][told], ids[:, 1:][told]
+        pieces = zip(rows.split(512), words.split(512), strict=True)
+        total = sum(float(F.cross_entropy(row, word, reduction="sum")) for row, word in pieces)
+        return math.exp(total / max(1, len(words)))
 
     @torch.no_grad()
     def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
@@ -79,6 +95,7 @@ class ModelBench(Bench):
             report.density,
             max(layer.relative_error for layer in report.layers),
             agreement,
+            self._perplexity(out),
         )
 
 
