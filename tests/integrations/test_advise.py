@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from saccade import switch
-from saccade.integrations.advise import Advice, Trial, advise, trials
+from saccade.integrations.advise import Advice, Trial, advise, benches, trials
 from saccade.integrations.mechanisms import MECHANISMS
 
 
@@ -145,3 +145,29 @@ def test_the_tolerance_may_be_of_perplexity_and_settings_are_shared(tmp_path: Pa
     with pytest.raises(ValueError, match="quality must be"):
         advise((1, 1, 8, 4), quality="speed")
     assert advise(model, inputs=ids, mechanisms=["window"], repeats=1).quality == "deviation"
+
+
+def test_a_setting_in_as_many_layers_as_the_tolerance_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, 48))
+    switched = lambda: "saccade" in model.config._attn_implementation  # noqa: E731
+    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 0.5 if switched() else 1.0)
+    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, tolerance=0.0, partly=0)
+    losses = sorted(trial.deviation for trial in advice.trials)
+    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, tolerance=losses[-1] * 0.9, partly=2)
+    part = [trial for trial in advice.trials if trial.dense_layers]
+    assert part and all(trial.deviation <= advice.tolerance for trial in part)
+    first = next(t for t in advice.trials if t.options == part[0].options and not t.dense_layers)
+    left = set(part[0].dense_layers)
+    assert min(first.layers[name] for name in left) >= max(first.layers[name] for name in set(first.layers) - left)
+    assert "dense_layers=[" in replace(advice, trials=part).code() and "layers" in part[0].name
+    replace(advice, trials=part[:1]).save(tmp_path / "settings.json")
+    with torch.no_grad(), switch(model, settings=tmp_path / "settings.json", report=True) as report:
+        model(ids)
+    assert {layer.name for layer in report.layers} == set(first.layers) - left
+    with pytest.raises(ValueError, match="partly must not be negative"):
+        advise(model, inputs=ids, partly=-1)

@@ -118,7 +118,8 @@ def switch(
     if (slug is None) == (settings is None) or (settings is not None and options):
         raise ValueError("give a mechanism and its options, or settings=, not both")
     if settings is not None:
-        slug, options = read_settings(settings)
+        slug, options, left = read_settings(settings)
+        dense_layers = [*dense_layers, *left]
     entry = mechanism(str(slug))
     entry.check(options)
     places = attention_layers(model)
@@ -134,8 +135,8 @@ def switch(
     return _switched(model, entry, by_place, yielded)
 
 
-def read_settings(path: str | Path) -> tuple[str, dict[str, Any]]:
-    """The mechanism and the options of a settings file.
+def read_settings(path: str | Path) -> tuple[str, dict[str, Any], list[int | str]]:
+    """The mechanism, the options and the layers that stay dense, of a settings file.
 
     Args:
         path: what `Advice.save` wrote.
@@ -146,7 +147,8 @@ def read_settings(path: str | Path) -> tuple[str, dict[str, Any]]:
     """
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        return str(found["mechanism"]), {str(name): value for name, value in found["options"].items()}
+        options = {str(name): value for name, value in found["options"].items()}
+        return str(found["mechanism"]), options, list(found.get("dense_layers", ()))
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} holds no settings: `advice.save(path)` writes them") from None
 

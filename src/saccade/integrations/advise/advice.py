@@ -27,6 +27,8 @@ class Trial:
         worst_layer: the largest deviation of one layer on its own inputs; of the one call, where only shapes are given.
         agreement: share of positions whose most likely token is dense attention's; None without logits.
         perplexity: of the inputs' tokens; None where the model is no causal language model.
+        dense_layers: that were left as they are, in `saccade.switch`'s words.
+        layers: path of each layer that ran it -> its deviation on its own inputs.
     """
 
     slug: str
@@ -38,12 +40,15 @@ class Trial:
     worst_layer: float
     agreement: float | None = None
     perplexity: float | None = None
+    dense_layers: tuple[int | str, ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """`slug:option=value,...`, as `saccade compare` reads it."""
+        """`slug:option=value,...`, as `saccade compare` reads it, and in how many layers where some are left dense."""
         told = ",".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.slug}:{told}" if told else self.slug
+        named = f"{self.slug}:{told}" if told else self.slug
+        return f"{named} in {len(self.layers)} layers" if self.dense_layers else named
 
 
 @dataclass
@@ -107,6 +112,7 @@ class Advice:
             return "# keep dense attention"
         arguments = "".join(f", {name}={value!r}" for name, value in best.options.items())
         if self.on_model:
+            arguments += f", dense_layers={list(best.dense_layers)!r}" if best.dense_layers else ""
             return f'with saccade.switch(model, "{best.slug}"{arguments}):'
         entry = MECHANISMS[best.slug]
         name = entry.function.__name__
@@ -126,7 +132,8 @@ class Advice:
         if best is None or not self.on_model:
             raise ValueError("there are no settings to save: nothing is recommended for a model")
         said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity")}
-        found = {"mechanism": best.slug, "options": dict(best.options), "model": self.subject, "context": self.context}
+        found = {"mechanism": best.slug, "options": dict(best.options), "dense_layers": list(best.dense_layers)}
+        found |= {"model": self.subject, "context": self.context}
         write_text(Path(path), json.dumps({**found, "measured": said, "machine": machine()}, indent=1) + "\n")
 
     def table(self, everything: bool = False) -> str:

@@ -52,6 +52,7 @@ def advise(
     causal: bool = True,
     mechanisms: Sequence[str] | None = None,
     dense_layers: Sequence[int | str] = (),
+    partly: int = 3,
     repeats: int = 3,
     seed: int = 0,
     on_trial: Callable[[str], None] | None = None,
@@ -70,6 +71,8 @@ def advise(
         causal: for shapes: whether the attention is causal.
         mechanisms: names to try; all where None.
         dense_layers: layers that stay dense, as in `saccade.switch`.
+        partly: of a model, so many of the fastest settings that lose too much are also tried in a part of the layers,
+            in as many as the tolerance allows; those that deviate most stay dense. A pass for each halving.
         repeats: timed calls of each, the median counts.
         seed: of random inputs.
         on_trial: called with the name of each setting before it runs.
@@ -84,6 +87,8 @@ def advise(
     """
     check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanisms, quality=quality)
     generator = torch.Generator().manual_seed(seed)
+    if partly < 0:
+        raise ValueError(f"partly must not be negative, got {partly}")
     if isinstance(model, nn.Module):
         bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
     else:
@@ -105,6 +110,13 @@ def advise(
             advice.trials.append(bench.measure(entry, options))
         except ValueError as error:
             advice.skipped[entry.slug] = " ".join(str(error).split())
+    if isinstance(bench, ModelBench):
+        beyond = [trial for trial in advice.trials if trial.speedup > 1 and advice.loss(trial) > tolerance]
+        for trial in sorted(beyond, key=lambda trial: -trial.speedup)[:partly]:
+            if on_trial is not None:
+                on_trial(f"{trial.name} in a part of the layers")
+            found = bench.partly(MECHANISMS[trial.slug], trial, lambda tried: advice.loss(tried) <= tolerance)
+            advice.trials += [] if found is None else [found]
     # dense attention again: a machine that was busy at the beginning would flatter everything else
     bench.measure_dense()
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)

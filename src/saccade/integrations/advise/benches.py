@@ -6,7 +6,7 @@ Shape letters: B batch, H query heads, N tokens, D head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,18 +71,24 @@ class ModelBench(Bench):
         return math.exp(total / max(1, len(words)))
 
     @torch.no_grad()
-    def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
+    def measure(
+        self, entry: Mechanism, options: Mapping[str, Any], dense: Sequence[str] = (), *, timed: bool = True
+    ) -> Trial:
+        """One setting; where `dense` names layers, these stay as they are beside those that shall in any case."""
         from saccade.integrations.transformers import switch
 
         was_training = self.model.training
         self.model.eval()
+        kept: dict[str, Any] = {"dense_layers": [*self.dense_layers, *dense]}
         try:
-            with switch(self.model, entry.slug, dense_layers=self.dense_layers, report=True, **options) as report:
+            with switch(self.model, entry.slug, report=True, **kept, **options) as report:
                 out, _ = _output(self.model(**self.inputs))
             if not any(layer.calls for layer in report.layers):
                 raise ValueError("no layer could run it on these inputs: all ran dense attention")
-            with switch(self.model, entry.slug, dense_layers=self.dense_layers, **options):
-                took = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
+            took = math.inf
+            if timed:
+                with switch(self.model, entry.slug, **kept, **options):
+                    took = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
         finally:
             self.model.train(was_training)
         agreement = (out.argmax(-1) == self.dense.argmax(-1)).float().mean().item() if self.has_logits else None
@@ -96,7 +102,28 @@ class ModelBench(Bench):
             max(layer.relative_error for layer in report.layers),
             agreement,
             self._perplexity(out),
+            tuple(kept["dense_layers"]),
+            {layer.name: layer.relative_error for layer in report.layers},
         )
+
+    def partly(self, entry: Mechanism, trial: Trial, fits: Callable[[Trial], bool]) -> Trial | None:
+        """The setting in as many layers as fit, those that deviate most left dense first; None if not even one fits.
+
+        Bisection: a pass of the model for each halving of its layers.
+
+        Args:
+            entry, trial: a setting in all layers, which does not fit.
+            fits: whether the quality will do.
+        """
+        worst = sorted(trial.layers, key=lambda name: -trial.layers[name])
+        short, enough = 0, len(worst)
+        while enough - short > 1:
+            middle = (short + enough) // 2
+            if fits(self.measure(entry, trial.options, worst[:middle], timed=False)):
+                enough = middle
+            else:
+                short = middle
+        return self.measure(entry, trial.options, worst[:enough]) if enough < len(worst) else None
 
 
 class ShapesBench(Bench):
