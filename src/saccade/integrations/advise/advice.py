@@ -132,7 +132,11 @@ class Advice:
         if best is None or not self.on_model:
             raise ValueError("there are no settings to save: nothing is recommended for a model")
         said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity")}
-        found = {"mechanism": best.slug, "options": dict(best.options), "dense_layers": list(best.dense_layers)}
+        found: dict[str, Any] = {
+            "mechanism": best.slug,
+            "options": dict(best.options),
+            "dense_layers": list(best.dense_layers),
+        }
         found |= {"model": self.subject, "context": self.context}
         write_text(Path(path), json.dumps({**found, "measured": said, "machine": machine()}, indent=1) + "\n")
 
