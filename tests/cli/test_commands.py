@@ -229,17 +229,17 @@ def test_what_was_measured_is_shown_before_anything_is_drawn(
 def test_claims_are_written_one_by_one_and_go_on(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path
 ) -> None:
-    from saccade.train import lab
+    from saccade.train import claims
 
     ran: list[str] = []
 
-    def run_claim(slug: str, bench: lab.Lab) -> lab.Outcome:
+    def run_claim(slug: str, bench: claims.Lab) -> claims.Outcome:
         if len(ran) == 1 and slug == "moba" and not bench.smoke:
             raise KeyboardInterrupt
         ran.append(slug)
-        return lab.Outcome(slug, "A title", "fast", "2 x", {"speedup": 2.5}, True, "", 3.0, bench.smoke, 0)
+        return claims.Outcome(slug, "A title", "fast", "2 x", {"speedup": 2.5}, True, "", 3.0, bench.smoke, 0)
 
-    monkeypatch.setattr(lab, "run_claim", run_claim)
+    monkeypatch.setattr(claims, "run_claim", run_claim)
     code, out, err = run(capsys, "claim", "softmax", "moba", "--out", str(tmp_path))
     assert code == 130 and "stopped" in err and "softmax: shows" in out
     assert [found["slug"] for found in json.loads((tmp_path / "claims.json").read_text())] == ["softmax"]

@@ -9,7 +9,8 @@ import pytest
 from saccade import catalogue
 from saccade.ops.measure import machine
 from saccade.report import claims
-from saccade.train.lab import Lab, Outcome, run_claim
+from saccade.train.claims import Outcome, run_claim
+from saccade.train.lab import Lab
 
 
 def outcome(slug: str, holds: bool) -> Outcome:

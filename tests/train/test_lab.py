@@ -9,8 +9,9 @@ from saccade.catalogue.lab import Trial
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.train.claims import run_claim
 from saccade.train.data import IGNORE
-from saccade.train.lab import Lab, run_claim
+from saccade.train.lab import Lab
 
 
 def test_a_smoke_run_is_small_and_gives_no_verdict() -> None:

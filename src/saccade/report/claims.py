@@ -9,8 +9,8 @@ from typing import Any
 
 from saccade import catalogue
 from saccade.ops.measure import busy
+from saccade.train.claims import Outcome
 from saccade.train.files import write_text
-from saccade.train.lab import Outcome
 
 RECORDS, PAGE = "claims.json", "claims.md"
 

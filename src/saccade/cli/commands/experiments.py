@@ -37,8 +37,9 @@ def claim(
 
     from saccade.ops.measure import machine
     from saccade.report import claims
+    from saccade.train.claims import run_claim
     from saccade.train.files import locked, make_folder
-    from saccade.train.lab import Lab, run_claim
+    from saccade.train.lab import Lab
 
     if (bool(slugs) and everything) or not (slugs or everything or missing):
         raise ValueError("say which claims: names, --all, or --missing with --out")
