@@ -11,7 +11,7 @@ All are of self-attention; layers whose tokens differ in number cannot be compos
 made from the last layer down, some rows of each layer's A at a time: memory O(N) beside those rows, and no product of
 two N x N matrices.
 
-Shape letters: B batch, N outputs, M inputs, H heads, n outputs that are wanted.
+Shape letters: B batch, N outputs, M inputs, H heads, n outputs that are wanted, c those at once.
 """
 
 from __future__ import annotations

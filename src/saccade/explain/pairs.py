@@ -3,7 +3,8 @@
 With several texts the score is the probability (softmax over the texts) that the image is the target's; with one text
 it is (1 + cosine) / 2. The scalar that is called backward is the logit of image and text, both times.
 
-Shape letters: N tokens of a text, T texts, S sets of parts, M parts: the image's patches, then the text's tokens.
+Shape letters: N tokens of a text, T texts, S sets of parts, M parts: the image's patches, then the text's tokens,
+U texts that the sets are compared with; of a record B batch, H heads, D and E head dim.
 """
 
 from __future__ import annotations

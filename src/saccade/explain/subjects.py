@@ -6,7 +6,7 @@ logit, and the score its probability; of a language model, those of a token at a
 likeness to the embedding of the whole input, both times.
 
 Shape letters: B batch, N tokens, M parts, S sets of parts, C channels, V classes or tokens of the vocabulary, h and w a
-grid of patches.
+grid of patches; H heads and D head dim of a record.
 """
 
 from __future__ import annotations

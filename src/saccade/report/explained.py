@@ -2,7 +2,7 @@
 
 Without a script: what a pointer shows of a token, the keyboard's focus shows too, and a screen reader reads.
 
-Shape letters: H, W image, h, w grid of patches.
+Shape letters: M parts, H, W image, h, w grid of patches.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     GR(h, P) = mean over texts of 1/|x| sum_ij A_ij P_ij             the share of a head's attention on the pattern
     I(h) = mean over texts of |sum_ij A_ij dLoss/dA_ij|,  divided by its norm in each layer
 
-Shape letters: B batch, L tokens, H heads, P patterns.
+Shape letters: B batch, L tokens, H heads, P patterns; of a record N tokens, E head dim.
 """
 
 from __future__ import annotations
