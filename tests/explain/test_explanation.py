@@ -63,9 +63,13 @@ def test_planted_evidence_is_found_and_believed(finder: Any) -> None:
     assert footprint(finder) == before
     assert set(found.maps) == set(METHODS) - {"gate"} and found.grid is None and found.target == (None, 1)
     assert found.top("occlusion", 1)[0][0] == "7" and "occlusion" in found.faithfulness.believed()
-    assert found.best() is not None and found.agreement.shape == (6, 6)
+    assert found.best() is not None and found.agreement.shape == (7, 7)
     words = str(found)
     assert all(name in words for name in (*found.maps, "random", "believe it", "depends on weights"))
+    logit = finder(input_ids=ids).logits[0, 1].item()
+    assert found.sum is not None and found.sum.error < 1e-4 and found.sum.value == pytest.approx(logit)
+    assert found.maps["tensorlens"].sum().item() + found.sum.offset == pytest.approx(logit, abs=1e-4)
+    assert found.maps["tensorlens"].argmax() == 3 and str(found.sum) in words
 
 
 def test_occlusion_and_gradients_are_what_they_say() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from saccade.explain.linearised import GATED, LinearModel, attribution, blocks, frozen, held_slope  # noqa: E402
+from saccade.explain.linearised import GATED, LinearModel, attribution, blocks, held, held_slope  # noqa: E402
 from saccade.layers.wrapping import footprint  # noqa: E402
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
@@ -180,7 +180,7 @@ def test_refusals() -> None:
         LinearModel(model, inputs, layers=(1, 0))
     with pytest.raises(ValueError, match="must end with the last"):
         LinearModel(model, inputs, layers=(0, 0), read=lambda said: said.logits)
-    with pytest.raises(ValueError, match="both branches in one layer"), frozen(made("Phi3ForCausalLM"), gated="up"):
+    with pytest.raises(ValueError, match="both branches in one layer"), held(made("Phi3ForCausalLM"), gated="up"):
         pass
     towers = transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)

@@ -87,9 +87,9 @@ def test_a_text_becomes_a_page(folder: Path, tmp_path: Path) -> None:
     assert "&lt;b&gt;" in text and "<b>" not in text and "<script" not in text
     assert not re.search(r'(?:src|href)="(?!data:|#)', text), "the page must open offline"
     assert (
-        text.count('class="token"') == 6 * 6 - text.count('class="token against"')
-        and text.count('tabindex="0"') == 6 * 6 + 3
-    )  # six maps of six tokens, three tables
+        text.count('class="token"') == 7 * 6 - text.count('class="token against"')
+        and text.count('tabindex="0"') == 7 * 6 + 3
+    )  # seven maps of six tokens, three tables
     assert "prefers-color-scheme: dark" in text and "What did" in text
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saccade import catalogue
 from saccade.catalogue.lab import Trial
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops import masks
@@ -108,5 +109,6 @@ def test_loss_and_accuracy_are_over_what_is_asked() -> None:
 def test_claims_of_unknown_parts() -> None:
     with pytest.raises(ValueError, match="no part is called"):
         run_claim("nothing", Lab(smoke=True))
-    with pytest.raises(ValueError, match="planned and not built"):
-        run_claim("tensorlens", Lab(smoke=True))
+    for paper in [paper for paper in catalogue.papers() if paper.state == "planned"][:1]:
+        with pytest.raises(ValueError, match="planned and not built"):
+            run_claim(paper.slug, Lab(smoke=True))

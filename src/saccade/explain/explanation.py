@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from saccade.explain.faithfulness import Faithfulness, agreement, faithfulness
+from saccade.explain.linearised import Attribution
 from saccade.explain.methods import METHODS, chosen, heads
 from saccade.explain.pairs import Pair
 from saccade.explain.parts import Parts
@@ -45,6 +46,7 @@ class Explanation:
         agreement: rank correlation of each two maps.
         heads: (layers, H, parts) a tower: the attention of what the output is read from to each part, head by head.
         remark: why there are no maps of attention, where there are none; else empty.
+        sum: that of the map tensorlens, which adds up to the logit; None where there is no such map.
     """
 
     labels: list[str]
@@ -58,6 +60,7 @@ class Explanation:
     agreement: Tensor
     heads: list[Tensor]
     remark: str = ""
+    sum: Attribution | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -105,7 +108,8 @@ class Explanation:
         ]
         head = ("map", *(() if self.faithfulness is None else ("believe it",)), "most relevant")
         more = [each.table() for each in (self.faithfulness, self.sanity) if each is not None]
-        return "\n".join([table(head, rows), *more, *([self.remark] if self.remark else [])])
+        said = [] if self.sum is None else [f"tensorlens: {self.sum}"]
+        return "\n".join([table(head, rows), *more, *said, *([self.remark] if self.remark else [])])
 
     def _belief(self, believed: bool) -> tuple[str, ...]:
         return () if self.faithfulness is None else ("yes" if believed else "no",)
@@ -199,6 +203,7 @@ def explain(
             agreement=agreement(found),
             heads=heads(run),
             remark=seen.remark,
+            sum=seen.attribution if "tensorlens" in found else None,
         )
 
 

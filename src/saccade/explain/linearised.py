@@ -30,9 +30,9 @@ from saccade.explain import recording
 from saccade.extras import need
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.layers.watching import evaluating
-from saccade.layers.wrapping import Changes, Report, changing
+from saccade.layers.wrapping import Changes, Report, changing, frozen
 
-__all__ = ["GATED", "Attribution", "LinearModel", "attribution", "blocks", "frozen", "held_slope"]
+__all__ = ["GATED", "Attribution", "LinearModel", "attribution", "blocks", "held", "held_slope", "stacked"]
 
 #: the name by which transformers' interface knows the attention whose weights are held
 IMPLEMENTATION = "saccade_linearised"
@@ -72,8 +72,20 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     raise ValueError(f"the attention layers of {type(model).__name__} must stand in one list of blocks")
 
 
+def stacked(model: nn.Module) -> bool:
+    """Whether a model has one stack of blocks.
+
+    Args:
+        model: any network.
+    """
+    try:
+        return bool(blocks(model))
+    except ValueError:
+        return False
+
+
 @contextmanager
-def frozen(model: nn.Module, batch: int = 1, *, gated: str = "gate") -> Iterator[None]:
+def held(model: nn.Module, batch: int = 1, *, gated: str = "gate") -> Iterator[None]:
     """Calls of the model are affine in the tokens before its blocks, with the factors of the first of the batch.
 
     Args:
@@ -95,10 +107,7 @@ def frozen(model: nn.Module, batch: int = 1, *, gated: str = "gate") -> Iterator
                     changes.after(child, partial(_norm, batch))
                 elif _activates(child):
                     _activation(changes, parent, child, batch, gated)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                changes.finally_(parameter.requires_grad_)
-                parameter.requires_grad_(False)
+        frozen(model, changes)
         yield
 
 
@@ -120,7 +129,7 @@ class LinearModel:
         whole: whether the last block is in the map, and with it what stands behind.
 
     Raises:
-        ValueError: as of `blocks` and `frozen`, or if there are no such blocks.
+        ValueError: as of `blocks` and `held`, or if there are no such blocks.
     """
 
     def __init__(
@@ -167,14 +176,14 @@ class LinearModel:
         """
         if self._graph is None:
             leaf = self.x_BLD.clone().requires_grad_()
-            with torch.enable_grad(), evaluating(self.model), frozen(self.model, gated=self.gated):
+            with torch.enable_grad(), evaluating(self.model), held(self.model, gated=self.gated):
                 self._graph = leaf, self._call(leaf)[1]
         leaf, y = self._graph
         return torch.stack([torch.autograd.grad(y, leaf, w, retain_graph=True)[0] for w in w_SBLV])
 
     def _rows(self, x_SLD: Tensor) -> Tensor:
         """T x + b of any tokens."""
-        with evaluating(self.model), frozen(self.model, 1 + len(x_SLD), gated=self.gated):
+        with evaluating(self.model), held(self.model, 1 + len(x_SLD), gated=self.gated):
             return self._call(torch.cat([self.x_BLD, x_SLD]))[1][1:]
 
     def _call(self, x_SLD: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,7 +209,18 @@ class Attribution:
     @property
     def error(self) -> float:
         """|sum of all - value|: of the size of rounding, or the model has something that is not known here."""
-        return abs(float(self.relevance_L.double().sum()) + self.offset - self.value)
+        return abs(self.total - self.value)
+
+    @property
+    def total(self) -> float:
+        """What all tokens and none add."""
+        return float(self.relevance_L.double().sum()) + self.offset
+
+    def __str__(self) -> str:
+        return (
+            f"tokens add {self.total - self.offset:.4f} and no token {self.offset:.4f}, together {self.total:.4f}; "
+            f"the model says {self.value:.4f}, {self.error:.1e} away"
+        )
 
 
 def attribution(
@@ -215,14 +235,14 @@ def attribution(
         gated: of `GATED`.
 
     Raises:
-        ValueError: as of `blocks` and `frozen`.
+        ValueError: as of `blocks` and `held`.
     """
     blocks(model)
     with evaluating(model):
         with torch.no_grad():
             said, x, _ = _called(model, inputs, None)
             value = float(scalar(said))
-        with torch.enable_grad(), frozen(model, 2, gated=gated):
+        with torch.enable_grad(), held(model, 2, gated=gated):
             leaf = x.clone().requires_grad_()
             said, _, _ = _called(model, inputs, torch.cat([leaf, torch.zeros_like(x)]))
             (gradient,) = torch.autograd.grad(scalar(_row(said, 0)), leaf)
@@ -303,18 +323,18 @@ def _activation(changes: Changes[Report], parent: nn.Module, module: nn.Module, 
     """G u; in a gated layer what `gated` says."""
     names = dict(parent.named_children())
     multiplied = [names[name] for name in _UP if name in names]
-    held, sloped = partial(_held, batch), partial(_sloped, batch)
+    still, sloped = partial(_held, batch), partial(_sloped, batch)
     if not any("gate" in name or name in _PRODUCTS for name in names):
         changes.after(module, sloped)
         return
     if gated == "gate":
-        changes.after(module, held)
+        changes.after(module, still)
         return
     if not multiplied:
         raise ValueError(f"gated must be 'gate': {type(parent).__name__} has both branches in one layer, got {gated!r}")
     branch = ["up"]
-    changes.after(module, lambda *call: sloped(*call) if branch[0] == "up" else held(*call))
-    changes.after(multiplied[0], lambda *call: held(*call) if branch[0] == "up" else None)
+    changes.after(module, lambda *call: sloped(*call) if branch[0] == "up" else still(*call))
+    changes.after(multiplied[0], lambda *call: still(*call) if branch[0] == "up" else None)
     if gated == "half":
         own = parent.forward
 

@@ -71,6 +71,11 @@ def _gate(subject: Subject, run: Run) -> Tensor:
     return F.interpolate(size_11hw, segment.grid, mode="nearest").flatten()
 
 
+def _tensorlens(subject: Subject, run: Run) -> Tensor:
+    """What each token before the blocks adds to the scalar, all that depends on the input held; see `linearised`."""
+    return run.towers[0].on_parts(subject.attribution.relevance_L)
+
+
 _ATTENTION = frozenset({"attention"})
 _BACKWARD = frozenset({"attention", "gradients of attention"})
 
@@ -82,6 +87,7 @@ METHODS: dict[str, Method] = {
     "gradient x attention": Method(
         _of_towers(lambda tower: maps.gradient_attention(tower.records, rows=tower.reads)[0, 0]), _BACKWARD
     ),
+    "tensorlens": Method(_tensorlens, frozenset({"one stack of blocks"})),
     "input x gradient": Method(_input_gradient),
     "occlusion": Method(_occlusion, slow=True),
 }

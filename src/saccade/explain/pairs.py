@@ -16,20 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.explain.patches import after_the_first, cut, of_patches, places, with_patches
 from saccade.explain.recording import AttentionRecord
-from saccade.explain.subjects import (
-    Embedded,
-    Segment,
-    Subject,
-    Target,
-    Tower,
-    after_the_first,
-    cut,
-    names_of,
-    of_patches,
-    places,
-    with_patches,
-)
+from saccade.explain.subjects import Embedded, Segment, Subject, Target, Tower, names_of
 from saccade.layers.wrapping import Changes, Report
 
 __all__ = ["Pair"]

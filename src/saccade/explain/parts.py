@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.explain.effective import MixRecord, effective
-from saccade.explain.subjects import Run, Segment, Subject, Target, Tower, frozen, names_of, places, read_from
-from saccade.layers.wrapping import Report, changing
+from saccade.explain.patches import places
+from saccade.explain.subjects import Run, Segment, Subject, Target, Tower, names_of, read_from
+from saccade.layers.wrapping import Report, changing, frozen
 from saccade.ops.maps import Gates, Mixes, attention_map
 
 __all__ = ["MixRecord", "Parts"]

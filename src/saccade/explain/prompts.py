@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from saccade.explain.pairs import is_of_images
+from saccade.explain.patches import places
 from saccade.explain.recording import AttentionRecord
-from saccade.explain.subjects import Run, Segment, Target, Text, Tower, places
+from saccade.explain.subjects import Run, Segment, Target, Text, Tower
 from saccade.layers.wrapping import Changes, Report, changing
 
 __all__ = ["Prompt"]

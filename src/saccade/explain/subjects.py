@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.explain.linearised import Attribution, attribution, stacked
+from saccade.explain.patches import after_the_first, cut, of_patches, places, with_patches
 from saccade.explain.recording import Attends, AttentionRecord, recorded
-from saccade.layers.wrapping import Changes, Report, changing
+from saccade.layers.wrapping import Changes, Report, changing, frozen
 
 __all__ = ["Image", "Run", "Segment", "Subject", "Text", "Tower"]
 
@@ -93,7 +96,8 @@ class Subject:
         segments: which of them belong together.
         score_is: what `score` says, in words.
         whole: the score of all parts.
-        gives: what its `run` has beside gradients of inputs: "attention", "gradients of attention", "gates".
+        gives: what its `run` has beside gradients of inputs: "attention", "gradients of attention", "gates",
+            "one stack of blocks".
         remark: why it has no attention, where a run showed so; else empty.
         target: (row of the logits or None, column), or None where an embedding is explained.
         rows: the output tokens that the scalar is read from; None for the mean of all.
@@ -194,12 +198,19 @@ class Subject:
         logits = said.logits if row is None else said.logits[:, row]
         return logits.float().softmax(-1)[:, column]
 
+    @cached_property
+    def attribution(self) -> Attribution:
+        """The scalar as a sum over the tokens of the one stack of blocks."""
+        return attribution(self.model, self.inputs, self.scalar)
+
     def run(self) -> Run:
         """One pass forward and one backward, without gradients in the model's parameters; recorded, where it can be."""
         if self.gives:
             try:
                 with recorded(self.model) as recording:
                     gradient = self._backward()
+                if stacked(self.model):
+                    self.gives |= {"one stack of blocks"}
                 return Run(self.towers(recording.layers), gradient)
             except ValueError as error:  # the model itself was called before, and said nothing
                 self.gives, self.remark = frozenset(), str(error)
@@ -319,49 +330,9 @@ def read_from(count: int, row: int | None) -> Tensor:
     return reads_1N
 
 
-def cut(model: nn.Module, config: Any, image_1Chw: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Height and width of a patch, and the grid of those of an image.
-
-    Args:
-        model: for the message.
-        config: says `patch_size`, itself or of its vision.
-        image_1Chw: (1, C, height, width).
-
-    Raises:
-        ValueError: if it does not.
-    """
-    patch = getattr(config, "patch_size", getattr(getattr(config, "vision_config", None), "patch_size", None))
-    if patch is None:
-        raise ValueError(f"{type(model).__name__} has no patch_size: its image cannot be cut into its tokens")
-    high, wide = (patch, patch) if isinstance(patch, int) else patch
-    return (high, wide), (image_1Chw.shape[-2] // high, image_1Chw.shape[-1] // wide)
-
-
-def places(grid: tuple[int, int]) -> list[str]:
-    """Labels of a grid's cells, row by row."""
-    return [f"{row}, {column}" for row in range(grid[0]) for column in range(grid[1])]
-
-
-def with_patches(image_1Chw: Tensor, kept_SM: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """An image with some of its patches alone, the mean colour in the others' place, (S, C, height, width)."""
-    shown = kept_SM.view(-1, 1, *grid).to(image_1Chw)
-    shown = shown.repeat_interleave(patch[0], 2).repeat_interleave(patch[1], 3)
-    right, below = image_1Chw.shape[3] - shown.shape[3], image_1Chw.shape[2] - shown.shape[2]
-    mean = image_1Chw.mean((2, 3), keepdim=True)
-    return mean + (image_1Chw - mean) * F.pad(shown, (0, right, 0, below), value=1.0)
-
-
 def names_of(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """The tokens of a text, by the tokenizer or by number."""
     return [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(list(ids))
-
-
-def frozen(model: nn.Module, changes: Changes[Report]) -> None:
-    """No parameter wants gradients for a while."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            changes.finally_(parameter.requires_grad_)
-            parameter.requires_grad_(False)
 
 
 class Embedded:
@@ -388,27 +359,3 @@ class Embedded:
         (embeds,) = self.held
         assert embeds.grad is not None
         return (embeds.detach() * embeds.grad).sum(-1)[0]
-
-
-def of_patches(image_1Chw: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The sum over each patch of an image, row by row.
-
-    Args:
-        image_1Chw: (1, C, height, width).
-        patch: its height and width.
-        grid: how many there are; what is left over at the right and below is no patch.
-    """
-    height, width = (n * p for n, p in zip(grid, patch, strict=True))
-    shown = image_1Chw.sum(1, keepdim=True)[..., :height, :width]
-    return F.avg_pool2d(shown, patch, divisor_override=1).flatten()
-
-
-def after_the_first(count: int, parts: int) -> Tensor:
-    """The last ones of so many tokens.
-
-    Raises:
-        ValueError: if there are fewer tokens than parts.
-    """
-    if count < parts:
-        raise ValueError(f"there are {parts} patches and {count} tokens: they do not correspond")
-    return torch.arange(count - parts, count)

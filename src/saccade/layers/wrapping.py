@@ -156,6 +156,19 @@ def changing(model: nn.Module, report: R) -> Iterator[Changes[R]]:
         changes.undo()
 
 
+def frozen(model: nn.Module, changes: Changes[Any]) -> None:
+    """No parameter wants gradients, as long as the changes last.
+
+    Args:
+        model: any network.
+        changes: of it.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            changes.finally_(parameter.requires_grad_)
+            parameter.requires_grad_(False)
+
+
 def footprint(model: nn.Module) -> dict[str, Any]:
     """All that a wrapper might leave behind: equal before and after, if it left nothing.
 

@@ -99,6 +99,8 @@ def page(found: Explanation, *, model: str, target: str = "", image: Images = No
         answer.append(f"The map that deserves belief most is {best}; most relevant to it: {tops}.")
     if found.remark:
         answer.append(f"There are no maps of attention: {found.remark}.")
+    if found.sum is not None:
+        answer.append(f"The map tensorlens is a sum: {found.sum}.")
     measured = found.faithfulness
     sections = [
         f"<h1>What did {escape(model)} look at?</h1>",

@@ -78,9 +78,9 @@ def _claim(lab: Lab) -> ClaimResult:
 
     measured = lab.forms(
         {"trained": _Reader},
-        lambda generator: _documents(lab.size(128, 4), generator),
+        lambda generator: _documents(lab.size(64, 4), generator),
         measure,
-        600,
+        300,
         loss=loss,
         lr=2e-3,
     ).means("{figure}")
