@@ -170,7 +170,7 @@ def test_long_inputs_need_less_than_their_attention() -> None:
     config = transformers.LlamaConfig(**sizes, vocab_size=20, max_position_embeddings=length)
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, length))
     run: Any = lambda: saccade.explain(model, {"input_ids": ids}, faithful=False)  # noqa: E731
-    assert set(run().maps) == {"raw", "rollout", "gradient x attention", "input x gradient"}
+    assert set(run().maps) == {"raw", "rollout", "gradient x attention", "tensorlens", "input x gradient"}
     # the attention of one layer: what is made at a time is bounded by 64 MiB
     assert peak_bytes(run) < 0.7 * 4 * heads * length**2
 

@@ -5,7 +5,7 @@ Shape letters: B batch, L tokens, D width, H heads, K key heads, E head width, F
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -249,7 +249,11 @@ class LensTransformer(nn.Module):
         return Lens(y_BLD, found, offset_BL, value_BL, self.aggregation)
 
 
-_NORMS = {"layer": nn.LayerNorm, "rms": lambda dim: nn.RMSNorm(dim, eps=1e-6), None: lambda dim: nn.Identity()}
+_NORMS: dict[str | None, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "rms": lambda dim: nn.RMSNorm(dim, eps=1e-6),
+    None: lambda dim: nn.Identity(),
+}
 
 
 def _norm(norm: nn.Module, x_BLD: Tensor) -> list[Step]:

@@ -180,9 +180,9 @@ def _norms(
     generator: torch.Generator | None,
 ) -> Tensor:
     """The norms of a row's blocks, (B, L)."""
-    B, V, some = len(like_BLV), like_BLV.shape[-1], {"dtype": at_L.dtype, "device": at_L.device}
+    B, V = len(like_BLV), like_BLV.shape[-1]
     if probes is None:
-        w_SV, share = torch.eye(V, **some), 1
+        w_SV, share = torch.eye(V, dtype=at_L.dtype, device=at_L.device), 1
     else:
         w_SV, share = torch.randn(probes, V, generator=generator).to(at_L), probes
     squares = [operator.transposed(_placed(w, at_L, B)).square().sum((0, -1)) for w in w_SV.split(chunk)]
