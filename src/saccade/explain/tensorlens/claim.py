@@ -88,9 +88,10 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         measured,
         holds=measured["input_output_finds_the_mark"] > 0.95
-        and left["input_output"] < min(left["rollout"], left["random"])
+        and left["input_output"] < min(left["random"] - 0.2, left["rollout"])
         and measured["largest_error_of_a_sum"] < 1e-4,
-        note="what is left: the share of the target's probability, the mean while 0 to 30 % of the tokens are masked",
+        note="what is left: the share of the target's probability, the mean while 0 to 30 % of the tokens are masked; "
+        "one token decides here, and where every map finds it they differ by little beyond it",
     )
 
 
