@@ -35,6 +35,12 @@ def close(found: object, expected: object, atol: float = 1e-7) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
+def test_training_has_them_by_its_own_name() -> None:
+    from saccade.train.metrics import gaze as measures
+
+    assert measures.__all__ == gaze.__all__ and all(getattr(measures, n) is getattr(gaze, n) for n in gaze.__all__)
+
+
 def test_recorded_maps() -> None:
     given, expected = recording("saliency_metrics")
     at, density = given["fixations"], given["density"]

@@ -173,8 +173,7 @@ def relevance(
         ValueError: if there are no batches, or as `recorded`.
     """
     measure, texts = GlobalRelevance(patterns), 0
-    mass: list[Tensor] = []
-    share, weight = torch.zeros(len(patterns)), list[Tensor]()
+    mass, share, weight = list[Tensor](), list[Tensor](), list[Tensor]()
     with evaluating(model), changing(model, Report("gradients")) as changes:
         if loss is not None:  # parameters may want no gradients, and shall get none
             changes.after(model.get_input_embeddings(), _leaf)  # type: ignore[operator]
@@ -191,7 +190,7 @@ def relevance(
             with torch.no_grad():
                 found = [measure(record.weights(), ids_BL, real_BL) for record in recording.layers]
                 mass.append(len(ids_BL) * torch.cat([each.relevance for each in found]))
-                share += len(ids_BL) * found[0].density
+                share.append(len(ids_BL) * found[0].density)
                 if loss is not None:
                     effect = [(r.weights() * r.gradients()).sum((2, 3)).abs().sum(0) for r in recording.layers]
                     weight.append(torch.stack(effect))
@@ -202,7 +201,8 @@ def relevance(
     if weight:
         total = torch.stack(weight).sum(0) / texts
         importance = total / total.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    return Relevance(torch.stack(mass).sum(0) / texts, share / texts, tuple(patterns), importance)
+    mean, density = (torch.stack(each).sum(0) / texts for each in (mass, share))
+    return Relevance(mean, density, tuple(patterns), importance)
 
 
 def _leaf(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
