@@ -29,6 +29,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "explain": ("saccade.explain", None),
     "insert": ("saccade.integrations.insert", "insert"),
     "compare": ("saccade.train", "compare"),
+    "convert": ("saccade.train.conversion", "convert"),
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -67,3 +68,4 @@ if TYPE_CHECKING:
     from saccade.ops.merge import merge as merge
     from saccade.ops.planning import Plan as Plan
     from saccade.train import compare as compare
+    from saccade.train.conversion import convert as convert

@@ -1,0 +1,248 @@
+"""Parts in the place of the attention layers of a transformers language model, for good: put in, saved, loaded.
+
+    report = saccade.convert(model, "moba", tokens, layers=range(0, 30, 2), minutes=5, block_size=128)
+    report.save("folder");  load(model, "folder")
+
+A part keeps its own cache beside the model's: that one is told how many tokens there are, four bytes each, so that
+`generate` runs as before. Beam search and caches that are shortened are refused, as a state cannot be taken apart.
+
+Shape letters: B batch, N tokens, M tokens so far, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saccade import catalogue
+from saccade.integrations.switching import choose
+from saccade.layers.attention_interface import attention_layers
+from saccade.layers.pretrained import copy_affine, read_softmax
+from saccade.ops.folder import write_bytes, write_text
+
+__all__ = ["Converted", "Masks", "Nothing", "chosen_layers", "load", "part_for", "put_in", "save", "standing"]
+
+_RECORD, _WEIGHTS = "saccade_convert.json", "saccade_convert.safetensors"
+
+
+class Masks:
+    """What a language model was told of padding in the call that runs: a hook before its decoder keeps it.
+
+    Args:
+        decoder: the stack of blocks.
+    """
+
+    def __init__(self, decoder: nn.Module) -> None:
+        self.real_BM: Tensor | None = None
+        decoder.register_forward_pre_hook(self._called, with_kwargs=True)
+
+    def _called(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            raise ValueError("a converted layer takes padding alone: attention_mask must be (batch, tokens)")
+        self.real_BM = None if mask is None or bool(mask.all()) else mask.bool()
+
+
+class Converted(nn.Module):
+    """A causal part that is called as transformers calls an attention layer.
+
+    Args:
+        part: of the catalogue, self-attention of (B, N, C).
+        layer_idx: the layer's number in the model's cache.
+        masks: of the model.
+    """
+
+    def __init__(self, part: Any, layer_idx: int, masks: Masks) -> None:
+        super().__init__()
+        self.part, self.layer_idx, self.masks = part, layer_idx, masks
+        self._caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """(B, N, C), and no weights.
+
+        Raises:
+            ValueError: if the cache was shortened, or holds other rows than before.
+        """
+        real_BM, cache = self.masks.real_BM, None
+        if past_key_values is not None:
+            cache = self._cache(past_key_values, hidden_states)
+        out = self.part(hidden_states, **({} if real_BM is None else {"mask": real_BM}), cache=cache)
+        return out, None
+
+    def _cache(self, theirs: Any, x_BNC: Tensor) -> Any:
+        past = theirs.get_seq_length(self.layer_idx)
+        if past == 0 or theirs not in self._caches:
+            self._caches[theirs] = self.part.new_cache(len(x_BNC), device=x_BNC.device, dtype=x_BNC.dtype)
+        cache = self._caches[theirs]
+        if cache.length != past:
+            raise ValueError(
+                f"a converted layer has seen {cache.length} tokens and the cache says {past}: caches that are "
+                "shortened, as by assisted decoding, are not for it"
+            )
+        row_B = torch.arange(len(x_BNC), dtype=torch.int16, device=x_BNC.device)
+        if past and not torch.equal(theirs.layers[self.layer_idx].keys[:, 0, 0, 0], row_B):
+            raise ValueError("the cache's rows were reordered: a converted layer takes no beam search")
+        tokens = row_B.view(-1, 1, 1, 1).expand(-1, 1, x_BNC.shape[1], 1)
+        theirs.update(tokens, tokens, self.layer_idx)
+        return cache
+
+
+def part_for(slug: str, layer: nn.Module, **arguments: Any) -> nn.Module:
+    """A part that begins with a trained layer's projections.
+
+    A part with `from_softmax` begins as its paper says; of another, the projections that it has too are copied, and
+    the rest begins as ever.
+
+    Args:
+        slug: of the part.
+        layer: the attention layer.
+        **arguments: the part's own.
+
+    Raises:
+        ValueError: if there is no such causal part, or the layer is no softmax attention.
+    """
+    entry = catalogue.part(slug)
+    if entry.kind != "sequence" or not {"causal", "decoding"} <= set(entry.supports):
+        raise ValueError(f"{slug} cannot take the place of a language model's layer: it must be causal and decode")
+    build: Any = entry.build
+    if "from-softmax" in entry.supports:
+        return build.from_softmax(layer, **({"causal": True} | arguments))
+    known = read_softmax(layer)
+    new = catalogue.create(slug, **({"dim": known.dim, "num_heads": known.num_heads, "causal": True} | arguments))
+    for name, source in (("q_proj", known.q), ("k_proj", known.k), ("v_proj", known.v), ("out_proj", known.out)):
+        place = getattr(new, name, None)
+        if isinstance(place, nn.Linear) and place.weight.shape == source[0].shape:
+            copy_affine(place, source)
+    return new.to(device=known.q[0].device, dtype=known.q[0].dtype)
+
+
+def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
+    """Parts in the places of attention layers.
+
+    Args:
+        model: of transformers, whose cache numbers its layers.
+        parts: module path -> part.
+
+    Raises:
+        ValueError: if it is no language model with a decoder.
+    """
+    if not hasattr(model, "get_decoder"):
+        raise ValueError(f"{type(model).__name__} is no language model of transformers")
+    masks = Masks(model.get_decoder())  # type: ignore[operator]
+    for path, part in parts.items():
+        layer: Any = model.get_submodule(path)
+        model.set_submodule(path, Converted(part, int(layer.layer_idx), masks))
+
+
+def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str, Any]) -> None:
+    """What was converted in a model, as a folder that `load` reads; the rest of the model is not written.
+
+    Args:
+        model: with converted layers.
+        folder: made if need be.
+        slug: of the parts.
+        arguments: of the parts, which JSON can hold.
+
+    Raises:
+        ValueError: if nothing is converted.
+        OSError: if it cannot be written.
+    """
+    from safetensors.torch import save as to_bytes
+
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Converted)}
+    if not layers:
+        raise ValueError("the model has no converted layer")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        f"{path}.{name}": tensor.contiguous()
+        for path, module in layers.items()
+        for name, tensor in module.part.state_dict().items()
+    }
+    write_bytes(folder / _WEIGHTS, to_bytes(state))
+    record = {"mechanism": slug, "arguments": dict(arguments), "layers": sorted(layers)}
+    write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
+
+
+def load(model: nn.Module, folder: str | Path) -> list[str]:
+    """Put what `save` wrote into a model, of the sort that it was converted from; returns the layers' paths.
+
+    Args:
+        model: as it was before the conversion; is changed.
+        folder: that `save` wrote.
+
+    Raises:
+        OSError: if the folder cannot be read.
+        ValueError: if it holds nothing of the kind, or it is of another model.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / _RECORD).read_text("utf-8"))
+        slug, arguments, paths = str(record["mechanism"]), dict(record["arguments"]), list(record["layers"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{folder} holds no converted layers") from None
+    state = load_file(folder / _WEIGHTS)
+    places = attention_layers(model)
+    if strange := sorted(set(paths) - set(places)):
+        raise ValueError(f"{folder} is of another model: there is no attention layer {strange[0]}")
+    parts = {path: part_for(slug, model.get_submodule(path), **arguments) for path in paths}
+    for path, part in parts.items():
+        own = {name.removeprefix(f"{path}."): x for name, x in state.items() if name.startswith(f"{path}.")}
+        try:
+            part.load_state_dict(own)
+        except RuntimeError as error:
+            raise ValueError(f"{folder} is of another model: {' '.join(str(error).split())[:200]}") from None
+    put_in(model, parts)
+    return paths
+
+
+def chosen_layers(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, nn.Module]:
+    """The attention layers that are meant: every other one, from the second on, where None.
+
+    Args:
+        model: of transformers.
+        layers: by number or pattern, as of `saccade.switch`.
+
+    Raises:
+        ValueError: if one is unknown, or was converted before.
+    """
+    places = attention_layers(model)
+    wanted = [number for number in sorted(set(places.values())) if number % 2] if layers is None else layers
+    return {path: model.get_submodule(path) for path in places if path in choose(places, wanted, "layers")}
+
+
+@contextmanager
+def standing(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """A model with other modules in some places, for a while.
+
+    Args:
+        model: any.
+        modules: path -> what stands there.
+    """
+    former = {path: model.get_submodule(path) for path in modules}
+    try:
+        for path, module in modules.items():
+            model.set_submodule(path, module)
+        yield
+    finally:
+        for path, module in former.items():
+            model.set_submodule(path, module)
+
+
+class Nothing(nn.Module):
+    """An attention layer that adds nothing: what it costs to leave one out."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Zeros, and no weights."""
+        return torch.zeros_like(hidden_states), None
