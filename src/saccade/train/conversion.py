@@ -233,8 +233,8 @@ class _Distillation:
             changing(self.model, Report("convert")) as changes,
             _narrow(),
         ):
-            for path, layer in self.old.items():
-                changes.after(layer, partial(called, path))
+            for path, theirs in self.old.items():
+                changes.after(theirs, partial(called, path))
             self.model(input_ids=ids_BN, use_cache=False)
         losses = []
         for path, (x_BNC, y_BNC) in seen.items():
