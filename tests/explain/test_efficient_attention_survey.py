@@ -13,7 +13,7 @@ from saccade.explain.efficient_attention_survey import RecurrentAttention, delta
 from saccade.layers.cache import StateCache
 from saccade.ops.linear import linear_attend
 
-UPDATES = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta")
+UPDATES = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn")
 
 
 def tensors(n: int = 13) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -114,7 +114,8 @@ def test_every_update_decodes_and_leaves_padding_out(update: str) -> None:
         bytes_then = cache.nbytes
         layer(x, cache=cache)
         torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-6, rtol=1e-5)
-        assert cache.length == 22 and cache.nbytes == bytes_then == (12 * 4 + 12 * (update == "kernel")) * 2 * 4
+        numbers = 3 * survey.state_size(update, 4, 4)  # type: ignore[arg-type]
+        assert cache.length == 22 and cache.nbytes == bytes_then == 2 * 4 * numbers
         # padding in front changes nothing of what follows
         real = torch.ones(2, 14, dtype=torch.bool)
         real[:, :3] = False
@@ -134,6 +135,49 @@ def test_random_features_come_closer_with_their_number() -> None:
         errors.append((total / 8) ** 0.5)
     assert errors[0] > 2 * errors[1] > 4 * errors[2]  # 1 / sqrt m would be 4 each time
     assert (survey.elu_features(q) > 0).all()
+
+
+def test_an_implicit_step_is_the_least_of_its_objective() -> None:
+    q, k, v, beta, _ = tensors(1)
+    k, start = 5 * k, torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    one = survey.implicit_rate(beta, k)
+    _, after = delta_attend(q, k, v, one, state=start, return_state=True)
+    after.requires_grad_()
+    away = (after - start).square().sum((2, 3)) + beta[:, :, 0] * (k @ after - v).square().sum((2, 3))
+    (slope,) = torch.autograd.grad(away.sum(), after)
+    torch.testing.assert_close(slope, torch.zeros_like(slope), atol=1e-10, rtol=0)
+    assert (one * k.square().sum(-1) < 1).all()
+
+
+def test_feature_maps_are_their_kernels() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 9, 4) / 2 for _ in range(2))
+    s = q @ k.mT
+    torch.testing.assert_close(survey.taylor_features(q) @ survey.taylor_features(k).mT, 1 + s + s**2 / 2)
+    spread = [
+        ((features(q) @ features(k).mT - s.exp()) ** 2).mean().sqrt().item()
+        for features in (survey.trigonometric_features(4, count) for count in (16, 4096))
+    ]
+    assert spread[0] > 4 * spread[1] and spread[1] < 0.1  # 1 / sqrt m would be 16 times
+    apart = torch.arange(9)[:, None] - torch.arange(9)
+    near = survey.cosine_features(q, 9) @ survey.cosine_features(k, 9).mT
+    torch.testing.assert_close(near, (q.relu() @ k.relu().mT) * torch.cos(torch.pi * apart / 18))
+    last = survey.cosine_features(q[:, 8:], 9, start=8)
+    torch.testing.assert_close(last, survey.cosine_features(q, 9)[:, 8:])
+    assert survey.hedgehog_features(q).sum(-1).allclose(torch.full((2, 9), 2.0))
+    with pytest.raises(ValueError, match="at most"):
+        survey.cosine_features(q, 8)
+
+
+def test_models_are_made_of_the_tree_s_classes() -> None:
+    assert {model.efficient for model in survey.MODELS} <= set(survey.CLASSES)
+    shares = {model.name: model.cache_share() for model in survey.MODELS if model.ratio}
+    assert shares["Jamba"] == pytest.approx(1 / 8) and shares["Gemma 2"] == 0.5
+    by_name = {model.name: model for model in survey.MODELS}
+    assert by_name["RWKV"].cache_share() == 0
+    with pytest.raises(ValueError, match="Hymba"):
+        by_name["Hymba"].cache_share()
+    assert "5 : 1" in survey.models()
 
 
 def test_every_part_has_its_place() -> None:

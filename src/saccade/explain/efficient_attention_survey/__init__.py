@@ -13,6 +13,7 @@ catalogue's parts into it. The linear branch is one family of recurrences of a s
 | gated-channel | diag(a_t) S + k^T v | linear/decay/data-dependent-vector |
 | delta | (I - beta k^T k) S + beta k^T v | linear/delta |
 | gated-delta | a_t (I - beta k^T k) S + beta k^T v | linear/delta |
+| longhorn | delta with beta = r / (1 + r abs(k)^2), an implicit step | linear/delta |
 
 The delta rule is a step of gradient descent with rate beta on |k S - v|^2 / 2: it replaces what S holds for k.
 By chunks of C tokens, with G the running sum of log a in the chunk,
@@ -20,35 +21,55 @@ By chunks of C tokens, with G the running sum of log a in the chunk,
     u_i = beta_i (v_i - exp(G_i) k_i S - sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j)             a triangular system
     o_i = exp(G_i) q_i S + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j,   S' = exp(G_C) S + sum_j exp(G_C - G_j) k_j^T u_j
 
-Rows and columns as the card fixes them: S is (D, E), o = q S. Gates here: beta = sigmoid(x w), a = sigmoid(x w)^(1/16)
-(GLA's exponent), gamma_h = 1 - 2^(-5 - h) (RetNet's); delta's q and k have unit norm, its v is as projected.
+S is (D, E), o = q S. Gates here: beta = sigmoid(x w), a = sigmoid(x w)^(1/16) (GLA's exponent), RetNet's gamma_h =
+1 - 2^(-5 - h); delta's q and k have unit norm, its v is as projected; Longhorn's keep their norm. `features.py` has the
+kernels' maps, `MODELS` the language models of the survey's third part. Where the survey's text was not at hand, single
+methods and models are placed by the field's literature: look there before a placement is quoted as the survey's.
 """
 
 from __future__ import annotations
 
 from saccade.catalogue import register
+from saccade.explain.efficient_attention_survey.features import (
+    cosine_features,
+    elu_features,
+    hedgehog_features,
+    random_features,
+    taylor_features,
+    trigonometric_features,
+)
 from saccade.explain.efficient_attention_survey.layer import RecurrentAttention
+from saccade.explain.efficient_attention_survey.models import MODELS, EfficientModel, models
 from saccade.explain.efficient_attention_survey.operator import (
     CLASSES,
     AttentionClass,
     Update,
     delta_attend,
-    elu_features,
+    implicit_rate,
     place,
-    random_features,
+    state_size,
     tree,
 )
 
 __all__ = [
     "CLASSES",
+    "MODELS",
     "AttentionClass",
+    "EfficientModel",
     "RecurrentAttention",
     "Update",
+    "cosine_features",
     "delta_attend",
     "elu_features",
+    "hedgehog_features",
+    "implicit_rate",
+    "models",
     "place",
     "random_features",
+    "state_size",
+    "taylor_features",
     "tree",
+    "trigonometric_features",
 ]
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.explain.efficient_attention_survey.operator import Update, delta_attend, elu_features
+from saccade.explain.efficient_attention_survey.features import elu_features
+from saccade.explain.efficient_attention_survey.operator import Update, delta_attend, implicit_rate
 from saccade.layers.cache import StateCache
 from saccade.layers.constants import Constants
 from saccade.ops.linear import linear_attend, retention_decay
@@ -47,7 +48,7 @@ class RecurrentAttention(Constants):
             raise ValueError("a recurrence is causal; got causal=False")
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim ({dim}), got {num_heads}")
-        names = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta")
+        names = ("kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn")
         if update not in names:
             raise ValueError(f"update must be one of {', '.join(names)}, got {update!r}")
         if chunk_size < 1:
@@ -57,7 +58,7 @@ class RecurrentAttention(Constants):
         self.out_proj = nn.Linear(dim, dim, bias=False)
         width = dim if update == "gated-channel" else num_heads
         self.gate = nn.Linear(dim, width) if update in ("gated", "gated-channel", "gated-delta") else None
-        self.rate = nn.Linear(dim, num_heads) if update in ("delta", "gated-delta") else None
+        self.rate = nn.Linear(dim, num_heads) if update in ("delta", "gated-delta", "longhorn") else None
         self.constant("decay", partial(retention_decay, num_heads) if update == "decay" else None)
 
     def forward(
@@ -108,13 +109,15 @@ class RecurrentAttention(Constants):
             q, k = elu_features(q), elu_features(k)
             k = k if real is None else k * real[..., None]
             return linear_attend(q, k, v, normalize=True, chunk_size=self.chunk_size, **plain)
-        if self.update in ("delta", "gated-delta"):
+        if self.update in ("delta", "gated-delta", "longhorn"):
             assert self.rate is not None
             rate = self.rate(x_BNC).sigmoid().transpose(1, 2)
+            if self.update == "longhorn":
+                rate = implicit_rate(rate, k)
             log_decay = None if gate is None else gate.transpose(1, 2)
             if real is not None:
                 rate, log_decay = rate * real, None if log_decay is None else log_decay * real
-            q, k = (F.normalize(x, dim=-1) for x in (q, k))
+            q, k = (q, k) if self.update == "longhorn" else (F.normalize(x, dim=-1) for x in (q, k))
             return delta_attend(q, k, v, rate, log_decay, chunk_size=self.chunk_size, **plain)
         decay: Tensor | None = self.decay if isinstance(self.decay, Tensor) else None
         if real is not None and decay is not None:

@@ -1,11 +1,10 @@
-"""The tree of classes and the catalogue's parts in it; the (gated) delta rule by chunks; features of kernels.
+"""The tree of classes and the catalogue's parts in it; the (gated) delta rule by chunks.
 
 Shape letters: B batch, H heads, N tokens, D head dim of q and k, E of v, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from saccade import catalogue
 from saccade.catalogue import Summary
 from saccade.ops.export import exporting
 
-Update = Literal["kernel", "decay", "gated", "gated-channel", "delta", "gated-delta"]
+Update = Literal["kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn"]
 
 
 @dataclass(frozen=True)
@@ -114,31 +113,6 @@ def tree() -> str:
     return "\n".join(lines)
 
 
-def elu_features(x: Tensor) -> Tensor:
-    """elu(x) + 1, the Linear Transformer's.
-
-    Args:
-        x: queries or keys.
-    """
-    return F.elu(x) + 1
-
-
-def random_features(width: int, count: int, *, seed: int = 0) -> Callable[[Tensor], Tensor]:
-    """exp(w . x - |x|^2 / 2) / sqrt m, w ~ N(0, I): the Performer's; E[phi(q) . phi(k)] = exp(q . k).
-
-    Args:
-        width: channels of x.
-        count: m, the number of features.
-        seed: of the directions w.
-    """
-    w = torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
-
-    def features(x: Tensor) -> Tensor:
-        return (x @ w.to(x).mT - x.square().sum(-1, keepdim=True) / 2).exp() * count**-0.5
-
-    return features
-
-
 def _solve(below: Tensor, right: Tensor) -> Tensor:
     """(I + below)^-1 right for matrices that are 0 on the diagonal and above it."""
     if not exporting():
@@ -148,6 +122,26 @@ def _solve(below: Tensor, right: Tensor) -> Tensor:
     while size < below.shape[-1]:
         right, power, size = right + power @ right, power @ power, 2 * size
     return right
+
+
+def implicit_rate(rate_BHN: Tensor, k_BHND: Tensor) -> Tensor:
+    """beta = r / (1 + r |k|^2): the delta rule with it is argmin_S |S - S'|^2 + r |k S - v|^2, stable for any key.
+
+    Args:
+        rate_BHN: r, Longhorn's rate (arXiv 2407.14207).
+        k_BHND: keys.
+    """
+    return rate_BHN / (1 + rate_BHN * k_BHND.square().sum(-1))
+
+
+def state_size(update: Update, key_dim: int, value_dim: int) -> int:
+    """How many numbers the state of a head is, whatever the length: D E, and D more of a normalised kernel.
+
+    Args:
+        update: of the recurrence.
+        key_dim, value_dim: D and E.
+    """
+    return key_dim * value_dim + (key_dim if update == "kernel" else 0)
 
 
 def delta_attend(
