@@ -26,6 +26,8 @@ from saccade.tables import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from saccade.explain.sparse_attention_decomposition import CausalCheck, Circuit
+
 __all__ = ["METHODS", "Explanation", "explain", "subject"]
 
 
@@ -47,6 +49,9 @@ class Explanation:
         heads: (layers, H, parts) a tower: the attention of what the output is read from to each part, head by head.
         remark: why there are no maps of attention, where there are none; else empty.
         sum: that of the map tensorlens, which adds up to the logit; None where there is no such map.
+        circuit: the heads that speak for the target, and who wrote what they read; None where it was not asked for.
+        causal: what becomes of the target when the circuit's edges are cut, beside random ones; None likewise, or
+            where it has none.
     """
 
     labels: list[str]
@@ -61,6 +66,8 @@ class Explanation:
     heads: list[Tensor]
     remark: str = ""
     sum: Attribution | None = None
+    circuit: Circuit | None = None
+    causal: CausalCheck | None = None
 
     @property
     def grid(self) -> tuple[int, int] | None:
@@ -107,7 +114,8 @@ class Explanation:
             for name in self.maps
         ]
         head = ("map", *(() if self.faithfulness is None else ("believe it",)), "most relevant")
-        more = [each.table() for each in (self.faithfulness, self.sanity) if each is not None]
+        held = (self.faithfulness, self.sanity, self.circuit, self.causal)
+        more = [each.table() for each in held if each is not None]
         said = [] if self.sum is None else [f"tensorlens: {self.sum}"]
         return "\n".join([table(head, rows), *more, *said, *([self.remark] if self.remark else [])])
 
@@ -150,6 +158,7 @@ def explain(
     tokenizer: Any = None,
     methods: Sequence[str] | None = None,
     faithful: bool = True,
+    circuit: bool = False,
     random: int = 5,
     subsets: int = 64,
     stages: int = 3,
@@ -169,6 +178,8 @@ def explain(
         tokenizer: makes tokens of a text, and names them.
         methods: of `METHODS`; where None all, without flow and occlusion of more than 64 parts.
         faithful: measure the maps, which takes some hundred calls of the model; without, they say nothing of belief.
+        circuit: trace the circuit of a text's target, and cut it; see
+            `saccade.explain.sparse_attention_decomposition`.
         random, subsets, seed: as of `faithfulness`.
         stages: in how many stages the weights are randomised, to see which maps change with them (not the slow maps);
             0 for not at all, as without `faithful`.
@@ -191,6 +202,7 @@ def explain(
         found = {name: METHODS[name](seen, run).detach().float().cpu() for name in names}
         measured = faithfulness(seen.score, found, random=random, subsets=subsets, seed=seed) if faithful else None
         checked = _sanity(seen, names, tokenizer, stages, seed) if faithful and stages else None
+        traced, causal = _circuit(seen, tokenizer, seed) if circuit else (None, None)
         return Explanation(
             labels=seen.labels,
             segments=seen.segments,
@@ -204,7 +216,23 @@ def explain(
             heads=heads(run),
             remark=seen.remark,
             sum=seen.attribution if "tensorlens" in found else None,
+            circuit=traced,
+            causal=causal,
         )
+
+
+def _circuit(seen: Subject, tokenizer: Any, seed: int) -> tuple[Circuit, CausalCheck | None]:
+    """
+    Raises:
+        ValueError: if no token of a text is explained.
+    """
+    from saccade.explain.sparse_attention_decomposition import causal_check, circuit
+
+    row, token = seen.target or (None, -1)
+    if not isinstance(seen, Text) or isinstance(seen, Prompt) or row is None:
+        raise ValueError("a circuit is traced of a token that a language model says of a text")
+    found = circuit(seen.model, seen.inputs, (row, token), tokenizer=tokenizer)
+    return found, causal_check(seen.model, seen.inputs, found, seed=seed) if found.edges else None
 
 
 def _sanity(seen: Subject, names: Sequence[str], tokenizer: Any, stages: int, seed: int) -> Sanity | None:

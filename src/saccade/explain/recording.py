@@ -43,6 +43,8 @@ _UNKNOWN = ("position_bias", "head_mask", "s_aux", "sinks", "indices", "block_in
 _HIDDEN = torch.finfo(torch.float32).min
 
 Chosen = Sequence[int] | Tensor | None
+#: (number of the layer, queries, keys, values) -> the three that are attended with
+Change = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class Attends(Protocol):
@@ -228,6 +230,7 @@ class _Recorder:
     recording: Recording
     places: dict[int, tuple[str, int]]
     wanted: set[int]
+    change: Change | None = None
     given: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -235,7 +238,9 @@ _RECORDER: ContextVar[_Recorder | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def recorded(model: nn.Module, *, layers: Sequence[int] | None = None) -> Iterator[Recording]:
+def recorded(
+    model: nn.Module, *, layers: Sequence[int] | None = None, change: Change | None = None
+) -> Iterator[Recording]:
     """Record every call of a transformers model's attention: decoder, encoder, ViT, CLIP, and those made of them.
 
     Gradients flow as without it, and reach the records where the model's output is called backward.
@@ -243,6 +248,7 @@ def recorded(model: nn.Module, *, layers: Sequence[int] | None = None) -> Iterat
     Args:
         model: a model that uses transformers' attention interface.
         layers: numbers of the layers that are kept, from the end where negative; all where None.
+        change: other queries (B, H, N, D), keys and values (B, K, M, D) of a layer, by its number, before it attends.
 
     Raises:
         ImportError: if transformers is not installed.
@@ -264,7 +270,7 @@ def recorded(model: nn.Module, *, layers: Sequence[int] | None = None) -> Iterat
     if strange := chosen - set(places.values()):
         raise ValueError(f"layers must be between 0 and {count - 1}, got {sorted(strange)}")
     known = {id(modules[name]): (name, number) for name, number in places.items()}
-    recorder = _Recorder(Recording(), known, chosen)
+    recorder = _Recorder(Recording(), known, chosen, change)
     with changing(model, Report("recorded")) as changes, attended(model, IMPLEMENTATION):
         for name, number in places.items():
             if number in chosen:
@@ -306,6 +312,8 @@ def _attention(
         causal, mask = False, torch.ones(1, 1, N, M, dtype=torch.bool, device=query.device).tril(M - N)
     name, number = ("", 0) if recorder is None else recorder.places.get(id(module), (type(module).__name__, 0))
     given = None if recorder is None else recorder.given.pop(id(module), None)
+    if recorder is not None and recorder.change is not None:
+        query, key, value = recorder.change(number, query, key, value)
     record = AttentionRecord(name, number, given, query, key, value, mask, scale, softcap, query, causal)
     if softcap is None:
         out_BHNE = F.scaled_dot_product_attention(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["STYLE", "document", "picture", "png"]
+__all__ = ["STYLE", "document", "picture", "png", "scrolling_table", "token_text"]
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1c2430; }
@@ -88,6 +88,27 @@ def picture(drawn: bytes, caption: str, dark: bytes | None = None, whole: bool =
         image = f"<picture>{source}{image}</picture>"
     start = '<figure class="whole">' if whole else "<figure>"
     return f"{start}{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def scrolling_table(head: str, rows: Sequence[str], name: str) -> str:
+    """A table that scrolls where it is wide, by the keyboard too.
+
+    Args:
+        head: HTML of the heading's cells.
+        rows: HTML of the other rows.
+        name: of the table, for those who do not see it.
+    """
+    start = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name, quote=True)}">'
+    return f"{start}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+
+
+def token_text(label: str) -> str:
+    """A tokenizer's token as it reads.
+
+    Args:
+        label: as the tokenizer has it.
+    """
+    return label.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").removeprefix("##")
 
 
 def _data(drawn: bytes) -> str:

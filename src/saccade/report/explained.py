@@ -22,7 +22,8 @@ from saccade import __version__
 from saccade.explain.faithfulness import BETTER, Faithfulness
 from saccade.explain.sanity import SAME, Sanity
 from saccade.extras import new_figure
-from saccade.report.document import document, picture, png
+from saccade.report import circuit
+from saccade.report.document import document, picture, png, scrolling_table, token_text
 from saccade.train.files import write_text
 from saccade.train.plotting import darken
 
@@ -115,8 +116,10 @@ def page(found: Explanation, *, model: str, target: str = "", image: Images = No
         "<h2>Do they agree?</h2>",
         _agreement(found),
         *(_heads(found) if found.heads else ()),
+        *(() if found.circuit is None else circuit.sections(found.circuit, found.causal)),
     ]
-    return document(f"saccade explain: {model}", sections, style=_STYLE)
+    style = _STYLE if found.circuit is None else _STYLE + circuit.STYLE
+    return document(f"saccade explain: {model}", sections, style=style)
 
 
 def _heads(found: Explanation) -> list[str]:
@@ -155,7 +158,7 @@ def _sane(checked: Sanity) -> list[str]:
     ]
     return [
         "<h2>Do they depend on what was learned?</h2>",
-        _table(
+        scrolling_table(
             f'<th scope="col">random weights</th>{head}<th scope="col">depends on them</th>',
             rows,
             "agreement of maps with themselves as weights are randomised",
@@ -227,8 +230,8 @@ def _map(found: Explanation, number: int, images: Sequence[Tensor]) -> str:
 def _tokens(labels: Sequence[str], share_M: Tensor, relevance_M: Tensor) -> str:
     spans = "".join(
         f'<span class="token{" against" * (value < 0)}" role="img" tabindex="0" style="--much:{abs(share):.3f}" '
-        f'data-says="{value:.4f}" aria-label="{escape(_shown(label), quote=True)}, relevance {value:.4f}">'
-        f"{escape(_shown(label))}</span>"
+        f'data-says="{value:.4f}" aria-label="{escape(token_text(label), quote=True)}, relevance {value:.4f}">'
+        f"{escape(token_text(label))}</span>"
         for label, share, value in zip(labels, share_M.tolist(), relevance_M.tolist(), strict=True)
     )
     return f'<p class="tokens">{spans}</p>'
@@ -242,11 +245,6 @@ def _places(relevance_hw: Tensor, count: int = 3) -> str:
     return f"{places} of {relevance_hw.shape[0]} x {wide}"
 
 
-def _shown(label: str) -> str:
-    """A tokenizer's token as it reads."""
-    return label.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").removeprefix("##")
-
-
 def _measures(known: Faithfulness) -> str:
     def row(name: str, measures: dict[str, float], stars: dict[str, bool]) -> str:
         cells = "".join(f"<td>{measures[k]:.3f}{' *' * stars.get(k, False)}</td>" for k in BETTER)
@@ -255,7 +253,7 @@ def _measures(known: Faithfulness) -> str:
     head = "".join(f'<th scope="col">{name} {"↑" if sign > 0 else "↓"}</th>' for name, sign in BETTER.items())
     rows = [row(name, each.figures(), known.beyond_chance(name)) for name, each in known.maps.items()]
     rows.append(row("random", known.chance(), {}))
-    return _table(f'<th scope="col">map</th>{head}', rows, "faithfulness of the maps")
+    return scrolling_table(f'<th scope="col">map</th>{head}', rows, "faithfulness of the maps")
 
 
 def _agreement(found: Explanation) -> str:
@@ -264,13 +262,7 @@ def _agreement(found: Explanation) -> str:
         f"<tr><td>{escape(name)}</td>" + "".join(f"<td>{value:.2f}</td>" for value in row.tolist()) + "</tr>"
         for name, row in zip(found.maps, found.agreement, strict=True)
     ]
-    return _table(f'<th scope="col">rank correlation</th>{head}', rows, "agreement of the maps")
-
-
-def _table(head: str, rows: list[str], name: str) -> str:
-    """A table that scrolls by the keyboard too."""
-    start = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(name, quote=True)}">'
-    return f"{start}<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return scrolling_table(f'<th scope="col">rank correlation</th>{head}', rows, "agreement of the maps")
 
 
 def _overlay(image_3HW: Tensor, relevance_hw: Tensor) -> bytes:

@@ -215,6 +215,9 @@ def explain(
         bool,
         typer.Option("--faithful/--maps-only", help="Measure whether to believe the maps: some hundred calls."),
     ] = True,
+    circuit: Annotated[
+        bool, typer.Option("--circuit", help="Which heads of a language model wrote what; its edges are cut, too.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="The page (.html) with maps, measures and pictures; the table alone without.")
     ] = None,
@@ -226,6 +229,8 @@ def explain(
     `saccade explain minilm "The cat sat on the mat" --out cat.html`
 
     `saccade explain smollm2-135m "The capital of France is" --target " Paris" --out paris.html`
+
+    `saccade explain smollm2-135m "When Mary and John went out, John gave a drink to" --circuit --out circuit.html`
 
     `saccade explain google/vit-base-patch16-224 photo.jpg --out photo.html`
 
@@ -260,8 +265,10 @@ def explain(
     chosen = None if target is None else pretrained.target_of(loaded, target)
     names = None if methods is None else [name.strip() for name in methods.split(",")]
     found = explained(
-        loaded.model, inputs, chosen, tokenizer=loaded.tokenizer, methods=names, faithful=faithful, seed=seed
-    )
+        loaded.model, inputs, chosen, tokenizer=loaded.tokenizer, methods=names, faithful=faithful, circuit=circuit,
+        seed=seed,
+    )  # fmt: skip
+    traced, causal = found.circuit, found.causal
     words, measured, checked = pretrained.words_of(loaded, found.target), found.faithfulness, found.sanity
     if as_json:
         print_json(
@@ -271,6 +278,11 @@ def explain(
                 "labels": found.labels, "maps": {name: each.tolist() for name, each in found.maps.items()},
                 "measures": {name: each.figures() for name, each in measured.maps.items()} if measured else None,
                 "as_weights_are_random": checked and {name: each.tolist() for name, each in checked.agreement.items()},
+                "circuit": traced and [
+                    {"writer": str(e.writer), "firing": e.firing, "side": e.side, "weight": e.weight}
+                    for e in traced.edges
+                ],
+                "cut": causal and {"before": causal.before, "circuit": causal.cut, **causal.others},
                 "random": [each.figures() for each in measured.floor] if measured else None,
             }
         )  # fmt: skip
