@@ -103,11 +103,14 @@ def test_what_is_taken_away_has_the_mean_of_all() -> None:
 def test_refusals() -> None:
     part = saccade.create("softmax", dim=8, num_heads=2)
     x = torch.randn(1, 4, 8)
+    recurrent = nn.Sequential(nn.Linear(8, 8))
+    recurrent.gate = nn.Linear(8, 8)  # a projection, not the gate of a map
     for model, inputs, target, options, message in (
         (part, torch.randn(2, 4, 8), None, {}, "one example"),
         (part, x, 4, {}, "below 4"),
         (part, x, None, {"methods": ["gradient x attention"]}, "needs gradients of attention"),
         (nn.Linear(8, 8), x, None, {}, "no part with mix"),
+        (recurrent, x, None, {}, "no part with mix"),
         (nn.Linear(8, 8), {"x": x}, None, {}, "not a transformers model"),
     ):
         with pytest.raises(ValueError, match=message):

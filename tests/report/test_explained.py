@@ -157,6 +157,15 @@ def test_an_image_is_needed_to_lay_maps_over(folder: Path) -> None:
         page(found, model="vit")
 
 
+def test_tokens_are_tinted_from_the_least_relevant_to_the_most(folder: Path) -> None:
+    model = transformers.BertForSequenceClassification.from_pretrained(folder / "text")
+    found = explain(model, {"input_ids": torch.tensor([[1, 2, 3]])}, methods=["raw"], faithful=False)
+    for values, shares in (([5.0, 7.0, 6.0], ["0", "1", "0.5"]), ([-2.0, 4.0, 1.0], ["0.5", "1", "0.25"])):
+        found.maps["raw"] = torch.tensor(values)
+        tints = re.findall(r"--much:([0-9.]+)", page(found, model="bert"))
+        assert [float(each) for each in tints] == [float(each) for each in shares]
+
+
 @pytest.fixture(scope="module")
 def both_kinds(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with an image and a text."""

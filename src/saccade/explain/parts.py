@@ -59,7 +59,8 @@ class Parts(Subject):
         else:
             self.labels = names_of(x[0].tolist() if self.numbers else range(x.shape[1]), tokenizer)
             self.segments = [Segment("text", 0, x.shape[1])]
-        self.mixers, self.gates = outermost(model, Mixes), outermost(model, Gates)
+        # a gate is of a map; what recurrent layers call so is a projection
+        self.mixers, self.gates = outermost(model, Mixes), outermost(model, Gates) if x.ndim == 4 else {}
         self.gives = frozenset({"attention"} if self.mixers else {"gates"} if self.gates else ())
         if not self.gives:
             raise ValueError(
@@ -141,7 +142,8 @@ class Parts(Subject):
             with torch.enable_grad(), effective(self.model, self.mixers) as records:
                 self.scalar(self.model(self.x if self.numbers else leaf(self.x))).backward()
         (whole,) = held
-        assert whole.grad is not None
+        if whole.grad is None:
+            raise ValueError(f"what {type(self.model).__name__} says has no gradient by its input")
         product = (whole.detach() * whole.grad)[0]
         gradient = product.sum(0).flatten() if self.x.ndim == 4 else product.sum(-1)
         return Run(self._tower(records) if self.mixers else [], gradient, gates)

@@ -212,12 +212,14 @@ def _map(found: Explanation, number: int, images: Sequence[Tensor]) -> str:
         f'<a class="skip" href="#{after}">skip the parts of {escape(name)}</a>',
     ]
     relevance, left = found.maps[name], iter(images)
-    most = float(relevance.abs().max()) or 1.0
+    # what has a sign is tinted from nothing, what has none from the least, as pictures are
+    signed = bool((relevance < 0).any())
+    tint = relevance / relevance.abs().max() if signed else _share(relevance)
     for segment in found.segments:
         values = relevance[segment.start : segment.stop]
         if segment.grid is None:
             labels = found.labels[segment.start : segment.stop]
-            shown.append(_tokens(labels, values / most, values))
+            shown.append(_tokens(labels, tint[segment.start : segment.stop], values))
             continue
         values_hw = values.view(segment.grid)
         drawn = _overlay(next(left), values_hw) if segment.kind == "image" else _heat(values_hw)
