@@ -5,6 +5,10 @@
   the sets of parts of which faithfulness asks the model.
 - **memory**: rollout of the last of 4096 tokens through random causal layers, beside the bytes of all of one layer's
   attention: at most a quarter.
+- **tensorlens**: the operator of a random encoder at one input, relevance alone: the peak of tensors of all rows
+  (L x L), and of one, for L and 2 L tokens, beside the L x D x L x D tensor that is never made. Goals: at most 5 % of
+  it, and four times as much at most for twice the tokens, O(L^2 + L D). At a size where that tensor can be had, both
+  say the same.
 
 Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.
 """
@@ -21,13 +25,16 @@ from torch import Tensor
 from saccade.bench import records
 from saccade.bench.records import Kept, Verdict
 from saccade.explain.explanation import explain, subject
+from saccade.explain.linearised import LinearModel
 from saccade.explain.maps import rollout
 from saccade.explain.methods import METHODS, chosen
 from saccade.explain.recording import AttentionRecord
+from saccade.explain.tensorlens import relevance, slices, tensorlens
 from saccade.ops.measure import fastest, peak_bytes
 
 TOKENS, SECONDS = 512, 5.0
 LONG, LAYERS, HEADS, SHARE = 4096, 4, 8, 0.25
+LENS_WIDTH, LENS_TOKENS, LENS_SHARE = 128, (64, 128), 0.05
 
 
 def minilm(quick: bool) -> tuple[Any, dict[str, Tensor]]:
@@ -78,7 +85,35 @@ def memory_row(quick: bool) -> dict[str, Any]:
     return {"tokens": length, "bytes": bytes_, "attention_bytes": 4 * HEADS * length**2}
 
 
-CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {"maps": maps_row, "memory": memory_row}
+def tensorlens_row(quick: bool) -> dict[str, Any]:
+    """Peaks of relevance by products, and how far the tensor's own relevance is from them where it can be had."""
+    import transformers
+
+    width, lengths = (16, (8, 16)) if quick else (LENS_WIDTH, LENS_TOKENS)
+    sizes = {"hidden_size": width, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 4 * width}
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=99)).eval()
+
+    def inputs(length: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.arange(length)[None] % 99}
+
+    row: dict[str, Any] = {"width": width, "tokens": list(lengths)}
+    row["bytes"] = [peak_bytes(partial(tensorlens, model, inputs(length))) for length in lengths]
+    row["one_bytes"] = [peak_bytes(partial(tensorlens, model, inputs(length), rows=[-1])) for length in lengths]
+    row["tensor_bytes"] = [4 * (length * width) ** 2 for length in lengths]
+    operator = LinearModel(model, inputs(8))
+    x, y = operator.x_BLD, operator.y_BLV
+    whole = torch.stack([slices(operator, i, y)[0] for i in range(8)])  # T (L, V, L, D)
+    dense = torch.einsum("iv,ivjd,jd->ij", y[0], whole, x[0])
+    row["error"] = float((relevance(operator, x, y)[0] - dense).abs().max() / dense.abs().max())
+    return row
+
+
+CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {
+    "maps": maps_row,
+    "memory": memory_row,
+    "tensorlens": tensorlens_row,
+}
 
 
 def verdicts(kept: Kept) -> list[Verdict]:
@@ -90,6 +125,12 @@ def verdicts(kept: Kept) -> list[Verdict]:
         share = row["bytes"] / row["attention_bytes"]
         words = f"memory of a rollout of {row['tokens']} tokens, of one layer's attention:"
         found.append(Verdict(words, SHARE, share, share <= SHARE, ceiling=True))
+    if (row := kept.get("tensorlens")) is not None:
+        (less, more), tensor = row["bytes"], row["tensor_bytes"][1]
+        words = f"memory of TensorLens's relevance of {row['tokens'][1]} tokens, of the tensor's:"
+        found.append(Verdict(words, LENS_SHARE, more / tensor, more / tensor <= LENS_SHARE, ceiling=True))
+        growth = more / less
+        found.append(Verdict("its growth with twice the tokens:", 4.0, growth, growth <= 4.0, ceiling=True))
     return found
 
 
@@ -106,6 +147,15 @@ def sections(kept: Kept) -> dict[str, list[str]]:
         figures = [f"{row[name] / 2**20:.1f}" for name in ("bytes", "attention_bytes")]
         found["Memory of a rollout of one token"] = records.table(
             ["tokens", "MiB", "one layer's attention, MiB"], [[str(row["tokens"]), *figures]]
+        )
+    if (row := kept.get("tensorlens")) is not None:
+        lines = [
+            [str(length), *(f"{each / 2**20:,.1f}" for each in figures)]
+            for length, *figures in zip(row["tokens"], row["bytes"], row["one_bytes"], row["tensor_bytes"], strict=True)
+        ]
+        heading = f"TensorLens's relevance, width {row['width']}, 4 blocks; by products and by the tensor alike to "
+        found[heading + f"{row['error']:.0e}"] = records.table(
+            ["tokens", "all rows, MiB", "one row, MiB", "the tensor, MiB"], lines, left=0
         )
     return found
 

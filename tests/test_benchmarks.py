@@ -101,8 +101,9 @@ def test_wrappers_beside_the_bare_model() -> None:
 def test_what_looking_inside_costs() -> None:
     pytest.importorskip("transformers")
     bench = load("explain")
-    kept = {name: records.stamp() | bench.CASES[name](True) for name in ("maps", "memory")}
+    kept = {name: records.stamp() | bench.CASES[name](True) for name in bench.CASES}
     assert kept["maps"]["seconds"] > 0 and set(kept["maps"]["maps"]) >= {"raw", "rollout", "gradient x attention"}
-    assert len(bench.verdicts(kept)) == 2
+    assert kept["tensorlens"]["error"] < 1e-4 and kept["tensorlens"]["one_bytes"][1] <= kept["tensorlens"]["bytes"][1]
+    assert len(bench.verdicts(kept)) == 4
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
-    assert "| rollout |" in page and "| 256 |" in page
+    assert "TensorLens" in page and "| rollout |" in page and "| 256 |" in page
