@@ -5,6 +5,9 @@
   the sets of parts of which faithfulness asks the model.
 - **memory**: rollout of the last of 4096 tokens through random causal layers, beside the bytes of all of one layer's
   attention: at most a quarter.
+- **circuit**: sparse attention decomposition of all heads of SmolLM2-135M (30 layers of 9) on a prompt of 64 tokens:
+  one pass, every score that fires taken apart into singular directions, and what each head, MLP and token wrote to
+  these. Goal 60 s on two cores. Beside it a call of the model.
 - **tensorlens**: the operator of a random encoder at one input, relevance alone: the peak of tensors of all rows
   (L x L), and of one, for L and 2 L tokens, beside the L x D x L x D tensor that is never made. Goals: at most 5 % of
   it, and four times as much at most for twice the tokens, O(L^2 + L D). At a size where that tensor can be had, both
@@ -29,11 +32,13 @@ from saccade.explain.linearised import LinearModel
 from saccade.explain.maps import rollout
 from saccade.explain.methods import METHODS, chosen
 from saccade.explain.recording import AttentionRecord
+from saccade.explain.sparse_attention_decomposition import decompose, read
 from saccade.explain.tensorlens import relevance, slices, tensorlens
 from saccade.ops.measure import fastest, peak_bytes
 
 TOKENS, SECONDS = 512, 5.0
 LONG, LAYERS, HEADS, SHARE = 4096, 4, 8, 0.25
+PROMPT, CIRCUIT_SECONDS = 64, 60.0
 LENS_WIDTH, LENS_TOKENS, LENS_SHARE = 128, (64, 128), 0.05
 
 
@@ -85,6 +90,45 @@ def memory_row(quick: bool) -> dict[str, Any]:
     return {"tokens": length, "bytes": bytes_, "attention_bytes": 4 * HEADS * length**2}
 
 
+def circuit_row(quick: bool) -> dict[str, Any]:
+    """Every firing of every head, and its writers."""
+    if quick:
+        import transformers
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=99)).eval()
+    else:
+        from saccade.train.models import load
+
+        model, _ = load("smollm2-135m")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    half = torch.randint(vocabulary // 4, vocabulary // 2, (1, PROMPT // 2), generator=generator)
+    inputs = {"input_ids": torch.cat([half, half], 1)}  # what is said twice is what induction heads fire at
+
+    def trace() -> tuple[int, int, int]:
+        stream = read(model, inputs)
+        layers = [decompose(stream, number) for number in range(len(stream.layers))]
+        heads = {firing[:2] for layer in layers for firing in layer.firings}
+        return len(stream.layers), len(heads), sum(len(layer.firings) for layer in layers)
+
+    def call() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    plain, seconds = fastest(call, trace, repeats=1 if quick else 2, budget=150.0)
+    layers, heads, firings = trace()
+    return {
+        "tokens": PROMPT,
+        "seconds": seconds,
+        "call_seconds": plain,
+        "layers": layers,
+        "heads": heads,
+        "firings": firings,
+    }
+
+
 def tensorlens_row(quick: bool) -> dict[str, Any]:
     """Peaks of relevance by products, and how far the tensor's own relevance is from them where it can be had."""
     import transformers
@@ -112,6 +156,7 @@ def tensorlens_row(quick: bool) -> dict[str, Any]:
 CASES: Mapping[str, Callable[[bool], dict[str, Any]]] = {
     "maps": maps_row,
     "memory": memory_row,
+    "circuit": circuit_row,
     "tensorlens": tensorlens_row,
 }
 
@@ -125,6 +170,9 @@ def verdicts(kept: Kept) -> list[Verdict]:
         share = row["bytes"] / row["attention_bytes"]
         words = f"memory of a rollout of {row['tokens']} tokens, of one layer's attention:"
         found.append(Verdict(words, SHARE, share, share <= SHARE, ceiling=True))
+    if (row := kept.get("circuit")) is not None:
+        words = f"seconds of taking all heads of SmolLM2 apart on {row['tokens']} tokens:"
+        found.append(Verdict(words, CIRCUIT_SECONDS, row["seconds"], row["seconds"] <= CIRCUIT_SECONDS, ceiling=True))
     if (row := kept.get("tensorlens")) is not None:
         (less, more), tensor = row["bytes"], row["tensor_bytes"][1]
         words = f"memory of TensorLens's relevance of {row['tokens'][1]} tokens, of the tensor's:"
@@ -147,6 +195,12 @@ def sections(kept: Kept) -> dict[str, list[str]]:
         figures = [f"{row[name] / 2**20:.1f}" for name in ("bytes", "attention_bytes")]
         found["Memory of a rollout of one token"] = records.table(
             ["tokens", "MiB", "one layer's attention, MiB"], [[str(row["tokens"]), *figures]]
+        )
+    if (row := kept.get("circuit")) is not None:
+        columns = ["tokens", "layers", "heads that fire", "scores taken apart", "s", "a call of the model, s"]
+        counts = [str(row[name]) for name in ("tokens", "layers", "heads", "firings")]
+        found["Sparse attention decomposition of all heads of SmolLM2-135M"] = records.table(
+            columns, [[*counts, *(f"{row[name]:.2f}" for name in ("seconds", "call_seconds"))]], left=0
         )
     if (row := kept.get("tensorlens")) is not None:
         lines = [

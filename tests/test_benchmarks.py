@@ -103,7 +103,8 @@ def test_what_looking_inside_costs() -> None:
     bench = load("explain")
     kept = {name: records.stamp() | bench.CASES[name](True) for name in bench.CASES}
     assert kept["maps"]["seconds"] > 0 and set(kept["maps"]["maps"]) >= {"raw", "rollout", "gradient x attention"}
+    assert kept["circuit"]["seconds"] > 0 and kept["circuit"]["layers"] == 2
     assert kept["tensorlens"]["error"] < 1e-4 and kept["tensorlens"]["one_bytes"][1] <= kept["tensorlens"]["bytes"][1]
-    assert len(bench.verdicts(kept)) == 4
+    assert len(bench.verdicts(kept)) == 5
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
-    assert "TensorLens" in page and "| rollout |" in page and "| 256 |" in page
+    assert "TensorLens" in page and "| 64 | 2 |" in page and "| rollout |" in page and "| 256 |" in page
