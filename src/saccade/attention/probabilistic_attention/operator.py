@@ -77,14 +77,19 @@ class Mixture:
         beta: precision of values, the same.
         log_prior: log pi (B, H, N, M), each axis but the last may be 1; it comes before magnitude priors.
         magnitude_priors: log pi_ij = alpha_j / 2 |zeta_j|^2 + beta_j / 2 |mu_j|^2, which leaves dot products alone.
-        positions: of pairs.
+        positions: of pairs; none where None.
     """
 
     alpha: float | Tensor = 1.0
     beta: float | Tensor = 0.0
     log_prior: Tensor | None = None
     magnitude_priors: bool = True
-    positions: RelativePositions = RelativePositions()
+    positions: RelativePositions | None = None
+
+    @property
+    def where(self) -> RelativePositions:
+        """The positions, empty where there are none."""
+        return RelativePositions() if self.positions is None else self.positions
 
     def features(self, q: Tensor, zeta: Tensor, mu: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of queries (B, H, N, F) and units (B, H, M, F): their dot product is the log joint, less what is the same for
@@ -100,7 +105,7 @@ class Mixture:
         bias = torch.zeros_like(zeta[..., :1])
         plain = magnitude
         if per_unit:  # |q|^2 does not cancel
-            twice = 1 if self.positions.query is None else 2
+            twice = 1 if self.where.query is None else 2
             ours.append(-0.5 * twice * _squares(q))
             theirs.append(alpha.expand_as(bias))
         if not magnitude:
@@ -114,7 +119,7 @@ class Mixture:
                     ours.append(-0.5 * _squares(initial))
                     theirs.append(beta.expand_as(bias))
             # the prior of the magnitude and the Gaussian's own cancel
-            sign = int(magnitude and self.positions.value is None) - int(initial is not None)
+            sign = int(magnitude and self.where.value is None) - int(initial is not None)
             plain = plain and not sign
             bias = bias + sign * beta / 2 * _squares(mu)
         if not plain:
@@ -124,7 +129,7 @@ class Mixture:
 
     def of_pairs(self, q: Tensor, zeta: Tensor, mu: Tensor) -> Tensor | None:
         """What positions add to the log joint, (B, H, N, M); None without positions."""
-        r_q, r_k, r_v = self.positions.query, self.positions.key, self.positions.value
+        r_q, r_k, r_v = self.where.query, self.where.key, self.where.value
         magnitude = self.magnitude_priors and self.log_prior is None
         total: Tensor | None = None
         alpha = _row(self.alpha)
@@ -268,10 +273,8 @@ def probabilistic_attend(
     found, guess = None, initial
     for _ in range(map_iterations):
         zeta, mu = repeat_heads(zeta_BKMD, H), repeat_heads(mu_BKME, H)
-        where = mixture.positions
-        pairs = any(x is not None for x in (where.query, where.key, where.value))
         iterated = key_iterations or (value_iterations and annotations is not None)
-        if not (iterated or pairs or return_weights):
+        if not (iterated or mixture.positions is not None or return_weights):
             ours, theirs = mixture.features(q_BHND, zeta, mu, guess)
             mod = None if mixture.log_prior is None else score_mods.bias(mixture.log_prior)
             out = attend(ours, theirs, mu, mask=given, score_mod=mod, scale=1.0)
@@ -313,7 +316,7 @@ def _iterated(
             more = more + weights @ annotations.offsets
         mu = propagate_values(weights, mu, annotations, mixture.beta, values[1], first_mu)
         weights = mixture.responsibilities(q, zeta, mu, guess, allowed)
-    r_v = mixture.positions.value
+    r_v = mixture.where.value
     offsets = None if r_v is None else torch.einsum("bhnm,nme->bhne", weights, r_v) + more
     return Read(weights @ mu, offsets, weights, zeta, mu)
 
