@@ -295,4 +295,4 @@ def drafter(draft: DreamDraft, target: Target, **tree: Any) -> DreamDrafter:
 
 
 #: two cores pay for each node of a pass, so that trees are small
-SMALL_TREE: dict[str, Any] = {"total_tokens": 8, "depth": 2, "top_k": 3}
+SMALL_TREE: dict[str, Any] = {"total_tokens": 6, "depth": 2, "top_k": 3}
