@@ -9,8 +9,8 @@ changes of low rank are trained in all layers of the language model, and then pu
 even exact embeddings of words at these places hardly better than shuffled ones (3.13 nats against 3.54). Questions are
 `DESCRIBE`, "What colour is the circle?" and "Is there a circle?".
 
-After 600 steps it tells .94 of colours asked for and .81 of what is there, and describes .34 of unseen scenes in exactly
-the right words (`benchmarks/seeing.py`, docs/seeing.md).
+After 600 steps it tells .94 of colours asked for and .81 of what is there, and describes .34 of unseen scenes in
+exactly the right words (`benchmarks/seeing.py`, docs/seeing.md).
 
 Shape letters: B scenes, C channels of the encoder, D width of the language model, N patches, T tokens of text, K
 tokens of an image, W words, S pixels of a side, s patches of a side.
