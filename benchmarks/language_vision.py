@@ -75,6 +75,7 @@ def dream_row(quick: bool) -> dict[str, Any]:
 
         return run
 
+    draft = task.drafter(draft).draft
     cache, head = draft.new_cache(), model.get_output_embeddings().weight[task.target.vocabulary]
     embeds = model.get_input_embeddings()(ids)
     draft(embeds, embeds[:, 1:], cache=cache)

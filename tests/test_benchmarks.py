@@ -108,3 +108,16 @@ def test_what_looking_inside_costs() -> None:
     assert len(bench.verdicts(kept)) == 5
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
     assert "TensorLens" in page and "| 64 | 2 |" in page and "| rollout |" in page and "| 256 |" in page
+    assert "| rollout |" in page and "| 256 |" in page
+
+
+def test_what_wrappers_do_to_a_model_that_sees() -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("skimage")
+    bench = load("seeing")
+    kept = {name: records.stamp() | case(True) for name, case in bench.CASES.items()}
+    assert all(0 <= kept[name][kind] <= 1 for name in ("bare", "agla", "carve") for kind in bench.KINDS)
+    assert kept["agla"]["positions"] > 0 and kept["token-compression"].keys() >= {"cluster 0.5", "cluster 0.25"}
+    assert kept["dream"]["with features: same"] == kept["dream"]["without: same"] == 1.0
+    page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
+    assert "| agla |" in page and "| cluster 0.5 |" in page and "| without |" in page

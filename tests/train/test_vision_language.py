@@ -10,7 +10,9 @@ from torch import Tensor
 
 from saccade.train import vision_language
 from saccade.train.data.described import END, WORDS
-from saccade.train.vision_language import DESCRIBE, IMAGE, Parts, answers, assemble, prompt
+from saccade.train.scene_questions import DESCRIBE, IMAGE, answers, prompt, score
+from saccade.train.tiny import blind_parts
+from saccade.train.vision_language import assemble
 
 pytest.importorskip("sklearn")
 
@@ -39,29 +41,6 @@ def test_tokens_learn_to_name_what_lies_there() -> None:
     assert (named[:, :2] == len(WORDS)).all()
 
 
-def tiny() -> Parts:
-    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
-    names = ["<end>", "<unk>", *WORDS, ".", "?", "Describe", "the", "picture", "What", "colour", "is", "are", "Is",
-             "there", "yes", "no"]  # fmt: skip
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    table = tokenizers.Tokenizer(tokenizers.models.WordLevel(numbers, "<unk>"))
-    table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=table, eos_token="<end>", pad_token="<end>")
-    torch.manual_seed(0)
-    vision = transformers.Dinov2Model(
-        transformers.Dinov2Config(
-            hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=112, mlp_ratio=1
-        )
-    )
-    language = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(names), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )
-    )  # fmt: skip
-    return Parts(vision.eval(), language.eval(), tokenizer)
-
-
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("skimage")
@@ -77,10 +56,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_goes_on_where_it_was_killed(few: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts, first = tiny(), tiny().language.state_dict()
+    parts, first = blind_parts(), blind_parts().language.state_dict()
     whole = vision_language.train(parts, tmp_path / "whole", shown=False).state_dict()
     changed = [name for name, tensor in parts.language.state_dict().items() if not torch.equal(tensor, first[name])]
-    assert len(changed) == 7 and all("proj" in name for name in changed)
+    assert len(changed) == 8 * 7 and all("proj" in name for name in changed)
     loss, count = vision_language._answer_loss, []
 
     def dies(*given: object) -> Tensor:
@@ -91,18 +70,18 @@ def test_training_goes_on_where_it_was_killed(few: None, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(vision_language, "_answer_loss", dies)
     with pytest.raises(KeyboardInterrupt):
-        vision_language.train(tiny(), tmp_path / "killed", shown=False)
-    again = tiny()
+        vision_language.train(blind_parts(), tmp_path / "killed", shown=False)
+    again = blind_parts()
     resumed = vision_language.train(again, tmp_path / "killed", shown=False).state_dict()
     assert len(count) == 3 + 2  # two steps were kept
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     assert all(map(torch.equal, again.language.parameters(), parts.language.parameters()))
-    other = vision_language.train(tiny(), tmp_path / "other", seed=1, shown=False).state_dict()
+    other = vision_language.train(blind_parts(), tmp_path / "other", seed=1, shown=False).state_dict()
     assert not torch.equal(other["linear_1.weight"], whole["linear_1.weight"])
 
 
 def test_the_model_of_transformers_computes_the_same() -> None:
-    parts = tiny()
+    parts = blind_parts()
     projector = parts.projector()
     images = torch.rand(2, 3, 112, 112)
     tokens = projector(parts.patches(images))
@@ -117,4 +96,4 @@ def test_the_model_of_transformers_computes_the_same() -> None:
     assert said.shape[1] > inputs["input_ids"].shape[1]
     with pytest.raises(ValueError):  # an image without its place in the text
         model(pixel_values=inputs["pixel_values"], input_ids=torch.tensor([[3, 4], [3, 4]]))
-    assert IMAGE in prompt() and vision_language.score(model, processor, 2)["described"] in (0.0, 0.5, 1.0)
+    assert IMAGE in prompt() and score(model, processor, 2)["described"] in (0.0, 0.5, 1.0)

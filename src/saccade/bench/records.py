@@ -104,6 +104,7 @@ def command(
     sections: Callable[[Kept], Mapping[str, Sequence[str]]],
     *,
     quick: str,
+    page_name: str = "speed-{}",
 ) -> None:
     """The command line of a benchmark of named cases: each is measured, kept in a file at once, and judged.
 
@@ -115,6 +116,7 @@ def command(
         verdicts: of kept figures.
         sections: of the page.
         quick: what `--quick` does.
+        page_name: of the page, with {} for the benchmark's.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(cases)}; all where none is named")
@@ -135,5 +137,5 @@ def command(
     if options.markdown:
         about = doc.partition("\n\n")[2].partition("\n\nFigures are kept")[0]
         absent = [case for case in cases if case not in kept]
-        how = f"python benchmarks/{name}.py --json FILE --markdown docs/speed-{name}.md"
+        how = f"python benchmarks/{name}.py --json FILE --markdown docs/{page_name.format(name)}.md"
         write_text(options.markdown, page(title, how, about, kept, absent, found, sections(kept)))

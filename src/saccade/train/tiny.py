@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from saccade.extras import need
+from saccade.train.data.described import WORDS
+from saccade.train.scene_questions import SIDE
+from saccade.train.vision_language import Parts, assemble
 
-__all__ = ["TINY", "Prompted", "tiny"]
+__all__ = ["TINY", "Prompted", "blind", "blind_parts", "tiny"]
 
 #: words of the tokenizer: the image's piece, markers, the instruction's words, and as many more as there is room for
 _WORDS = (
@@ -167,3 +170,50 @@ def tiny(name: str, side: int = 4, seed: int = 0, **text: Any) -> Prompted:
     if name == "qwen2-vl":
         inputs["mm_token_type_ids"] = (ids == 3).int()
     return Prompted(model.eval(), _Processor(tokenizer, _Images()), inputs, visual)
+
+
+def blind() -> tuple[Any, Any]:
+    """A tiny model of random weights that knows the words of captions alone, and its processor: for tests."""
+    parts = blind_parts()
+    return assemble(parts, parts.projector())
+
+
+def blind_parts() -> Parts:
+    """Parts of random weights whose tokenizer knows the words of captions and questions alone: for tests."""
+    transformers, tokenizers = need("transformers", "the model"), need("tokenizers", "the model")
+    asked = [
+        "Question",
+        ":",
+        "What",
+        "colour",
+        "are",
+        "is",
+        "the",
+        "in",
+        "picture",
+        "Is",
+        "there",
+        "Answer",
+        "yes",
+        "no",
+        ".",
+        "?",
+    ]
+    names = list(dict.fromkeys(["<end>", "<unk>", *WORDS, *asked, "yes", "no", "."]))
+    table = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, "<unk>"))
+    table.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=table, eos_token="<end>", pad_token="<end>")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vision = transformers.Dinov2Model(
+            transformers.Dinov2Config(
+                hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=SIDE, mlp_ratio=1
+            )
+        )
+        language = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=len(names), hidden_size=16, intermediate_size=16, num_hidden_layers=8,
+                num_attention_heads=2, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            )
+        )  # fmt: skip
+    return Parts(vision.eval(), language.eval(), tokenizer)

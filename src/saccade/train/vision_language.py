@@ -18,7 +18,7 @@ tokens of an image, W words, S pixels of a side, s patches of a side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,34 +35,16 @@ from saccade.models.images import MEAN, STD, normalised
 from saccade.ops.autocast import has_bfloat16
 from saccade.ops.folder import cache_folder, private_folder
 from saccade.train import models
-from saccade.train.data.described import CELLS, COLOUR_NAMES, END, THINGS, WORDS, Described, described, sentence
-from saccade.train.data.pictures import photographs
+from saccade.train.data.described import CELLS, COLOUR_NAMES, END, WORDS
 from saccade.train.files import read_tensors, write_tensors
 from saccade.train.loop import Training
 from saccade.train.progress import bar, showing
+from saccade.train.scene_questions import IMAGE, SIDE, answers, prompt, scenes
 
-__all__ = [
-    "DESCRIBE",
-    "IMAGE",
-    "SIDE",
-    "TOKENS",
-    "Parts",
-    "TokenProjector",
-    "answers",
-    "assemble",
-    "prompt",
-    "small",
-    "train",
-]
+__all__ = ["TOKENS", "Parts", "TokenProjector", "assemble", "small", "train"]
 
-#: pixels of an image's side; tokens of its side, of 2 x 2 patches each
-SIDE, TOKENS = 112, 4
-#: the token that stands for an image in a text
-IMAGE = "<image>"
-#: the question of a caption
-DESCRIBE = "What is in the picture?"
-#: photographs behind what is learned from, and what is judged on
-LEARN, JUDGE = ("chelsea", "coffee", "rocket"), ("astronaut",)
+#: tokens of an image's side, of 2 x 2 patches each
+TOKENS = 4
 #: scenes that are learned from; steps and batches of the two parts of training; steps between two checkpoints
 _SCENES, _WORD_STEPS, _WORD_BATCH, _STEPS, _BATCH, _EVERY = 3000, 600, 64, 600, 16, 20
 #: of the changes of the language model's weights
@@ -125,11 +107,6 @@ class TokenProjector(nn.Module):
         return self.linear_2(F.gelu(self.linear_1(self.norm(F.pixel_unshuffle(map_BCss, 2).flatten(2).mT))))
 
 
-def prompt(question: str = DESCRIBE) -> str:
-    """The text to which the model answers; the processor puts an image in the place of `IMAGE`."""
-    return f"{IMAGE}\nQuestion: {question}\nAnswer:"
-
-
 def assemble(parts: Parts, projector: TokenProjector) -> tuple[Any, Any]:
     """The model and its processor.
 
@@ -177,39 +154,6 @@ def small(*, seed: int = 0, shown: bool | None = None) -> tuple[Any, Any]:
     versions = (models.version(name) for name in ("smollm2-135m", "vit-s14"))
     folder = private_folder(cache_folder() / "vision-language" / "-".join(versions))
     return assemble(parts, train(parts, folder, seed=seed, shown=shown))
-
-
-def scenes(count: int, generator: torch.Generator, *, judge: bool = False) -> Described:
-    """Scenes over photographs; of those that are judged on, photographs and digits are others."""
-    behind = photographs(*(JUDGE if judge else LEARN))
-    return described(count, SIDE, generator, judge=judge, photographs=behind)
-
-
-def answers(words_T: Sequence[int], choice: int = 0) -> tuple[str, str]:
-    """A question on a scene and its answer.
-
-    Args:
-        words_T: its caption, by number.
-        choice: any number: 0, 1, 2 modulo 5 describe, 3 asks for a colour, 4 whether there is a thing.
-    """
-    words = sentence(words_T).split()
-    named = [(words[i], words[i + 1]) for i, word in enumerate(words[:-1]) if word in COLOUR_NAMES]
-    colour, thing = named[choice // 5 % len(named)]
-    others = {other for _, other in named}
-    if choice % 5 == 3 and len(others) == len(named):
-        return f"What colour {'are' if thing in _MANY else 'is'} the {thing}?", colour
-    if choice % 5 == 4:
-        is_there = choice // 10 % 2 == 0
-        if not is_there:
-            absent = [each for each in THINGS if not any(other in (each, _MANY_OF[each]) for other in others)]
-            thing = absent[choice // 20 % len(absent)]
-        asked = next((one for one, many in _MANY_OF.items() if many == thing), thing)
-        return f"Is there a {asked}?", "yes" if is_there else "no"
-    return DESCRIBE, " ".join(words)
-
-
-_MANY_OF = dict(zip(THINGS, WORDS[-len(THINGS) :], strict=True))
-_MANY = set(_MANY_OF.values())
 
 
 class _Joined(nn.Module):
@@ -370,31 +314,3 @@ def _answer_loss(parts: Parts, tokens_BKD: Tensor, captions: list[list[int]], ch
     hidden = parts.language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[:, K - 1 : -1]
     counts = label_BT != _IGNORE
     return F.cross_entropy(parts.language.lm_head(hidden[counts]), label_BT[counts])
-
-
-@torch.no_grad()
-def score(model: Any, processor: Any, count: int = 40, seed: int = 10**6, batch: int = 20) -> dict[str, float]:
-    """How many of held-out scenes are described in the right words, and the share of right answers to other questions.
-
-    Args:
-        model, processor: of `assemble`.
-        count: scenes.
-        seed: of them.
-        batch: scenes at once.
-    """
-    found: dict[str, list[bool]] = {"described": [], "colour": [], "presence": []}
-    asked = scenes(count, torch.Generator().manual_seed(seed), judge=True)
-    pictures = [(255 * image.movedim(0, -1)).round().byte().numpy() for image in asked.images]
-    for kind, choice in (("described", 0), ("colour", 3), ("presence", 4)):
-        pairs = [answers(words, choice + 5 * number) for number, words in enumerate(asked.captions.tolist())]
-        kept = [i for i, (question, _) in enumerate(pairs) if kind == "described" or question != DESCRIBE]
-        for start in range(0, len(kept), batch):
-            some = kept[start : start + batch]
-            inputs = processor(
-                images=[pictures[i] for i in some], text=[prompt(pairs[i][0]) for i in some], padding=True,
-                return_tensors="pt",
-            )  # fmt: skip
-            said = model.generate(**inputs, max_new_tokens=14, do_sample=False)
-            texts = processor.tokenizer.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            found[kind] += [text.strip() == pairs[i][1] for i, text in zip(some, texts, strict=True)]
-    return {kind: sum(right) / len(right) for kind, right in found.items() if right}
