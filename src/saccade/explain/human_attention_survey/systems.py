@@ -3,7 +3,8 @@
     people    human attention modelled: saliency (a map) or scanpaths (fixations in order)
     models    human attention put into models of vision, vision and language, language, and domains
 
-A tag that our source does not give is empty.
+A tag that our source does not give is empty, but for three kinds that are read from the branch or the name (ours): a
+saliency or scanpath system is taken to look freely at images where nothing else is said, and some `use` is in the name.
 """
 
 from __future__ import annotations
