@@ -281,7 +281,7 @@ def test_what_cannot_be_speculated_is_said() -> None:
         record(model, input_ids=ids)
     with pytest.raises(ValueError, match="must be a causal language model of transformers, got Linear"):
         dream(torch.nn.Linear(2, 2), draft())
-    with pytest.raises(ValueError, match="has no image_token_id"):
+    with pytest.raises(ValueError, match="names no image token"):
         dream(target(attn_implementation="eager"), draft(), keep_ratio=0.5).generate(ids, max_new_tokens=4)
     assert "generate" not in vars(model)
 

@@ -21,6 +21,7 @@ from saccade.explain.pairs import is_of_images
 from saccade.explain.patches import places
 from saccade.explain.recording import AttentionRecord
 from saccade.explain.subjects import Run, Segment, Target, Text, Tower
+from saccade.layers.vision_language import image_token
 from saccade.layers.wrapping import Changes, Report, changing
 
 __all__ = ["Prompt"]
@@ -45,7 +46,7 @@ class Prompt(Text):
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None, tokenizer: Any = None
     ) -> None:
-        self.decoder = decoder_of(model)
+        self.decoder = _own_decoder(model)
         self.seen: dict[str, Tensor] = {}
         with changing(model, Report("explained")) as changes:
             keep_state(model, changes)
@@ -127,7 +128,7 @@ class Prompt(Text):
         return super().towers([record for record in records if not is_of_images(record.name)])
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def _own_decoder(model: nn.Module) -> nn.Module:
     """The language model in one that sees.
 
     Raises:
@@ -137,19 +138,6 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if not isinstance(decoder, nn.Module) or decoder is model or is_of_images(type(decoder).__name__):
         raise ValueError(f"{type(model).__name__} has no language model of its own that reads images")
     return decoder
-
-
-def image_token(model: nn.Module) -> int:
-    """The number of the token in whose place an image's tokens stand.
-
-    Raises:
-        ValueError: if the model's config does not say.
-    """
-    config: Any = model.config
-    found = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if found is None:
-        raise ValueError(f"the config of {type(model).__name__} says no image_token_id")
-    return int(found)
 
 
 def keep_state(model: nn.Module, changes: Changes[Report]) -> None:

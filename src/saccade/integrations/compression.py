@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from saccade.compress.a_vl import AVLCache, AVLOptions, image_span
 from saccade.extras import need
-from saccade.layers.vision_language import decoder_of
+from saccade.layers.vision_language import decoder_of, image_token
 
 AttentionInterface = need("transformers", "A-VL's cache for a model").AttentionInterface
 Cache: Any = need("transformers.cache_utils", "A-VL's cache for a model").Cache
@@ -89,10 +89,7 @@ def compressed(model: nn.Module, image: Tensor, **options: Any) -> Iterator[AVLC
     policy = _policy(options)
     decoder = decoder_of(model)
     if image.dtype != torch.bool:
-        token = getattr(model.config, "image_token_id", getattr(model.config, "image_token_index", None))
-        if token is None:
-            raise ValueError(f"{type(model).__name__}'s config names no image token: give a bool mask of the image")
-        image = image == token
+        image = image == image_token(model)
     blocks = decoder.layers
     cache = TransformersAVLCache(policy, image_span(image), len(blocks))
     hooks = [decoder.register_forward_pre_hook(_refuse_padding, with_kwargs=True)]

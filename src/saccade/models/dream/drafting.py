@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saccade.layers.proposals import Proposal
 from saccade.layers.speculation import Speculative
+from saccade.layers.vision_language import image_token
 from saccade.models.dream.draft import DraftCache, DreamDraft
 from saccade.models.dream.selection import kept_tokens
 from saccade.ops.masks.trees import Tree
@@ -196,12 +197,9 @@ def image_tokens(model: Any, ids_N: Tensor) -> Tensor:
     Raises:
         ValueError: if its config names no image token, or there are no tokens to look at.
     """
-    config = model.config
-    token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
-    if token is None or not len(ids_N):
-        lacks = "no image_token_id in its config" if token is None else "embeddings in the place of tokens"
-        raise ValueError(f"image tokens cannot be told apart: {type(model).__name__} has {lacks}")
-    return ids_N == token
+    if not len(ids_N):
+        raise ValueError("image tokens cannot be told apart: the prompt is embeddings in the place of tokens")
+    return ids_N == image_token(model)
 
 
 def dream(model: nn.Module, draft: DreamDraft | DreamDrafter, **options: Any) -> Speculative:
