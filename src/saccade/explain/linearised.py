@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from saccade.explain import recording
-from saccade.extras import need
-from saccade.layers.attention_interface import attended, attention_layers
+from saccade.layers.attention_interface import attended, attention_layers, register
 from saccade.layers.watching import evaluating
 from saccade.layers.wrapping import Changes, Report, changing, frozen
 
@@ -99,7 +98,7 @@ def held(model: nn.Module, batch: int = 1, *, gated: str = "gate") -> Iterator[N
     """
     if gated not in GATED:
         raise ValueError(f"gated must be one of {', '.join(GATED)}, got {gated!r}")
-    _register()
+    register(IMPLEMENTATION, _attention, "a model as an affine map")
     with changing(model, Report("linearised")) as changes, attended(model, IMPLEMENTATION), _Functions(batch):
         for parent in model.modules():
             for child in parent.children():
@@ -378,10 +377,3 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *ar
     """The recording's attention, with the weights of the first; passes backward reach the values alone."""
     q_BHNE, k_BKME = (each[:1].detach().expand(len(value), *each.shape[1:]) for each in (query, key))
     return recording._attention(module, q_BHNE, k_BKME, value, *args, **kwargs)
-
-
-def _register() -> None:
-    what = "a model as an affine map"
-    utilities, masks = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
-    utilities.AttentionInterface.register(IMPLEMENTATION, _attention)
-    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.sdpa_mask)

@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.extras import need
-from saccade.layers.attention_interface import attended, attention_layers
+from saccade.layers.attention_interface import attended, attention_layers, register
 from saccade.layers.wrapping import Report, changing
 
 __all__ = ["Attends", "AttentionRecord", "Recording", "recorded"]
@@ -263,7 +262,7 @@ def recorded(
     >>> [record.name for record in recording.layers], recording.layers[0].weights().shape
     (['encoder.layer.0.attention.self', 'encoder.layer.1.attention.self'], torch.Size([1, 2, 3, 3]))
     """
-    _register()
+    register(IMPLEMENTATION, _attention, "recording the attention of a model")
     places, modules = attention_layers(model), dict(model.named_modules())
     count = 1 + max(places.values())
     chosen = set(range(count)) if layers is None else {number + count * (number < 0) for number in layers}
@@ -329,11 +328,3 @@ def _attention(
         record.out_BNHE = out_BNHE
         recorder.recording.layers.append(record)
     return out_BNHE, None
-
-
-def _register() -> None:
-    """Make the name valid in transformers; the masks it gets are of bool, and none where causal says it all."""
-    what = "recording the attention of a model"
-    utilities, masks = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
-    utilities.AttentionInterface.register(IMPLEMENTATION, _attention)
-    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.sdpa_mask)

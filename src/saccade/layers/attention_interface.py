@@ -1,16 +1,36 @@
-"""The attention of a loaded transformers model, run by a function of ours for a while: knows the interface, not the
-package, which is imported by nobody here.
+"""The attention of a loaded transformers model, run by a function of ours for a while. The package is imported by
+`register` alone, when it is called.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-__all__ = ["attended", "attention_layers", "configs"]
+from saccade.extras import need
+
+__all__ = ["attended", "attention_layers", "configs", "register"]
+
+
+def register(implementation: str, function: Callable[..., Any], what: str, *, masks: str = "sdpa_mask") -> None:
+    """Make a name valid in transformers' interface, of attention and of masks.
+
+    Args:
+        implementation: the name.
+        function: as transformers calls an attention function.
+        what: who needs it, as the beginning of a sentence.
+        masks: those that the function is given, of `transformers.masking_utils`: "sdpa_mask", of bool, and none where
+            causal says it all; "eager_mask", written out, what is added to scores.
+
+    Raises:
+        ImportError: if transformers is not installed.
+    """
+    utilities, theirs = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
+    utilities.AttentionInterface.register(implementation, function)
+    theirs.AttentionMaskInterface.register(implementation, getattr(theirs, masks))
 
 
 @contextmanager

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from saccade.explain.human_guided_patterns.attention import ProjectedAttention, padding_bias, pattern_attend
 from saccade.explain.human_guided_patterns.patterns import POSITIONAL, Predicate, assigned, by_head
-from saccade.extras import need
-from saccade.layers.attention_interface import attended, attention_layers
+from saccade.layers.attention_interface import attended, attention_layers, register
 from saccade.layers.wrapping import Report, changing
 
 #: the name by which transformers' interface knows the attention with patterns
@@ -86,7 +85,7 @@ def injected(
         ValueError: if it is no such model, or a head is not there or has two patterns; in a call, if it has no
             `input_ids`, or the attention is causal.
     """
-    _register()
+    register(IMPLEMENTATION, _attention, "patterns in the heads of a model", masks="eager_mask")
     places, modules = attention_layers(model), dict(model.named_modules())
     count = int(model.config.num_attention_heads)  # type: ignore[union-attr, arg-type]
     report = PatternReport("injected patterns")
@@ -258,11 +257,3 @@ def _attention(
         query, key, value, pattern_BHLL, fixed=fixed, bias=attention_mask, scale=scaling, drop=dropout
     )
     return out_BHLD.transpose(1, 2).contiguous(), weights
-
-
-def _register() -> None:
-    """Make the name valid in transformers; the masks it gets are written out."""
-    what = "patterns in the heads of a model"
-    utilities, masks = need("transformers.modeling_utils", what), need("transformers.masking_utils", what)
-    utilities.AttentionInterface.register(IMPLEMENTATION, _attention)
-    masks.AttentionMaskInterface.register(IMPLEMENTATION, masks.eager_mask)
