@@ -25,6 +25,11 @@ def has_bfloat16() -> bool:
     return asked is not None and bool(asked())
 
 
+def quick() -> AbstractContextManager[object]:
+    """Autocast to bfloat16 on the processor, where that saves time; nothing elsewhere."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
+
+
 def off(device: str) -> AbstractContextManager[object]:
     """Without autocast on a kind of device."""
     return torch.autocast(device, enabled=False) if is_on(device) else nullcontext()

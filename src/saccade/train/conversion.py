@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from saccade.integrations import converted
 from saccade.layers.wrapping import Report, changing
-from saccade.ops.autocast import has_bfloat16
+from saccade.ops.autocast import quick
 from saccade.tables import table
 from saccade.train.data import generator_at
 from saccade.train.files import make_folder, read_tensors, write_tensors
@@ -231,7 +231,7 @@ class _Distillation:
             torch.no_grad(),
             converted.standing(self.model, self.old),
             changing(self.model, Report("convert")) as changes,
-            _narrow(),
+            quick(),
         ):
             for path, theirs in self.old.items():
                 changes.after(theirs, partial(called, path))
@@ -239,22 +239,18 @@ class _Distillation:
         losses = []
         for path, (x_BNC, y_BNC) in seen.items():
             layer: Any = self.new[path]
-            with _narrow():
+            with quick():
                 ours_BNC = layer.part(x_BNC)
             losses.append((ours_BNC.float() - y_BNC.float()).square().mean() / y_BNC.float().square().mean())
         return torch.stack(losses).mean()
 
     def logits_loss(self, parts: nn.Module, ids_BN: Tensor) -> Tensor:
-        with torch.no_grad(), converted.standing(self.model, self.old), _narrow():
+        with torch.no_grad(), converted.standing(self.model, self.old), quick():
             said_BNV = self.model(input_ids=ids_BN, use_cache=False).logits.float().log_softmax(-1)
-        with _narrow():
+        with quick():
             ours_BNV = self.model(input_ids=ids_BN, use_cache=False).logits
         found = F.kl_div(ours_BNV.float().log_softmax(-1), said_BNV, log_target=True, reduction="none")
         return found.sum(-1).mean()
-
-
-def _narrow() -> Any:
-    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 @torch.no_grad()

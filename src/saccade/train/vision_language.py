@@ -32,7 +32,7 @@ from saccade.extras import need
 from saccade.layers.low_rank import LowRank
 from saccade.layers.wrapping import Report, changing
 from saccade.models.images import MEAN, STD, normalised
-from saccade.ops.autocast import has_bfloat16
+from saccade.ops.autocast import quick
 from saccade.ops.folder import cache_folder, private_folder
 from saccade.train import models
 from saccade.train.data.described import CELLS, COLOUR_NAMES, END, WORDS
@@ -232,7 +232,7 @@ def _learn(parts: Parts, training: Training, bank: dict[str, Tensor], state: Pat
             generator = torch.Generator().manual_seed(_STEPS * seed + step)
             chosen = torch.randint(_SCENES, (_BATCH,), generator=generator)
             choices = torch.randint(10**6, (_BATCH,), generator=generator).tolist()
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+            with quick():
                 value = training(chosen, loss)
             update(step + 1, words=f"loss {value:.3f}")
             if training.step % _EVERY == 0 or training.step == _STEPS:
@@ -248,7 +248,7 @@ def _bank(parts: Parts, file: Path, seed: int) -> dict[str, Tensor]:
     with bar("seeing scenes", _SCENES) as update:
         for start in range(0, _SCENES, 40):
             each = scenes(min(40, _SCENES - start), generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+            with quick():
                 patches = parts.patches(each.images)
             found.append((patches.half(), each.captions, each.cells))
             update(start + 40)
