@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.layers.mlp import ACTIVATIONS
+from saccade.ops.linear import elu_plus_one
 
 #: feature maps of the generalised kernel
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
-    "elu": lambda x: F.elu(x) + 1,
+    "elu": elu_plus_one,
     "relu": F.relu,
     "exp": torch.exp,
 }
