@@ -5,7 +5,8 @@
 
 alpha = 1 is softmax; 2 is sparsemax, argmin_p |p - z|^2 over distributions (Martins and Astudillo, arXiv 1602.02068);
 1.5 and 2 are exact by sorting, any other alpha by bisection (Peters, Niculae, Martins, arXiv 1905.05702). A row of
-which nothing is allowed gives zeros.
+which nothing is allowed gives zeros. They are of whole rows; `saccade.ops.normalizers` has those that are made tile by
+tile.
 
 Shape letters: ... any rows, L scores of a row.
 """
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["DISTRIBUTIONS", "distribute", "entmax", "entmax_reference", "sparsemax"]
+__all__ = ["DISTRIBUTIONS", "distribute", "entmax", "entmax_reference", "gumbel_noise", "sparsemax"]
 
 #: halvings of the bisection
 _STEPS = 50
@@ -114,6 +115,16 @@ def entmax_reference(z: Tensor, alpha: float) -> Tensor:
             low, high = (tau, high) if total > 1 else (low, tau)
         rows.append((x - (low + high) / 2).clamp(min=0).pow(1 / (alpha - 1)))
     return torch.stack(rows).view(z.shape)
+
+
+def gumbel_noise(like: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """-log e with e ~ Exp(1): the largest of log p + noise is at a place drawn from p.
+
+    Args:
+        like: a tensor of the shape and type that the noise is to have.
+        generator: of the noise; torch's own where None.
+    """
+    return torch.empty_like(like).exponential_(generator=generator).log().neg()
 
 
 class _Entmax(torch.autograd.Function):

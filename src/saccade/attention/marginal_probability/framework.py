@@ -16,6 +16,7 @@ from torch import Tensor
 
 from saccade.ops import score_mods
 from saccade.ops.attend import attend
+from saccade.ops.distributions import gumbel_noise
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.pattern import GivenMask, Pattern
@@ -118,8 +119,7 @@ class Sample:
     generator: torch.Generator | None = None
 
     def weights(self, log_weights: Tensor, dim: int) -> Tensor:
-        noise = torch.empty_like(log_weights).exponential_(generator=self.generator).log().neg()
-        hard = _one_hot((log_weights + noise).detach(), dim)
+        hard = _one_hot((log_weights + gumbel_noise(log_weights, self.generator)).detach(), dim)
         if not self.straight_through:
             return hard
         soft = log_weights.exp()

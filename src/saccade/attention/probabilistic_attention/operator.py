@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade.ops import score_mods
 from saccade.ops.attend import attend
+from saccade.ops.distributions import distribute
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 
@@ -153,10 +154,7 @@ class Mixture:
         joint = ours @ theirs.mT
         for more in (self.log_prior, self.of_pairs(q, zeta, mu)):
             joint = joint if more is None else joint + more
-        if allowed is None:
-            return joint.softmax(-1)
-        empty = ~allowed.any(-1, keepdim=True)
-        return joint.masked_fill(~allowed, -torch.inf).masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+        return distribute(joint, "softmax", allowed=allowed)
 
 
 def adapt_keys(

@@ -17,7 +17,7 @@ from saccade.explain.attentive_survey import alignments
 from saccade.explain.attentive_survey.alignments import Alignment
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
-from saccade.ops.distributions import distribute
+from saccade.ops.distributions import distribute, gumbel_noise
 from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 
@@ -192,7 +192,7 @@ def _chosen(scores: Tensor, weights: Tensor, allowed: Tensor, sample: bool) -> T
     with torch.no_grad():
         logits = weights.clamp(min=torch.finfo(weights.dtype).tiny).log() if sample else scores
         if sample:
-            logits = logits - torch.empty_like(logits).exponential_().log()
+            logits = logits + gumbel_noise(logits)
         logits = logits.masked_fill(~allowed, -torch.inf)
         one_hot = torch.zeros_like(weights).scatter(-1, logits.argmax(-1, keepdim=True), 1.0) * allowed
     return one_hot + (weights - weights.detach()) if sample else one_hot

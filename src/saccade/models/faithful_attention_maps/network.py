@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saccade.models.backbone import Backbone, ImageOutput, check_images
 from saccade.models.faithful_attention_maps.parts import Foreground, PartFinder, foreground, without
 from saccade.models.faithful_attention_maps.transformer import RegisterTransformer
+from saccade.ops.distributions import gumbel_noise
 from saccade.ops.export import output
 
 #: of a soft mask where it is 0
@@ -146,7 +147,7 @@ class TwoStageViT(Backbone):
         if noise is not None and noise.shape != dots.shape:
             raise ValueError(f"noise must be {tuple(dots.shape)}, got {tuple(noise.shape)}")
         if noise is None and self.training:
-            noise = _gumbel(dots)
+            noise = gumbel_noise(dots)
         if removed:
             found = without(part_maps, removed)
         else:
@@ -193,7 +194,7 @@ class TwoStageViT(Backbone):
             logits = torch.cat([dots[:, :-1].masked_fill(below, -torch.inf), dots[:, -1:]], 1)
         else:
             logits = self.parts.logits(x_BDHW, dots)
-        return dots, logits, self.parts.maps(logits, _gumbel(dots) if self.training and self.gumbel else None)
+        return dots, logits, self.parts.maps(logits, gumbel_noise(dots) if self.training and self.gumbel else None)
 
     def _second(self, pixel_values: Tensor, found: Foreground) -> Tensor:
         if self.soft:
@@ -204,10 +205,6 @@ class TwoStageViT(Backbone):
         # what compiles computes all patches: how many there are to be seen is data
         prune = self.prune and not self.training and not torch.compiler.is_compiling()
         return self.second(pixel_values, seen > 0.5, prune=prune)
-
-
-def _gumbel(like: Tensor) -> Tensor:
-    return -torch.empty_like(like).exponential_().log()
 
 
 @torch.no_grad()
