@@ -159,8 +159,9 @@ class CausalCheck:
         edges: how many.
         before: nothing cut.
         cut: the circuit's edges.
-        others: as many at random, by kind, a number for each draw: "other writers" to the same heads and tokens;
-            "other directions" of the same heads and writers; "elsewhere", edges found alike outside of the circuit.
+        others: as many at random, or as there are, by kind, a number for each draw: "other writers" to the same heads
+            and tokens; "other directions" of the same heads and writers; "elsewhere", edges found alike outside of the
+            circuit.
     """
 
     edges: int
@@ -266,7 +267,7 @@ def _pick(items: Sequence[Any], generator: torch.Generator) -> Any:
 
 
 def _other_writers(found: Circuit, generator: torch.Generator) -> list[Edge]:
-    """For each edge another writer that is not named, to the same token of the same firing."""
+    """For each edge another writer that is not named, to the same token of the same firing, where there is one."""
     taken = {edge[:3] for edge in found.edges}
     edges = list[Edge]()
     for edge in found.edges:

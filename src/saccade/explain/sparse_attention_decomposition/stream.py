@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from saccade.explain.recording import AttentionRecord, recorded
 from saccade.explain.sparse_attention_decomposition.decomposition import singular
+from saccade.explain.subjects import names_of
 from saccade.layers.attention_interface import attention_layers
 from saccade.layers.watching import evaluating
 from saccade.layers.wrapping import Report, changing
@@ -226,8 +227,7 @@ def read(model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None, 
             _layer(model, modules[record.name], record, heard, number, [*modules])
             for number, record in enumerate(records)
         ]
-        ids = ids_BN[0].tolist()
-        labels = [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids)
+        labels = names_of(ids_BN[0].tolist(), tokenizer)
         effect = [(out * grad)[0].detach().float().sum(-1) for out, grad in zip(outs, gradients, strict=True)]
         given = layers[0].given_ND
         positions = heard.learned(given)

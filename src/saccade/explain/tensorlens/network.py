@@ -36,6 +36,9 @@ class LensBlock(nn.Module):
         activation: of `saccade.layers.mlp.ACTIVATIONS`.
         causal: a token sees itself and those before it.
         bias: of attention's projections.
+
+    Raises:
+        ValueError: if sizes do not fit, or a name is unknown.
     """
 
     def __init__(
