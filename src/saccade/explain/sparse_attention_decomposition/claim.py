@@ -16,32 +16,37 @@ from saccade.extras import need
 if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
-_WORDS, _HALF, _HEADS, _WIDTH = 48, 12, 4, 64
+_WORDS, _LENGTH, _HEADS, _WIDTH = 48, 24, 4, 64
+#: tokens after which a text begins again: of any number, so that the place of a token does not tell what follows, and
+#: so many that the last one came once before: of two, attention would be divided
+_PERIODS = (12, 20)
 
 
 def _texts(count: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """A token that opens, then other tokens twice, as inputs (B, 24) and what follows."""
-    order = torch.rand(count, _WORDS - 1, generator=generator).argsort(1)[:, :_HALF] + 1
-    ids = torch.cat([torch.zeros(count, 1, dtype=torch.long), order, order], 1)
-    return ids[:, :-1], ids[:, 1:]
+    """A token that opens, then other tokens twice, as inputs (B, 24); what follows, -100 the first time."""
+    order = torch.rand(count, _WORDS - 1, generator=generator).argsort(1)[:, : _PERIODS[1]] + 1
+    period = torch.randint(*_PERIODS, (count, 1), generator=generator)
+    place = torch.arange(_LENGTH)
+    ids = torch.cat([torch.zeros(count, 1, dtype=torch.long), order.gather(1, place % period)], 1)
+    return ids[:, :-1], ids[:, 1:].masked_fill(place < period, -100)
 
 
 def _claim(lab: Lab) -> ClaimResult:
-    """Two layers of four heads with learned positions. Of held-out texts: how many directions carry a score, what of
+    """Two layers of four heads with rotary positions. Of held-out texts: how many directions carry a score, what of
     the lead of the right token is left without the circuit's signals, and without as many others."""
     transformers = need("transformers", "the claim of sparse-attention-decomposition")
     texts, answers = _texts(lab.size(12, 2), lab.held_out())
 
     def network() -> nn.Module:
-        config = transformers.GPT2Config(
-            vocab_size=_WORDS, n_positions=2 * _HALF + 1, n_embd=_WIDTH, n_layer=2, n_head=_HEADS, bos_token_id=0,
-            eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        config = transformers.LlamaConfig(
+            vocab_size=_WORDS, max_position_embeddings=_LENGTH, hidden_size=_WIDTH, num_hidden_layers=2,
+            num_attention_heads=_HEADS, intermediate_size=2 * _WIDTH, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        return cast(nn.Module, transformers.GPT2LMHeadModel(config))
+        return cast(nn.Module, transformers.LlamaForCausalLM(config))
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Of the second time alone."""
-        return F.cross_entropy(model(batch[0]).logits[:, _HALF:].flatten(0, 1), batch[1][:, _HALF:].flatten())
+        """Of what came before alone."""
+        return F.cross_entropy(model(batch[0]).logits.flatten(0, 1), batch[1].flatten())
 
     def measure(trial: Trial) -> dict[str, float]:
         said = trial.model(texts).logits[:, -1]
@@ -67,7 +72,7 @@ def _claim(lab: Lab) -> ClaimResult:
         }
 
     trained = lab.forms(
-        {"copying": network}, lambda generator: _texts(lab.size(96, 4), generator), measure, 250, loss=loss, lr=2e-3
+        {"copying": network}, lambda generator: _texts(lab.size(64, 4), generator), measure, 800, loss=loss, lr=3e-3
     )
     measured = trained.means("{figure}")
     return ClaimResult(
