@@ -2,7 +2,8 @@
 
 Another one is an entry of `METHODS`: a function of the subject and its `Run`, and what it needs of it.
 
-Shape letters: N tokens, M parts (tokens of a text, patches of an image), H heads, n rows at a time.
+Shape letters: N tokens, M parts (tokens of a text, patches of an image), H heads, n rows at a time,
+L tokens before the blocks.
 """
 
 from __future__ import annotations

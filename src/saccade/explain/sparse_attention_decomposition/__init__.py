@@ -22,6 +22,8 @@ Chosen where paper and code are silent or differ: the 1 behind a token is counte
 each head as in the authors' code; MLPs, tokens and positions are writers beside heads (`kinds=("head",)` is the
 paper's); of LayerNorm, forms read nothing along the mean, which is not there; writers with C <= 0 are no edges; seeds
 are the heads that fire at the explained token and raise its lead most, to first order.
+
+Shape letters: N tokens, D width, L layers, H heads, R width of queries and keys.
 """
 
 from __future__ import annotations

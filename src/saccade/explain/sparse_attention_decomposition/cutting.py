@@ -3,7 +3,8 @@
     local:   delta / scale off what one head reads at the token, as its query, key and value
     global:  delta off the stream, for all who read it later;         delta = P [o; 0],   P = sum_S u_k u_k^T, or of v_k
 
-Shape letters: D width, R width of queries, H heads, K key heads, N tokens, B batch.
+Shape letters: E = D + 1 width of a token and the 1 behind it, D width, R width of queries, H heads, K key heads, N
+tokens, B batch, V width of values, or words of the vocabulary.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ Weights are read off by calls: projections of unit vectors, whatever modules mak
 What cannot be so written, such as norms of queries, or norms behind what is written, is refused.
 
 Shape letters: E = D + 1 width of a token and the 1 behind it, D width, R width of queries and keys, L layers, H heads,
-K key heads, N tokens, F firings, W writers, V width of values, P probes.
+K key heads, N tokens, F firings, W writers, V width of values, or words of the vocabulary, P
+probes; of a record B batch, C channels, E head dim, M keys.
 """
 
 from __future__ import annotations

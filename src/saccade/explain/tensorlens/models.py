@@ -1,6 +1,6 @@
 """The operator of a transformers model, and what is done with it: relevance, relations, perturbation.
 
-Shape letters: B batch, S sets of parts, L tokens, D width, M parts.
+Shape letters: B batch, S sets of parts, L tokens, D width, M parts, V width of what is read.
 """
 
 from __future__ import annotations
