@@ -37,9 +37,9 @@ from saccade.train.drafts import start_as
 from saccade.train.tiny import blind
 
 #: scenes that are judged, and in a quick run
-COUNT, FEW = 200, 2
+COUNT, FEW = 100, 2
 SHARES = (0.5, 0.25)
-METHODS = ("cluster", "merging", "pool", "spatial", "saliency", "random")
+METHODS = ("cluster", "spatial", "saliency", "random")
 KINDS = ("described", "colour", "presence")
 #: of the draft: texts, and steps of its training
 TEXTS, STEPS, ROWS = 480, 300, 16
