@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saccade import tables
 from saccade.explain.evidence import FLOOR, find, judge
 
 
@@ -34,7 +35,8 @@ def test_a_random_map_is_at_chance() -> None:
     assert floor["precision"] == pytest.approx(3 / 20, abs=0.03) and floor["rank"] == pytest.approx(21 / 2, abs=0.6)
 
 
-def test_the_evidence_itself_is_the_best_and_most_faithful_map() -> None:
+def test_the_evidence_itself_is_the_best_and_most_faithful_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "terminal_width", lambda: 200)
     generator = torch.Generator().manual_seed(1)
     evidence = torch.rand(4, 16, generator=generator).argsort(1) < 3
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from saccade import tables
 from saccade.explain.sanity import groups, sanity
 from saccade.layers.wrapping import footprint
 
@@ -31,7 +32,8 @@ def test_groups_stand_from_the_top() -> None:
     assert [name for name, _ in groups(pair)] == ["image.0", "text.0"]
 
 
-def test_maps_of_weights_change_and_of_inputs_stay_in_the_order_of_the_layers() -> None:
+def test_maps_of_weights_change_and_of_inputs_stay_in_the_order_of_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "terminal_width", lambda: 200)
     network = model()
     before = footprint(network)
     random = torch.randn(64)

@@ -110,7 +110,7 @@ def switch(
     >>> from transformers import LlamaConfig, LlamaModel
     >>> model = LlamaModel(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
     ...                                num_attention_heads=2)).eval()
-    >>> with torch.no_grad(), saccade.switch(model, "window", left=3, report=True) as report:
+    >>> with torch.no_grad(), saccade.switch(model, "window", left=2, sinks=1, report=True) as report:
     ...     out = model(torch.arange(8)[None] % 9)
     >>> round(report.layers[0].density, 2)
     0.72

@@ -94,7 +94,7 @@ def packed(model: nn.Module, *, rows: int = 8) -> Iterator[Packed]:
 
     >>> model, x = nn.Linear(64, 32), torch.randn(3, 64)
     >>> with torch.no_grad(), packed(model) as report:
-    ...     close = torch.allclose(model(x), F.linear(x, model.weight, model.bias), atol=1e-5)
+    ...     close = torch.allclose(model(x), x @ model.weight.T + model.bias, atol=1e-5)
     >>> close, report.layers, report.nbytes
     (True, 1, 8192)
     """
