@@ -56,7 +56,7 @@ class Speculate(NetworkTask):
     metric = Metric("accepted_length", "tokens a pass", higher_is_better=True)
     inputs = ("inputs_embeds", "target_features")
     budgets = {
-        "quick": Settings(length=96, batch=8, steps=100, lr=1e-3, lengths=(256, 1024), evaluation_size=4),
+        "quick": Settings(length=96, batch=8, steps=100, lr=1e-3, lengths=(256, 1024), evaluation_size=12),
         "standard": Settings(length=96, batch=8, steps=800, lr=1e-3, lengths=(256, 1024, 4096), evaluation_size=12),
         "long": Settings(length=256, batch=16, steps=5000, lr=1e-3, lengths=(256, 1024, 4096), evaluation_size=24),
     }
