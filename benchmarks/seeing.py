@@ -1,7 +1,7 @@
 """What wrappers do to a vision-language model that sees: `python benchmarks/seeing.py [CASE ...]`.
 
-The model is `saccade.train.vision_language.small`: SmolLM2-135M and a ViT-S/14, joined and trained here once, in some
-ten minutes of a machine to itself, and kept in the cache folder. It is asked about generated scenes that it has not
+The model is `saccade.train.vision_language.small`: SmolLM2-135M and a ViT-S/14, joined and trained here once (an
+hour of one thread on a busy machine), and kept in the cache folder. It is asked about generated scenes that it has not
 seen, over another photograph and with other digits: to describe them (right when each word is), for a colour, and
 whether a thing is there.
 

@@ -185,7 +185,7 @@ class _Joined(nn.Module):
 def train(parts: Parts, folder: Path, *, seed: int = 0, shown: bool | None = None) -> TokenProjector:
     """Train a projector and the language model's change, with progress; killed, it goes on from the last checkpoint.
 
-    About 25 minutes on two cores that do nothing else.
+    An hour of one thread on a busy machine.
 
     Args:
         parts: the language model's weights are changed at the end; the encoder stays as it is.
