@@ -113,8 +113,11 @@ def version(name: str) -> str:
     Raises:
         ImportError: if it is not installed; the message is the command that installs it.
     """
-    MODELS[name].folder()
-    return importlib.metadata.version(MODELS[name].distribution.partition("==")[0])
+    entry = MODELS[name]
+    try:
+        return importlib.metadata.version(entry.distribution.partition("==")[0])
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(f"{entry.distribution} is not installed: {entry.install}", name=entry.package) from None
 
 
 def example_pair(name: str) -> tuple[Path, Path]:
