@@ -33,7 +33,7 @@ from saccade.models.dream import DreamDraft, Sample, dream, fit_draft, record
 from saccade.models.images import normalised
 from saccade.train import scene_questions, vision_language
 from saccade.train.data.described import WORDS
-from saccade.train.drafts import start_as
+from saccade.train.drafts import LESSON, draft_arguments, giving_attentions, start_as
 from saccade.train.tiny import blind
 
 #: scenes that are judged, and in a quick run
@@ -88,8 +88,7 @@ def wrapped(name: str, quick: bool) -> AbstractContextManager[Any]:
 @torch.no_grad()
 def seen_row(name: str, quick: bool) -> dict[str, Any]:
     network, processor = model(quick)
-    network.set_attn_implementation("eager" if name == "carve" else "sdpa")
-    with wrapped(name, quick) as report:
+    with giving_attentions(network) if name == "carve" else nullcontext(), wrapped(name, quick) as report:
         row: dict[str, Any] = scene_questions.score(network, processor, FEW if quick else COUNT)
     if name == "agla":
         row["changed"], row["positions"] = report.changed, report.positions
@@ -111,19 +110,14 @@ def dream_row(quick: bool) -> dict[str, Any]:
     """Tokens a pass behind images that the draft has not seen, with features and without."""
     network, processor = model(quick)
     texts, steps = (4, 2) if quick else (TEXTS, STEPS)
-    config = network.config.get_text_config()
     torch.manual_seed(0)
-    draft = DreamDraft(
-        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
-        eps=config.rms_norm_eps, rope_base=float(config.rope_parameters["rope_theta"]), strict=True,
-    )  # fmt: skip
-    start_as(draft, network)
+    draft = start_as(DreamDraft(**draft_arguments(network), strict=True), network)
     generator = torch.Generator().manual_seed(1)
     samples = [_said(network, processor, min(ROWS, texts), generator) for _ in range(max(1, texts // ROWS))]
     order = torch.randint(len(samples), (steps,), generator=generator).tolist()
     fit_draft(
         draft, network, (samples[number] for number in order), lr=1e-3, warmup=min(20, steps), steps=steps,
-        over="sum", p_weight=0.3, noise=0.05, second=False, clip=1.0,
+        **LESSON,
     )  # fmt: skip
     row: dict[str, Any] = {}
     for name in ("with features", "without"):
@@ -152,14 +146,11 @@ def _asked(processor: Any, count: int, generator: torch.Generator, *, judge: boo
 def _said(network: Any, processor: Any, count: int, generator: torch.Generator) -> Sample:
     """What the model says of scenes, and its features."""
     (inputs,) = _asked(processor, count, generator, rows=count)
-    network.set_attn_implementation("sdpa")
     ids = network.generate(**inputs, max_new_tokens=10, min_new_tokens=10, do_sample=False)
-    network.set_attn_implementation("eager")
     learned = torch.zeros(ids.shape, dtype=torch.bool)
     learned[:, inputs["input_ids"].shape[1] - 1 :] = True
-    found = record(network, learned, input_ids=ids, pixel_values=inputs["pixel_values"])
-    network.set_attn_implementation("sdpa")
-    return found
+    with giving_attentions(network):
+        return record(network, learned, input_ids=ids, pixel_values=inputs["pixel_values"])
 
 
 CASES = {

@@ -219,7 +219,8 @@ def chosen_layers(model: nn.Module, layers: Sequence[int | str] | None) -> dict[
     """
     places = attention_layers(model)
     wanted = [number for number in sorted(set(places.values())) if number % 2] if layers is None else layers
-    return {path: model.get_submodule(path) for path in places if path in choose(places, wanted, "layers")}
+    chosen = choose(places, wanted, "layers")
+    return {path: model.get_submodule(path) for path in places if path in chosen}
 
 
 @contextmanager

@@ -182,7 +182,9 @@ class _Distillation:
         self.model, self.old, self.new = model, old, new
         self.minutes = minutes
         # of minutes nobody knows how many steps they are: the schedule goes by their share that is spent
-        self.training = Training(nn.ModuleList(new.values()), steps or 1_000_000, lr=lr, weight_decay=0.0)
+        self.training = Training(
+            nn.ModuleList(new.values()), steps or 1_000_000, lr=lr, weight_decay=0.0, schedule=self.rate
+        )
         self.file = None if folder is None else Path(folder) / "state.safetensors"
         self.seconds = 0.0
         if self.file is not None:
@@ -199,8 +201,9 @@ class _Distillation:
         return self.training.step / self.training.steps
 
     def rate(self) -> float:
+        """Of the highest."""
         done = self.share()
-        return self.training.lr * min(1.0, 20 * done + 0.05) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return min(1.0, 20 * done + 0.05) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
     def run(self, report: Conversion, data: Tensor, whole: float, length: int, batch: int, seed: int) -> None:
         saved = time.monotonic()
@@ -211,7 +214,6 @@ class _Distillation:
                 first_B = torch.randint(len(data) - length, (batch,), generator=generator)
                 ids_BN = data[first_B[:, None] + torch.arange(length)]
                 second = self.share() >= 1 - whole
-                self.training.learning_rate = self.rate  # type: ignore[method-assign]
                 value = self.training(ids_BN, self.logits_loss if second else self.layers_loss)
                 report.losses.append(value)
                 self.seconds += time.monotonic() - start

@@ -32,12 +32,25 @@ from saccade.ops.folder import write_bytes
 from saccade.train.data import generator_at
 from saccade.train.progress import track
 
-__all__ = ["Decoded", "Target", "decoded", "drafter", "start_as", "trained"]
+__all__ = [
+    "LESSON",
+    "Decoded",
+    "Target",
+    "decoded",
+    "draft_arguments",
+    "drafter",
+    "giving_attentions",
+    "quick_products",
+    "start_as",
+    "trained",
+]
 
 #: texts that are made at a time
 ROWS = 24
 #: steps between two checkpoints
 CHECKPOINT = 25
+#: how a draft is taught on a small machine, of `fit_draft`
+LESSON: dict[str, Any] = {"over": "sum", "p_weight": 0.3, "noise": 0.05, "second": False, "clip": 1.0}
 
 
 @dataclass
@@ -71,17 +84,8 @@ class Target:
 
     @property
     def head_arguments(self) -> dict[str, Any]:
-        """A draft's constructor arguments that are the model's own."""
-        config = self.model.config.get_text_config()
-        rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
-        return {
-            "dim": config.hidden_size,
-            "hidden": config.intermediate_size,
-            "num_heads": config.num_attention_heads,
-            "num_kv_heads": config.num_key_value_heads,
-            "eps": config.rms_norm_eps,
-            "rope_base": float(rope["rope_theta"]),
-        }
+        """`draft_arguments` of the model."""
+        return draft_arguments(self.model)
 
     def prompts(self, count: int, generator: torch.Generator, judge: bool = False) -> Tensor:
         """Windows of the text, (count, P)."""
@@ -111,13 +115,31 @@ class Target:
                     prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=self.new,
                     min_new_tokens=self.new, do_sample=False, pad_token_id=0,
                 )  # fmt: skip
-            with _giving_attentions(model):
+            with giving_attentions(model):
                 said = record(model, input_ids=ids)
             held = {"ids": ids, "features": said.features.bfloat16(), "mid": said.mid.bfloat16()}
             if file is not None:
                 write_bytes(file, save({name: tensor.contiguous() for name, tensor in held.items()}))
         self._chunks[number] = held
         return held
+
+
+def draft_arguments(model: Any) -> dict[str, Any]:
+    """A draft's constructor arguments that are its target's own.
+
+    Args:
+        model: of transformers, of LLaMA's layout.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {"rope_theta": getattr(config, "rope_theta", 10000.0)}
+    return {
+        "dim": config.hidden_size,
+        "hidden": config.intermediate_size,
+        "num_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "eps": config.rms_norm_eps,
+        "rope_base": float(rope["rope_theta"]),
+    }
 
 
 def quick_products(model: nn.Module, rows: int = 8) -> AbstractContextManager[Any]:
@@ -131,8 +153,12 @@ def quick_products(model: nn.Module, rows: int = 8) -> AbstractContextManager[An
     return packed(model, rows=rows) if packs else nullcontext()
 
 
-class _giving_attentions:
-    """The model's attention in the form that gives its weights, for a while."""
+class giving_attentions:
+    """The model's attention in the form that gives its weights, for a while.
+
+    Args:
+        model: of transformers.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.former = model, model.config._attn_implementation
@@ -222,9 +248,9 @@ def trained(
     while done < steps:
         last = min(steps, done + CHECKPOINT)
         fit_draft(
-            draft, target.model, samples(done, last), lr=lr, warmup=min(20, steps // 10), steps=steps, over="sum",
-            p_weight=0.3, noise=0.05, second=False, clip=1.0, vocabulary=target.vocabulary, optimizer=optimizer,
-            done=done, autocast=torch.bfloat16 if has_bfloat16() else None,
+            draft, target.model, samples(done, last), lr=lr, warmup=min(20, steps // 10), steps=steps,
+            vocabulary=target.vocabulary, optimizer=optimizer, done=done,
+            autocast=torch.bfloat16 if has_bfloat16() else None, **LESSON,
         )  # fmt: skip
         done = last
         if file is not None:

@@ -35,6 +35,8 @@ class Training:
         warmup: share of them with rising learning rate.
         final: learning rate at the end, as a share of `lr`.
         clip: the largest norm of the gradients.
+        schedule: the learning rate as a share of `lr`, where it does not go by steps; it takes the place of `warmup`
+            and `final`.
 
     Raises:
         ValueError: if `steps` is below 1.
@@ -50,11 +52,12 @@ class Training:
         warmup: float = 0.1,
         final: float = 0.1,
         clip: float = 1.0,
+        schedule: Callable[[], float] | None = None,
     ) -> None:
         if steps < 1:
             raise ValueError(f"steps must be positive, got {steps}")
         self.model, self.steps, self.lr, self.clip, self.final = model, steps, lr, clip, final
-        self.warmup_steps = max(1, round(warmup * steps))
+        self.warmup_steps, self.schedule = max(1, round(warmup * steps)), schedule
         self.step = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -63,6 +66,8 @@ class Training:
 
     def learning_rate(self) -> float:
         """Of the step to come."""
+        if self.schedule is not None:
+            return self.lr * self.schedule()
         if self.step < self.warmup_steps:
             return self.lr * (self.step + 1) / self.warmup_steps
         share = (self.step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
