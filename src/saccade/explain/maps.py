@@ -24,7 +24,7 @@ from torch import Tensor
 from saccade.explain.recording import Attends
 from saccade.extras import need
 
-__all__ = ["flow", "gradient_attention", "raw", "rollout"]
+__all__ = ["flow", "gradient_attention", "occlusion", "raw", "rollout"]
 
 #: capacities of the flow are whole numbers of this part
 _PART = 10**6
@@ -100,6 +100,22 @@ def gradient_attention(records: Sequence[Attends], *, rows: Rows = None, memory_
         return record.weights(rows=chosen).detach().mul_(record.gradients(rows=chosen)).clamp_(min=0).mean(1).cpu()
 
     return _composed(_some(records), layer, 1.0, rows, memory_mb, normalised=False)
+
+
+def occlusion(
+    score: Callable[[Tensor], Tensor], parts: int, *, together: int = 32, device: torch.device | None = None
+) -> Tensor:
+    """What taking each part away costs, f(all) - f(all but one), (parts,); it needs no attention.
+
+    Args:
+        score: sets of kept parts, bool (S, parts) -> f (S,).
+        parts: how many.
+        together: sets of one call.
+        device: of the sets.
+    """
+    kept = ~torch.eye(parts, dtype=torch.bool, device=device)
+    whole = score(torch.ones(1, parts, dtype=torch.bool, device=device))
+    return whole - torch.cat([score(some) for some in kept.split(together)])
 
 
 def flow(records: Sequence[Attends], output: int | Tensor = -1) -> Tensor:

@@ -57,10 +57,7 @@ def _input_gradient(subject: Subject, run: Run) -> Tensor:
 
 
 def _occlusion(subject: Subject, run: Run) -> Tensor:
-    """f(all) - f(all but one)."""
-    kept = ~torch.eye(subject.parts, dtype=torch.bool)
-    whole = subject.score(torch.ones(1, subject.parts, dtype=torch.bool))
-    return whole - torch.cat([subject.score(part) for part in kept.split(32)])
+    return maps.occlusion(subject.score, subject.parts)
 
 
 def _gate(subject: Subject, run: Run) -> Tensor:

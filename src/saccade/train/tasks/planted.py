@@ -13,11 +13,13 @@ Shape letters: B batch, M parts (tokens, patches), S sets of them, K classes, H,
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from saccade.explain import maps
 from saccade.explain.evidence import FLOOR, Judgement, find, judge
 from saccade.models.heatmap import warm
 from saccade.train.data import generator_at
@@ -156,11 +158,6 @@ class Planted(Task):
         return self.test[0][:count].to(self.device), self.evidence(self.test)[:count]
 
     def _occluded(self, model: nn.Module, inputs: Tensor, parts: int) -> Tensor:
-        """f(all) - f(all but one), (B, M)."""
-        kept_MM = ~torch.eye(parts, dtype=torch.bool, device=self.device)
-        whole = torch.ones(1, parts, dtype=torch.bool, device=self.device)
-        rows = []
-        for one in inputs:
-            left = [self.score(model, one, kept) for kept in kept_MM.split(_TOGETHER)]
-            rows.append(self.score(model, one, whole) - torch.cat(left))
-        return torch.stack(rows)
+        """`maps.occlusion` of each example, (B, M)."""
+        of_one = partial(maps.occlusion, parts=parts, together=_TOGETHER, device=self.device)
+        return torch.stack([of_one(partial(self.score, model, one)) for one in inputs])
