@@ -22,3 +22,16 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     more = {row["slug"]: Paper(**row, state="planned", room=None) for row in rows}
     monkeypatch.setattr(registry, "_all", lambda: {**known, **more})
     return rows
+
+
+@pytest.fixture
+def byte_tokenizer() -> Any:
+    """A tokenizer of transformers whose tokens are the 256 bytes."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)

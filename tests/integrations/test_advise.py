@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from saccade import switch
-from saccade.integrations.advise import Advice, Trial, advise, benches, trials
+from saccade.integrations.advise import Advice, Trial, advise, advising, benches, trials
 from saccade.integrations.mechanisms import MECHANISMS
 
 
@@ -49,7 +50,12 @@ def test_on_a_model() -> None:
     asked: list[str] = []
     advice = advise(model, context=64, inputs=ids, mechanisms=["moba", "window"], repeats=1, on_trial=asked.append)
     assert model.training and model.config._attn_implementation == "sdpa"
-    assert advice.context == 64 and len(asked) == len(advice.trials) and not advice.skipped and not advice.warning
+    assert (
+        advice.context == 64
+        and len(asked) == len(advice.trials) + 1 + len(advice.frontier)
+        and not advice.skipped
+        and not advice.warning
+    )
     by_name = {t.name: t for t in advice.trials}
     assert all(t.agreement is not None and 0 < t.density <= 1 for t in advice.trials)
     # more keys, smaller deviation; the deviation is that of the output under `switch`
@@ -57,6 +63,8 @@ def test_on_a_model() -> None:
     everything = advise(model, context=8, inputs=ids, mechanisms=["moba"], repeats=1).trials[-1]
     assert everything.density == 1.0 and everything.deviation < 1e-5
     assert "random" in advise(model, context=8, mechanisms=["window"], repeats=1).warning
+    at_the_end = advise(model, context=2048, mechanisms=["window"], repeats=1)  # as many as it has positions
+    assert at_the_end.decode_rate is not None and "tokens/s" in at_the_end.table()
 
 
 def test_what_cannot_run_says_why() -> None:
@@ -171,3 +179,36 @@ def test_a_setting_in_as_many_layers_as_the_tolerance_allows(tmp_path: Path, mon
     assert {layer.name for layer in report.layers} == set(first.layers) - left
     with pytest.raises(ValueError, match="partly must not be negative"):
         advise(model, inputs=ids, partly=-1)
+
+
+def test_probes_are_asked_and_may_have_to_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = language_model()
+    dense = model(ids).logits
+    switched = lambda: "saccade" in model.config._attn_implementation  # noqa: E731
+    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 0.5 if switched() else 1.0)
+
+    def same(network: torch.nn.Module) -> float:
+        assert network is model and not network.training
+        return float(torch.allclose(network(ids).logits, dense, atol=1e-5))
+
+    asked: dict[str, Any] = {"inputs": ids, "mechanisms": ["window"], "repeats": 1, "tolerance": 9.0, "partly": 0}
+    free = advise(model, **asked, probes={"same": same})
+    by_name = {trial.name: trial for trial in free.trials}
+    assert free.probes == {"same": 1.0} and free.best is not None and free.best.probes == {"same": 0.0}
+    assert all(trial.probes and trial.decode_rate for trial in free.frontier)
+    assert "with dense attention: same 100%, decoding" in free.table()
+    # a window of all tokens is dense attention, and the only setting that keeps the probe
+    monkeypatch.setattr(advising, "trials", lambda *_: [(MECHANISMS["window"], {"left": left}) for left in (2, 9, 48)])
+    held = advise(model, **asked, probes={"same": same}, keep_probes=True)
+    assert held.best is not None and held.best.options == {"left": 48} and held.best.probes == {"same": 1.0}
+    assert "and no fall of same: window:left=48" in held.table() and json.loads(json.dumps(held.as_dict()))
+    held.save(tmp_path / "settings.json")
+    assert json.loads((tmp_path / "settings.json").read_text())["measured"]["probes"] == {"same": 1.0}
+    assert len(by_name) == len(free.trials)
+    for wrong in ({"keep_probes": True}, {"decode_tokens": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            advise(model, **asked, **wrong)
+    with pytest.raises(ValueError, match="probes are functions of a model"):
+        advise((1, 1, 8, 4), probes={"same": same})
+    unasked = advise(model, **asked, decode_tokens=0)
+    assert unasked.decode_rate is None and all(trial.decode_rate is None for trial in unasked.trials)

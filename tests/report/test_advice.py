@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from saccade.integrations.advise import Advice, Trial, advise, positions
 from saccade.report.advice import plot, sample_model
 
 
-def tiny_model(folder: Path) -> Path:
+def tiny_model(folder: Path, vocab_size: int = 8) -> Path:
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -23,7 +24,7 @@ def tiny_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
     config = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
@@ -40,7 +41,31 @@ def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert done.value.code in (0, None)
     printed = json.loads(capsys.readouterr().out)
     assert printed["context"] == 48 and printed["trials"] and printed["warning"] == ""
+    assert "no tokens for digits" in printed["skipped"]["retrieval"]
     assert (out / "advice.png").stat().st_size > 1000 and json.loads((out / "advice.json").read_text())["frontier"]
+
+
+def test_retrieval_beside_perplexity(tmp_path: Path, byte_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model(tmp_path / "model", vocab_size=256)
+    byte_tokenizer.save_pretrained(model)
+    arguments = ["advise", str(model), "--context", "400", "--mechanism", "window", "--tolerance", "9", "--json"]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--keep-retrieval"])
+    assert done.value.code in (0, None)
+    printed = json.loads(capsys.readouterr().out)
+    assert set(printed["probes"]) == {"passkey", "multi-key"} and printed["decode_rate"] > 0 and not printed["skipped"]
+    frontier = [trial for trial in printed["trials"] if trial["probes"]]
+    assert frontier and all(set(trial["probes"]) == set(printed["probes"]) for trial in frontier)
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--retrieval", "0"])
+    assert json.loads(capsys.readouterr().out)["probes"] == {}
+    assert "must not be negative, got -1" in refusal(capsys, *arguments[1:], "--retrieval", "-1")
+    assert "--keep-retrieval needs a model, and prompts" in refusal(
+        capsys, *arguments[1:], "--retrieval", "0", "--keep-retrieval"
+    )
+    with pytest.raises(SystemExit) as done:  # the weights are loaded by then
+        main(["advise", str(model), "--context", "40", *arguments[4:], "--keep-retrieval"])
+    assert done.value.code == 2 and "context must be at least" in capsys.readouterr().err.splitlines()[-1]
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -134,5 +159,5 @@ def test_a_name_without_a_network(
         tiny_model(kept / "snapshots" / "0")
         (kept / "refs").mkdir()
         (kept / "refs" / "main").write_text("0")
-        model, inputs = sample_model("a/model", None, 8)
+        model, inputs, _ = sample_model("a/model", None, 8)
     assert model.config.model_type == "llama" and inputs["input_ids"].shape == (1, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,32 +13,31 @@ from saccade.extras import need, new_figure
 from saccade.integrations.advise import positions
 from saccade.report import pretrained
 from saccade.train import models
-from saccade.train.data import read_files, text_bytes
+from saccade.train.data import KEYS, Retrieval, english, retrieval
 from saccade.train.files import make_folder, write_bytes, write_text
 from saccade.train.plotting import style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch import Tensor
 
     from saccade.integrations.advise import Advice
 
 
-def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any, Any]:
-    """A model by name, with a text cut to `context` tokens by its own tokenizer.
+def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any, Any, Any]:
+    """A model by name, a text cut to `context` tokens, and its tokenizer.
 
     The name is one of `saccade.train.models`, or of transformers, or of a folder.
 
     A name is fetched by transformers; where no hub answers, it has to have been fetched before.
-    A model with a language head is loaded with it, another without. English from Python's documentation is the text
-    where no file is given. All that can be refused is refused before the weights are loaded.
+    A model with a language head is loaded with it, another without. `saccade.train.data.english` is the text where no
+    file is given. All that can be refused is refused before the weights are loaded.
 
     Raises:
         ValueError: if the model has fewer positions than `context` or no tokenizer, or the text is too short.
         OSError: if the model or the file cannot be read.
         ImportError: if transformers is not installed.
     """
-    raw = text_bytes() if data is None else read_files([data], least=1)
+    text = english(data)
     transformers = need("transformers", "advise on a model")
     named = models.named(name)
     if named is not None:
@@ -45,23 +45,40 @@ def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any
         if not isinstance(found, tuple):
             raise ValueError(f"{named} reads no text: advice is of models that do")
         model, tokenizer = found
-        return model, _sample(lambda: tokenizer, model.config, raw, context)
+        return model, _sample(lambda: tokenizer, model.config, text, context), tokenizer
     local = pretrained.is_local(name)
     config = pretrained.config_of(name, local)
-    encoded = _sample(lambda: pretrained.tokenizer_of(name, local), config, raw, context)
-    decoder = any(architecture.endswith("ForCausalLM") for architecture in config.architectures or ())
+    tokenizer = cache(lambda: pretrained.tokenizer_of(name, local))
+    encoded = _sample(tokenizer, config, text, context)
+    decoder = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in config.architectures or ())
     loader = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
-    return loader.from_pretrained(name, config=config, local_files_only=local).eval(), encoded
+    return loader.from_pretrained(name, config=config, local_files_only=local).eval(), encoded, tokenizer()
 
 
-def _sample(tokenizer: Callable[[], Any], config: Any, raw: Tensor, context: int | None) -> dict[str, Any]:
+def retrieval_probes(model: Any, tokenizer: Any, context: int, each: int) -> dict[str, Retrieval]:
+    """Passkey and multi-key retrieval for a model that tells tokens; nothing for another.
+
+    Args:
+        model, tokenizer: of `sample_model`.
+        context: tokens of a prompt.
+        each: prompts for each depth; 0 for none.
+
+    Raises:
+        ValueError: if the context is too short, or the tokenizer has no tokens for digits.
+    """
+    if not each or model.get_output_embeddings() is None:
+        return {}
+    kinds = [retrieval(tokenizer, context, keys=keys, each=each) for keys in KEYS]
+    return {kind.name: kind for kind in kinds}
+
+
+def _sample(tokenizer: Callable[[], Any], config: Any, text: str, context: int | None) -> dict[str, Any]:
     """The first tokens of a text."""
     limit = positions(config)
     if context is not None and limit is not None and context > limit:
         raise ValueError(f"the context must be at most the model's positions ({limit}), got {context}")
     longest = context or min(2048, limit or 2048)
-    text = bytes(raw[: longest * 32].tolist()).decode("utf-8", "replace")
-    encoded = tokenizer()(text, return_tensors="pt", truncation=True, max_length=longest)
+    encoded = tokenizer()(text[: longest * 32], return_tensors="pt", truncation=True, max_length=longest)
     if context is not None and encoded["input_ids"].shape[1] < context:
         had = encoded["input_ids"].shape[1]
         raise ValueError(f"the text must have at least {context} tokens, got {had}; give a longer --data")

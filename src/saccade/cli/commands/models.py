@@ -29,6 +29,16 @@ def advise(
             "share), the default for causal language models."
         ),
     ] = None,
+    retrieval: Annotated[
+        int,
+        typer.Option(
+            help="Prompts for each of three depths that ask for a number said before, of passkey and of multi-key; "
+            "0 for none."
+        ),
+    ] = 1,
+    keep_retrieval: Annotated[
+        bool, typer.Option("--keep-retrieval", help="Recommend nothing that answers fewer of them.")
+    ] = False,
     bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
     mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
@@ -38,12 +48,16 @@ def advise(
 ) -> None:
     """Which training-free mechanism is worth it here? Measures all of them over their settings, prints the frontier.
 
+    Speed is that of the whole model: of reading the context, and of decoding after it. Quality is perplexity on the
+    text, the deviation of the output and of the worst layer, and, of the frontier, retrieval: whether the model tells
+    a number (passkey), or one of several (multi-key), that was said at a tenth, at half, at nine tenths of the context.
+
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
     shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote.
     """
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
-    from saccade.report.advice import sample_model, write_advice
+    from saccade.report.advice import retrieval_probes, sample_model, write_advice
     from saccade.train.files import make_folder
     from saccade.train.progress import bar, showing
 
@@ -52,9 +66,21 @@ def advise(
         make_folder(out)  # before minutes of measuring
     if (model is None) == (shape is None):
         raise ValueError("give a model, or --shape, not both" if model else "give a model, or --shape")
+    if retrieval < 0:
+        raise ValueError(f"--retrieval must not be negative, got {retrieval}")
+    if keep_retrieval and (model is None or not retrieval):
+        raise ValueError("--keep-retrieval needs a model, and prompts (--retrieval above 0)")
     subject: Any
+    probes: dict[str, Any] = {}
+    unasked = ""
     if model is not None:
-        subject, inputs = sample_model(model, data, context)
+        subject, inputs, tokenizer = sample_model(model, data, context)
+        try:
+            probes = retrieval_probes(subject, tokenizer, inputs["input_ids"].shape[1], retrieval)
+        except ValueError as error:
+            if keep_retrieval:
+                raise
+            unasked = str(error)
     elif data is not None:
         raise ValueError("--data is read by a model's tokenizer: --shape has none")
     else:
@@ -69,9 +95,13 @@ def advise(
             quality=quality,
             causal=not bidirectional,
             mechanisms=mechanism or None,
+            probes=probes,
+            keep_probes=keep_retrieval,
             seed=seed,
             on_trial=lambda name: update(words=name),
         )
+    if unasked:
+        advice.skipped["retrieval"] = unasked
     if as_json:
         print_json(advice.as_dict())
     else:

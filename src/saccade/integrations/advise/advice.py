@@ -29,6 +29,8 @@ class Trial:
         perplexity: of the inputs' tokens; None where the model is no causal language model.
         dense_layers: that were left as they are, in `saccade.switch`'s words.
         layers: path of each layer that ran it -> its deviation on its own inputs.
+        decode_rate: tokens per second that the model says after these inputs; None where it was not measured.
+        probes: name -> what a probe of quality said of the model; empty where none was asked.
     """
 
     slug: str
@@ -42,6 +44,8 @@ class Trial:
     perplexity: float | None = None
     dense_layers: tuple[int | str, ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
+    decode_rate: float | None = None
+    probes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -66,6 +70,9 @@ class Advice:
         on_model: whether it is of a model, not of shapes.
         perplexity: with dense attention; None where the model is no causal language model.
         quality: what the tolerance is of: "deviation", or "perplexity", its rise as a share of the dense one.
+        decode_rate: tokens per second with dense attention; None where the model does not decode.
+        probes: name -> what a probe of quality said of the model with dense attention.
+        keep_probes: whether only what falls in no probe is recommended.
     """
 
     subject: str
@@ -78,6 +85,9 @@ class Advice:
     on_model: bool = True
     perplexity: float | None = None
     quality: str = "deviation"
+    decode_rate: float | None = None
+    probes: dict[str, float] = field(default_factory=dict)
+    keep_probes: bool = False
 
     def loss(self, trial: Trial) -> float:
         """What a setting costs in `quality`.
@@ -99,10 +109,19 @@ class Advice:
                 best.append(trial)
         return best
 
+    def fits(self, trial: Trial) -> bool:
+        """Whether a setting is within the tolerance, and falls in no probe where that is asked for.
+
+        Args:
+            trial: of these.
+        """
+        fell = self.keep_probes and any(value < self.probes[name] for name, value in trial.probes.items())
+        return self.loss(trial) <= self.tolerance and not fell
+
     @property
     def best(self) -> Trial | None:
-        """The fastest setting within the tolerance, if it is faster than dense attention."""
-        fit = [t for t in self.trials if self.loss(t) <= self.tolerance and t.speedup > 1.0]
+        """The fastest setting that fits, if it is faster than dense attention."""
+        fit = [t for t in self.trials if self.fits(t) and t.speedup > 1.0]
         return max(fit, key=lambda t: t.speedup, default=None)
 
     def code(self) -> str:
@@ -131,7 +150,8 @@ class Advice:
         best = self.best
         if best is None or not self.on_model:
             raise ValueError("there are no settings to save: nothing is recommended for a model")
-        said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity")}
+        said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity", "decode_rate")}
+        said["probes"] = dict(best.probes)
         found: dict[str, Any] = {
             "mechanism": best.slug,
             "options": dict(best.options),
@@ -156,6 +176,14 @@ class Advice:
             columns.append("perplexity")
             for row, trial in zip(rows, shown):
                 row.append("" if trial.perplexity is None else f"{trial.perplexity / self.perplexity - 1:+.2%}")
+        if self.decode_rate is not None:
+            columns.append("decoding")
+            for row, trial in zip(rows, shown):
+                row.append("" if trial.decode_rate is None else f"{trial.decode_rate:.1f} tokens/s")
+        for name in self.probes:
+            columns.append(name)
+            for row, trial in zip(rows, shown):
+                row.append(f"{trial.probes[name]:.0%}" if name in trial.probes else "")
         title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
         lines = [table(columns, rows, title=title)]
         lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
@@ -163,12 +191,17 @@ class Advice:
             lines.append(f"mind: {self.warning}")
         if self.perplexity is not None:
             lines.append(f"perplexity of dense attention on this text: {self.perplexity:.3f}")
+        said = [f"{name} {value:.0%}" for name, value in self.probes.items()]
+        said += [] if self.decode_rate is None else [f"decoding {self.decode_rate:.1f} tokens/s"]
+        if said:
+            lines.append(f"with dense attention: {', '.join(said)}")
         best = self.best
         within = {"deviation": "within a deviation of", "perplexity": "within a rise of perplexity by"}[self.quality]
+        within += f" {self.tolerance:g}" + (f", and no fall of {' or '.join(self.probes)}" if self.keep_probes else "")
         if best is None:
-            lines.append(f"nothing is faster than dense attention {within} {self.tolerance:g}: keep it")
+            lines.append(f"nothing is faster than dense attention {within}: keep it")
         else:
-            lines.append(f"{within} {self.tolerance:g}: {best.name}, {best.speedup:.2f} x as fast")
+            lines.append(f"{within}: {best.name}, {best.speedup:.2f} x as fast")
         return "\n".join([*lines, "    " + self.code()])
 
     def __str__(self) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.integrations.advise.advice import Advice
-from saccade.integrations.advise.benches import Bench, ModelBench, ShapesBench
+from saccade.integrations.advise.advice import Advice, Trial
+from saccade.integrations.advise.benches import Bench, ModelBench, Probe, ShapesBench
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 
@@ -53,6 +53,9 @@ def advise(
     mechanisms: Sequence[str] | None = None,
     dense_layers: Sequence[int | str] = (),
     partly: int = 3,
+    probes: Mapping[str, Probe] | None = None,
+    keep_probes: bool = False,
+    decode_tokens: int = 16,
     repeats: int = 3,
     seed: int = 0,
     on_trial: Callable[[str], None] | None = None,
@@ -73,13 +76,19 @@ def advise(
         dense_layers: layers that stay dense, as in `saccade.switch`.
         partly: of a model, so many of the fastest settings that lose too much are also tried in a part of the layers,
             in as many as the tolerance allows; those that deviate most stay dense. A pass for each halving.
+        probes: of a model: further figures of its quality, functions of the model by name, higher is better, such as
+            `saccade.train.data.retrieval(tokenizer, context)`. Asked with dense attention, of the frontier, and of what
+            would be recommended.
+        keep_probes: recommend nothing that falls in one of them.
+        decode_tokens: that a causal language model says after the inputs, to measure its decoding on the frontier;
+            0 for none.
         repeats: timed calls of each, the median counts.
         seed: of random inputs.
         on_trial: called with the name of each setting before it runs.
 
     Raises:
         ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, a name or
-            argument is wrong, or perplexity is asked for and there is none.
+            argument is wrong, perplexity is asked for and there is none, or probes are asked of shapes.
 
     >>> advice = advise((1, 2, 128, 16), mechanisms=["window"], repeats=1)
     >>> {trial.slug for trial in advice.trials}, advice.dense_seconds > 0
@@ -89,6 +98,12 @@ def advise(
     generator = torch.Generator().manual_seed(seed)
     if partly < 0:
         raise ValueError(f"partly must not be negative, got {partly}")
+    if decode_tokens < 0:
+        raise ValueError(f"decode_tokens must not be negative, got {decode_tokens}")
+    if (probes and not isinstance(model, nn.Module)) or (keep_probes and not probes):
+        raise ValueError(
+            f"probes are functions of a model, and keep_probes needs some; got {len(probes or ())} of them"
+        )
     if isinstance(model, nn.Module):
         bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
     else:
@@ -98,6 +113,7 @@ def advise(
     advice.perplexity = bench.perplexity
     if quality == "perplexity" and bench.perplexity is None:
         raise ValueError(f"perplexity is of causal language models on tokens, got {bench.subject}")
+    advice.keep_probes = keep_probes
     advice.quality = quality or ("deviation" if bench.perplexity is None else "perplexity")
     if inputs is None:
         advice.warning = "the inputs were random: give your own, deviations depend on them"
@@ -121,7 +137,39 @@ def advise(
     bench.measure_dense()
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
     advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
+    if isinstance(bench, ModelBench):
+        _look_closely(advice, bench, probes or {}, decode_tokens, on_trial)
     return advice
+
+
+def _look_closely(
+    advice: Advice,
+    bench: ModelBench,
+    probes: Mapping[str, Probe],
+    new: int,
+    on_trial: Callable[[str], None] | None,
+) -> None:
+    """Decoding and the probes: with dense attention, of the frontier, and of what is recommended until that stays."""
+    if not probes and not (new and bench.decodes):
+        return
+    seen: set[str] = set()
+
+    def look(trial: Trial | None) -> tuple[float | None, dict[str, float]]:
+        if on_trial is not None:
+            on_trial(f"{'dense attention' if trial is None else trial.name}, more closely")
+        return bench.closely(trial, probes, new)
+
+    def replaced(trial: Trial) -> None:
+        rate, said = look(trial)
+        seen.add(trial.name)
+        place = advice.trials.index(trial)
+        advice.trials[place] = replace(trial, decode_rate=rate, probes=said)
+
+    advice.decode_rate, advice.probes = look(None)
+    for trial in advice.frontier:
+        replaced(trial)
+    while (best := advice.best) is not None and best.name not in seen:
+        replaced(best)
 
 
 def check(

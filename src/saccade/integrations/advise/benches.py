@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -14,10 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.integrations.advise.advice import Trial
+from saccade.integrations.advise.inputs import model_inputs, positions
+from saccade.integrations.decoding import can_decode, decoding
 from saccade.integrations.mechanisms import Mechanism
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.measure import seconds
+
+#: a figure of a model's quality, higher is better
+Probe = Callable[[nn.Module], float]
 
 
 class Bench:
@@ -105,6 +111,43 @@ class ModelBench(Bench):
             tuple(kept["dense_layers"]),
             {layer.name: layer.relative_error for layer in report.layers},
         )
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is a causal language model with a cache."""
+        return self.perplexity is not None and can_decode(self.model)
+
+    def _decoding(self, new: int) -> float:
+        """Tokens per second after the inputs, which are cut where the model has no positions for so many more."""
+        limit = positions(self.model.config) if hasattr(self.model, "config") else None
+        tokens = self.context if limit is None else max(1, min(self.context, limit - new))
+        return decoding(self.model, model_inputs(self.model, self.inputs, tokens, torch.Generator()), new).rate
+
+    @torch.no_grad()
+    def closely(
+        self, trial: Trial | None, probes: Mapping[str, Probe], new: int
+    ) -> tuple[float | None, dict[str, float]]:
+        """Tokens per second after the inputs (None where the model does not decode), and what the probes say.
+
+        Args:
+            trial: a setting; dense attention where None.
+            probes: of quality, by name.
+            new: tokens that are decoded; 0 for none.
+        """
+        from saccade.integrations.transformers import switch
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with ExitStack() as stack:
+                if trial is not None:
+                    stack.enter_context(
+                        switch(self.model, trial.slug, dense_layers=trial.dense_layers, **trial.options)
+                    )
+                rate = self._decoding(new) if new and self.decodes else None
+                return rate, {name: probe(self.model) for name, probe in probes.items()}
+        finally:
+            self.model.train(was_training)
 
     def partly(self, entry: Mechanism, trial: Trial, fits: Callable[[Trial], bool]) -> Trial | None:
         """The setting in as many layers as fit, those that deviate most left dense first; None if not even one fits.

@@ -23,6 +23,7 @@
 | `moving` | videos of such windows that move before each other, and where their points are | generated |
 | `streams` | sound and picture in which events happen, and a question in words about one | generated |
 | `planted_tokens`, `planted_shapes` | words, and forms, of which it is known which decide | generated |
+| `english`, `retrieval` | for language models: a text, and questions about a number said before | CPython, generated |
 | `recall` | multi-query associative recall | generated (Arora et al., arXiv 2312.04927) |
 | `listops` | nested MAX/MIN/MED/SM expressions | generated (Tay et al., arXiv 2011.04006) |
 
@@ -41,6 +42,7 @@ from saccade.train.data.moving import Moving, moving
 from saccade.train.data.pairs import ViewPairs, stereo_pair, view_pairs
 from saccade.train.data.pictures import PHOTOGRAPHS, Digits, Paired, crops, digits, paired, photographs, recoloured
 from saccade.train.data.planted import PlantedShapes, PlantedTokens, planted_shapes, planted_tokens
+from saccade.train.data.prompts import DEPTHS, KEYS, Prompt, Retrieval, english, english_tokens, retrieval
 from saccade.train.data.scenes import Scenes, scenes
 from saccade.train.data.sequences import IGNORE, LISTOPS_TOKENS, listops, recall
 from saccade.train.data.streams import Streams, streams
@@ -48,7 +50,9 @@ from saccade.train.data.text import read_files, sentences, text_bytes, windows
 
 __all__ = [
     "CONDITIONS",
+    "DEPTHS",
     "IGNORE",
+    "KEYS",
     "LISTOPS_TOKENS",
     "PHOTOGRAPHS",
     "WORDS",
@@ -64,6 +68,8 @@ __all__ = [
     "Paired",
     "PlantedShapes",
     "PlantedTokens",
+    "Prompt",
+    "Retrieval",
     "Salients",
     "Scenes",
     "Searches",
@@ -75,6 +81,8 @@ __all__ = [
     "depths",
     "described",
     "digits",
+    "english",
+    "english_tokens",
     "faces",
     "gazes",
     "generator_at",
@@ -89,6 +97,7 @@ __all__ = [
     "read_log",
     "recall",
     "recoloured",
+    "retrieval",
     "rows",
     "salients",
     "scenes",
