@@ -14,6 +14,11 @@ catalogue's parts into it. The linear branch is one family of recurrences of a s
 | delta | (I - beta k^T k) S + beta k^T v | linear/delta |
 | gated-delta | a_t (I - beta k^T k) S + beta k^T v | linear/delta |
 | longhorn | delta with beta = r / (1 + r abs(k)^2), an implicit step | linear/delta |
+| rwkv7 | (diag(w_t) - (a_t kappa_t)^T kappa_t) S + k^T v, kappa = k / abs(k) | linear/delta |
+| ttt | S less the gradients of abs(k S - v)^2 / 2 at the S before the mini-batch | linear/gradient |
+| ttt-mlp | the same of silu(k W_1) W_2 | linear/gradient |
+| titans | of silu(k W_1) W_2, with momentum and forgetting | linear/gradient |
+| mesa | a_t S + beta k^T v, read as q (H_t + lambda)^-1 S, H_t = a_t H + beta k^T k | linear/least-squares |
 
 The delta rule is a step of gradient descent with rate beta on |k S - v|^2 / 2: it replaces what S holds for k.
 By chunks of C tokens, with G the running sum of log a in the chunk,
@@ -21,10 +26,12 @@ By chunks of C tokens, with G the running sum of log a in the chunk,
     u_i = beta_i (v_i - exp(G_i) k_i S - sum_{j<i} exp(G_i - G_j) (k_i . k_j) u_j)             a triangular system
     o_i = exp(G_i) q_i S + sum_{j<=i} exp(G_i - G_j) (q_i . k_j) u_j,   S' = exp(G_C) S + sum_j exp(G_C - G_j) k_j^T u_j
 
-S is (D, E), o = q S. Gates here: beta = sigmoid(x w), a = sigmoid(x w)^(1/16) (GLA's exponent), RetNet's gamma_h =
-1 - 2^(-5 - h); delta's q and k have unit norm, its v is as projected; Longhorn's keep their norm. `features.py` has the
-kernels' maps, `MODELS` the language models of the survey's third part. Where the survey's text was not at hand, single
-methods and models are placed by the field's literature: look there before a placement is quoted as the survey's.
+S is (D, E), o = q S. Gates here: beta = sigmoid(x w), a = sigmoid(x w)^(1/16) (GLA's exponent; RWKV-7's w and what
+memories keep too), RetNet's gamma_h = 1 - 2^(-5 - h); q and k of delta, of memories and of mesa have unit norm, v is as
+projected; Longhorn's and RWKV-7's keep their norm. The chunked forms of RWKV-7's rule, of memories and of mesa stand
+with `generalised_delta_attend`, `memory_attend` and `mesa_attend`. `features.py` has the kernels' maps, `MODELS` the
+language models of the survey's third part. Where the survey's text was not at hand, single methods and models are
+placed by the field's literature: look there before a placement is quoted as the survey's.
 """
 
 from __future__ import annotations
@@ -39,12 +46,15 @@ from saccade.explain.efficient_attention_survey.features import (
     trigonometric_features,
 )
 from saccade.explain.efficient_attention_survey.layer import RecurrentAttention
+from saccade.explain.efficient_attention_survey.least_squares import MesaState, mesa_attend
+from saccade.explain.efficient_attention_survey.memories import MemoryState, memory_attend
 from saccade.explain.efficient_attention_survey.models import MODELS, EfficientModel, models
 from saccade.explain.efficient_attention_survey.operator import (
     CLASSES,
     AttentionClass,
     Update,
     delta_attend,
+    generalised_delta_attend,
     implicit_rate,
     place,
     state_size,
@@ -56,13 +66,18 @@ __all__ = [
     "MODELS",
     "AttentionClass",
     "EfficientModel",
+    "MemoryState",
+    "MesaState",
     "RecurrentAttention",
     "Update",
     "cosine_features",
     "delta_attend",
     "elu_features",
+    "generalised_delta_attend",
     "hedgehog_features",
     "implicit_rate",
+    "memory_attend",
+    "mesa_attend",
     "models",
     "place",
     "random_features",
@@ -86,6 +101,8 @@ register(
         "beta = 0 leaves the state, beta = 1 with a unit key stores v exactly; orthonormal keys: delta is plain linear",
         "a = 1 turns the gated delta rule into the delta rule; a constant gate is RetNet",
         "a delta step is a gradient step on |k S - v|^2 / 2",
+        "a linear memory in mini-batches of one token is the delta rule; memories are what autograd's steps make them",
+        "RWKV-7's rule with one rate and no decay is the delta rule; mesa answers as regularised least squares",
         "every part of the catalogue has its place in the tree",
     ),
     build=RecurrentAttention,

@@ -1,4 +1,4 @@
-"""The tree of classes and the catalogue's parts in it; the (gated) delta rule by chunks.
+"""The tree of classes and the catalogue's parts in it; the (gated) delta rule, and its generalisation, by chunks.
 
 Shape letters: B batch, H heads, N tokens, D head dim of q and k, E of v, C tokens of a chunk.
 """
@@ -16,7 +16,10 @@ from saccade import catalogue
 from saccade.catalogue import Summary
 from saccade.ops.export import exporting
 
-Update = Literal["kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn"]
+Update = Literal[
+    "kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn", "rwkv7",
+    "ttt", "ttt-mlp", "titans", "mesa",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ CLASSES: dict[str, AttentionClass] = {
             "linear/decay/data-dependent-vector", "diag(a_t) S + k^T v", "L d^2", "d^2", "d^2", "limited by d"
         ),
         AttentionClass("linear/delta", "(I - beta k^T k) S + beta k^T v", "L d^2", "d^2", "d^2", "limited by d"),
+        AttentionClass("linear/gradient", "M - rate grad |f(k; M) - v|^2 / 2", "L d^2", "d^2", "d^2", "limited by d"),
+        AttentionClass("linear/least-squares", "q (k^T k + lambda)^-1 k^T v", "L d^3", "d^3", "d^2", "limited by d"),
         AttentionClass("sparse", "o_t over chosen keys J_t", "", "", "L d", ""),
         AttentionClass("sparse/fixed", "J_t by position", "L w d", "w d", "w d", "inside the pattern"),
         AttentionClass("sparse/fixed/window", "t - w <= j <= t", "L w d", "w d", "w d", "inside the window"),
@@ -134,14 +139,22 @@ def implicit_rate(rate_BHN: Tensor, k_BHND: Tensor) -> Tensor:
     return rate_BHN / (1 + rate_BHN * k_BHND.square().sum(-1))
 
 
-def state_size(update: Update, key_dim: int, value_dim: int) -> int:
-    """How many numbers the state of a head is, whatever the length: D E, and D more of a normalised kernel.
+def state_size(update: Update, key_dim: int, value_dim: int, hidden: int = 0) -> int:
+    """How many numbers the state of a head is, whatever the length.
+
+    D E; D more of a normalised kernel, D D more of mesa. Of memories that learn, their matrices twice, now and at the
+    beginning of the mini-batch, and a third time where they have momentum (and for each row, not each head, a count).
 
     Args:
         update: of the recurrence.
         key_dim, value_dim: D and E.
+        hidden: width of a memory of two matrices.
     """
-    return key_dim * value_dim + (key_dim if update == "kernel" else 0)
+    once = key_dim * value_dim
+    if update in ("ttt-mlp", "titans"):
+        once = (key_dim + value_dim) * hidden
+    more = {"kernel": key_dim, "mesa": key_dim**2, "ttt": once, "ttt-mlp": once, "titans": 2 * once}
+    return once + more.get(update, 0)
 
 
 def delta_attend(
@@ -204,6 +217,84 @@ def delta_attend(
         u = new[:, :, c] - old[:, :, c] @ S
         outs.append(reach[:, :, c] @ S + inside[:, :, c] @ u)
         S = total[:, :, c, -1:, None].exp() * S + keep[:, :, c].mT @ u
+    out = torch.stack(outs, 2).flatten(2, 3)[:, :, :N] if outs else v.new_zeros(B, H, 0, E)
+    out = out.to(v_BHNE.dtype)
+    return (out, S) if return_state else out
+
+
+def generalised_delta_attend(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHNE: Tensor,
+    read_BHND: Tensor,
+    write_BHND: Tensor,
+    log_decay_BHND: Tensor,
+    *,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    chunk_size: int = 16,
+) -> Any:
+    """A decay for each channel, and any row that is read and written back, as RWKV-7's.
+
+        S_t = diag(w_t) S_{t-1} + write_t^T (read_t S_{t-1}) + k_t^T v_t,     o_t = q_t S_t
+
+    With w = 1, read = k, write = -beta k and beta k in place of k it is the delta rule. Within a chunk, with G the
+    running sum of log w and z_i = read_i S_{i-1},
+
+        z_i = (read_i exp(G_{i-1})) S + sum_{j<i} (read_i exp(G_{i-1} - G_j)) . (write_j z_j + k_j v_j)
+
+    Args:
+        q_BHND, k_BHND: queries and keys.
+        v_BHNE: values.
+        read_BHND, write_BHND: of RWKV-7 kappa and -a kappa, kappa of length 1 and a between 0 and 1.
+        log_decay_BHND: log w_t <= 0.
+        state: S before the first token, (B, H, D, E).
+        return_state: also return S after the last.
+        chunk_size: C; the result does not depend on it. Memory is O(N C D), as every pair has a decay by channel.
+
+    Returns:
+        out (B, H, N, E), or (out, state).
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    B, H, N, D = q_BHND.shape
+    E = v_BHNE.shape[-1]
+    alike = (k_BHND, read_BHND, write_BHND, log_decay_BHND)
+    if any(x.shape != q_BHND.shape for x in alike) or v_BHNE.shape[:3] != (B, H, N):
+        shapes = [tuple(x.shape) for x in (q_BHND, *alike, v_BHNE)]
+        raise ValueError(f"q, k, read, write and log_decay must be alike, and (B, H, N) as of v, got {shapes}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    kind = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    chunk = max(1, min(chunk_size, N))
+    short = -N % chunk
+    q, v, k, read, write, gate = (
+        F.pad(x.to(kind), (0, 0, 0, short)).unflatten(2, (-1, chunk)) for x in (q_BHND, v_BHNE, *alike)
+    )
+    total = gate.cumsum(-2)
+    # at the token before, which a token reads
+    before = total - gate
+    upto = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+
+    def reaching(row: Tensor, at: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """row_i exp(G_i - G_j) . write_j, and . k_j, (.., C, C)."""
+        decay = (at[..., :, None, :] - total[..., None, :, :]).masked_fill(~seen[..., None], -torch.inf).exp()
+        weighted = row[..., :, None, :] * decay
+        return (weighted * write[..., None, :, :]).sum(-1), (weighted * k[..., None, :, :]).sum(-1)
+
+    from_written, from_keys = reaching(read, before, upto.tril(-1))
+    out_written, out_keys = reaching(q, total, upto)
+    right = torch.cat([from_keys @ v, before.exp() * read], -1)
+    new, old = _solve(-from_written, right).split((E, D), -1)
+    reach = total.exp() * q
+    kept_write, kept_k = ((total[..., -1:, :] - total).exp() * x for x in (write, k))
+    S = q.new_zeros(B, H, D, E) if state is None else state.to(kind)
+    outs = []
+    for c in range(q.shape[2]):
+        z = new[:, :, c] + old[:, :, c] @ S
+        outs.append(reach[:, :, c] @ S + out_written[:, :, c] @ z + out_keys[:, :, c] @ v[:, :, c])
+        S = total[:, :, c, -1, :, None].exp() * S + kept_write[:, :, c].mT @ z + kept_k[:, :, c].mT @ v[:, :, c]
     out = torch.stack(outs, 2).flatten(2, 3)[:, :, :N] if outs else v.new_zeros(B, H, 0, E)
     out = out.to(v_BHNE.dtype)
     return (out, S) if return_state else out
