@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import saccade
 from saccade.explain.explanation import explain, subject
+from saccade.layers.qkv_attention import QKVAttention
 from saccade.layers.wrapping import footprint
 
 FEW: dict[str, Any] = {"random": 2, "subsets": 4, "stages": 1}
@@ -23,10 +25,28 @@ def test_the_effective_attention_of_a_part(slug: str, options: dict[str, Any]) -
     before = footprint(part)
     found = explain(part, x, 9, **FEW)
     assert footprint(part) == before
-    assert set(found.maps) == {"raw", "rollout", "flow", "input x gradient", "occlusion"} and found.target is None
+    tells = isinstance(part, QKVAttention)
+    maps = {"raw", "rollout", "flow", "input x gradient", "occlusion", *["gradient x attention"] * tells}
+    assert set(found.maps) == maps and found.target is None
+    assert tells == (not found.remark) and (tells or "does not tell the values" in found.table())
     expected = saccade.attention_map(part, x, rows=9)[0].float().mean(0)[0]
     torch.testing.assert_close(found.maps["raw"], expected, atol=1e-5, rtol=1e-4)
     assert found.probability == pytest.approx(1.0, abs=1e-5) and found.score_is == "likeness to itself"
+
+
+def test_gradients_of_a_part_s_weights() -> None:
+    """Of one layer gradient x attention is I + mean_h max(0, dL/dA A), here with A a leaf."""
+    torch.manual_seed(0)
+    part, x = saccade.create("softmax", dim=16, num_heads=2).eval(), torch.randn(1, 6, 16)
+    found = explain(part, x, 4, faithful=False).maps["gradient x attention"]
+    weights = saccade.attention_map(part, x).requires_grad_()
+    assert isinstance(part, QKVAttention)
+    value = part.project(x, None, part.positions(x, None, 0))[2]
+    out = part.out(weights @ value)[0, 4]
+    (out @ F.normalize(part(x)[0, 4].detach(), dim=0)).backward()
+    assert weights.grad is not None
+    expected = torch.eye(6)[4] + (weights * weights.grad).clamp(min=0)[0].mean(0)[4]
+    torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_a_network_of_parts_and_numbers() -> None:
@@ -103,12 +123,13 @@ def test_what_is_taken_away_has_the_mean_of_all() -> None:
 def test_refusals() -> None:
     part = saccade.create("softmax", dim=8, num_heads=2)
     x = torch.randn(1, 4, 8)
+    linear = saccade.create("lightning", dim=8, num_heads=2)
     recurrent = nn.Sequential(nn.Linear(8, 8))
     recurrent.gate = nn.Linear(8, 8)  # a projection, not the gate of a map
     for model, inputs, target, options, message in (
         (part, torch.randn(2, 4, 8), None, {}, "one example"),
         (part, x, 4, {}, "below 4"),
-        (part, x, None, {"methods": ["gradient x attention"]}, "needs gradients of attention"),
+        (linear, x, None, {"methods": ["gradient x attention"]}, "cannot be had here: no gradients.*does not tell"),
         (nn.Linear(8, 8), x, None, {}, "no part with mix"),
         (recurrent, x, None, {}, "no part with mix"),
         (nn.Linear(8, 8), {"x": x}, None, {}, "not a transformers model"),

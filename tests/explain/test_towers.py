@@ -165,3 +165,17 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             saccade.explain(model, pair() | change, target)
+
+
+def test_patches_that_were_cut_before_are_refused() -> None:
+    text = {**SMALL, "vocab_size": 20, "max_position_embeddings": 16, "projection_size": 16}
+    vision = {**SMALL, "num_patches": 16, "patch_size": 4}
+    model = transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision)).eval()
+    inputs = {
+        "input_ids": TEXTS,
+        "pixel_values": torch.randn(1, 16, 3 * 4 * 4),
+        "pixel_attention_mask": torch.ones(1, 16, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[4, 4]]),
+    }
+    with pytest.raises(ValueError, match=r"Siglip2Model takes patches that were cut before, \(1, 16, 48\)"):
+        saccade.explain(model, inputs)

@@ -3,7 +3,9 @@
 A part that can apply its weights to given values (`mix`) has an effective attention, whatever its algorithm: dense,
 sparse, linear, recurrent, windowed (`saccade.attention_map`). So every map that is made of attention is made of it: raw
 is the last part's, rollout and flow those of all parts one after another. Where the weights are not shares they have a
-sign, and rollout and flow take their size. A gate on a feature map shows itself.
+sign, and rollout and flow take their size. Gradients of the weights follow where every part is a `QKVAttention`, which
+tells the values that it sums, and sums nothing else; where not, `remark` says which and why. A gate on a feature map
+shows itself.
 
 Shape letters: B batch, N tokens or positions, M parts, S sets of parts, C channels, H heads or height, W width, V classes.
 """  # noqa: E501
@@ -146,7 +148,21 @@ class Parts(Subject):
             raise ValueError(f"what {type(self.model).__name__} says has no gradient by its input")
         product = (whole.detach() * whole.grad)[0]
         gradient = product.sum(0).flatten() if self.x.ndim == 4 else product.sum(-1)
-        return Run(self._tower(records) if self.mixers else [], gradient, gates)
+        towers = self._tower(records) if self.mixers else []
+        self._weights_gradients(towers)
+        return Run(towers, gradient, gates)
+
+    def _weights_gradients(self, towers: Sequence[Tower]) -> None:
+        """Whether they can be had, of all parts, is seen on one row of each."""
+        try:
+            for tower in towers:
+                for record in tower.records:
+                    record.gradients(heads=[0], rows=[0])
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            self.gives -= {"gradients of attention"}
+            self.remark = f"no gradients of attention: {' '.join(str(error).split())}"
+        else:
+            self.gives |= {"gradients of attention"} if towers else set()
 
     def _tower(self, records: Sequence[MixRecord]) -> list[Tower]:
         """The parts that attend among the input's tokens; others, as of coarser maps, are left out.

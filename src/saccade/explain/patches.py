@@ -23,11 +23,16 @@ def cut(model: nn.Module, config: Any, image_1Chw: Tensor) -> tuple[tuple[int, i
         image_1Chw: (1, C, height, width).
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if it does not, or the image was cut before.
     """
     patch = getattr(config, "patch_size", getattr(getattr(config, "vision_config", None), "patch_size", None))
     if patch is None:
         raise ValueError(f"{type(model).__name__} has no patch_size: its image cannot be cut into its tokens")
+    if image_1Chw.ndim != 4:
+        raise ValueError(
+            f"pixel_values must be an image (1, channels, height, width); {type(model).__name__} takes patches that "
+            f"were cut before, {tuple(image_1Chw.shape)}, as SigLIP2 does, which is not explained"
+        )
     high, wide = (patch, patch) if isinstance(patch, int) else patch
     return (high, wide), (image_1Chw.shape[-2] // high, image_1Chw.shape[-1] // wide)
 
