@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import real_attention
 import real_language
 import real_vision
 
@@ -41,7 +42,7 @@ def text(kept: records.Kept) -> str:
         "# Beside real pretrained models",
         "",
         "Made by `python tools/real_models.py`; do not edit. The models are those of `saccade.train.models`; what of",
-        "ours stands beside them was trained here for minutes, from nothing.",
+        "ours stands beside them was trained here for minutes, from nothing; what is found in them is found untrained.",
         "",
     ]
     for name, row in kept.items():
@@ -50,7 +51,10 @@ def text(kept: records.Kept) -> str:
         lines += [f"{row['machine']}, {row['date']}.", ""]
         lines += [*row.get("pictures", ()), ""] if row.get("pictures") else []
         lines += [f"{CAPTIONS[name]}", ""] if name in CAPTIONS else []
-        lines += [*records.table(["figure", "value"], flat(row)), ""]
+        figures = flat(row)
+        lines += [*records.table(["figure", "value"], figures), ""] if figures else []
+        for title, (columns, *rows) in row.get("tables", {}).items():
+            lines += [f"{title}:", "", *records.table(columns, rows), ""]
     return "\n".join(lines)
 
 
@@ -63,6 +67,9 @@ CAPTIONS = {
     "gaze": "Scenes, each with where its first person is said to look.",
     "conditions": "An image that was not learned from and the four nearest to it by shape; the same by colour.",
     "maps": "Photograph, the real network's heat map, ours; two photographs a row.",
+    "limits": "Grey lines are heads, coloured ones their means. Cumulative distance of the rest from the top 5 tokens; "
+    "each head's distance against its bound; the share of the top N that can be told apart; how far weights move with "
+    "their logits.",
 }
 
 
@@ -70,6 +77,8 @@ def flat(row: dict[str, Any], before: str = "") -> list[list[str]]:
     """Figures of a section, a line each."""
     lines = []
     for name, value in row.items():
+        if name == "tables":
+            continue
         if isinstance(value, dict):
             lines += flat(value, f"{before}{name} ")
         elif name not in ("machine", "date", "pictures"):
@@ -87,6 +96,8 @@ SECTIONS: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "conditions": real_vision.conditions,
     "maps": real_vision.maps,
     "patterns": real_language.patterns,
+    "limits": real_attention.limits,
+    "circuits": real_attention.circuits,
 }
 
 
@@ -109,6 +120,8 @@ def main() -> None:
         kept = {each: kept[each] for each in SECTIONS if each in kept}
         records.keep(options.json, kept)
         print(name, *(": ".join(line) for line in flat(kept[name])), sep="\n  ", flush=True)
+        for title, lines in kept[name].get("tables", {}).items():
+            print(f"  {title}", *("    " + " | ".join(line) for line in lines), sep="\n", flush=True)
     write_text(options.json.with_suffix(".md"), text(kept))
 
 

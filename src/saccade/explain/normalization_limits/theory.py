@@ -60,9 +60,10 @@ def _parted(alpha: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def _away(alpha: Tensor, x: Tensor, inside: Tensor) -> Tensor:
     """|alpha_i x_i - s| (..., L)."""
-    s = (alpha * inside)[..., None, :] @ x
-    size, cross = x.square().sum(-1), (s @ x.mT)[..., 0, :]
-    squared = alpha.square() * size - 2 * alpha * cross + s.square().sum(-1)
+    # not `@`, which would copy the tokens for each row
+    s = torch.einsum("...l,...ld->...d", alpha * inside, x)
+    size, cross = x.square().sum(-1), torch.einsum("...d,...ld->...l", s, x)
+    squared = alpha.square() * size - 2 * alpha * cross + s.square().sum(-1, keepdim=True)
     return squared.clamp(min=0).sqrt()
 
 
@@ -80,7 +81,7 @@ def cumulative_distance(alpha: Tensor, x: Tensor, chosen: Tensor, *, distance: s
     """
     inside, rest = _parted(alpha, chosen)
     if distance == "aggregate":
-        return ((alpha * (rest.to(alpha) - inside.to(alpha)))[..., None, :] @ x)[..., 0, :].norm(dim=-1)
+        return torch.einsum("...l,...ld->...d", alpha * (rest.to(alpha) - inside.to(alpha)), x).norm(dim=-1)
     if distance != "sum":
         raise ValueError(f"distance must be 'sum' or 'aggregate', got {distance!r}")
     return (_away(alpha, x, inside) * rest).sum(-1)
@@ -118,11 +119,11 @@ def expected_distance(alpha: Tensor, x: Tensor, count: int) -> tuple[Tensor, Ten
     p = (count / (L - 1).clamp(min=1)).clamp(max=1)
     both = p * ((count - 1) / (L - 2).clamp(min=1)).clamp(max=1)
     size = x.square().sum(-1)
-    whole = alpha[..., None, :] @ x
-    cross_whole = alpha * (whole @ x.mT)[..., 0, :]
+    whole = torch.einsum("...l,...ld->...d", alpha, x)
+    cross_whole = alpha * torch.einsum("...d,...ld->...l", whole, x)
     own = alpha.square() * size
     # with Y_i = whole - alpha_i x_i, all products follow from those of alpha_i x_i with itself and with the whole
-    cross, others = cross_whole - own, whole.square().sum(-1) - 2 * cross_whole + own
+    cross, others = cross_whole - own, whole.square().sum(-1, keepdim=True) - 2 * cross_whole + own
     squares = own.sum(-1, keepdim=True) - own
     main = (own - 2 * p * cross + p.square() * others).clamp(min=0).sqrt()
     upper = (own - 2 * p * cross + (p - both) * squares + both * others).clamp(min=0).sqrt()
