@@ -24,6 +24,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "catalogue": ("saccade.catalogue", None),
     "create": ("saccade.catalogue", "create"),
     "load_authors": ("saccade.catalogue", "load_authors"),
+    "compressed": ("saccade.integrations.compression", "compressed"),
     "switch": ("saccade.integrations.transformers", "switch"),
     "advise": ("saccade.integrations.advise", "advise"),
     "explain": ("saccade.explain", None),
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from saccade.catalogue import create as create
     from saccade.catalogue import load_authors as load_authors
     from saccade.integrations.advise import advise as advise
+    from saccade.integrations.compression import compressed as compressed
     from saccade.integrations.insert import insert as insert
     from saccade.integrations.transformers import switch as switch
     from saccade.ops import masks as masks

@@ -212,23 +212,13 @@ def _attention_function(slug: str) -> Any:
         **extra: Any,
     ) -> tuple[Tensor, None]:
         entry = MECHANISMS[slug]
-        for name in _UNKNOWN:
-            if extra.get(name) is not None:
-                raise ValueError(f"{entry.implementation}: this model's attention has {name!r}, which is not supported")
-        if extra.get("output_attentions"):
-            raise ValueError(f"{entry.implementation} gives no attention weights: use attn_implementation='eager'")
+        scores = scores_asked(entry.implementation, scaling, extra)
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         pattern, keys = read(attention_mask, causal=bool(is_causal), n=query.shape[2], m=key.shape[2])
         if keys < key.shape[2]:
             key, value = key[:, :, :keys], value[:, :, :keys]
         setting = module.__dict__.get("_saccade") or _configured(entry, module)
-        scores: dict[str, Any] = {"scale": scaling}
-        if extra.get("softcap") is not None:
-            scores["soft_cap"] = extra["softcap"]
-        sinks = extra.get("s_aux") if extra.get("sinks") is None else extra["sinks"]
-        if sinks is not None:
-            scores["sink_logits"] = sinks
         reason = _why_dense(setting.mechanism, pattern, bool(is_causal), query.shape[2], keys)
         if reason is not None:
             setting.dense[reason] += 1
@@ -241,6 +231,31 @@ def _attention_function(slug: str) -> Any:
         return out.transpose(1, 2).contiguous(), None
 
     return saccade_attention
+
+
+def scores_asked(implementation: str, scaling: float | None, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a layer asks of its scores, in the words of `softmax_attend`.
+
+    Args:
+        implementation: that is asked, for messages.
+        scaling: as transformers gives it.
+        extra: what a layer hands to its attention function besides.
+
+    Raises:
+        ValueError: if it asks what no attention of ours has.
+    """
+    for name in _UNKNOWN:
+        if extra.get(name) is not None:
+            raise ValueError(f"{implementation}: this model's attention has {name!r}, which is not supported")
+    if extra.get("output_attentions"):
+        raise ValueError(f"{implementation} gives no attention weights: use attn_implementation='eager'")
+    scores: dict[str, Any] = {"scale": scaling}
+    if extra.get("softcap") is not None:
+        scores["soft_cap"] = extra["softcap"]
+    sinks = extra.get("s_aux") if extra.get("sinks") is None else extra["sinks"]
+    if sinks is not None:
+        scores["sink_logits"] = sinks
+    return scores
 
 
 def _why_dense(entry: Mechanism | None, pattern: Pattern, is_causal: bool, n: int, m: int) -> str | None:

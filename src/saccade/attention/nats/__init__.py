@@ -38,7 +38,6 @@ from saccade.attention.nats.operator import (
     GLOBAL,
     LOCAL,
     SLIDING,
-    Lifetimes,
     end_index,
     lifetimes,
     live_share,
@@ -47,6 +46,7 @@ from saccade.attention.nats.operator import (
     nats_mask,
 )
 from saccade.catalogue import register
+from saccade.ops.masks import Lifetimes
 
 __all__ = [
     "GLOBAL",

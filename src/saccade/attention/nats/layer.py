@@ -13,10 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.attention.nats.operator import (
-    FOREVER,
     GLOBAL,
     LOCAL,
-    Lifetimes,
     chunk_sum,
     end_index,
     lifetimes,
@@ -27,6 +25,7 @@ from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
+from saccade.ops.masks import FOREVER, Lifetimes
 from saccade.ops.pattern import GivenMask, Pattern, Said
 
 

@@ -230,6 +230,10 @@ class AVLLayerCache:
         held = (self.keys[:, :, : self.used], self.values[:, :, : self.used], self._scores_BKT, self._order_BS)
         return sum(x.numel() * x.element_size() for x in held)
 
+    def tensors(self) -> list[Tensor]:
+        """All that is held, with room to grow."""
+        return [] if self.keys is None else [self.keys, self.values, self._scores_BKT, self._order_BS]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take the rows `beam_idx` of the batch, as beam search does."""
         if self.keys is None:

@@ -19,6 +19,7 @@ from saccade.ops.masks.bands import Band, Prefix, and_causal, causal, prefix, wi
 from saccade.ops.masks.block_states import EMPTY, FULL, PARTIAL
 from saccade.ops.masks.functions import Function, function
 from saccade.ops.masks.grids import Neighborhood, neighborhood
+from saccade.ops.masks.lifetimes import FOREVER, Lifetimes
 from saccade.ops.masks.mask import And, Mask, Not, Or, Pairwise
 from saccade.ops.masks.sequences import (
     Documents,
@@ -34,6 +35,7 @@ from saccade.ops.masks.trees import Tree, tree
 
 __all__ = [
     "EMPTY",
+    "FOREVER",
     "FULL",
     "PARTIAL",
     "And",
@@ -42,6 +44,7 @@ __all__ = [
     "Dense",
     "Documents",
     "Function",
+    "Lifetimes",
     "Mask",
     "Neighborhood",
     "Not",

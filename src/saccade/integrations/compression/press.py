@@ -1,0 +1,201 @@
+"""kvpress' interface, both ways: a press as a policy here, and a policy as a press there.
+
+A press is an object with `compress(module, hidden_states, keys, values, attentions, kwargs)`, which is called once
+after a layer has read the prompt, and gives back fewer keys and values; and with `compression_ratio`, the share
+that goes.
+
+Shape letters: B batch, H query heads, K key heads, N tokens of the prompt, M those that stay, D head dim,
+E width of values, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from saccade.compress.policies import Entering, Held, Policy
+from saccade.ops.ragged import received_weights
+
+__all__ = ["PolicyPress", "Press", "PressPolicy", "as_press"]
+
+
+class Press(Protocol):
+    """What kvpress' presses are, as far as they are used here."""
+
+    compression_ratio: float
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class PressPolicy(Policy):
+    """A press: after the prompt its keys and values are stored, and what is decoded is added to them, as kvpress does.
+
+    `attentions` is None: no weights are kept. Positions of what stays are not known. A press knows no padding.
+
+    Attributes:
+        sinks, recent: of no effect.
+        press: the press, whose `compression_ratio` is the budget.
+
+    Raises:
+        ValueError: if there is none.
+    """
+
+    press: Press | None = None
+
+    budget_is = "refused"
+    needs_hidden = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.press is None:
+            raise ValueError("a policy of a press needs one: press=")
+
+    def score(self, held: Held) -> Tensor:
+        return held.position_BKM
+
+    def shorten(self, new: Entering) -> tuple[Tensor, Tensor]:
+        if bool((new.position_BN < 0).any()):
+            raise ValueError(f"{type(self.press).__name__} takes no padding: run prompts of one length, or one by one")
+        assert self.press is not None and new.hidden_BNC is not None
+        given = {name: value for name, value in new.call.items() if name != "module"}
+        return self.press.compress(new.call["module"], new.hidden_BNC, new.k_BKND, new.v_BKNE, None, given)
+
+
+@dataclass
+class PolicyPress:
+    """A policy as a press, for kvpress or whatever else knows that interface.
+
+    Attributes:
+        policy: one that scores tokens.
+        compression_ratio: share of the prompt's tokens that goes.
+
+    Raises:
+        ValueError: if the ratio is out of its range, or the policy does not choose by score.
+    """
+
+    policy: Policy
+    compression_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.compression_ratio < 1:
+            raise ValueError(f"compression_ratio must be at least 0 and below 1, got {self.compression_ratio}")
+        if self.policy.is_mortal or self.policy.budget_is != "needed":
+            raise ValueError(f"{type(self.policy).__name__} does not choose tokens by score: it is no press")
+
+    def score(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """(B, K, N): the tokens of highest score stay.
+
+        Args:
+            module: the attention layer, with `q_proj` where the policy must know weights that are not given.
+            hidden_states: what it reads, (B, N, C).
+            keys, values: (B, K, N, D).
+            attentions: its weights (B, H, N, N), or None.
+            kwargs: what it was called with.
+        """
+        B, K, N, _ = keys.shape
+        position_BN = torch.arange(N, device=keys.device).expand(B, -1)
+        new = Entering(getattr(module, "layer_idx", 0), position_BN, keys, values, hidden_states, kwargs)
+        numbers = self.policy.enter(new, None)
+        if numbers is None:
+            numbers = keys.new_zeros(B, K, N, 0, dtype=torch.float32)
+        elif self.policy.accumulates:
+            numbers[..., 0] += self._received(module, hidden_states, keys, attentions, kwargs)
+        position_BKN = position_BN[:, None].expand(-1, K, -1)
+        seen_B = torch.full((B,), N, device=keys.device)
+        held = Held(position_BKN, numbers, seen_B, torch.ones_like(position_BKN, dtype=torch.bool))
+        return self.policy.priority(held, torch.full_like(seen_B, self._kept(N)))
+
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Any,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the tokens that stay, in their order.
+
+        Args:
+            module, hidden_states, keys, values, attentions, kwargs: as in `score`.
+        """
+        kept = self._kept(keys.shape[2])
+        if kept == keys.shape[2]:
+            return keys, values
+        scores = self.score(module, hidden_states, keys, values, attentions, kwargs)
+        index_BKM1 = scores.topk(kept, -1).indices.sort(-1).values[..., None]
+        found = (x.gather(2, index_BKM1.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
+        return next(found), next(found)
+
+    def _kept(self, tokens: int) -> int:
+        return max(1, int(tokens * (1 - self.compression_ratio)))
+
+    def _received(
+        self, module: nn.Module, hidden_BNC: Tensor, k_BKND: Tensor, attentions: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        N = k_BKND.shape[2]
+        start = N - self.policy.watched(N)
+        if attentions is not None:
+            return attentions[:, :, start:].float().sum(2).unflatten(1, (k_BKND.shape[1], -1)).sum(2)
+        q_BHND = _queries(module, hidden_BNC, k_BKND.shape[3], kwargs)
+        first = torch.arange(N, device=k_BKND.device).expand(1, 1, -1)
+        cap = getattr(module, "attn_logit_softcapping", None)
+        scale = getattr(module, "scaling", k_BKND.shape[3] ** -0.5)
+        return received_weights(
+            q_BHND, k_BKND, first, torch.full_like(first, N), scale=scale, start=start, soft_cap=cap
+        )
+
+
+def _queries(module: Any, hidden_BNC: Tensor, width: int, kwargs: dict[str, Any]) -> Tensor:
+    """The queries of a layer of transformers, with their positions rotated in."""
+    rotary = kwargs.get("position_embeddings")
+    if not hasattr(module, "q_proj") or rotary is None:
+        raise ValueError(
+            f"{type(module).__name__} has no q_proj, or was called without position_embeddings: give attentions"
+        )
+    q_BHND = module.q_proj(hidden_BNC).unflatten(-1, (-1, width)).transpose(1, 2)
+    if getattr(module, "q_norm", None) is not None:
+        q_BHND = module.q_norm(q_BHND)
+    cos, sin = (x[:, None] for x in rotary)
+    turned, rest = q_BHND.split([cos.shape[-1], width - cos.shape[-1]], -1)
+    left, right = turned.chunk(2, -1)
+    return torch.cat([turned * cos + torch.cat([-right, left], -1) * sin, rest], -1)
+
+
+def as_press(policy: Policy, compression_ratio: float = 0.5) -> PolicyPress:
+    """A policy as an object with kvpress' interface.
+
+    Args:
+        policy: one that scores tokens.
+        compression_ratio: share of the prompt's tokens that goes.
+
+    Raises:
+        ValueError: if the ratio is out of its range, or the policy does not choose by score.
+
+    >>> from saccade.compress.policies import KeyNorm
+    >>> press = as_press(KeyNorm(sinks=0, recent=0.0), 0.5)
+    >>> keys = torch.tensor([3.0, 1.0, 4.0, 2.0]).view(1, 1, 4, 1)
+    >>> press.compress(torch.nn.Module(), torch.zeros(1, 4, 1), keys, keys, None, {})[0].flatten().tolist()
+    [1.0, 2.0]
+    """
+    return PolicyPress(policy, compression_ratio)
