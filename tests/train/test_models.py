@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -38,6 +41,29 @@ def test_what_is_missing_says_how_it_is_installed(monkeypatch: pytest.MonkeyPatc
         assert entry.distribution in str(caught.value)
     with pytest.raises(ImportError, match="vismatch"):
         models.example_pair("thermal")
+
+
+def test_a_model_is_read_once_unless_it_was_changed_or_shall_be_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = models.Pretrained("json", "json", (), lambda: (torch.nn.Linear(2, 2), [1, 2]))
+    monkeypatch.setitem(models.MODELS, "tiny", made)
+    monkeypatch.setattr(models, "_LOADED", {})
+    first, words = models.load("tiny")
+    assert not first.training and not first.weight.requires_grad
+    assert models.load("tiny")[0] is first and models.load("tiny", fresh=True)[0] is not first
+    first.train().requires_grad_(True)  # that is put right
+    again = models.load("tiny")[0]
+    assert again is first and not first.training and not first.weight.requires_grad
+    changes: list[Callable[[Any, list[int]], object]] = [
+        lambda model, words: torch.nn.init.zeros_(model.weight),
+        lambda model, words: setattr(model, "bias", torch.nn.Parameter(torch.zeros(2))),
+        lambda model, words: model.register_forward_hook(lambda *_: None),
+        lambda model, words: words.append(3),
+    ]
+    for change in changes:
+        first, words = models.load("tiny")
+        assert models.load("tiny")[0] is first
+        change(first, words)
+        assert models.load("tiny")[0] is not first
 
 
 def test_a_model_is_kept_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

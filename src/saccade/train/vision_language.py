@@ -149,7 +149,7 @@ def small(*, seed: int = 0, shown: bool | None = None) -> tuple[Any, Any]:
         ImportError: if SmolLM2 or the ViT-S/14 is not installed, with the command that installs it.
         OSError: if the cache folder cannot be used.
     """
-    (language, tokenizer), vision = models.load("smollm2-135m"), models.load("vit-s14")
+    (language, tokenizer), vision = models.load("smollm2-135m", fresh=True), models.load("vit-s14", fresh=True)
     parts = Parts(vision, language, tokenizer)
     versions = (models.version(name) for name in ("smollm2-135m", "vit-s14"))
     folder = private_folder(cache_folder() / "vision-language" / "-".join(versions))

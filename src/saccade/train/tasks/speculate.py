@@ -80,7 +80,7 @@ class Speculate(NetworkTask):
     @cached_property
     def target(self) -> Target:
         """SmolLM2, and the text."""
-        model, tokenizer = models.load(NAME)
+        model, tokenizer = models.load(NAME, fresh=self.device.type != "cpu")  # it is moved there
         texts = (bytes(sources.text_bytes(split).tolist()).decode(errors="ignore") for split in ("train", "held-out"))
         train_N, held_N = (torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in texts)
         name = f"{NAME}-{models.version(NAME)}-{self.settings.length}"
