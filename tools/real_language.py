@@ -55,7 +55,7 @@ def patterns(lab: Lab) -> dict[str, Any]:
     the heads where they were found, in four heads of every layer, and in projected layers, beside such without them.
     """
     side, steps, size = 24, lab.size(40, 1), lab.size(12, 2)
-    encoder, tokenizer = models.load("minilm")
+    encoder, tokenizer = models.load("minilm", fresh=True)
     encoder.requires_grad_(True)
     named = segmentation(tokenizer.sep_token_id)
 

@@ -17,6 +17,7 @@ from saccade.train import models
 from saccade.train.data.looking import shapes
 from saccade.train.data.pictures import crops, photographs
 from saccade.train.lab import Lab
+from saccade.train.samples import square
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -27,14 +28,6 @@ PATCH = 14
 JUDGE = ("astronaut", "coffee", "rocket", "chelsea")
 #: gates and their arguments
 GATES: dict[str, dict[str, Any]] = {"cbam": {"reduction": 4}, "triplet": {}, "das": {}}
-
-
-def square(image_CHW: Tensor, side: int) -> Tensor:
-    """The middle square at another size, (1, C, side, side)."""
-    least = min(image_CHW.shape[1:])
-    top, left = ((n - least) // 2 for n in image_CHW.shape[1:])
-    cut = image_CHW[None, :, top : top + least, left : left + least]
-    return F.interpolate(cut, (side, side), mode="bilinear", antialias=True).clamp(0, 1)
 
 
 def strip(*images: Tensor, side: int = 224) -> Picture:
@@ -58,7 +51,7 @@ def spread(x: Tensor) -> Tensor:
 
 def gates(lab: Lab) -> dict[str, Any]:
     """Gates put gently into EfficientNet-lite0 change nothing at the start."""
-    network, row = models.load("efficientnet-lite0"), {}
+    network, row = models.load("efficientnet-lite0", fresh=True), {}
     images = torch.cat([square(image, 224) for image in photographs(*JUDGE)])
     with torch.no_grad():
         before = network(images).softmax(-1)

@@ -67,6 +67,20 @@ def test_on_a_model() -> None:
     assert at_the_end.decode_rate is not None and "tokens/s" in at_the_end.table()
 
 
+def test_on_an_image_model_the_context_is_counted() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
+    image = torch.rand(1, 3, 70, 56)  # not the pretrained size: positions are interpolated
+    advice = advise(model, inputs={"pixel_values": image}, mechanisms=["window", "mra"], repeats=1)
+    assert advice.context == 1 + 5 * 4 and advice.perplexity is None and advice.quality == "deviation"
+    assert not advice.skipped and {t.slug for t in advice.trials} == {"window", "mra"}
+    assert all(trial.deviation > 0 and len(trial.layers) == 2 for trial in advice.trials if trial.density < 1)
+    with pytest.raises(ValueError, match="an image has those of its size"):
+        advise(model, context=8, inputs={"pixel_values": image})
+
+
 def test_what_cannot_run_says_why() -> None:
     transformers = pytest.importorskip("transformers")
     encoder = transformers.BertModel(

@@ -12,7 +12,7 @@ import torch
 
 from saccade.cli import main
 from saccade.integrations.advise import Advice, Trial, advise, positions
-from saccade.report.advice import plot, sample_model
+from saccade.report.advice import plot, read_advice, sample_model, write_advice
 
 
 def tiny_model(folder: Path, vocab_size: int = 8) -> Path:
@@ -121,6 +121,29 @@ def test_bad_input(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as done:
         main(["advise", *arguments])
     assert done.value.code == 2 and capsys.readouterr().err.startswith("saccade: ")
+
+
+def test_what_a_folder_has_of_other_settings_stays(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    def measured(left: int, context: int = 64, tolerance: float = 0.5) -> Advice:
+        trial = Trial("window", {"left": left}, 0.5, 2.0 + left, 0.1, 0.5, 0.1, dense_layers=(1,))
+        return Advice("a model", context, tolerance, 1.0, [trial], skipped={"moba": "why"})
+
+    def found() -> Advice:
+        return read_advice(tmp_path / "advice.json")
+
+    write_advice(measured(2), tmp_path)
+    assert found() == measured(2) and (tmp_path / "settings.json").exists()
+    write_advice(measured(3), tmp_path)
+    assert found().trials == measured(2).trials + measured(3).trials
+    write_advice(measured(3, tolerance=0.0), tmp_path)
+    assert len(found().trials) == 2 and not (tmp_path / "settings.json").exists()
+    write_advice(measured(4, context=128), tmp_path)
+    assert found() == measured(4, context=128)
+    (tmp_path / "advice.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no advice"):
+        write_advice(measured(2), tmp_path)
 
 
 def test_the_picture_of_nothing_and_of_something() -> None:

@@ -4,52 +4,50 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import math
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade.extras import need, new_figure
-from saccade.integrations.advise import positions
+from saccade.integrations.advise import Advice, Trial
 from saccade.report import pretrained
 from saccade.train import models
 from saccade.train.data import KEYS, Retrieval, english, retrieval
 from saccade.train.files import make_folder, write_bytes, write_text
 from saccade.train.plotting import style
+from saccade.train.samples import carried, text_sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from saccade.integrations.advise import Advice
-
 
 def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any, Any, Any]:
-    """A model by name, a text cut to `context` tokens, and its tokenizer.
+    """A model by name, what it is called with (a text of `context` tokens, an image of at most so many), its tokenizer.
 
     The name is one of `saccade.train.models`, or of transformers, or of a folder.
 
     A name is fetched by transformers; where no hub answers, it has to have been fetched before.
-    A model with a language head is loaded with it, another without. `saccade.train.data.english` is the text where no
-    file is given. All that can be refused is refused before the weights are loaded.
+    A model with a language head is loaded with it, another without. Where no file is given, the text is
+    `saccade.train.data.english`, and the image scikit-image's astronaut. All that can be refused is refused before
+    weights of a folder or of transformers' are loaded.
 
     Raises:
-        ValueError: if the model has fewer positions than `context` or no tokenizer, or the text is too short.
+        ValueError: if the model has fewer positions than `context` or no tokenizer, the text is too short, or the
+            context less than a patch.
         OSError: if the model or the file cannot be read.
-        ImportError: if transformers is not installed.
+        ImportError: if transformers is not installed, or what the model is from.
     """
-    text = english(data)
-    transformers = need("transformers", "advise on a model")
     named = models.named(name)
     if named is not None:
-        found = models.load(named)
-        if not isinstance(found, tuple):
-            raise ValueError(f"{named} reads no text: advice is of models that do")
-        model, tokenizer = found
-        return model, _sample(lambda: tokenizer, model.config, text, context), tokenizer
+        return carried(named, context, data)
+    text = english(data)
+    transformers = need("transformers", "advise on a model")
     local = pretrained.is_local(name)
     config = pretrained.config_of(name, local)
     tokenizer = cache(lambda: pretrained.tokenizer_of(name, local))
-    encoded = _sample(tokenizer, config, text, context)
+    encoded = text_sample(tokenizer, config, text, context)
     decoder = any(architecture.endswith(("ForCausalLM", "LMHeadModel")) for architecture in config.architectures or ())
     loader = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
     return loader.from_pretrained(name, config=config, local_files_only=local).eval(), encoded, tokenizer()
@@ -72,28 +70,56 @@ def retrieval_probes(model: Any, tokenizer: Any, context: int, each: int) -> dic
     return {kind.name: kind for kind in kinds}
 
 
-def _sample(tokenizer: Callable[[], Any], config: Any, text: str, context: int | None) -> dict[str, Any]:
-    """The first tokens of a text."""
-    limit = positions(config)
-    if context is not None and limit is not None and context > limit:
-        raise ValueError(f"the context must be at most the model's positions ({limit}), got {context}")
-    longest = context or min(2048, limit or 2048)
-    encoded = tokenizer()(text[: longest * 32], return_tensors="pt", truncation=True, max_length=longest)
-    if context is not None and encoded["input_ids"].shape[1] < context:
-        had = encoded["input_ids"].shape[1]
-        raise ValueError(f"the text must have at least {context} tokens, got {had}; give a longer --data")
-    return dict(encoded)
-
-
 def write_advice(advice: Advice, folder: Path) -> None:
-    """`advice.json`, `advice.png` and, where something is recommended, `settings.json` into a folder."""
+    """`advice.json`, `advice.png` and, where something is recommended, `settings.json` into a folder.
+
+    What the folder has of other settings, of the same model on the same inputs, stays: mechanisms may be measured one
+    after another. Each is as fast as it was beside the dense attention of its own run.
+
+    Raises:
+        ValueError: if the folder has a damaged `advice.json`.
+        OSError: if it cannot be written.
+    """
     make_folder(folder)
+    path = folder / "advice.json"
+    if path.exists():
+        before = read_advice(path)
+        same = all(getattr(before, name) == getattr(advice, name) for name in ("subject", "context", "quality"))
+        same = same and math.isclose(before.perplexity or 0.0, advice.perplexity or 0.0, rel_tol=1e-3)  # the same text
+        names = {trial.name for trial in advice.trials}
+        kept = [trial for trial in before.trials if trial.name not in names] if same else []
+        skipped = (before.skipped if same else {}) | advice.skipped
+        advice = replace(advice, trials=kept + advice.trials, skipped=skipped)
+    (folder / "settings.json").unlink(missing_ok=True)  # it would be of what is recommended no longer
     if advice.best is not None and advice.on_model:
         advice.save(folder / "settings.json")
-    write_text(folder / "advice.json", json.dumps(advice.as_dict(), indent=1) + "\n")
+    write_text(path, json.dumps(advice.as_dict(), indent=1) + "\n")
     drawn = io.BytesIO()
     plot(advice).savefig(drawn, format="png", dpi=120)
     write_bytes(folder / "advice.png", drawn.getvalue())
+
+
+def read_advice(path: Path) -> Advice:
+    """The advice that `write_advice` wrote.
+
+    Args:
+        path: of `advice.json`.
+
+    Raises:
+        ValueError: if it is none.
+        OSError: if it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        trials = [_known(Trial, each | {"dense_layers": tuple(each["dense_layers"])}) for each in found["trials"]]
+        return _known(Advice, found | {"trials": trials})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no advice: {type(error).__name__} {error}") from error
+
+
+def _known(kind: Any, found: dict[str, Any]) -> Any:
+    """A dataclass of those of its fields that are there."""
+    return kind(**{each.name: found[each.name] for each in fields(kind) if each.name in found})
 
 
 def plot(advice: Advice) -> Figure:

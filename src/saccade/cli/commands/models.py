@@ -16,11 +16,19 @@ from saccade.cli.commands.app import AsJson, Seed, afterwards, integers, print_j
 def advise(
     model: Annotated[
         str | None,
-        typer.Argument(help="A transformers model: its folder, its name where a network is there, or smollm2."),
+        typer.Argument(help="A transformers model: its folder, its name where a network is there; smollm2, vit-s14."),
     ] = None,
     shape: Annotated[str | None, typer.Option(help="Instead of a model: B,H,N,D (B,H,K,N,D: K key heads).")] = None,
-    context: Annotated[int | None, typer.Option(help="Tokens to measure at; the longest that --data gives.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A text file as sample input; English by default.")] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to measure at; the longest that --data gives. Of an image model the most tokens of a square "
+            "image: 1370 are 518 pixels in patches of 14."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A text file as sample input, or an image; English, a photograph by default.")
+    ] = None,
     tolerance: Annotated[float, typer.Option(help="Largest acceptable loss of quality.")] = 0.05,
     quality: Annotated[
         str | None,
@@ -40,6 +48,10 @@ def advise(
         bool, typer.Option("--keep-retrieval", help="Recommend nothing that answers fewer of them.")
     ] = False,
     bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
+    repeats: Annotated[int, typer.Option(help="Timed calls of each; the fastest counts.")] = 3,
+    partly: Annotated[
+        int, typer.Option(help="Of the fastest settings that lose too much, so many are tried in a part of the layers.")
+    ] = 3,
     mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for advice.json, settings.json and advice.png.")] = None,
@@ -58,10 +70,11 @@ def advise(
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
     from saccade.report.advice import retrieval_probes, sample_model, write_advice
+    from saccade.train import models
     from saccade.train.files import make_folder
     from saccade.train.progress import bar, showing
 
-    check(tolerance=tolerance, context=context, mechanisms=mechanism, quality=quality)
+    check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanism, quality=quality)
     if out is not None:
         make_folder(out)  # before minutes of measuring
     if (model is None) == (shape is None):
@@ -76,7 +89,8 @@ def advise(
     if model is not None:
         subject, inputs, tokenizer = sample_model(model, data, context)
         try:
-            probes = retrieval_probes(subject, tokenizer, inputs["input_ids"].shape[1], retrieval)
+            if tokenizer is not None:
+                probes = retrieval_probes(subject, tokenizer, inputs["input_ids"].shape[1], retrieval)
         except ValueError as error:
             if keep_retrieval:
                 raise
@@ -89,17 +103,20 @@ def advise(
         update(0, "dense attention")
         advice = measure(
             subject,
-            context=context,
+            context=None if inputs is not None and "pixel_values" in inputs else context,
             inputs=inputs,
             tolerance=tolerance,
             quality=quality,
             causal=not bidirectional,
             mechanisms=mechanism or None,
+            partly=partly,
             probes=probes,
             keep_probes=keep_retrieval,
+            repeats=repeats,
             seed=seed,
             on_trial=lambda name: update(words=name),
         )
+    advice.subject = models.named(str(model)) or advice.subject
     if unasked:
         advice.skipped["retrieval"] = unasked
     if as_json:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 from saccade.integrations.mechanisms import MECHANISMS
 from saccade.ops.folder import write_text
-from saccade.ops.measure import machine
+from saccade.ops.measure import busy, machine
 from saccade.tables import table
 
 
@@ -20,7 +21,7 @@ class Trial:
 
     Attributes:
         slug, options: what ran.
-        seconds: median time of a call (the whole model's, where one was given).
+        seconds: of the fastest call (the whole model's, where one was given).
         speedup: dense attention's time over it.
         deviation: of the output, relative L1.
         density: share of dense attention's query-key pairs that were computed.
@@ -73,6 +74,7 @@ class Advice:
         decode_rate: tokens per second with dense attention; None where the model does not decode.
         probes: name -> what a probe of quality said of the model with dense attention.
         keep_probes: whether only what falls in no probe is recommended.
+        waited: of the time of measuring, the share in the queue for a processor; None where not known.
     """
 
     subject: str
@@ -88,6 +90,7 @@ class Advice:
     decode_rate: float | None = None
     probes: dict[str, float] = field(default_factory=dict)
     keep_probes: bool = False
+    waited: float | None = None
 
     def loss(self, trial: Trial) -> float:
         """What a setting costs in `quality`.
@@ -189,6 +192,8 @@ class Advice:
         lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
         if self.warning:
             lines.append(f"mind: {self.warning}")
+        if busy(self.waited):
+            lines.append(f"mind: {busy(self.waited)}")
         if self.perplexity is not None:
             lines.append(f"perplexity of dense attention on this text: {self.perplexity:.3f}")
         said = [f"{name} {value:.0%}" for name, value in self.probes.items()]
@@ -208,7 +213,7 @@ class Advice:
         return self.table()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, with the frontier and the recommendation by name."""
+        """Plain data, with the frontier and the recommendation by name, this machine and the day."""
         best = self.best
         return {
             **asdict(self),
@@ -216,4 +221,5 @@ class Advice:
             "recommendation": None if best is None else best.name,
             "code": self.code(),
             "machine": machine(),
+            "date": date.today().isoformat(),
         }

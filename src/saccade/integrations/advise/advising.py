@@ -13,6 +13,7 @@ from saccade.integrations.advise.advice import Advice, Trial
 from saccade.integrations.advise.benches import Bench, ModelBench, Probe, ShapesBench
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+from saccade.ops.measure import Watch
 
 
 def trials(
@@ -65,7 +66,7 @@ def advise(
     Args:
         model: a transformers model, or the shapes (B, H, N, D) of queries (five numbers: (B, H, K, N, D) with K key
             heads).
-        context: tokens to measure at; longer sample inputs are cut to it. All of them where None.
+        context: tokens to measure at; longer sample inputs are cut to it. All of them where None, as of images.
         inputs: what the model is called with (a mapping, or token ids); q, k, v where `model` is shapes. Random where
             None, and the advice then warns that its deviations mean little.
         tolerance: the largest acceptable deviation, or rise of perplexity.
@@ -82,7 +83,7 @@ def advise(
         keep_probes: recommend nothing that falls in one of them.
         decode_tokens: that a causal language model says after the inputs, to measure its decoding on the frontier;
             0 for none.
-        repeats: timed calls of each, the median counts.
+        repeats: timed calls of each, the fastest counts.
         seed: of random inputs.
         on_trial: called with the name of each setting before it runs.
 
@@ -108,6 +109,8 @@ def advise(
         bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
     else:
         bench = ShapesBench(shape_inputs(model, inputs, context, generator), causal, repeats)
+    watch = Watch()
+    watch.start()
     bench.measure_dense()
     advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds, on_model=isinstance(model, nn.Module))
     advice.perplexity = bench.perplexity
@@ -135,6 +138,8 @@ def advise(
             advice.trials += [] if found is None else [found]
     # dense attention again: a machine that was busy at the beginning would flatter everything else
     bench.measure_dense()
+    watch.stop()
+    advice.waited = watch.waited
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
     advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
     if isinstance(bench, ModelBench):

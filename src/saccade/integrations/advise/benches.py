@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from saccade.integrations.advise.advice import Trial
 from saccade.integrations.advise.inputs import model_inputs, positions
 from saccade.integrations.decoding import can_decode, decoding
 from saccade.integrations.mechanisms import Mechanism
+from saccade.layers.attention_interface import attention_layers
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.measure import seconds
@@ -51,18 +52,38 @@ class ModelBench(Bench):
         self.model, self.inputs, self.dense_layers, self.repeats = model, inputs, dense_layers, repeats
         self.subject = type(model).__name__
         self.causal = any(getattr(module, "is_causal", False) for module in model.modules())
-        self.context = max(x.shape[1] for x in inputs.values() if isinstance(x, Tensor) and x.ndim > 1)
+        texts = [x for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim > 1 and name != "pixel_values"]
+        self.context = max((x.shape[1] for x in texts), default=0)  # of images: counted in the first pass
 
     @torch.no_grad()
     def measure_dense(self) -> None:
         was_training = self.model.training
         self.model.eval()
         try:
-            self.dense, self.has_logits = _output(self.model(**self.inputs))
+            with self._counting():
+                self.dense, self.has_logits = _output(self.model(**self.inputs))
             self.perplexity = self._perplexity(self.dense)
             self.dense_seconds = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
         finally:
             self.model.train(was_training)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Where it is not known, `context` becomes the most tokens that an attention layer is given."""
+        seen = [0]
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [*args, *kwargs.values()]
+            seen.append(next((x.shape[1] for x in given if isinstance(x, Tensor) and x.ndim == 3), 0))
+
+        layers = [self.model.get_submodule(name) for name in attention_layers(self.model)]
+        hooks = [layer.register_forward_pre_hook(count, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.context = self.context or max(seen)
 
     def _perplexity(self, logits: Tensor) -> float | None:
         """Of the inputs' own tokens, each told by those before it; padding and what follows it do not count."""
