@@ -96,6 +96,11 @@ def test_plan_reads_masks_without_running_them(capsys: pytest.CaptureFixture[str
         ("claim", "softmax", "--all"),
         ("claim", "--missing"),
         ("claim", "softmax", "--smoke", "--out", "somewhere"),
+        ("claim", "--long"),
+        ("claim", "moba", "--model", "smollm2", "--long"),
+        ("claim", "moba", "--model", "no-such-model"),
+        ("claim", "moba", "--model", "vit-s14"),
+        ("claim", "lightning", "--model", "smollm2"),
         ("compare", "softmax", "--task", "nonsense"),
         ("compare", "no-such-part"),
         ("compare", "softmax:no_such_option=1"),
@@ -237,7 +242,11 @@ def test_claims_are_written_one_by_one_and_go_on(
         if len(ran) == 1 and slug == "moba" and not bench.smoke:
             raise KeyboardInterrupt
         ran.append(slug)
-        return claims.Outcome(slug, "A title", "fast", "2 x", {"speedup": 2.5}, True, "", 3.0, bench.smoke, 0)
+        shows = slug != "mra" or bench.scale > 1
+        figures = {"speedup": 2.5}
+        return claims.Outcome(
+            slug, "A title", "fast", "2 x", figures, shows, "", 3.0, bench.smoke, 0, scale=bench.scale
+        )
 
     monkeypatch.setattr(claims, "run_claim", run_claim)
     code, out, err = run(capsys, "claim", "softmax", "moba", "--out", str(tmp_path))
@@ -252,3 +261,13 @@ def test_claims_are_written_one_by_one_and_go_on(
     assert (tmp_path / "claims.json").read_text() == before
     assert run(capsys, "claim", "softmax", "--missing", "--out", str(tmp_path))[1].endswith("has all of them already\n")
     assert json.loads(run(capsys, "claim", "softmax", "--missing", "--out", str(tmp_path), "--json")[1]) == []
+
+    # those that do not show, ten times as long, beside their own line
+    assert "does NOT show" in run(capsys, "claim", "mra", "--out", str(tmp_path))[1]
+    code, out, _ = run(capsys, "claim", "--long", "--out", str(tmp_path))
+    assert code == 0 and "mra with 10 times the steps: shows" in out and "softmax" not in out
+    found = json.loads((tmp_path / "claims.json").read_text())
+    assert [(line["slug"], line["scale"]) for line in found[-2:]] == [("mra", 1), ("mra", 10)] and len(found) == 4
+    page = (tmp_path / "claims.md").read_text()
+    assert "2 of 3 show." in page and "of those that do not: 1 of 1 show." in page and "### With 10 times" in page
+    assert run(capsys, "claim", "--long", "--missing", "--out", str(tmp_path))[1].endswith("all of them already\n")

@@ -39,3 +39,15 @@ def test_a_claim_that_ran_makes_a_record(tmp_path: Path) -> None:
     ran = run_claim("softmax", Lab(smoke=True, seed=3))
     claims.write(tmp_path, {"softmax": claims.record(ran, "2026-01-02", machine())})
     assert claims.read(tmp_path)["softmax"]["seed"] == 3
+
+
+def test_second_lines_stand_below_the_claim_of_their_part(tmp_path: Path) -> None:
+    own = claims.record(outcome("moba", False), "2026-01-02", machine())
+    lines = [own | {"model": "smollm2-135m", "context": 2048, "holds": True}, own | {"scale": 10}, own]
+    page = claims.write(tmp_path, {claims.line(each): each for each in lines}).read_text()
+    kept = claims.read(tmp_path)
+    assert list(kept) == ["moba", "moba on smollm2-135m, 2048 tokens", "moba with 10 times the steps"]
+    assert kept["moba"] == own and "0 of 1 show." in page
+    assert "of those that do not: 0 of 1 show." in page and "On a real model" in page
+    assert page.index("## moba") < page.index("### On smollm2-135m") < page.index("### With 10 times the steps")
+    assert "**does not show with 10 times the steps**" in page and page.count("The paper says") == 1

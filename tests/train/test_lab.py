@@ -17,6 +17,9 @@ from saccade.train.lab import Lab
 def test_a_smoke_run_is_small_and_gives_no_verdict() -> None:
     lab = Lab(smoke=True)
     assert lab.steps(500) == 2 and lab.size(4096, 16) == 16 and Lab().steps(500) == 500
+    long = Lab(scale=10)
+    assert long.steps(500) == 5000 and long.trained == 5000 and long.size(4096, 16) == 4096
+    assert Lab(scale=10, smoke=True).steps(500) == 2
     outcome = run_claim("softmax", lab)
     assert outcome.smoke and "no verdict" in outcome.text() and outcome.as_dict()["slug"] == "softmax"
 
@@ -103,6 +106,12 @@ def test_loss_and_accuracy_are_over_what_is_asked() -> None:
     )
     assert torch.equal(torch.rand(2, generator=lab.held_out()), torch.rand(2, generator=lab.held_out()))
     assert not torch.equal(torch.rand(2, generator=lab.held_out()), torch.rand(2, generator=lab.generator()))
+
+
+def test_a_long_run_says_where_nothing_is_trained() -> None:
+    trained, not_trained = (run_claim(slug, Lab(smoke=True, scale=10)) for slug in ("softmax", "flash-window"))
+    assert not_trained.note.startswith("nothing is trained here") and "nothing is trained" not in trained.note
+    assert trained.where == "with 10 times the steps" and "softmax with 10 times the steps: smoke" in trained.text()
 
 
 def test_claims_of_unknown_parts(planned: list[dict[str, object]]) -> None:

@@ -89,7 +89,7 @@ class Lab(Protocol):
         """`saccade.train.data`: text_bytes(), digits(), rows(...), photographs(...), crops(...), recall(...) ..."""
 
     def steps(self, number: int) -> int:
-        """`number`, or 2 in a smoke run."""
+        """Steps of a training of `number` here, for loops of a claim's own; `train` and `forms` ask themselves."""
 
     def size(self, full: T, smoke: T) -> T:
         """`full`, or `smoke` in a smoke run; for lengths, batch sizes, widths."""

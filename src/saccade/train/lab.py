@@ -9,7 +9,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
@@ -25,6 +25,9 @@ from saccade.train.progress import showing, track
 
 T = TypeVar("T")
 
+#: times the steps of a claim's trainings in a long run
+LONG = 10
+
 
 @dataclass
 class Lab:
@@ -34,19 +37,27 @@ class Lab:
         seed: of everything random.
         smoke: True runs each claim at its smallest for a step or two; what comes out then means nothing.
         show_progress: False for none; where None or True, bars on a terminal and a line every ten seconds elsewhere.
+        scale: every training takes so many times its steps; `LONG` in a long run.
+        trained: steps of training that were asked for so far.
     """
 
     seed: int = 0
     smoke: bool = False
     show_progress: bool | None = False
+    scale: int = 1
+    trained: int = field(default=0, init=False)
 
     def steps(self, number: int) -> int:
-        """`number`, or 2 in a smoke run.
+        """How long a training of `number` steps takes here: `scale` times that, or 2 steps in a smoke run.
+
+        `train`, `forms` and what stands on them ask themselves: they are given the plain number.
 
         Args:
             number: of training steps.
         """
-        return min(number, 2) if self.smoke else number
+        steps = min(number, 2) if self.smoke else number * self.scale
+        self.trained += steps
+        return steps
 
     def size(self, full: T, smoke: T) -> T:
         """`full`, or `smoke` in a smoke run; for lengths, batch sizes, widths."""
@@ -111,7 +122,7 @@ class Lab:
             model: is changed, and left in training mode.
             batches: one is taken for each step.
             loss: (model, batch) -> a scalar.
-            steps: how many; 2 in a smoke run.
+            steps: how many, before `Lab.steps`.
             lr: the highest learning rate.
             description: before the bar.
 

@@ -82,10 +82,11 @@ class _Plain(nn.Module):
 
 def _learn(lab: Lab, model: nn.Module, loss: Callable[[Batch], Tensor], steps: int, seed: int, name: str) -> None:
     """SGD with momentum, weight decay and polynomial decay, as the paper trains."""
+    steps = lab.steps(steps)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
     generator = torch.Generator().manual_seed(seed)
-    for _ in lab.progress(range(lab.steps(steps)), f"{name}, seed {seed}"):
+    for _ in lab.progress(range(steps), f"{name}, seed {seed}"):
         optimizer.zero_grad()
         loss(shapes(lab.size(16, 2), generator)).backward()
         optimizer.step()

@@ -22,6 +22,21 @@ def claim(
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A step or two only: shows that it runs, measures nothing.")
     ] = False,
+    long: Annotated[
+        bool,
+        typer.Option(
+            "--long",
+            help="Ten times the steps, kept as a line of its own; without names, all that do not show in --out.",
+        ),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of the claim's experiment: training-free parts on a real model (smollm2, vit-s14, minilm), "
+            "loss of quality and speed beside dense attention. --all: those that fit it."
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="With --model: tokens; of an image the most.")] = 2048,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of claims.json and claims.md; each claim is written as it ends.")
@@ -31,25 +46,39 @@ def claim(
     """Run the papers' central claims at laptop size: what the paper says, what was expected, what was measured.
 
     `saccade claim --all --out FOLDER` may be stopped: `saccade claim --missing --out FOLDER` goes on with the rest.
+
+    `saccade claim combiner --long` trains ten times as long; `saccade claim --long --out FOLDER` takes all that do not
+    show in FOLDER, with --missing those of them that were not run long yet.
+
+    `saccade claim spargeattn moba --model smollm2 --out FOLDER` adds lines of these on SmolLM2;
+    `saccade claim --all --model vit-s14 --context 1370` takes an image of 518 pixels.
     """
     from contextlib import ExitStack
     from datetime import date
 
     from saccade.ops.measure import machine
     from saccade.report import claims
+    from saccade.train import models
     from saccade.train.claims import run_claim
     from saccade.train.files import locked, make_folder
-    from saccade.train.lab import Lab
+    from saccade.train.lab import LONG, Lab
+    from saccade.train.model_claims import fitting, run_on_model, tokens_on
 
-    if (bool(slugs) and everything) or not (slugs or everything or missing):
-        raise ValueError("say which claims: names, --all, or --missing with --out")
+    if (bool(slugs) and everything) or not (slugs or everything or missing or (long and out)):
+        raise ValueError("say which claims: names, --all, or --missing or --long with --out")
     if missing and out is None:
         raise ValueError("--missing needs --out, the folder whose claims are not run again")
     if smoke and out is not None and not missing:
         raise ValueError("a smoke run measures nothing and is not written: leave --out away")
-    names = list(slugs) if slugs else [part.slug for part in catalogue.parts()]
-    for name in slugs or ():
+    if long and model is not None:
+        raise ValueError("--long is of what a claim trains, and on a real model nothing is trained: leave one away")
+    on = None if model is None else models.named(model)
+    if model is not None and on is None:
+        raise ValueError(f"--model must be one of {', '.join(models.MODELS)}, got {model!r}")
+    for name in slugs or () if on is None else ():
         catalogue.part(name)
+    able = [part.slug for part in catalogue.parts()] if on is None else fitting(on, slugs or ())
+    tokens = 0 if on is None or smoke else tokens_on(on, context)
     writes = out is not None and not smoke
     with ExitStack() as stack:
         if writes:
@@ -57,11 +86,15 @@ def claim(
             make_folder(out)
             stack.enter_context(locked(out))
         records = claims.read(out) if out else {}
-        lab, count = Lab(seed=seed, smoke=smoke, show_progress=None), 0
+        lab, count = Lab(seed=seed, smoke=smoke, show_progress=None, scale=LONG if long else 1), 0
+        names = list(slugs) if slugs else able
+        if long and not (slugs or everything):
+            names = [name for name in names if name in records and not records[name]["holds"]]
         for name in names:
-            if missing and name in records:
+            line = claims.line({"slug": name, "scale": lab.scale, "model": on or "", "context": tokens})
+            if missing and line in records:
                 continue
-            outcome = run_claim(name, lab)
+            outcome = run_claim(name, lab) if on is None else run_on_model(name, on, lab, context=context)
             if as_json:
                 print("," if count else "[", json.dumps(outcome.as_dict(), indent=2), sep="\n", flush=True)
             else:
@@ -69,7 +102,7 @@ def claim(
             count += 1
             if writes:
                 assert out is not None
-                records[name] = claims.record(outcome, date.today().isoformat(), machine())
+                records[line] = claims.record(outcome, date.today().isoformat(), machine())
                 claims.write(out, records)
     if as_json:
         print("]" if count else "[]")

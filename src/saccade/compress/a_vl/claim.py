@@ -71,7 +71,7 @@ def _claim(lab: Lab) -> ClaimResult:
         tokens, heads = lab.size(8192, 64), 8
         q, k, v = torch.randn(3, 1, heads, tokens + 24, 64, generator=lab.generator())
         new = torch.randn(3, 1, heads, 1, 64, generator=lab.generator())
-        steps = lab.steps(12)
+        steps = lab.size(12, 2)
         for name, options in (("full", AVLOptions(rate=None, text_rate=None)), ("avl", AVLOptions(text_rate=None))):
             layer = AVLLayerCache(options, (4, tokens))
             layer.attend(q, k, v)

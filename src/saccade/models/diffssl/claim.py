@@ -74,7 +74,7 @@ def _claim(lab: Lab) -> ClaimResult:
         return schedule.loss(model, images, step_B, noise)["loss"].mean()
 
     batches = (noisy(generator, lab.size(32, 2)) for _ in iter(int, 1))
-    lab.train(unet, batches, denoise, lab.steps(400), lr=2e-3, description="denoising")
+    lab.train(unet, batches, denoise, 400, lr=2e-3, description="denoising")
 
     def classifier(network: UNet, head: str, **changes: Any) -> DiffusionClassifier:
         return DiffusionClassifier(

@@ -47,7 +47,7 @@ def _claim(lab: Lab) -> ClaimResult:
         forms,
         lambda generator: task.drawn(lab.size(4, 1), generator),
         measure,
-        lab.steps(200), loss=task.loss, lr=3e-3,
+        200, loss=task.loss, lr=3e-3,
     ).means("{form}_{figure}")  # fmt: skip
     return ClaimResult(
         measured,

@@ -50,7 +50,7 @@ def _claim(lab: Lab) -> ClaimResult:
     def measure(trial: Trial) -> dict[str, float]:
         held_out = torch.Generator().manual_seed(1000 + trial.seed)
         test = digits_on_noise(source.test_images, source.test_labels, lab.size(1000, 8), held_out)
-        _refresh(trial.model, trial.batches, lab.steps(20))
+        _refresh(trial.model, trial.batches, lab.size(20, 2))
         return {"error": 100 * (1 - lab.accuracy(trial.model.eval(), test)), "parameters": trial.parameters}
 
     trials = lab.forms(
