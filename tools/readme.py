@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from saccade.report import architecture, claims, parts, sizes
+from saccade.report import architecture, claims, parts, real_models, sizes
 
 README = Path(__file__).parent.parent / "README.md"
 DOCS = README.parent / "docs"
@@ -29,6 +29,7 @@ def main() -> int:
         DOCS / "parts.md": parts.page(DOCS),
         house: written(house, "floors", architecture.drawing()),
         DOCS / "sizes.md": sizes.page(),
+        DOCS / real_models.PAGE: real_models.page(DOCS),
     }
     if records := claims.read(DOCS):
         pages[DOCS / claims.PAGE] = claims.page(list(records.values()))
