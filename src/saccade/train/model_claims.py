@@ -102,10 +102,13 @@ def run_on_model(slug: str, model: str, lab: Lab, *, context: int = 2048) -> Out
 
     def run(_: object) -> ClaimResult:
         subject, inputs = _tiny(kind) if lab.smoke else carried(model, context)[:2]
+        if slug in _WAYS:
+            return _result(_WAYS[slug][1](subject, inputs, lab))
         with bar("settings tried:", None) as update:
-            advice = _WAYS[slug][1](subject, inputs, lab) if slug in _WAYS else advise(
+            advice = advise(
                 subject, inputs=inputs, mechanisms=[slug], quality=None, tolerance=TOLERANCE[quality],
-                partly=lab.size(1, 0), repeats=lab.size(2, 1), seed=lab.seed, on_trial=lambda name: update(words=name),
+                partly=lab.size(1, 0), decode_tokens=0, repeats=lab.size(2, 1), seed=lab.seed,
+                on_trial=lambda name: update(words=name),
             )  # fmt: skip
         if not advice.trials:
             raise ValueError(f"{slug} cannot run on {model}: {advice.skipped[slug]}")
