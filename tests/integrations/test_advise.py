@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saccade import switch
-from saccade.integrations.advise import Advice, Trial, advise, advising, benches, trials
+from saccade.integrations.advise import Advice, Trial, advise, advising, benches, blending, trials
 from saccade.integrations.mechanisms import MECHANISMS
 
 
@@ -48,7 +48,9 @@ def test_on_a_model() -> None:
     ).train()
     ids = torch.randint(11, (1, 80))
     asked: list[str] = []
-    advice = advise(model, context=64, inputs=ids, mechanisms=["moba", "window"], repeats=1, on_trial=asked.append)
+    advice = advise(
+        model, context=64, inputs=ids, mechanisms=["moba", "window"], repeats=1, on_trial=asked.append, partly=0
+    )
     assert model.training and model.config._attn_implementation == "sdpa"
     assert (
         advice.context == 64
@@ -60,7 +62,7 @@ def test_on_a_model() -> None:
     assert all(t.agreement is not None and 0 < t.density <= 1 for t in advice.trials)
     # more keys, smaller deviation; the deviation is that of the output under `switch`
     assert by_name["window:left=32"].deviation < by_name["window:left=2"].deviation
-    everything = advise(model, context=8, inputs=ids, mechanisms=["moba"], repeats=1).trials[-1]
+    everything = advise(model, context=8, inputs=ids, mechanisms=["moba"], repeats=1, partly=0).trials[-1]
     assert everything.density == 1.0 and everything.deviation < 1e-5
     assert "random" in advise(model, context=8, mechanisms=["window"], repeats=1).warning
     at_the_end = advise(model, context=2048, mechanisms=["window"], repeats=1)  # as many as it has positions
@@ -73,7 +75,7 @@ def test_on_an_image_model_the_context_is_counted() -> None:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     model = transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).eval()
     image = torch.rand(1, 3, 70, 56)  # not the pretrained size: positions are interpolated
-    advice = advise(model, inputs={"pixel_values": image}, mechanisms=["window", "mra"], repeats=1)
+    advice = advise(model, inputs={"pixel_values": image}, mechanisms=["window", "mra"], repeats=1, partly=0)
     assert advice.context == 1 + 5 * 4 and advice.perplexity is None and advice.quality == "deviation"
     assert not advice.skipped and {t.slug for t in advice.trials} == {"window", "mra"}
     assert all(trial.deviation > 0 and len(trial.layers) == 2 for trial in advice.trials if trial.density < 1)
@@ -135,7 +137,7 @@ def language_model() -> tuple[torch.nn.Module, torch.Tensor]:
 
 def test_the_tolerance_may_be_of_perplexity_and_settings_are_shared(tmp_path: Path) -> None:
     model, ids = language_model()
-    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, quality="perplexity", tolerance=9.0)
+    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, quality="perplexity", tolerance=9.0, partly=0)
     with torch.no_grad():
         expected = float(model(ids, labels=ids).loss.exp())
     assert advice.perplexity == pytest.approx(expected, rel=1e-4)
@@ -169,28 +171,38 @@ def test_the_tolerance_may_be_of_perplexity_and_settings_are_shared(tmp_path: Pa
     assert advise(model, inputs=ids, mechanisms=["window"], repeats=1).quality == "deviation"
 
 
-def test_a_setting_in_as_many_layers_as_the_tolerance_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("slug", "per_head"), [("window", False), ("spargeattn", True)])
+def test_settings_for_each_layer_or_head_within_the_tolerance(slug: str, per_head: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=6, num_attention_heads=2
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=4
     )
-    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, 48))
-    switched = lambda: "saccade" in model.config._attn_implementation  # noqa: E731
-    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 0.5 if switched() else 1.0)
-    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, tolerance=0.0, partly=0)
-    losses = sorted(trial.deviation for trial in advice.trials)
-    advice = advise(model, inputs=ids, mechanisms=["window"], repeats=1, tolerance=losses[-1] * 0.9, partly=2)
-    part = [trial for trial in advice.trials if trial.dense_layers]
-    assert part and all(trial.deviation <= advice.tolerance for trial in part)
-    first = next(t for t in advice.trials if t.options == part[0].options and not t.dense_layers)
-    left = set(part[0].dense_layers)
-    assert min(first.layers[name] for name in left) >= max(first.layers[name] for name in set(first.layers) - left)
-    assert "dense_layers=[" in replace(advice, trials=part).code() and "layers" in part[0].name
-    replace(advice, trials=part[:1]).save(tmp_path / "settings.json")
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (1, 96))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data *= 20  # so that heads look at little, and differ
+        layer.self_attn.k_proj.weight.data *= 20
+    plain = advise(model, inputs=ids, mechanisms=[slug], repeats=1, partly=0, quality="deviation")
+    worst = max(trial.deviation for trial in plain.trials)
+    told = dict(inputs=ids, mechanisms=[slug], repeats=1, tolerance=worst / 2, quality="deviation")
+    advice = advise(model, partly=1, **told)
+    (blended,) = [trial for trial in advice.trials if trial.layer_options]
+    assert blended.deviation <= worst / 2 and blended.density < 1
+    fast = replace(advice, trials=[replace(blended, speedup=2.0)])
+    assert "for each layer" in blended.name and "settings=path" in fast.code()
+    own = [options for options in blended.layer_options.values()]
+    if per_head:
+        (name,) = {name for options in own for name in options} & {"top_k", "cdf_threshold"}
+        assert any(len(set(options[name])) > 1 for options in own) and all(len(o[name]) == 4 for o in own)
+        # nothing of the same density among what was tried in all heads alike deviates less
+        rivals = [t for t in plain.trials if t.density <= blended.density]
+        assert all(t.deviation > blended.deviation for t in rivals)
+    fast.save(tmp_path / "settings.json")
     with torch.no_grad(), switch(model, settings=tmp_path / "settings.json", report=True) as report:
-        model(ids)
-    assert {layer.name for layer in report.layers} == set(first.layers) - left
+        out = model(ids).logits
+    dense = model(ids).logits
+    assert ((out - dense).abs().sum() / dense.abs().sum()).item() == pytest.approx(blended.deviation, rel=1e-4)
+    assert {row.name: row.relative_error for row in report.layers} == pytest.approx(blended.layers)
     with pytest.raises(ValueError, match="partly must not be negative"):
         advise(model, inputs=ids, partly=-1)
 
@@ -226,3 +238,35 @@ def test_probes_are_asked_and_may_have_to_hold(tmp_path: Path, monkeypatch: pyte
         advise((1, 1, 8, 4), probes={"same": same})
     unasked = advise(model, **asked, decode_tokens=0)
     assert unasked.decode_rate is None and all(trial.decode_rate is None for trial in unasked.trials)
+
+
+def test_a_blend_takes_what_costs_least() -> None:
+    entry = MECHANISMS["spargeattn"]
+    heads = lambda *rows: {"a": rows, "b": ((9.0, 9.0), rows[1])}  # noqa: E731
+    tried = [
+        Trial("spargeattn", {"top_k": share, "block_q": 8}, 1.0, 1.0, 0.0, 0.0, 0.0, heads=heads(errors, (share,) * 2))
+        for share, errors in ((0.25, (0.01, 0.5)), (0.5, (0.01, 0.1)))
+    ]
+    (choices,) = blending.families(entry, [*tried, replace(tried[0], dense_layers=("a",))])
+    # 0.25 and 0.5 for the heads of a, which stands for (0.25 + 0.5 + 1 + 1) / 4
+    blend = choices.blend(0.70)
+    assert blend.options == {"block_q": 8} and blend.dense_layers == ("b",)
+    assert blend.layer_options == {"a": {"top_k": (0.25, 0.5)}}
+    assert choices.least == 0.25 and choices.blend(0.25).layer_options["b"] == {"top_k": (0.25, 0.25)}
+    assert choices.density(0.0) == 1.0 and choices.density((0.01 + 0.1) / 2) == pytest.approx(0.6875)
+
+
+def test_perplexity_is_of_what_is_judged() -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (2, 1, 40))
+    both = [advise(model, inputs=ids[0], judged=ids[i], mechanisms=["window"], repeats=1, partly=0) for i in range(2)]
+    with torch.no_grad():
+        expected = [model(row, labels=row).loss.exp().item() for row in ids]
+    assert [advice.perplexity for advice in both] == pytest.approx(expected)
+    assert [t.deviation for t in both[0].trials] == pytest.approx([t.deviation for t in both[1].trials])
+    with pytest.raises(ValueError, match="fewer than 40"):
+        advise(model, context=40, inputs=ids[0], judged=ids[1][:, :20], mechanisms=["window"])

@@ -197,6 +197,7 @@ class Replacement:
             per head. None where the function gives them with `return_map`, as a mask or as blocks of `block_q` x
             `block_k` (or `block_size`) tokens.
         settings: context length -> options worth trying, from the fastest to the closest; what `saccade.advise` runs.
+        per_head: options that may also be a value per query head -> the value at which a head is dense.
     """
 
     function: Callable[..., Any]
@@ -205,6 +206,7 @@ class Replacement:
     masks: Literal["any", "sequences", "none"] = "none"
     kept: Callable[[int, int, bool, int, Mapping[str, Any]], Any] | None = None
     settings: Callable[[int], list[dict[str, Any]]] | None = None
+    per_head: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

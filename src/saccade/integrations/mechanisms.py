@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade import catalogue
@@ -22,6 +23,7 @@ from saccade.catalogue import Replacement
 from saccade.ops import masks, score_mods
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
+from saccade.ops.masks.block_states import size_pair
 from saccade.ops.merge import add_sink
 from saccade.ops.pattern import Pattern
 
@@ -148,12 +150,13 @@ class Mechanism(Replacement):
         offset: int = 0,
         scale: float | None = None,
         options: Mapping[str, Any],
-    ) -> tuple[float, float]:
-        """Pairs that the mechanism computes, and that dense attention would, over all rows and heads."""
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs that the mechanism computes, and that dense attention would, of each head (H,), over all rows."""
         (B, H, N), M = q_BHND.shape[:3], k_BKMD.shape[2]
+        alone, device = mask is None, q_BHND.device
         if mask is None and causal:
             mask = masks.causal(offset)
-        dense = pairs(mask, B, H, N, M, q_BHND.device)
+        dense_H = pairs(mask, B, H, N, M, device)
         options = {**self.options, **self.completed(options, causal)}
         kept: Any
         if self.kept is not None:
@@ -162,17 +165,39 @@ class Mechanism(Replacement):
             _, kept = self.function(q_BHND, k_BKMD, v_BKME, causal=causal, scale=scale, return_map=True, **options)
             if isinstance(kept, Tensor):
                 both = options.get("block_size")
-                kept = masks.blocks(kept, (options["block_q"], options["block_k"]) if both is None else both)
+                sizes = (options["block_q"], options["block_k"]) if both is None else size_pair(both, "block_size")
+                if alone:
+                    return _block_pairs(kept, sizes, B, H, N, M, offset if causal else None), dense_H
+                kept = masks.blocks(kept, sizes)
         if isinstance(kept, Mask):
-            return pairs(kept if mask is None else kept & mask, B, H, N, M, q_BHND.device), dense
-        return kept * B * H, dense
+            return pairs(kept if mask is None else kept & mask, B, H, N, M, device), dense_H
+        return torch.full_like(dense_H, kept * B), dense_H
 
 
-def pairs(mask: Mask | None, B: int, H: int, N: int, M: int, device: torch.device) -> float:
-    """How many (query, key) pairs `mask` allows over all rows and heads."""
+def pairs(mask: Mask | None, B: int, H: int, N: int, M: int, device: torch.device) -> Tensor:
+    """How many (query, key) pairs `mask` allows each head, (H,), over all rows."""
     if mask is None:
-        return float(B * H * N * M)
-    return float(mask.keys_seen(N, M, device).sum()) * (B // mask.batch) * (H // mask.heads)
+        return torch.full((H,), float(B * N * M), dtype=torch.double, device=device)
+    seen_h = mask.keys_seen(N, M, device).sum((0, 2), dtype=torch.double)
+    return seen_h.expand(H) * (B // mask.batch)
+
+
+def _block_pairs(
+    keep_BHnm: Tensor, sizes: tuple[int, int], B: int, H: int, N: int, M: int, offset: int | None
+) -> Tensor:
+    """`pairs` of the kept blocks, causal from `offset` on where that is given, without a look at each pair."""
+    n, m = keep_BHnm.shape[-2:]
+    first_m = torch.arange(m, device=keep_BHnm.device) * sizes[1]
+    width_m = (M - first_m).clamp(max=sizes[1])
+    if offset is None:
+        rows_n = (N - torch.arange(n, device=keep_BHnm.device) * sizes[0]).clamp(max=sizes[0])
+        area_nm = rows_n[:, None] * width_m
+    else:
+        seen_Nm = torch.arange(N, device=keep_BHnm.device)[:, None] + offset + 1 - first_m
+        seen_Nm = seen_Nm.clamp(min=0).minimum(width_m)
+        area_nm = F.pad(seen_Nm, (0, 0, 0, n * sizes[0] - N)).unflatten(0, (n, sizes[0])).sum(1)
+    kept_h = (keep_BHnm * area_nm).sum((0, 2, 3), dtype=torch.double)
+    return kept_h.expand(H) * (B // keep_BHnm.shape[0])
 
 
 def softmax_attend(

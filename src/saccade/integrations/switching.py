@@ -31,6 +31,8 @@ class LayerReport:
             inputs (the measure on which SpargeAttn calibrates).
         calls: times that the mechanism ran.
         dense_calls: times that the layer ran dense attention instead (decoding, cross-attention, its own window).
+        head_density: of each head alone.
+        head_errors: what each head adds to `relative_error`.
     """
 
     layer: int
@@ -39,20 +41,26 @@ class LayerReport:
     relative_error: float = 0.0
     calls: int = 0
     dense_calls: int = 0
-    _kept: float = field(default=0.0, repr=False)
-    _pairs: float = field(default=0.0, repr=False)
-    _off: float = field(default=0.0, repr=False)
+    head_density: tuple[float, ...] = field(default=(), repr=False)
+    head_errors: tuple[float, ...] = field(default=(), repr=False)
+    _kept: Tensor | float = field(default=0.0, repr=False)
+    _pairs: Tensor | float = field(default=0.0, repr=False)
+    _off: Tensor | float = field(default=0.0, repr=False)
     _size: float = field(default=0.0, repr=False)
 
-    def add(self, kept: float, pairs: float, out: Tensor, dense: Tensor) -> None:
+    def add(self, kept_H: Tensor, pairs_H: Tensor, out_BHNE: Tensor, dense_BHNE: Tensor) -> None:
         """Enter one call of the mechanism."""
         self.calls += 1
-        self._kept += kept
-        self._pairs += pairs
-        self._off += float((out - dense).abs().sum(dtype=torch.float64))
-        self._size += float(dense.abs().sum(dtype=torch.float64))
-        self.density = self._kept / self._pairs if self._pairs else 1.0
-        self.relative_error = self._off / self._size if self._size else 0.0
+        self._kept = self._kept + kept_H.cpu()
+        self._pairs = self._pairs + pairs_H.cpu()
+        off_BHNE = (out_BHNE - dense_BHNE).abs()
+        self._off = self._off + off_BHNE.sum((0, 2, 3), dtype=torch.float64).cpu()
+        self._size += float(dense_BHNE.abs().sum(dtype=torch.float64))
+        self.head_density = tuple((self._kept / self._pairs).nan_to_num(1.0).tolist())
+        self.head_errors = tuple((self._off / self._size).tolist() if self._size else [0.0] * len(self._off))
+        pairs = float(self._pairs.sum())
+        self.density = float(torch.as_tensor(self._kept).sum()) / pairs if pairs else 1.0
+        self.relative_error = sum(self.head_errors)
 
 
 @dataclass
@@ -71,8 +79,9 @@ class Report:
     @property
     def density(self) -> float:
         """Over all layers."""
-        pairs = sum(layer._pairs for layer in self.layers)
-        return sum(layer._kept for layer in self.layers) / pairs if pairs else 1.0
+        ran = [layer for layer in self.layers if layer.calls]
+        pairs = sum(float(torch.as_tensor(layer._pairs).sum()) for layer in ran)
+        return sum(float(torch.as_tensor(layer._kept).sum()) for layer in ran) / pairs if pairs else 1.0
 
     def table(self) -> str:
         """One line per layer."""

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,7 @@ def switch(
     settings: str | Path | None = None,
     layers: Sequence[int | str] | None = None,
     dense_layers: Sequence[int | str] = (),
+    layer_options: Mapping[int | str, Mapping[str, Any]] | None = None,
     report: bool = False,
     **options: Any,
 ) -> AbstractContextManager[Report]:
@@ -95,6 +96,7 @@ def switch(
         layers: the layers to switch, by number (negative from the end) or by pattern of module path
             ("vision_model.*"); all where None.
         dense_layers: layers to leave as they are, in the same words.
+        layer_options: options of single layers, in the same words, beside `options`.
         report: measure each layer against dense attention on the same inputs (costs a dense pass).
         **options: the mechanism's own, `mechanism(slug).options` lists them with their defaults.
 
@@ -102,8 +104,8 @@ def switch(
         A context manager; `as` gives the `Report`, which fills as the model runs.
 
     Raises:
-        ValueError: if the mechanism, an option or a layer is unknown, the model does not use the interface, or not
-            either a name or settings are given.
+        ValueError: if the mechanism, an option or a layer is unknown, a layer with options of its own is not among
+            those that are switched, the model does not use the interface, or not either a name or settings are given.
         OSError: if the settings cannot be read.
 
     >>> import saccade, torch
@@ -115,10 +117,10 @@ def switch(
     >>> round(report.layers[0].density, 2)
     0.72
     """
-    if (slug is None) == (settings is None) or (settings is not None and options):
+    if (slug is None) == (settings is None) or (settings is not None and (options or layer_options)):
         raise ValueError("give a mechanism and its options, or settings=, not both")
     if settings is not None:
-        slug, options, left = read_settings(settings)
+        slug, options, left, layer_options = read_settings(settings)
         dense_layers = [*dense_layers, *left]
     entry = mechanism(str(slug))
     entry.check(options)
@@ -128,6 +130,12 @@ def switch(
     rows = {place: LayerReport(number, place) for place, number in places.items() if report and place in chosen}
     yielded = Report(entry.slug, {**entry.options, **options}, list(rows.values()))
     by_place = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
+    for name, own in (layer_options or {}).items():
+        entry.check({**options, **own})
+        if missing := choose(places, [name], "layer_options") - chosen:
+            raise ValueError(f"layer_options: {min(missing)!r} is not among the layers that are switched")
+        for place in choose(places, [name], "layer_options"):
+            by_place[place].options = {**by_place[place].options, **own}
     if layers is None:
         # attention that goes by another name is switched too
         others = dict(model.named_modules()).keys() - places.keys()
@@ -135,8 +143,17 @@ def switch(
     return _switched(model, entry, by_place, yielded)
 
 
-def read_settings(path: str | Path) -> tuple[str, dict[str, Any], list[int | str]]:
-    """The mechanism, the options and the layers that stay dense, of a settings file.
+class Settings(NamedTuple):
+    """What a settings file holds, in the words of `switch`."""
+
+    slug: str
+    options: dict[str, Any]
+    dense_layers: list[int | str]
+    layer_options: dict[int | str, dict[str, Any]]
+
+
+def read_settings(path: str | Path) -> Settings:
+    """The mechanism, the options, the layers that stay dense and those with options of their own.
 
     Args:
         path: what `Advice.save` wrote.
@@ -147,8 +164,8 @@ def read_settings(path: str | Path) -> tuple[str, dict[str, Any], list[int | str
     """
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        options = {str(name): value for name, value in found["options"].items()}
-        return str(found["mechanism"]), options, list(found.get("dense_layers", ()))
+        own = {str(place): dict(options) for place, options in found.get("layer_options", {}).items()}
+        return Settings(str(found["mechanism"]), dict(found["options"]), list(found.get("dense_layers", ())), {**own})
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} holds no settings: `advice.save(path)` writes them") from None
 
@@ -348,7 +365,8 @@ def _measure(
     if pattern.valid_BM is not None and n == m:
         real = pattern.valid_BM[:, None, :, None]
         out_BHNE, dense = out_BHNE * real, dense * real
-    row.add(sum(kept for kept, _ in work), sum(all_ for _, all_ in work), out_BHNE, dense)
+    kept_H, pairs_H = (torch.stack(both).sum(0) for both in zip(*work, strict=True))
+    row.add(kept_H, pairs_H, out_BHNE, dense)
 
 
 register()

@@ -77,8 +77,9 @@ register(
     replaces=Replacement(
         spargeattn_attend,
         settings=lambda context: [
-            *({"top_k": share, **block_sizes(context)} for share in (0.1, 0.25, 0.5)),
+            *({"top_k": share, **block_sizes(context)} for share in (0.03, 0.06, 0.12, 0.25, 0.5)),
             *({"cdf_threshold": share, **block_sizes(context)} for share in (0.8, 0.9, 0.98)),
         ],
+        per_head={"top_k": 1.0, "cdf_threshold": 1.0},
     ),
 )

@@ -32,6 +32,8 @@ class Trial:
         layers: path of each layer that ran it -> its deviation on its own inputs.
         decode_rate: tokens per second that the model says after these inputs; None where it was not measured.
         probes: name -> what a probe of quality said of the model; empty where none was asked.
+        heads: path of the same -> what each head adds to that, and the share of pairs that each computes.
+        layer_options: path of a layer -> what it has beside `options`.
     """
 
     slug: str
@@ -47,12 +49,17 @@ class Trial:
     layers: Mapping[str, float] = field(default_factory=dict)
     decode_rate: float | None = None
     probes: Mapping[str, float] = field(default_factory=dict)
+    heads: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
+    layer_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """`slug:option=value,...`, as `saccade compare` reads it, and in how many layers where some are left dense."""
+        """`slug:option=value,...`, as `saccade compare` reads it; where layers differ, what each has of its own, and in
+        how many layers."""
         told = ",".join(f"{name}={value}" for name, value in self.options.items())
         named = f"{self.slug}:{told}" if told else self.slug
+        own = sorted({name for options in self.layer_options.values() for name in options})
+        named += f" with a {', '.join(own)} for each layer" if own else ""
         return f"{named} in {len(self.layers)} layers" if self.dense_layers else named
 
 
@@ -134,6 +141,8 @@ class Advice:
             return "# keep dense attention"
         arguments = "".join(f", {name}={value!r}" for name, value in best.options.items())
         if self.on_model:
+            if best.layer_options:
+                return "with saccade.switch(model, settings=path):  # after advice.save(path)"
             arguments += f", dense_layers={list(best.dense_layers)!r}" if best.dense_layers else ""
             return f'with saccade.switch(model, "{best.slug}"{arguments}):'
         entry = MECHANISMS[best.slug]
@@ -159,6 +168,7 @@ class Advice:
             "mechanism": best.slug,
             "options": dict(best.options),
             "dense_layers": list(best.dense_layers),
+            "layer_options": {place: dict(options) for place, options in best.layer_options.items()},
         }
         found |= {"model": self.subject, "context": self.context}
         write_text(Path(path), json.dumps({**found, "measured": said, "machine": machine()}, indent=1) + "\n")

@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 from saccade.integrations.advise.advice import Advice, Trial
 from saccade.integrations.advise.benches import Bench, ModelBench, Probe, ShapesBench
+from saccade.integrations.advise.blending import Choices, families
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 from saccade.ops.measure import Watch
+
+#: the mean error of layers at which families of settings are compared by their density
+_COMPARED = 0.05
+
+#: passes of the model in which the density of a blend is found
+_HALVINGS = 5
 
 
 def trials(
@@ -54,6 +61,7 @@ def advise(
     mechanisms: Sequence[str] | None = None,
     dense_layers: Sequence[int | str] = (),
     partly: int = 3,
+    judged: Mapping[str, Any] | Tensor | None = None,
     probes: Mapping[str, Probe] | None = None,
     keep_probes: bool = False,
     decode_tokens: int = 16,
@@ -75,8 +83,11 @@ def advise(
         causal: for shapes: whether the attention is causal.
         mechanisms: names to try; all where None.
         dense_layers: layers that stay dense, as in `saccade.switch`.
-        partly: of a model, so many of the fastest settings that lose too much are also tried in a part of the layers,
-            in as many as the tolerance allows; those that deviate most stay dense. A pass for each halving.
+        partly: of a model, so many mechanisms (or families of their settings) are also tried with a setting for each
+            head, or for each layer where they have none per head: those that should need the fewest pairs, as
+            sparse as the tolerance allows. Six passes each, and those of a trial.
+        judged: of a causal language model, inputs on which the perplexity is taken, so that settings are not judged on
+            the text on which they were chosen; `inputs` where None.
         probes: of a model: further figures of its quality, functions of the model by name, higher is better, such as
             `saccade.train.data.retrieval(tokenizer, context)`. Asked with dense attention, of the frontier, and of what
             would be recommended.
@@ -106,7 +117,9 @@ def advise(
             f"probes are functions of a model, and keep_probes needs some; got {len(probes or ())} of them"
         )
     if isinstance(model, nn.Module):
-        bench: Bench = ModelBench(model, model_inputs(model, inputs, context, generator), dense_layers, repeats)
+        called = model_inputs(model, inputs, context, generator)
+        also = None if judged is None else model_inputs(model, judged, context, generator)
+        bench: Bench = ModelBench(model, called, dense_layers, repeats, also)
     else:
         bench = ShapesBench(shape_inputs(model, inputs, context, generator), causal, repeats)
     watch = Watch()
@@ -130,12 +143,12 @@ def advise(
         except ValueError as error:
             advice.skipped[entry.slug] = " ".join(str(error).split())
     if isinstance(bench, ModelBench):
-        beyond = [trial for trial in advice.trials if trial.speedup > 1 and advice.loss(trial) > tolerance]
-        for trial in sorted(beyond, key=lambda trial: -trial.speedup)[:partly]:
+        slugs = dict.fromkeys(trial.slug for trial in advice.trials)
+        found = [choices for slug in slugs for choices in families(MECHANISMS[slug], advice.trials)]
+        for choices in sorted(found, key=lambda choices: choices.density(_COMPARED))[:partly]:
             if on_trial is not None:
-                on_trial(f"{trial.name} in a part of the layers")
-            found = bench.partly(MECHANISMS[trial.slug], trial, lambda tried: advice.loss(tried) <= tolerance)
-            advice.trials += [] if found is None else [found]
+                on_trial(f"{choices.entry.slug}, a setting for each {'head' if choices.per_head else 'layer'}")
+            advice.trials += _blended(bench, choices, advice.quality, tolerance)
     # dense attention again: a machine that was busy at the beginning would flatter everything else
     bench.measure_dense()
     watch.stop()
@@ -175,6 +188,19 @@ def _look_closely(
         replaced(trial)
     while (best := advice.best) is not None and best.name not in seen:
         replaced(best)
+
+
+def _blended(bench: ModelBench, choices: Choices, quality: str, tolerance: float) -> list[Trial]:
+    """The sparsest blend within the tolerance, by bisection of its density; none if there is none."""
+    short, enough = choices.least, 1.0
+    if bench.loss(choices.entry, choices.blend(short), quality) <= tolerance:
+        enough = short
+    for _ in range(_HALVINGS if enough > short else 0):
+        middle = (short + enough) / 2
+        fits = bench.loss(choices.entry, choices.blend(middle), quality) <= tolerance
+        short, enough = (short, middle) if fits else (middle, enough)
+    blend = choices.blend(enough)
+    return [] if enough == 1.0 else [bench.measure(choices.entry, blend.options, blend)]
 
 
 def check(

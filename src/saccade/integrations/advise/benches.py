@@ -5,9 +5,10 @@ Shape letters: B batch, H query heads, N tokens, D head dim.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.integrations.advise.advice import Trial
+from saccade.integrations.advise.blending import Blend
 from saccade.integrations.advise.inputs import model_inputs, positions
 from saccade.integrations.decoding import can_decode, decoding
 from saccade.integrations.mechanisms import Mechanism
+from saccade.integrations.switching import Report
 from saccade.layers.attention_interface import attention_layers
+from saccade.layers.watching import evaluating
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.measure import seconds
@@ -44,28 +48,42 @@ class Bench:
 
 
 class ModelBench(Bench):
-    """A whole model, with the mechanism in its layers."""
+    """A whole model, with the mechanism in its layers.
+
+    What is timed is a prefill: of a language model, the logits of the last token alone.
+
+    Args:
+        model: of transformers.
+        inputs: what it is called with; deviations are measured, and times taken, on them.
+        dense_layers: that stay as they are.
+        repeats: timed calls.
+        judged: inputs of which the perplexity is taken; `inputs` where None.
+    """
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, Any], dense_layers: Sequence[int | str], repeats: int
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        dense_layers: Sequence[int | str],
+        repeats: int,
+        judged: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.inputs, self.dense_layers, self.repeats = model, inputs, dense_layers, repeats
+        self.judged = inputs if judged is None else judged
         self.subject = type(model).__name__
         self.causal = any(getattr(module, "is_causal", False) for module in model.modules())
         texts = [x for name, x in inputs.items() if isinstance(x, Tensor) and x.ndim > 1 and name != "pixel_values"]
         self.context = max((x.shape[1] for x in texts), default=0)  # of images: counted in the first pass
+        last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.prefill = {**inputs, **({"logits_to_keep": 1} if last else {})}
 
     @torch.no_grad()
     def measure_dense(self) -> None:
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             with self._counting():
                 self.dense, self.has_logits = _output(self.model(**self.inputs))
             self.perplexity = self._perplexity(self.dense)
-            self.dense_seconds = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
-        finally:
-            self.model.train(was_training)
+            self.dense_seconds = self._seconds()
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
@@ -85,39 +103,41 @@ class ModelBench(Bench):
                 hook.remove()
         self.context = self.context or max(seen)
 
-    def _perplexity(self, logits: Tensor) -> float | None:
-        """Of the inputs' own tokens, each told by those before it; padding and what follows it do not count."""
-        ids = self.inputs.get("input_ids")
-        if not (self.has_logits and self.causal) or ids is None or logits.shape[:-1] != ids.shape or ids.shape[1] < 2:
+    def _seconds(self) -> float:
+        return seconds(lambda: self.model(**self.prefill), repeats=self.repeats)
+
+    def _perplexity(self, logits: Tensor | None = None) -> float | None:
+        """Of the judged inputs' own tokens, each told by those before it; padding and what follows it do not count.
+
+        Args:
+            logits: of `inputs`, which will do where these are judged.
+        """
+        ids = self.judged.get("input_ids")
+        if not (self.has_logits and self.causal) or ids is None or ids.shape[1] < 2:
             return None
-        real = self.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        if logits is None or self.judged is not self.inputs:
+            logits, _ = _output(self.model(**self.judged))
+        if logits.shape[:-1] != ids.shape:
+            return None
+        real = self.judged.get("attention_mask", torch.ones_like(ids)).bool()
         told = real[:, 1:] & real[:, :-1]
-        rows, words = logits[:, :-1][told], ids[:, 1:][told]
-        pieces = zip(rows.split(512), words.split(512), strict=True)
-        total = sum(float(F.cross_entropy(row, word, reduction="sum")) for row, word in pieces)
-        return math.exp(total / max(1, len(words)))
+        total = 0.0
+        for row, words, counted in zip(logits, ids, told, strict=True):
+            for at in counted.nonzero()[:, 0].split(512):
+                total += float(F.cross_entropy(row[at].float(), words[at + 1], reduction="sum"))
+        return math.exp(total / max(1, int(told.sum())))
 
     @torch.no_grad()
-    def measure(
-        self, entry: Mechanism, options: Mapping[str, Any], dense: Sequence[str] = (), *, timed: bool = True
-    ) -> Trial:
-        """One setting; where `dense` names layers, these stay as they are beside those that shall in any case."""
-        from saccade.integrations.transformers import switch
-
-        was_training = self.model.training
-        self.model.eval()
-        kept: dict[str, Any] = {"dense_layers": [*self.dense_layers, *dense]}
-        try:
-            with switch(self.model, entry.slug, report=True, **kept, **options) as report:
+    def measure(self, entry: Mechanism, options: Mapping[str, Any], blend: Blend | None = None) -> Trial:
+        """One setting, or the settings of single layers that `blend` has."""
+        kept = self._kept(blend)
+        with evaluating(self.model):
+            with _switched(self.model, entry.slug, report=True, **kept, **options) as report:
                 out, _ = _output(self.model(**self.inputs))
             if not any(layer.calls for layer in report.layers):
                 raise ValueError("no layer could run it on these inputs: all ran dense attention")
-            took = math.inf
-            if timed:
-                with switch(self.model, entry.slug, **kept, **options):
-                    took = seconds(lambda: self.model(**self.inputs), repeats=self.repeats)
-        finally:
-            self.model.train(was_training)
+            with _switched(self.model, entry.slug, **kept, **options):
+                perplexity, took = self._perplexity(out), self._seconds()
         agreement = (out.argmax(-1) == self.dense.argmax(-1)).float().mean().item() if self.has_logits else None
         return Trial(
             entry.slug,
@@ -128,9 +148,11 @@ class ModelBench(Bench):
             report.density,
             max(layer.relative_error for layer in report.layers),
             agreement,
-            self._perplexity(out),
+            perplexity,
             tuple(kept["dense_layers"]),
             {layer.name: layer.relative_error for layer in report.layers},
+            {layer.name: (layer.head_errors, layer.head_density) for layer in report.layers if layer.calls},
+            {} if blend is None else dict(blend.layer_options),
         )
 
     @property
@@ -155,39 +177,31 @@ class ModelBench(Bench):
             probes: of quality, by name.
             new: tokens that are decoded; 0 for none.
         """
-        from saccade.integrations.transformers import switch
+        kept = {"dense_layers": trial.dense_layers, "layer_options": trial.layer_options} if trial else {}
+        with evaluating(self.model), ExitStack() as stack:
+            if trial is not None:
+                stack.enter_context(_switched(self.model, trial.slug, **kept, **trial.options))
+            rate = self._decoding(new) if new and self.decodes else None
+            return rate, {name: probe(self.model) for name, probe in probes.items()}
 
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with ExitStack() as stack:
-                if trial is not None:
-                    stack.enter_context(
-                        switch(self.model, trial.slug, dense_layers=trial.dense_layers, **trial.options)
-                    )
-                rate = self._decoding(new) if new and self.decodes else None
-                return rate, {name: probe(self.model) for name, probe in probes.items()}
-        finally:
-            self.model.train(was_training)
-
-    def partly(self, entry: Mechanism, trial: Trial, fits: Callable[[Trial], bool]) -> Trial | None:
-        """The setting in as many layers as fit, those that deviate most left dense first; None if not even one fits.
-
-        Bisection: a pass of the model for each halving of its layers.
+    @torch.no_grad()
+    def loss(self, entry: Mechanism, blend: Blend, quality: str) -> float:
+        """What a blend costs in `quality`, which is all that is measured of it.
 
         Args:
-            entry, trial: a setting in all layers, which does not fit.
-            fits: whether the quality will do.
+            entry, blend: what runs.
+            quality: "deviation" or "perplexity".
         """
-        worst = sorted(trial.layers, key=lambda name: -trial.layers[name])
-        short, enough = 0, len(worst)
-        while enough - short > 1:
-            middle = (short + enough) // 2
-            if fits(self.measure(entry, trial.options, worst[:middle], timed=False)):
-                enough = middle
-            else:
-                short = middle
-        return self.measure(entry, trial.options, worst[:enough]) if enough < len(worst) else None
+        with evaluating(self.model), _switched(self.model, entry.slug, **self._kept(blend), **blend.options):
+            if quality == "deviation":
+                return _relative(_output(self.model(**self.inputs))[0], self.dense)
+            found = self._perplexity()
+        assert found is not None and self.perplexity is not None
+        return found / self.perplexity - 1
+
+    def _kept(self, blend: Blend | None) -> dict[str, Any]:
+        own = Blend({}) if blend is None else blend
+        return {"dense_layers": [*self.dense_layers, *own.dense_layers], "layer_options": own.layer_options}
 
 
 class ShapesBench(Bench):
@@ -216,7 +230,15 @@ class ShapesBench(Bench):
         took = seconds(lambda: entry.run(q, k, v, causal=self.causal, options=options), repeats=self.repeats)
         kept, pairs = entry.work(q, k, v, causal=self.causal, options=options)
         off = _relative(out, self.dense)
-        return Trial(entry.slug, dict(options), took, self.dense_seconds / took, off, kept / pairs, off)
+        density = float(kept.sum() / pairs.sum())
+        return Trial(entry.slug, dict(options), took, self.dense_seconds / took, off, density, off)
+
+
+def _switched(model: nn.Module, slug: str, **how: Any) -> AbstractContextManager[Report]:
+    """`saccade.switch` of a transformers model; that package is needed here alone."""
+    from saccade.integrations.transformers import switch
+
+    return switch(model, slug, **how)
 
 
 def _relative(out: Tensor, dense: Tensor) -> float:

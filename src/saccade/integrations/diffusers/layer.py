@@ -102,8 +102,8 @@ class Layer:
 
     def _apply(
         self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, dropout: float, scale: float | None
-    ) -> tuple[Tensor, float, float]:
-        """The mechanism's output, and with a report the pairs that it computed and those of dense attention."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The mechanism's output, and with a report the pairs that it computed and those of dense attention, (H,)."""
         entry = self.mechanism
         B, H, N, _ = q.shape
         if valid is None or entry.masks == "any":
@@ -112,7 +112,7 @@ class Layer:
             out = entry.run(q, k, v, mask=mask, dropout=dropout, scale=scale, options=options)
             return out, *self._work(q, k, v, mask, scale, options)
         out_THE = q.new_zeros(B * N, H, v.shape[3])
-        kept = pairs = 0.0
+        kept = pairs = torch.zeros(H, dtype=torch.double, device=q.device)
         for index_SL in sequences(B, N, valid):
             q_SHLD, k_SHLD, v_SHLD = (take(x, index_SL) for x in (q, k, v))
             options = self._options(index_SL.shape[1], q.device)
@@ -137,9 +137,10 @@ class Layer:
 
     def _work(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float | None, options: Mapping[str, Any]
-    ) -> tuple[float, float]:
+    ) -> tuple[Tensor, Tensor]:
         if self.report is None:
-            return 0.0, 0.0
+            nothing_H = torch.zeros(q.shape[1], dtype=torch.double, device=q.device)
+            return nothing_H, nothing_H
         with torch.no_grad():
             return self.mechanism.work(q, k, v, mask=mask, scale=scale, options=options)
 
