@@ -151,8 +151,8 @@ class ModelBench(Bench):
             perplexity,
             tuple(kept["dense_layers"]),
             {layer.name: layer.relative_error for layer in report.layers},
-            {layer.name: (layer.head_errors, layer.head_density) for layer in report.layers if layer.calls},
-            {} if blend is None else dict(blend.layer_options),
+            heads={layer.name: (layer.head_errors, layer.head_density) for layer in report.layers if layer.calls},
+            layer_options={} if blend is None else dict(blend.layer_options),
         )
 
     @property
