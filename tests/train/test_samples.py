@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saccade.train import models
-from saccade.train.samples import carried, image_sample, image_tokens, square, text_sample
+from saccade.train.samples import carried, following, image_sample, image_tokens, square, text_sample
 
 #: of the ViT-S/14
 CONFIG = SimpleNamespace(patch_size=14, image_size=518)
@@ -45,6 +45,11 @@ def test_a_text_has_as_many_tokens_as_are_asked_for() -> None:
 
     text = "a" * 100
     config = SimpleNamespace(max_position_embeddings=64)
+    first = text_sample(lambda: tokenizer, config, text, 7)
+    whole = text_sample(lambda: tokenizer, config, text, 14)["input_ids"]
+    behind = following(tokenizer, text, first)
+    assert behind is not None and torch.equal(torch.cat([first["input_ids"], behind["input_ids"]], 1), whole)
+    assert following(tokenizer, text[:9], first) is None
     assert text_sample(lambda: tokenizer, config, text, 7)["input_ids"].shape == (1, 7)
     assert text_sample(lambda: tokenizer, config, text, None)["input_ids"].shape == (1, 64)
     with pytest.raises(ValueError, match=r"positions \(64\), got 65"):

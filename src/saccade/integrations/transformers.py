@@ -164,8 +164,10 @@ def read_settings(path: str | Path) -> Settings:
     """
     try:
         found = json.loads(Path(path).read_text("utf-8"))
-        own = {str(place): dict(options) for place, options in found.get("layer_options", {}).items()}
-        return Settings(str(found["mechanism"]), dict(found["options"]), list(found.get("dense_layers", ())), {**own})
+        own: dict[int | str, dict[str, Any]] = {
+            place: dict(options) for place, options in found.get("layer_options", {}).items()
+        }
+        return Settings(str(found["mechanism"]), dict(found["options"]), list(found.get("dense_layers", ())), own)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} holds no settings: `advice.save(path)` writes them") from None
 

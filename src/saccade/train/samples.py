@@ -6,7 +6,7 @@ Shape letters: B batch, C channels, H, W picture, N tokens, S side of a square.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from saccade.models.images import normalised, read_image
 from saccade.train import models
 from saccade.train.data import english, photographs
 
-__all__ = ["carried", "image_sample", "image_tokens", "square", "text_sample"]
+__all__ = ["carried", "following", "image_sample", "image_tokens", "square", "text_sample"]
 
 #: tokens that a vision transformer of DINOv2's layout puts before the patches
 _FIRST = 1
@@ -69,6 +69,19 @@ def text_sample(tokenizer: Callable[[], Any], config: Any, text: str, context: i
         had = encoded["input_ids"].shape[1]
         raise ValueError(f"the text must have at least {context} tokens, got {had}; give a longer --data")
     return dict(encoded)
+
+
+def following(tokenizer: Any, text: str, sample: Mapping[str, Any]) -> dict[str, Any] | None:
+    """As many tokens of a text again, behind those of a `text_sample`; None where it ends before.
+
+    Args:
+        tokenizer, text: of the sample.
+        sample: what `text_sample` gave.
+    """
+    count = sample["input_ids"].shape[1]
+    encoded = tokenizer(text[: count * 64], return_tensors="pt", truncation=True, max_length=2 * count)
+    both = {name: x[:, count:] for name, x in encoded.items() if x.shape[1] == 2 * count}
+    return both or None
 
 
 def image_tokens(config: Any, context: int | None) -> int:

@@ -49,8 +49,11 @@ def advise(
     ] = False,
     bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls of each; the fastest counts.")] = 3,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as the model is read if not said.")
+    ] = None,
     partly: Annotated[
-        int, typer.Option(help="Of the fastest settings that lose too much, so many are tried in a part of the layers.")
+        int, typer.Option(help="For so many mechanisms a setting for each head (or layer) is found, in the tolerance.")
     ] = 3,
     mechanism: Annotated[list[str] | None, typer.Option(help="Try only this one; may be given several times.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every setting, not the frontier alone.")] = False,
@@ -61,33 +64,46 @@ def advise(
     """Which training-free mechanism is worth it here? Measures all of them over their settings, prints the frontier.
 
     Speed is that of the whole model: of reading the context, and of decoding after it. Quality is perplexity on the
-    text, the deviation of the output and of the worst layer, and, of the frontier, retrieval: whether the model tells
-    a number (passkey), or one of several (multi-key), that was said at a tenth, at half, at nine tenths of the context.
+    part of the text that follows what was measured on (on that, where there is no more), the deviation of the output
+    and of the worst layer, and, of the frontier, retrieval: whether the model tells a number (passkey), or one of
+    several (multi-key), that was said at a tenth, at half, at nine tenths of the context.
 
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
     shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote.
     """
+    import torch
+
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
     from saccade.report.advice import retrieval_probes, sample_model, write_advice
     from saccade.train import models
+    from saccade.train.data import english
     from saccade.train.files import make_folder
     from saccade.train.progress import bar, showing
+    from saccade.train.samples import following
 
     check(tolerance=tolerance, repeats=repeats, context=context, mechanisms=mechanism, quality=quality)
     if out is not None:
         make_folder(out)  # before minutes of measuring
     if (model is None) == (shape is None):
         raise ValueError("give a model, or --shape, not both" if model else "give a model, or --shape")
+    if dtype not in (None, "float32", "bfloat16", "float16") or (dtype is not None and model is None):
+        raise ValueError(f"--dtype is of a model, and must be float32, bfloat16 or float16, got {dtype!r}")
     if retrieval < 0:
         raise ValueError(f"--retrieval must not be negative, got {retrieval}")
     if keep_retrieval and (model is None or not retrieval):
         raise ValueError("--keep-retrieval needs a model, and prompts (--retrieval above 0)")
     subject: Any
+    judged = None
     probes: dict[str, Any] = {}
     unasked = ""
     if model is not None:
         subject, inputs, tokenizer = sample_model(model, data, context)
+        if dtype is not None:
+            subject = subject.to(getattr(torch, dtype))
+            inputs = {name: x.to(subject.dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+        if tokenizer is not None:
+            judged = following(tokenizer, english(data), inputs)
         try:
             if tokenizer is not None:
                 probes = retrieval_probes(subject, tokenizer, inputs["input_ids"].shape[1], retrieval)
@@ -105,6 +121,7 @@ def advise(
             subject,
             context=None if inputs is not None and "pixel_values" in inputs else context,
             inputs=inputs,
+            judged=judged,
             tolerance=tolerance,
             quality=quality,
             causal=not bidirectional,
@@ -117,6 +134,7 @@ def advise(
             on_trial=lambda name: update(words=name),
         )
     advice.subject = models.named(str(model)) or advice.subject
+    advice.subject += "" if dtype is None else f" in {dtype}"
     if unasked:
         advice.skipped["retrieval"] = unasked
     if as_json:
