@@ -49,7 +49,14 @@ def test_on_a_model() -> None:
     ids = torch.randint(11, (1, 80))
     asked: list[str] = []
     advice = advise(
-        model, context=64, inputs=ids, mechanisms=["moba", "window"], repeats=1, on_trial=asked.append, partly=0
+        model,
+        context=64,
+        inputs=ids,
+        mechanisms=["moba", "window"],
+        repeats=1,
+        on_trial=asked.append,
+        partly=0,
+        tolerance=9.0,
     )
     assert model.training and model.config._attn_implementation == "sdpa"
     assert (
@@ -263,10 +270,28 @@ def test_perplexity_is_of_what_is_judged() -> None:
         vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     model, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(20, (2, 1, 40))
-    both = [advise(model, inputs=ids[0], judged=ids[i], mechanisms=["window"], repeats=1, partly=0) for i in range(2)]
+    told: dict[str, Any] = dict(mechanisms=["window"], repeats=1, partly=0, tolerance=9.0)
+    both = [advise(model, inputs=ids[0], judged=ids[i], **told) for i in range(2)]
     with torch.no_grad():
         expected = [model(row, labels=row).loss.exp().item() for row in ids]
     assert [advice.perplexity for advice in both] == pytest.approx(expected)
     assert [t.deviation for t in both[0].trials] == pytest.approx([t.deviation for t in both[1].trials])
     with pytest.raises(ValueError, match="fewer than 40"):
         advise(model, context=40, inputs=ids[0], judged=ids[1][:, :20], mechanisms=["window"])
+
+
+def test_settings_without_the_first_tokens_are_left_when_one_lost_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = language_model()
+    model.model.layers[0].self_attn.k_proj.weight.data *= 50
+    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 1.0)
+    told: dict[str, Any] = dict(inputs=ids, mechanisms=["window"], repeats=1, partly=0, decode_tokens=0)
+    everything = advise(model, **told, tolerance=1e9)  # nothing loses too much
+    by_name = {trial.name: trial.deviation for trial in everything.trials}
+    first = everything.trials[0].name
+    assert len(by_name) == len(trials(48, ["window"], causal=True)) and not everything.skipped
+    strict = advise(model, **told, tolerance=0.0)
+    if by_name[f"{first},sinks=0"] > by_name[first]:
+        assert set(strict.skipped) == {"window without sinks"} and "no faster" in strict.table()
+        assert sum(trial.options.get("sinks") == 0 for trial in strict.trials) == 1
+    else:
+        pytest.fail("the first tokens should matter to this model")

@@ -29,7 +29,8 @@ def trials(
     """What `advise` would run at a context length: (mechanism, options), in order.
 
     Each setting of a causal mechanism that can keep the first tokens comes twice where `causal`: with them, as is the
-    default of `saccade.switch`, and without.
+    default of `saccade.switch`, and without. `advise` leaves the rest without them out when one lost more, and too
+    much, and was no faster.
 
     Args:
         context: tokens.
@@ -134,7 +135,8 @@ def advise(
     if inputs is None:
         advice.warning = "the inputs were random: give your own, deviations depend on them"
     for entry, options in trials(bench.context, mechanisms, bench.causal):
-        if entry.slug in advice.skipped:
+        without = f"{entry.slug} without sinks"
+        if entry.slug in advice.skipped or (without in advice.skipped and options.get("sinks") == 0):
             continue
         if on_trial is not None:
             on_trial(f"{entry.slug} {options}")
@@ -142,6 +144,9 @@ def advise(
             advice.trials.append(bench.measure(entry, options))
         except ValueError as error:
             advice.skipped[entry.slug] = " ".join(str(error).split())
+            continue
+        if options.get("sinks") == 0 and _in_vain(advice, *advice.trials[-2:]):
+            advice.skipped[without] = f"lost more at {advice.trials[-1].name}, and was no faster"
     if isinstance(bench, ModelBench):
         slugs = dict.fromkeys(trial.slug for trial in advice.trials)
         found = [choices for slug in slugs for choices in families(MECHANISMS[slug], advice.trials)]
@@ -158,6 +163,11 @@ def advise(
     if isinstance(bench, ModelBench):
         _look_closely(advice, bench, probes or {}, decode_tokens, on_trial)
     return advice
+
+
+def _in_vain(advice: Advice, kept: Trial, left: Trial) -> bool:
+    """Whether a setting lost more without the first tokens, too much, and won no time by it."""
+    return advice.loss(left) > max(advice.tolerance, advice.loss(kept)) and left.speedup < 1.05 * kept.speedup
 
 
 def _look_closely(
