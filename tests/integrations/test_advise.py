@@ -218,7 +218,7 @@ def test_probes_are_asked_and_may_have_to_hold(tmp_path: Path, monkeypatch: pyte
     model, ids = language_model()
     dense = model(ids).logits
     switched = lambda: "saccade" in model.config._attn_implementation  # noqa: E731
-    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 0.5 if switched() else 1.0)
+    monkeypatch.setattr(benches.ModelBench, "_seconds", lambda _: 0.5 if switched() else 1.0)
 
     def same(network: torch.nn.Module) -> float:
         assert network is model and not network.training
@@ -283,7 +283,7 @@ def test_perplexity_is_of_what_is_judged() -> None:
 def test_settings_without_the_first_tokens_are_left_when_one_lost_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = language_model()
     model.model.layers[0].self_attn.k_proj.weight.data *= 50
-    monkeypatch.setattr(benches, "seconds", lambda function, repeats: 1.0)
+    monkeypatch.setattr(benches.ModelBench, "_seconds", lambda _: 1.0)
     told: dict[str, Any] = dict(inputs=ids, mechanisms=["window"], repeats=1, partly=0, decode_tokens=0)
     everything = advise(model, **told, tolerance=1e9)  # nothing loses too much
     by_name = {trial.name: trial.deviation for trial in everything.trials}

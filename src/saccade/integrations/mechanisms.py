@@ -154,9 +154,12 @@ class Mechanism(Replacement):
         """Pairs that the mechanism computes, and that dense attention would, of each head (H,), over all rows."""
         (B, H, N), M = q_BHND.shape[:3], k_BKMD.shape[2]
         alone, device = mask is None, q_BHND.device
-        if mask is None and causal:
-            mask = masks.causal(offset)
-        dense_H = pairs(mask, B, H, N, M, device)
+        start = offset if causal else None
+        if alone:
+            dense_H = _block_pairs(torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), (N, M), B, H, N, M, start)
+            mask = masks.causal(offset) if causal else None
+        else:
+            dense_H = pairs(mask, B, H, N, M, device)
         options = {**self.options, **self.completed(options, causal)}
         kept: Any
         if self.kept is not None:
@@ -167,7 +170,7 @@ class Mechanism(Replacement):
                 both = options.get("block_size")
                 sizes = (options["block_q"], options["block_k"]) if both is None else size_pair(both, "block_size")
                 if alone:
-                    return _block_pairs(kept, sizes, B, H, N, M, offset if causal else None), dense_H
+                    return _block_pairs(kept, sizes, B, H, N, M, start), dense_H
                 kept = masks.blocks(kept, sizes)
         if isinstance(kept, Mask):
             return pairs(kept if mask is None else kept & mask, B, H, N, M, device), dense_H

@@ -361,7 +361,8 @@ def _measure(
             q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
             work.append(entry.work(q_SHLD, k_SKLD, v_SKLE, **call))
     else:
-        mask = pattern.mask
+        # without padding the pairs of blocks need not be looked at one by one
+        mask = pattern.mask if apart or not pattern.is_whole_sequences else None
         work = [entry.work(q_BHND, k_BKMD, v_BKME, mask=mask, offset=pattern.offset, **call)]
     dense = softmax_attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **scores)
     if pattern.valid_BM is not None and n == m:

@@ -155,7 +155,7 @@ def advise(
                 on_trial(f"{choices.entry.slug}, a setting for each {'head' if choices.per_head else 'layer'}")
             advice.trials += _blended(bench, choices, advice.quality, tolerance)
     # dense attention again: a machine that was busy at the beginning would flatter everything else
-    bench.measure_dense()
+    bench.time_dense()
     watch.stop()
     advice.waited = watch.waited
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)

@@ -25,7 +25,7 @@ from saccade.layers.attention_interface import attention_layers
 from saccade.layers.watching import evaluating
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.measure import seconds
+from saccade.ops.measure import fastest, seconds
 
 #: a figure of a model's quality, higher is better
 Probe = Callable[[nn.Module], float]
@@ -41,6 +41,10 @@ class Bench:
     perplexity: float | None = None
 
     def measure_dense(self) -> None:
+        raise NotImplementedError
+
+    def time_dense(self) -> None:
+        """`dense_seconds` again."""
         raise NotImplementedError
 
     def measure(self, entry: Mechanism, options: Mapping[str, Any]) -> Trial:
@@ -83,6 +87,11 @@ class ModelBench(Bench):
             with self._counting():
                 self.dense, self.has_logits = _output(self.model(**self.inputs))
             self.perplexity = self._perplexity(self.dense)
+        self.time_dense()
+
+    @torch.no_grad()
+    def time_dense(self) -> None:
+        with evaluating(self.model):
             self.dense_seconds = self._seconds()
 
     @contextmanager
@@ -104,7 +113,8 @@ class ModelBench(Bench):
         self.context = self.context or max(seen)
 
     def _seconds(self) -> float:
-        return seconds(lambda: self.model(**self.prefill), repeats=self.repeats)
+        # what ran before has warmed up
+        return fastest(lambda: self.model(**self.prefill), repeats=self.repeats, budget=5.0)[0]
 
     def _perplexity(self, logits: Tensor | None = None) -> float | None:
         """Of the judged inputs' own tokens, each told by those before it; padding and what follows it do not count.
@@ -218,6 +228,11 @@ class ShapesBench(Bench):
     def measure_dense(self) -> None:
         mask = masks.causal() if self.causal else None
         self.dense = attend(self.q, self.k, self.v, mask=mask)
+        self.time_dense()
+
+    @torch.no_grad()
+    def time_dense(self) -> None:
+        mask = masks.causal() if self.causal else None
         self.dense_seconds = seconds(lambda: attend(self.q, self.k, self.v, mask=mask), repeats=self.repeats)
 
     @torch.no_grad()
@@ -242,7 +257,11 @@ def _switched(model: nn.Module, slug: str, **how: Any) -> AbstractContextManager
 
 
 def _relative(out: Tensor, dense: Tensor) -> float:
-    return float((out - dense).abs().sum(dtype=torch.float64) / dense.abs().sum(dtype=torch.float64).clamp(min=1e-30))
+    off = size = 0.0
+    for part, right in zip(out.flatten(0, -2).split(1024), dense.flatten(0, -2).split(1024), strict=True):
+        off += float((part - right).abs().sum(dtype=torch.float64))
+        size += float(right.abs().sum(dtype=torch.float64))
+    return off / max(size, 1e-30)
 
 
 def _output(result: Any) -> tuple[Tensor, bool]:
