@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
+import torch
 
 from saccade import catalogue
 from saccade.catalogue import registry
 from saccade.catalogue.cards import Paper
+
+if not torch.cuda.is_available():
+    # before anything imports triton: its kernels run on the CPU then, where a test asks for them by name
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where Triton's kernels run: the CUDA device, or the CPU under the interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture
