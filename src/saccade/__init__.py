@@ -20,6 +20,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "masks": ("saccade.ops.masks", None),
     "score_mods": ("saccade.ops.score_mods", None),
     "linear_attend": ("saccade.ops.linear", "linear_attend"),
+    "linear_plan": ("saccade.ops.linear", "linear_plan"),
     "attention_map": ("saccade.ops.maps", "attention_map"),
     "catalogue": ("saccade.catalogue", None),
     "create": ("saccade.catalogue", "create"),
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
     from saccade.ops.attend import plan as plan
     from saccade.ops.autotune import autotune as autotune
     from saccade.ops.linear import linear_attend as linear_attend
+    from saccade.ops.linear import linear_plan as linear_plan
     from saccade.ops.maps import attention_map as attention_map
     from saccade.ops.merge import merge as merge
     from saccade.ops.planning import Plan as Plan

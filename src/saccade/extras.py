@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +24,7 @@ EXTRAS = {
     "onnxruntime": "onnx",
     "pywt": "wavelets",
     "kornia": "geometry",
+    "triton": "triton",
 }
 
 
@@ -46,6 +49,27 @@ def need(module: str, what: str = "this") -> ModuleType:
             raise  # the package is there, but one that it needs is not
         message = f"{what} needs {package}: pip install 'saccade[{EXTRAS[package]}]'"
         raise ImportError(message, name=package) from None
+
+
+@cache
+def lacking(distribution: str, oldest: tuple[int, ...]) -> str | None:
+    """Why a package that no extra brings cannot be used, or None: it is not installed, or too old.
+
+    Args:
+        distribution: its name, as pip knows it.
+        oldest: the first version that will do, e.g. (0, 3).
+
+    >>> lacking("torch", (99,))  # doctest: +ELLIPSIS
+    'torch ... is older than 99'
+    >>> lacking("no-such-package", (0,))
+    'no-such-package is not installed'
+    """
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        return f"{distribution} is not installed"
+    numbers = tuple(int(part) for part in found.split(".")[: len(oldest)] if part.isdigit())
+    return None if numbers >= oldest else f"{distribution} {found} is older than {'.'.join(map(str, oldest))}"
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -13,16 +13,22 @@ token or channel a chunk is built by halving: what reaches from the earlier to t
 
 Backward recomputes each piece from its inputs and from the state before it; nothing of size N x N or N x D x E exists.
 Gradients of decays are sums of the very terms in which the decay occurs, never differences of large sums.
+
+That is computed in torch and C, and on CUDA and HIP devices by kernels of our own in Triton or by those of
+flash-linear-attention, where it is installed: `backends`, and `linear_plan` says which and why.
 """
 
-from saccade.ops.linear.attend import linear_attend, linear_attend_reference, linear_step
+from saccade.ops.linear.attend import linear_attend, linear_attend_reference, linear_plan, linear_step
 from saccade.ops.linear.inputs import LinearState, elu_plus_one, retention_decay
+from saccade.ops.linear.planning import LinearPlan
 
 __all__ = [
+    "LinearPlan",
     "LinearState",
     "elu_plus_one",
     "linear_attend",
     "linear_attend_reference",
+    "linear_plan",
     "linear_step",
     "retention_decay",
 ]

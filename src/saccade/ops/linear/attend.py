@@ -20,7 +20,7 @@ from saccade.ops.autocast import one_type
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
-from saccade.ops.linear import operator  # noqa: F401  (registers what `torch.ops.saccade` calls)
+from saccade.ops.linear.backends import BACKENDS, choose, make_plan
 from saccade.ops.linear.inputs import (
     FeatureMap,
     LinearState,
@@ -32,6 +32,7 @@ from saccade.ops.linear.inputs import (
     leave_state,
 )
 from saccade.ops.linear.pieces import divide
+from saccade.ops.linear.planning import LinearPlan, LinearProblem, form_of
 from saccade.ops.memory import HUGE_FROM, large_empty
 
 
@@ -49,8 +50,9 @@ def linear_attend(
     return_state: bool = False,
     chunk_size: int | None = None,
     eps: float = 0.0,
+    backend: str | None = None,
 ) -> Any:
-    """Linear attention, see the equations at the top of this file.
+    """Linear attention, see the equations at the top of this file, by the path that `linear_plan` names.
 
     Args:
         q_BHND, k_BKMD, v_BKME: queries, keys, values; K divides H; N = M where causal.
@@ -65,15 +67,17 @@ def linear_attend(
         return_state: also return the state after the last token: float32 (float64 for float64 inputs), of the same
             type as `state`.
         chunk_size: tokens of a chunk in the causal form (a power of two where decay is per channel); the result does
-            not depend on it. None: 128, or 64 where decays vary.
+            not depend on it. None: 128, or 64 where decays vary. Kernels have their own.
         eps: added to the sum of the weights where normalised and not causal, as some papers do.
+        backend: "torch", "triton" (kernels for CUDA and HIP devices) or "fla" (flash-linear-attention's, where it is
+            installed); None lets the planner choose, which on the CPU is "torch".
 
     Returns:
         out (B, H, N, E), or (out, state).
 
     Raises:
         ValueError: if shapes, dtypes or decay do not fit, a decay is given where not causal, or `eps` where causal or
-            not normalised.
+            not normalised, or the backend asked for cannot do this.
 
     >>> import torch
     >>> q, k, v = torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1)
@@ -86,22 +90,87 @@ def linear_attend(
         raise ValueError(f"eps needs normalize=True and causal=False, got eps={eps}")
     if feature_map is not None:
         q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)
-    scale = 1.0 if scale is None else float(scale)
     (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
+    factors = as_factors(decay, (B, H, N, D), q_BHND)
+    problem = _problem(q_BHND, k_BKMD, v_BKME, factors, causal, normalize, scale, chunk_size)
+    name = choose(problem, backend)
     if not causal:
         sums = None if state is None else enter_state(state, (B, H, D, E), normalize, q_BHND)
-        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, sums, scale, normalize, eps)
+        out, after = _all_to_all(q_BHND, k_BKMD, v_BKME, sums, problem.scale, normalize, eps)
     else:
-        past = enter_state(state, (B, H, D, E), normalize, q_BHND)
-        factors = as_factors(decay, (B, H, N, D), q_BHND)
-        inputs = (q_BHND, k_BKMD, v_BKME, past, factors)
-        keep = needs_grad(*inputs)
-        if chunk_size is None:
-            chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
         if exporting() and state is None and not return_state:
-            return _all_pairs(q_BHND, k_BKMD, v_BKME, factors, scale, normalize)
-        out, _, _, after = torch.ops.saccade.linear_chunked(*inputs, scale, normalize, chunk_size, keep)
+            return _all_pairs(q_BHND, k_BKMD, v_BKME, factors, problem.scale, normalize)
+        past = enter_state(state, (B, H, D, E), normalize, q_BHND)
+        out, after = BACKENDS[name].run(problem, q_BHND, k_BKMD, v_BKME, past, factors)
     return (out, leave_state(after, normalize)) if return_state else out
+
+
+def linear_plan(
+    q_BHND: Tensor,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    *,
+    feature_map: FeatureMap | None = None,
+    decay: float | Tensor | None = None,
+    causal: bool = True,
+    normalize: bool = False,
+    scale: float | None = None,
+    chunk_size: int | None = None,
+    backend: str | None = None,
+) -> LinearPlan:
+    """What `linear_attend` would do with the same arguments: path, reason, FLOPs, bytes, and why not the others.
+
+    Only the feature map is computed.
+
+    Args:
+        q_BHND, k_BKMD, v_BKME, feature_map, decay, causal, normalize, scale: as in `linear_attend`.
+        chunk_size, backend: as in `linear_attend`.
+
+    Raises:
+        ValueError: where `linear_attend` would.
+
+    >>> import torch
+    >>> x = torch.ones(1, 1, 4, 1)
+    >>> linear_plan(x, x, x, decay=0.5).backend
+    'torch'
+    """
+    q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
+    check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
+    if feature_map is not None:
+        q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)
+    B, H, N, D = q_BHND.shape
+    factors = as_factors(decay, (B, H, N, D), q_BHND)
+    return make_plan(_problem(q_BHND, k_BKMD, v_BKME, factors, causal, normalize, scale, chunk_size), backend)
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factors: Tensor | None,
+    causal: bool,
+    normalize: bool,
+    scale: float | None,
+    chunk_size: int | None,
+) -> LinearProblem:
+    if chunk_size is None:
+        chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
+    return LinearProblem(
+        B=q.shape[0],
+        H=q.shape[1],
+        K=k.shape[1],
+        N=q.shape[2],
+        M=k.shape[2],
+        D=q.shape[3],
+        E=v.shape[3],
+        dtype=q.dtype,
+        device=q.device,
+        causal=causal,
+        normalize=normalize,
+        form=form_of(factors),
+        scale=1.0 if scale is None else float(scale),
+        chunk_size=chunk_size,
+    )
 
 
 def linear_step(

@@ -37,18 +37,25 @@ def constant_decays(factors: Tensor | None, c: int, buffers: Buffers, cached: di
     """Of None, or of one factor per head (1, H, 1, 1): lambda^(i - j), the same in all chunks of a length."""
     if c in cached:
         return cached[c]
-    place = torch.arange(c, dtype=torch.float64, device=buffers.device)
     if factors is None:
         lower = torch.ones(c, c, dtype=buffers.dtype, device=buffers.device).tril()
         cached[c] = Decays(lower, None, None, None)
     else:
-        # log 0 x distance 0 would be NaN; the smallest normal number is as good as 0
-        log = factors.double().clamp_min(torch.finfo(buffers.dtype).tiny).log().unsqueeze(-1)
-        distance = (place[:, None] - place).clamp(min=0)
-        powers = (log * distance).exp().tril(), *((log * x).exp() for x in (place[:, None] + 1, c - 1 - place[:, None]))
-        between, from_start, to_end = (x.to(buffers.dtype) for x in powers)
+        between, from_start, to_end = powers(factors.unsqueeze(-1), c, buffers.dtype)
         cached[c] = Decays(between, from_start, to_end, from_start[..., -1:, :])
     return cached[c]
+
+
+def powers(factors: Tensor, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Of factors (..., 1, 1), in a chunk of c tokens: between two of them (..., c, c), 0 above the diagonal; from its
+    start to each, inclusive, and from each, exclusive, to its end (..., c, 1)."""
+    place = torch.arange(c, dtype=torch.float64, device=factors.device)[:, None]
+    # log 0 x distance 0 would be NaN; the smallest normal number is as good as 0
+    log = factors.double().clamp_min(torch.finfo(dtype).tiny).log()
+    distance = (place - place.mT).clamp(min=0)
+    found = (log * distance).exp().tril(), (log * (place + 1)).exp(), (log * (c - 1 - place)).exp()
+    between, from_start, to_end = (x.to(dtype) for x in found)
+    return between, from_start, to_end
 
 
 def token_decays(factors: Tensor, buffers: Buffers) -> Decays:

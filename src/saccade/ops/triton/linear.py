@@ -140,7 +140,7 @@ class _Call:
 
     def by_key_head(self, x_RND: Tensor, like: Tensor) -> Tensor:
         """(B, K, N, D): the sum over the query heads that share a key head."""
-        x = x_RND.unflatten(0, (self.B, -1, self.group))
+        x = x_RND.unflatten(0, (self.B, self.H // self.group, self.group))
         return (x.sum(2) if self.group > 1 else x[:, :, 0]).to(like.dtype)
 
     def _products_by_token(self) -> None:

@@ -100,7 +100,7 @@ def grad_queries_keys(
         of_q += _dot(_load(grad, i, wide, g_n, size, E), tl.trans(state), WORK, PRECISION)
         of_k += _dot(_load(v, i, wide, v_n, size, E), tl.trans(grad_state), WORK, PRECISION)
         if OF_DECAY:
-            of_whole += tl.sum(state * grad_state, axis=1)
+            of_whole += tl.sum(state.to(tl.float32) * grad_state.to(tl.float32), axis=1)
     of_q *= scale
     if FORM != "none":
         at = _decays_at(row, chunk, T, H, FORM)

@@ -29,9 +29,9 @@ import triton.language as tl
 
 @triton.jit
 def _load(x, rows, columns, step, end, width):
-    """Rows below `end` and columns below `width` of x, `step` apart, in float32; zeros elsewhere."""
+    """Rows below `end` and columns below `width` of x, `step` apart; zeros elsewhere."""
     inside = (rows < end)[:, None] & (columns < width)[None, :]
-    return tl.load(x + rows[:, None] * step + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.load(x + rows[:, None] * step + columns[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
