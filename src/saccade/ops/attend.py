@@ -104,7 +104,7 @@ def attend(
         scale: factor of the dot product, D ** -0.5 where None.
         dropout: probability that a weight is dropped.
         return_lse: also return the natural log of the sum of the exponentials, (B, H, N), softmax only.
-        backend: "reference", "sdpa", "blocksparse", "stream" or "flex"; None lets the planner choose.
+        backend: "reference", "sdpa", "blocksparse", "stream", "flex" or "natten"; None lets the planner choose.
         memory_mb: bound of the extra memory of tiled paths, in MiB.
 
     Returns:

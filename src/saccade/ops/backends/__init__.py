@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from saccade.ops import native, windows
-from saccade.ops.backends import blocksparse, flex, reference, sdpa, stream
+from saccade.ops.backends import blocksparse, flex, natten, reference, sdpa, stream
 from saccade.ops.export import exporting
 from saccade.ops.masks import Band, Dense, Padding
 from saccade.ops.planning import Plan, Problem
@@ -24,6 +24,7 @@ from saccade.ops.planning import Plan, Problem
 BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "blocksparse": blocksparse,
+    "natten": natten,
     "flex": flex,
     "stream": stream,
     "reference": reference,
