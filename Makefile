@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 WORKERS ?= 2
 
-.PHONY: setup test fuzz lint types demo readme benchmarks gallery claims comparison comparison-networks onnx real-models clean
+.PHONY: setup test fuzz lint types demo readme benchmarks device gallery claims comparison comparison-networks onnx real-models clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,10 @@ readme: setup
 
 benchmarks: setup
 	$(BIN)/python benchmarks/run.py
+
+# on a machine with a GPU: the tests that can run there, then the table; docs/speed-cuda.md
+device: setup
+	$(BIN)/python benchmarks/device.py
 
 gallery: setup
 	$(BIN)/saccade gallery --out docs/gallery.html

@@ -1,6 +1,7 @@
 """Print the speed tables of every benchmark here, one after another: `python benchmarks/run.py [--quick] [NAME ...]`.
 
-Each is a process of its own, so that none inherits another's memory or threads. `make benchmarks` runs all of them.
+Each is a process of its own, so that none inherits another's memory or threads. `make benchmarks` runs all of them, but
+for `device.py`, which is for accelerators and measures its own ten minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 def main() -> int:
-    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "run")
+    known = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("run", "device"))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(known)}; all where none is named")
     parser.add_argument("--quick", action="store_true", help="few repeats, the cases with goals only")

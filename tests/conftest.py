@@ -24,6 +24,45 @@ def kernel_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu, cuda, cuda:1, ...: where the tests run that take the fixture `device`; on another than the cpu only "
+        "they do, and those that need it anyway",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs CUDA is skipped without it; on another device than the processor only what can run there is left."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip("torch sees no CUDA device here"))
+    if torch.device(config.getoption("--device")).type != "cpu":
+        there = [item for item in items if _runs_elsewhere(item)]
+        config.hook.pytest_deselected(items=[item for item in items if not _runs_elsewhere(item)])
+        items[:] = there
+
+
+def _runs_elsewhere(item: pytest.Item) -> bool:
+    fixtures = {"device", "kernel_device"} & set(getattr(item, "fixturenames", ()))
+    return bool(fixtures) or item.get_closest_marker("cuda") is not None
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """`--device`, where the test's tensors and modules are to be; skips it where torch has none."""
+    place = torch.device(request.config.getoption("--device"))
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("torch sees no CUDA device here")
+        # convolutions in the precision that the bounds are for
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return place
+
+
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Papers of nobody that have no room yet, a row of papers.json for each kind of part; the catalogue knows them."""

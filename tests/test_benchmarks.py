@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -121,3 +122,59 @@ def test_what_wrappers_do_to_a_model_that_sees() -> None:
     assert kept["dream"]["with features: same"] == kept["dream"]["without: same"] == 1.0
     page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
     assert "| agla |" in page and "| cluster 0.5 |" in page and "| without |" in page
+
+
+def test_the_table_of_a_device_at_a_tiny_size(tmp_path: Path) -> None:
+    bench = load("device")
+    size = ["--lengths", "64,160", "--heads", "2", "--width", "16"]
+    assert bench.main(["--device", "cpu", *size, "--only", "table", "--out", str(tmp_path)]) == 0
+    kept = json.loads((tmp_path / "speed-cpu.json").read_text("utf-8"))
+    assert kept.keys() == {"peak", *(f"{name}, {tokens}" for name in bench.CASES for tokens in (64, 160))}
+    for name in bench.CASES:
+        row = kept[f"{name}, 160"]
+        assert min(row[way][figure] for way in ("saccade", "flash") for figure in ("forward", "both")) > 0
+        assert row["forward_bytes"] * row["saccade"]["forward"] == pytest.approx(4 * 2 * 160 * 2 * 16)
+        assert "refused" in row["flex"]
+    causal = 2 * 160 * 161 / 2 * 4 * 16  # the window is wider than the sequence
+    assert kept["window, 160"]["forward_flops"] * kept["window, 160"]["saccade"]["forward"] == pytest.approx(causal)
+    page = (tmp_path / "speed-cpu.md").read_text("utf-8")
+    assert "| moba |" in page and "measured here" in page and "- lightning, flex: no softmax" in page
+
+
+def test_a_spent_clock_leaves_the_table_out_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench = load("device")
+    assert (
+        bench.main(
+            ["window", "--device", "cpu", "--lengths", "8", "--minutes", "0", "--only", "table", "--out", str(tmp_path)]
+        )
+        == 0
+    )
+    assert "window, 8: no time left" in capsys.readouterr().out
+    assert "Not measured in this record: block-sparse, 8; window, 8" in (tmp_path / "speed-cpu.md").read_text("utf-8")
+
+
+def test_how_the_tests_on_a_device_went(tmp_path: Path) -> None:
+    bench = load("device")
+    done = bench.run_tests("cpu", tmp_path / "log.txt", 100, ["tests/ops/test_devices.py", "-k", "wkv and float64"])
+    assert done["whole"] and (done["passed"], done["failed"], done["failures"]) == (2, 0, []), done
+    said = """
+tests/a.py::test_x[a b] PASSED [ 50%]
+[gw1] [ 40%] FAILED tests/a.py::test_y[causal 3]
+[gw0] [ 60%] SKIPPED tests/b.py::test_z
+tests/c.py::test_w ERROR
+"""
+    assert bench.outcome(said) == {
+        "passed": 1,
+        "skipped": 1,
+        "failed": 2,
+        "failures": ["tests/a.py::test_y[causal 3]", "tests/c.py::test_w"],
+    }
+    kept = {"tests": records.stamp() | bench.outcome(said) | {"seconds": 1.0, "whole": False}}
+    assert not bench.verdicts(kept)[0].met and "cut off" in bench.sections(kept)["Tests"][0]
+
+
+def test_a_card_is_known_by_its_name() -> None:
+    bench = load("device")
+    named = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4"}
+    assert {name: bench.card(name) for name in named} == named
+    assert bench.card("NVIDIA A10") is None and all(flops > 0 < moved for flops, moved, _ in bench.PEAKS.values())

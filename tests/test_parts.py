@@ -8,6 +8,7 @@ import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,19 +34,20 @@ def supporting(capability: str) -> list[str]:
     return [part.slug for part in catalogue.select(kind="sequence", supports=capability)]
 
 
-def build(slug: str, **changes: object) -> nn.Module:
+def build(slug: str, device: torch.device, **changes: object) -> nn.Module:
+    """An instance of the example; drawn on the processor, so that it is the same everywhere."""
     torch.manual_seed(0)
     module = catalogue.create(slug, **{**catalogue.part(slug).example, **changes})
     for parameter in module.parameters():  # zero initialisations would hide errors
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
-    return module.eval()
+    return module.eval().to(device)
 
 
-def call_arguments(slug: str, module: nn.Module, size: int) -> tuple[object, ...]:
+def call_arguments(slug: str, module: nn.Module, size: int, device: torch.device) -> tuple[Any, ...]:
     part = catalogue.part(slug)
     torch.manual_seed(size)
-    return part.kind.inputs(part, module, size)
+    return mapped(part.kind.inputs(part, module, size), lambda x: x.to(device))
 
 
 def published(part: catalogue.Summary) -> tuple[catalogue.Published, ...]:
@@ -65,16 +67,24 @@ def tensors(output: object) -> list[Tensor]:
     return []
 
 
-def convert(value: object, dtype: torch.dtype) -> object:
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to(dtype)
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Arguments of a call with their tensors and modules changed."""
+    if isinstance(value, (Tensor, nn.Module)):
+        return change(value)
     if isinstance(value, dict):
-        return {key: convert(item, dtype) for key, item in value.items()}
+        return {key: mapped(item, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(convert(item, dtype) for item in value)
+        return type(value)(mapped(item, change) for item in value)
     return value
+
+
+def convert(value: Any, dtype: torch.dtype) -> Any:
+    def change(x: Any) -> Any:
+        if isinstance(x, nn.Module):
+            return copy.deepcopy(x).to(dtype)
+        return x.to(dtype) if x.is_floating_point() else x
+
+    return mapped(value, change)
 
 
 def floats(output: object) -> list[Tensor]:
@@ -164,16 +174,16 @@ def test_ports_place_by_name_alone(recording: str) -> None:
 
 
 @pytest.mark.parametrize("recording", RECORDINGS)
-def test_golden(recording: str) -> None:
+def test_golden(recording: str, device: torch.device) -> None:
     port, arguments, groups = recorded(recording)
     module = port.build(arguments)
     module.load_state_dict(port.convert(groups["param"]))
-    module.eval()
+    module.eval().to(device)
     with torch.no_grad():
-        ours = port.run(module, groups["input"], arguments)
+        ours = port.run(module, mapped(groups["input"], lambda x: x.to(device)), arguments)
     assert set(ours) == set(groups["output"])
     for key, expected in groups["output"].items():
-        got = ours[key]
+        got = ours[key].cpu()
         if port.compare is not None:
             got, expected = port.compare(key, got, expected, groups["input"], arguments)
         assert got.shape == expected.shape, key
@@ -183,9 +193,9 @@ def test_golden(recording: str) -> None:
 
 @pytest.mark.parametrize("slug", SLUGS)
 @pytest.mark.parametrize("size", [1, 7, 33])
-def test_odd_sizes(slug: str, size: int) -> None:
-    module = build(slug)
-    arguments = call_arguments(slug, module, size)
+def test_odd_sizes(slug: str, size: int, device: torch.device) -> None:
+    module = build(slug, device)
+    arguments = call_arguments(slug, module, size, device)
     output = catalogue.part(slug).kind.run(module, arguments)
     out = floats(output)
     assert out and all(t.isfinite().all() for t in out)
@@ -218,15 +228,15 @@ def agrees(
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_gradient_is_the_derivative(slug: str) -> None:
-    module = build(slug).double()
-    arguments = convert(call_arguments(slug, module, 9), torch.float64)
+def test_gradient_is_the_derivative(slug: str, device: torch.device) -> None:
+    module = build(slug, device).double()
+    arguments = convert(call_arguments(slug, module, 9, device), torch.float64)
     leaves = [p for p in module.parameters() if p.requires_grad]
     leaves += [t.requires_grad_() for t in floats(arguments)]
 
     def loss() -> Tensor:
         return sum(
-            (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype).view_as(t)).sum()
+            (t * torch.linspace(-1, 1, t.numel(), dtype=t.dtype, device=device).view_as(t)).sum()
             for t in outputs(slug, module, arguments)
         )
 
@@ -237,15 +247,17 @@ def test_gradient_is_the_derivative(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_the_second_derivative_is_right_or_refused(slug: str) -> None:
-    module = build(slug).double()
-    arguments = convert(call_arguments(slug, module, 7), torch.float64)
+def test_the_second_derivative_is_right_or_refused(slug: str, device: torch.device) -> None:
+    module = build(slug, device).double()
+    arguments = convert(call_arguments(slug, module, 7, device), torch.float64)
     leaves = [p for p in module.parameters() if p.requires_grad] + [t.requires_grad_() for t in floats(arguments)]
 
     def slope(power: int) -> Tensor:
         loss = sum(t.pow(power).sum() for t in outputs(slug, module, arguments))
         gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        return sum((g.square().sum() for g in gradients if g is not None), torch.zeros((), dtype=torch.float64))
+        return sum(
+            (g.square().sum() for g in gradients if g is not None), torch.zeros((), dtype=torch.float64, device=device)
+        )
 
     for power in (1, 2):  # a loss whose gradient by the output is constant, and one where it is not
         try:
@@ -259,9 +271,9 @@ def test_the_second_derivative_is_right_or_refused(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_bfloat16(slug: str) -> None:
-    module = build(slug).bfloat16()
-    arguments = convert(call_arguments(slug, module, 12), torch.bfloat16)
+def test_bfloat16(slug: str, device: torch.device) -> None:
+    module = build(slug, device).bfloat16()
+    arguments = convert(call_arguments(slug, module, 12, device), torch.bfloat16)
     for t in floats(arguments):
         t.requires_grad_()
     out = outputs(slug, module, arguments)
@@ -278,13 +290,13 @@ def directions(slug: str) -> list[dict[str, bool]]:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_autocast_trains_in_either_direction(slug: str) -> None:
+def test_autocast_trains_in_either_direction(slug: str, device: torch.device) -> None:
     for direction in directions(slug):
-        module = build(slug, **direction).train()
-        arguments = call_arguments(slug, module, 12)
+        module = build(slug, device, **direction).train()
+        arguments = call_arguments(slug, module, 12, device)
         for t in floats(arguments):
             t.requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             out = outputs(slug, module, arguments)
             sum(t.float().square().sum() for t in out).backward()
         assert all(t.isfinite().all() for t in out)
@@ -293,10 +305,10 @@ def test_autocast_trains_in_either_direction(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_every_parameter_has_a_gradient(slug: str) -> None:
+def test_every_parameter_has_a_gradient(slug: str, device: torch.device) -> None:
     """By default and in the example, so that it trains on several devices."""
-    module = catalogue.create(slug, **catalogue.part(slug).example).train()
-    arguments = call_arguments(slug, module, 16)
+    module = catalogue.create(slug, **catalogue.part(slug).example).train().to(device)
+    arguments = call_arguments(slug, module, 16, device)
     for t in floats(arguments):  # of parts without parameters too there is something to differentiate by
         t.requires_grad_()
     sum(t.square().sum() for t in outputs(slug, module, arguments)).backward()
@@ -304,9 +316,9 @@ def test_every_parameter_has_a_gradient(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_compiles(slug: str) -> None:
-    module = build(slug)
-    arguments = call_arguments(slug, module, 12)
+def test_compiles(slug: str, device: torch.device) -> None:
+    module = build(slug, device)
+    arguments = call_arguments(slug, module, 12, device)
     torch._dynamo.reset()
     both, place = [module, *arguments], int(isinstance(arguments[0], nn.Module))  # what a wrapper is put on is compiled
     both[place] = torch.compile(both[place], backend="aot_eager", fullgraph=not catalogue.part(slug).data_dependent)
@@ -316,11 +328,11 @@ def test_compiles(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_serialises(slug: str, tmp_path: Path) -> None:
-    module = build(slug)
-    arguments = call_arguments(slug, module, 8)
+def test_serialises(slug: str, tmp_path: Path, device: torch.device) -> None:
+    module = build(slug, device)
+    arguments = call_arguments(slug, module, 8, device)
     save_file({k: v.contiguous().clone() for k, v in module.state_dict().items()}, tmp_path / "part.safetensors")
-    other = build(slug)
+    other = build(slug, device)
     for parameter in other.parameters():
         nn.init.zeros_(parameter)
     other.load_state_dict(load_file(tmp_path / "part.safetensors"))
@@ -330,20 +342,20 @@ def test_serialises(slug: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slug", SLUGS)
-def test_builds_without_memory(slug: str) -> None:
+def test_builds_without_memory(slug: str, device: torch.device) -> None:
     """Under `torch.device("meta")`, then `to_empty` and `load_state_dict`, as large checkpoints are loaded."""
-    part, module = catalogue.part(slug), build(slug)
+    part, module = catalogue.part(slug), build(slug, device)
     with torch.device("meta"):
         other = catalogue.create(slug, **part.example).eval()
     named = [*other.named_parameters(), *other.named_buffers()]
     assert not [name for name, t in named if t.device.type != "meta"]
-    other = other.to_empty(device="cpu")
+    other = other.to_empty(device=device)
     for parameter in other.parameters():
         nn.init.constant_(parameter, torch.nan)
     for name in other.state_dict().keys() & dict(other.named_buffers()).keys():
         other.get_buffer(name).fill_(7)
     other.load_state_dict(module.state_dict())
-    arguments = call_arguments(slug, module, 12)
+    arguments = call_arguments(slug, module, 12, device)
     expected = outputs(slug, module, arguments)
     assert all(map(torch.equal, outputs(slug, other, arguments), expected))
     with torch.device("meta"):  # constants follow the input
@@ -351,26 +363,26 @@ def test_builds_without_memory(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SEQUENCES)
-def test_rows_of_a_batch_do_not_meet(slug: str) -> None:
-    module = build(slug)
-    (x,) = call_arguments(slug, module, 11)
+def test_rows_of_a_batch_do_not_meet(slug: str, device: torch.device) -> None:
+    module = build(slug, device)
+    (x,) = call_arguments(slug, module, 11, device)
     assert relative(module(x)[1:], module(x[1:])) <= 1e-5
     assert module(x[:0]).shape == x[:0].shape
 
 
 @pytest.mark.parametrize("slug", supporting("causal"))
-def test_the_past_does_not_see_the_future(slug: str) -> None:
-    module = build(slug, causal=True)
-    (x,) = call_arguments(slug, module, 21)
+def test_the_past_does_not_see_the_future(slug: str, device: torch.device) -> None:
+    module = build(slug, device, causal=True)
+    (x,) = call_arguments(slug, module, 21, device)
     changed = x.clone()
     changed[:, 13:] = torch.randn_like(changed[:, 13:])
     assert relative(module(changed)[:, :13], module(x)[:, :13]) <= 1e-6
 
 
 @pytest.mark.parametrize("slug", supporting("decoding"))
-def test_decoding_equals_the_parallel_form(slug: str) -> None:
-    module = build(slug, causal=True)
-    (x,) = call_arguments(slug, module, 21)
+def test_decoding_equals_the_parallel_form(slug: str, device: torch.device) -> None:
+    module = build(slug, device, causal=True)
+    (x,) = call_arguments(slug, module, 21, device)
     with torch.no_grad():
         expected = module(x)
         cache = module.new_cache(2)
@@ -380,9 +392,9 @@ def test_decoding_equals_the_parallel_form(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", [part.slug for part in catalogue.parts() if "decoding" in part.supports])
-def test_a_chunk_without_tokens_changes_nothing(slug: str) -> None:
-    module = build(slug, causal=True)
-    (x,) = call_arguments(slug, module, 12)
+def test_a_chunk_without_tokens_changes_nothing(slug: str, device: torch.device) -> None:
+    module = build(slug, device, causal=True)
+    (x,) = call_arguments(slug, module, 12, device)
     with torch.no_grad():
         caches = module.new_cache(2), module.new_cache(2)
         for first, last in ((0, 7), (7, 8), (8, 12)):
@@ -395,10 +407,10 @@ def test_a_chunk_without_tokens_changes_nothing(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", supporting("padding"))
-def test_padding_at_the_end_changes_nothing(slug: str) -> None:
-    module = build(slug)
-    (x,) = call_arguments(slug, module, 21)
-    mask = torch.ones(2, 21, dtype=torch.bool)
+def test_padding_at_the_end_changes_nothing(slug: str, device: torch.device) -> None:
+    module = build(slug, device)
+    (x,) = call_arguments(slug, module, 21, device)
+    mask = torch.ones(2, 21, dtype=torch.bool, device=device)
     mask[:, 15:] = False
     assert relative(module(x, mask=mask)[:, :15], module(x[:, :15], mask=mask[:, :15])) <= 1e-5
     mask[:] = False
@@ -406,12 +418,12 @@ def test_padding_at_the_end_changes_nothing(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", supporting("padding"))
-def test_padding_is_taken_in_every_form(slug: str) -> None:
+def test_padding_is_taken_in_every_form(slug: str, device: torch.device) -> None:
     """Bool (B, M), (B, 1, 1, M), and mask objects; another size is refused in words."""
     for direction in directions(slug):
-        module = build(slug, **direction)
-        (x,) = call_arguments(slug, module, 12)
-        real = torch.ones(2, 12, dtype=torch.bool)
+        module = build(slug, device, **direction)
+        (x,) = call_arguments(slug, module, 12, device)
+        real = torch.ones(2, 12, dtype=torch.bool, device=device)
         real[1, 9:] = False
         expected = module(x, mask=real)
         for given in (real[:, None, None], masks.padding(real), masks.dense(real[:, None, None])):
@@ -422,16 +434,16 @@ def test_padding_is_taken_in_every_form(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SEQUENCES)
-def test_packed_sequences_are_attended_to_apart(slug: str) -> None:
+def test_packed_sequences_are_attended_to_apart(slug: str, device: torch.device) -> None:
     """By `cu_seqlens` or by number, the same as one call each."""
     for direction in directions(slug):
-        module = build(slug, **direction)
-        (x,) = call_arguments(slug, module, 21)
+        module = build(slug, device, **direction)
+        (x,) = call_arguments(slug, module, 21, device)
         if "documents" not in getattr(module, "takes", ()):
             continue
-        cu_seqlens = torch.tensor([0, 5, 13, 21], dtype=torch.int32)
+        cu_seqlens = torch.tensor([0, 5, 13, 21], dtype=torch.int32, device=device)
         out = module(x, mask=cu_seqlens)
-        ids = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 8, 8]))
+        ids = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 8, 8])).to(device)
         assert relative(out, module(x, mask=masks.documents(ids))) <= 1e-6
         if slug == "nats":  # its chunks, and the first of them that is always Global, are the row's
             continue
@@ -442,34 +454,34 @@ def test_packed_sequences_are_attended_to_apart(slug: str) -> None:
 
 @pytest.mark.parametrize("slug", supporting("padding"))
 @pytest.mark.parametrize("place", [[0, 1, 2], [18, 19, 20], [2, 5, 6, 13]])
-def test_the_content_of_padding_does_not_matter(slug: str, place: list[int]) -> None:
+def test_the_content_of_padding_does_not_matter(slug: str, place: list[int], device: torch.device) -> None:
     for direction in directions(slug):
-        module = build(slug, **direction)
-        (x,) = call_arguments(slug, module, 21)
-        mask = torch.ones(2, 21, dtype=torch.bool)
+        module = build(slug, device, **direction)
+        (x,) = call_arguments(slug, module, 21, device)
+        mask = torch.ones(2, 21, dtype=torch.bool, device=device)
         mask[0, place] = False
         other = x.masked_fill(~mask[..., None], 100.0)
         assert relative(module(other, mask=mask)[mask], module(x, mask=mask)[mask]) <= 1e-5
 
 
 @pytest.mark.parametrize("slug", supporting("cross"))
-def test_cross_attention(slug: str) -> None:
-    module = build(slug, causal=False)
-    (x,), (context,) = call_arguments(slug, module, 5), call_arguments(slug, module, 11)
+def test_cross_attention(slug: str, device: torch.device) -> None:
+    module = build(slug, device, causal=False)
+    (x,), (context,) = call_arguments(slug, module, 5, device), call_arguments(slug, module, 11, device)
     out = module(x, context)
     assert out.shape == x.shape and out.isfinite().all()
     assert not torch.allclose(out, module(x, context.flip(0)))
 
 
 @pytest.mark.parametrize("slug", supporting("from-softmax"))
-def test_starts_from_a_softmax_layer(slug: str) -> None:
-    module = build(slug)
-    theirs = nn.MultiheadAttention(module.dim, module.num_heads, batch_first=True)
+def test_starts_from_a_softmax_layer(slug: str, device: torch.device) -> None:
+    module = build(slug, device)
+    theirs = nn.MultiheadAttention(module.dim, module.num_heads, batch_first=True, device=device)
     arguments = {k: v for k, v in catalogue.part(slug).example.items() if k not in ("dim", "num_heads", "num_kv_heads")}
     ours = type(module).from_softmax(theirs, **{**arguments, "rope": False})
     assert torch.equal(torch.cat([p.weight for p in (ours.q_proj, ours.k_proj, ours.v_proj)]), theirs.in_proj_weight)
     assert torch.equal(ours.out_proj.bias, theirs.out_proj.bias)
-    x = torch.randn(2, 9, module.dim)
+    x = torch.randn(2, 9, module.dim, device=device)
     assert ours(x).isfinite().all()
 
 
@@ -494,10 +506,10 @@ def test_published_sizes_are_built_by_name(slug: str) -> None:
 
 
 @pytest.mark.parametrize("slug", SEQUENCES)
-def test_bad_arguments(slug: str) -> None:
-    module = build(slug)
+def test_bad_arguments(slug: str, device: torch.device) -> None:
+    module = build(slug, device)
     dim = catalogue.part(slug).example["dim"]
-    for bad in (torch.randn(2, 5, dim + 1), torch.randn(5, dim)):
+    for bad in (torch.randn(2, 5, dim + 1, device=device), torch.randn(5, dim, device=device)):
         with pytest.raises(ValueError, match=r"x must be|expected|got"):
             module(bad)
     with pytest.raises(ValueError):

@@ -17,8 +17,6 @@ from saccade.ops.planning import Problem
 
 flex_attention = pytest.importorskip("torch.nn.attention.flex_attention")
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
 
 def some_masks(N: int, M: int, device: str = "cpu") -> dict[str, masks.Mask | None]:
     generator = torch.Generator().manual_seed(N)
@@ -143,7 +141,7 @@ def test_nothing_to_attend(eager: None, N: int, M: int) -> None:
     assert out.shape == (2, 4, N, 7) and not out.any() and (lse == -torch.inf).all()
 
 
-@cuda
+@pytest.mark.cuda
 @pytest.mark.parametrize("name", some_masks(150, 200))
 def test_compiled_forward_and_backward(name: str) -> None:
     mask = some_masks(150, 200, "cuda")[name]
