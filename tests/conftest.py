@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from saccade import catalogue
 from saccade.catalogue import registry
 from saccade.catalogue.cards import Paper
+from saccade.ops.constants import numbers
+from saccade.ops.native import build
 
 if not torch.cuda.is_available():
     # before anything imports triton: its kernels run on the CPU then, where a test asks for them by name
@@ -61,6 +71,88 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         # convolutions in the precision that the bounds are for
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return place
+
+
+#: operators after which a device is waited for
+READING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "bincount",
+}
+
+
+class Reads(TorchDispatchMode):
+    """Notes the operators that read values back, or whose shapes depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        chooses = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        repeats = name == "repeat_interleave" and (kwargs or {}).get("output_size") is None
+        # numbers of Python become a tensor there, which `ops.constants.numbers` sends without waiting
+        copied = name == "lift_fresh" and args[0].ndim > 0 and not _sent()
+        if name in READING or copied or chooses or repeats or (name == "equal" and args[0].dtype != torch.uint8):
+            # (equality of bytes is asked of the states of generators, which are on the processor anyway)
+            lines = [x for x in traceback.extract_stack() if "/saccade/" in x.filename]
+            self.found.append(f"{name} at {lines[-1].filename}:{lines[-1].lineno}" if lines else name)
+        return function(*args, **(kwargs or {}))
+
+
+def _sent() -> bool:
+    frame: Any = sys._getframe()
+    while frame is not None and frame.f_code is not numbers.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+@pytest.fixture
+def waits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], list[str]]:
+    """What a call waits for: as CUDA itself finds, or, on the processor, by the operators that any device waits for.
+
+    There the code in C is off, and so is what looks at values on the processor only.
+    """
+    return _waits_of_cuda if device.type == "cuda" else partial(_waits_elsewhere, monkeypatch=monkeypatch)
+
+
+def _waits_of_cuda(run: Callable[[], object]) -> list[str]:
+    run()  # what is made once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return [str(error)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return []
+
+
+def _waits_elsewhere(run: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    for place in ("backends.sdpa.has_nan", "nan.has_nan", "looking.can_look"):  # by name: triton is not imported here
+        monkeypatch.setattr(f"saccade.ops.{place}", lambda x: False)
+    choose = import_module("saccade.ops.backends.stream.call")._choose_tile
+
+    def choose_unseen(problem: Any, *rest: Any) -> Any:
+        """What a mask without tensors is like is known on the processor."""
+        known = problem.mask is None or not problem.mask.tensors()
+        with _disable_current_modes() if known else nullcontext():
+            return choose(problem, *rest)
+
+    monkeypatch.setattr("saccade.ops.backends.stream.call._choose_tile", choose_unseen)
+    monkeypatch.setattr(nn.functional, "one_hot", lambda x, n: (x[..., None] == torch.arange(n)).long())
+    with build.turned_off("not in this test"), Reads() as reads:
+        run()
+    return reads.found
 
 
 @pytest.fixture

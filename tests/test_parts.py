@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,20 @@ SEQUENCES = [part.slug for part in catalogue.select(kind="sequence")]
 RECORDINGS = sorted(
     path.relative_to(GOLDEN).as_posix() for path in GOLDEN.glob("*/*.safetensors") if path.parent.name in SLUGS
 )
+
+
+#: parts of fixed shapes that read values back or copy from the host all the same, and what
+WAITING = {
+    "context-aware-fusion": "sizes of images",
+    "ctr-representation-survey": "where fields begin",
+    "evenhancer": "numbers of frames and sizes of the video",
+    "faithful-attention-maps": "how many patches the image with the most keeps",
+    "fsatfusion": "bases of cosines",
+    "gaze-lle": "numbers of the images of heads",
+    "human-guided-patterns": "offsets of the patterns",
+    "nerf-dets": "sizes of voxels and images",
+    "sentence-fusion": "numbers of the other images",
+}
 
 
 def supporting(capability: str) -> list[str]:
@@ -325,6 +340,40 @@ def test_compiles(slug: str, device: torch.device) -> None:
     compiled, *given = both
     for ours, expected in zip(outputs(slug, compiled, given), outputs(slug, module, arguments), strict=True):
         assert relative(ours, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_waits_for_no_device_but_where_it_depends_on_values(
+    slug: str, device: torch.device, waits: Callable[[Callable[[], object]], list[str]]
+) -> None:
+    """Forward and backward. Parts whose shapes depend on values are free to, and say so by `data_dependent`."""
+    module = build(slug, device)
+    arguments = call_arguments(slug, module, 12, device)
+    for t in floats(arguments):
+        t.requires_grad_()
+
+    def both() -> None:
+        loss = sum(t.float().square().sum() for t in outputs(slug, module, arguments) if t.requires_grad)
+        if isinstance(loss, Tensor):
+            loss.backward()
+
+    found = waits(both)
+    assert not found or catalogue.part(slug).data_dependent or slug in WAITING, found
+    assert found or slug not in WAITING, "it waits no more: out of the list with it"
+
+
+@pytest.mark.parametrize("slug", SLUGS)
+def test_inputs_of_another_device_are_refused_in_one_line(slug: str) -> None:
+    """Nothing is copied for the caller; torch's "meta" is the other device. Parts without tensors take any."""
+    module = build(slug, torch.device("cpu"))
+    arguments = call_arguments(slug, module, 12, torch.device("cpu"))
+    modules = [module, *(x for x in arguments if isinstance(x, nn.Module))]
+    if not any(True for each in modules for _ in (*each.parameters(), *each.buffers())):
+        return
+    elsewhere = mapped(arguments, lambda x: x if isinstance(x, nn.Module) else x.to("meta"))
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        catalogue.part(slug).kind.run(module, elsewhere)
+    assert {"cpu", "meta"} <= set(re.findall(r"\w+", str(raised.value).splitlines()[0])), raised.value
 
 
 @pytest.mark.parametrize("slug", SLUGS)

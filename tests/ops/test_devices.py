@@ -159,6 +159,20 @@ PATTERNS: dict[str, Pattern] = {
 }
 
 
+#: patterns that read values back on some device, and what
+WAITING = {
+    "attend prefix": "a mask's tensors, for the density that the planner weighs",
+    "attend documents": "a mask's tensors",
+    "attend padding": "a mask's tensors",
+    "attend blocks": "a mask's tensors",
+    "attend by sdpa": "a mask's tensors",
+    "attend by blocksparse": "lists of blocks",
+    "attend by stream": "the tiles with pairs",
+    "routed": "on the processor, how many tiles the choices fill",
+    "routed, chosen blocks alone": "on the processor, how many tiles the choices fill",
+}
+
+
 def values(function: Callable[..., Any], inputs: list[Tensor], options: dict[str, Any]) -> list[Tensor]:
     """Outputs, and the gradients of a weighted sum of them."""
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
@@ -184,3 +198,19 @@ def test_equals_its_definition(name: str, dtype: torch.dtype, bound: float, devi
         assert found.device.type == device.type and found.shape == truth.shape
         gap = (found.double().cpu() - truth).abs().max() / truth.abs().max().clamp(min=1.0)
         assert gap <= bound, (place, gap.item())
+
+
+@pytest.mark.parametrize("name", [name for name in PATTERNS if name not in WAITING])
+def test_waits_for_no_device(
+    name: str, device: torch.device, waits: Callable[[Callable[[], object]], list[str]]
+) -> None:
+    """Forward and backward, in single precision."""
+    pattern = PATTERNS[name]
+    leaves = [x.float().to(device).requires_grad_() for x in pattern.inputs()]
+
+    def both() -> None:
+        given = pattern.ours(*leaves, **pattern.options())
+        outputs = [given] if isinstance(given, Tensor) else [x for x in given if x is not None]
+        sum((x.square().sum() for x in outputs), torch.zeros((), device=device)).backward()
+
+    assert waits(both) == []

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.deformable import deformable_attend
 from saccade.ops.deformable.points import Size
 
@@ -104,10 +105,10 @@ class MSDeformableAttention(nn.Module):
         if reference_BNLR.shape[-1] == 4:
             box_BN114 = reference_BNLR[:, :, None]
             share_P = [1 / count for count in self.counts for _ in range(count)]
-            reach_P1 = offsets_BNMP2.new_tensor(share_P)[:, None] * self.offset_scale
+            reach_P1 = numbers(share_P, offsets_BNMP2)[:, None] * self.offset_scale
             return box_BN114[..., :2] + offsets_BNMP2 * reach_P1 * box_BN114[..., 2:]
         level_P = [level for level, count in enumerate(self.counts) for _ in range(count)]
-        size_P2 = offsets_BNMP2.new_tensor([shapes[level][::-1] for level in level_P])
+        size_P2 = numbers([shapes[level][::-1] for level in level_P], offsets_BNMP2)
         point_BN1P2 = torch.stack([reference_BNLR[:, :, level] for level in level_P], 2)[:, :, None]
         return point_BN1P2 + offsets_BNMP2 / size_P2
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade.layers.cache import Cache, KVCache
+from saccade.layers.placement import check_placed
 from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import EVERYTHING, GivenMask, Pattern, Said
@@ -161,6 +162,8 @@ class QKVAttention(nn.Module):
         for name, tokens in (("x", x_BNC), ("context", context_BMC)):
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.dim):
                 raise ValueError(f"{name} must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}")
+            if tokens is not None:
+                check_placed(self, name, tokens)
         if context_BMC is not None and self.causal:
             raise ValueError("a causal layer takes no context")
         if context_BMC is not None and context_BMC.shape[0] != x_BNC.shape[0]:

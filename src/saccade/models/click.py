@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.export import output
 
 #: norms of `deep`: width -> layers
@@ -157,7 +158,7 @@ def rows_of(ids: Tensor, fields: Sequence[int]) -> tuple[Tensor, Tensor]:
     [[1, 0], [0, 4]]
     """
     check_ids(ids, fields)
-    start_F = ids.new_tensor((0, *accumulate(fields[:-1])))
+    start_F = numbers((0, *accumulate(fields[:-1])), ids)
     there = ids != MISSING
     return torch.where(there, ids + (start_F[:, None] if ids.ndim == 3 else start_F), 0), there
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.extras import need
+from saccade.ops.constants import numbers
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -100,7 +101,7 @@ def normalised(images_B3HW: Tensor, channels: int) -> Tensor:
     """
     if channels not in (1, 3):
         raise ValueError(f"image files have 3 channels, or 1 as grey; this network takes {channels}")
-    mean, std = (torch.tensor(values, device=images_B3HW.device)[:, None, None] for values in (MEAN, STD))
+    mean, std = (numbers(values, images_B3HW, torch.get_default_dtype())[:, None, None] for values in (MEAN, STD))
     if channels == 3:
         return (images_B3HW - mean) / std
     weight = torch.tensor(_LUMA, device=images_B3HW.device)[:, None, None]
@@ -137,7 +138,7 @@ def with_bars(
 
 def luma(images_B3HW: Tensor) -> Tensor:
     """Y of YUV (ITU-R BT.601), (B, 1, H, W), or (1, H, W) of one image."""
-    weight = torch.tensor(_LUMA, device=images_B3HW.device, dtype=images_B3HW.dtype)[:, None, None]
+    weight = numbers(_LUMA, images_B3HW)[:, None, None]
     return (images_B3HW * weight).sum(-3, keepdim=True)
 
 

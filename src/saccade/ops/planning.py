@@ -64,11 +64,21 @@ class Problem:
         return own_block_size(self.mask) or (PLANNING_BLOCK, PLANNING_BLOCK)
 
     @property
+    def map_device(self) -> torch.device:
+        """Where block states are: planning needs them themselves, also where the tensors are only shapes."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
+    @property
+    def reading_device(self) -> torch.device:
+        """Where block states are made that are only read: what a mask without tensors is like, the processor tells, and
+        no device is waited for."""
+        return torch.device("cpu") if self.mask is None or not self.mask.tensors() else self.map_device
+
+    @property
     def block_map(self) -> Tensor:
         """The mask's block states (B', H', n, m), worked out once; without a mask every block is full."""
         if self._states is None:
-            # planning needs the states themselves, also where the tensors are only shapes
-            device = "cpu" if self.device.type == "meta" else self.device
+            device = self.map_device
             if self.mask is None:
                 blocks = (ceil(self.N / self.block_size[0]), ceil(self.M / self.block_size[1]))
                 full = torch.full((1, 1, 1, 1), FULL, dtype=torch.int8, device=device)
@@ -83,12 +93,10 @@ class Problem:
         size = self.block_size
         while ceil(self.N / size[0]) * ceil(self.M / size[1]) > PLANNED_BLOCKS:
             size = (2 * size[0], 2 * size[1])
-        if size == self.block_size or self.mask is None:
+        if self.mask is None or (size == self.block_size and self.reading_device == self.map_device):
             return self.block_map
         if self._coarse is None:
-            self._coarse = self.mask.block_map(
-                self.N, self.M, size, "cpu" if self.device.type == "meta" else self.device
-            )
+            self._coarse = self.mask.block_map(self.N, self.M, size, self.reading_device)
         return self._coarse
 
     @property

@@ -19,6 +19,7 @@ from saccade.attention.lightning.operator import Form, Norm, TransNormerOutput, 
 from saccade.layers.initialization import start_language_model
 from saccade.layers.mlp import GatedMLP
 from saccade.layers.norms import SimpleRMSNorm
+from saccade.ops.constants import numbers
 from saccade.ops.linear import linear_attend, linear_step
 from saccade.ops.pattern import GivenMask, Pattern
 
@@ -198,7 +199,7 @@ class LightningAttention(nn.Module):
         return linear_attend(q_BHND, k_BHND, _without_padding(v_BHNE, mask, 0), decay=self._decay(q_BHND))
 
     def _decay(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.slopes, dtype=torch.float64, device=like.device).neg().exp()
+        return numbers(self.slopes, like, torch.float64).neg().exp()
 
     def _heads(self, x_BNI: Tensor) -> Tensor:
         return x_BNI.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

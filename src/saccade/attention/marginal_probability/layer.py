@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.attention.marginal_probability.extensions import MEAN, along_paths, expanding_attend, expanding_windows
 from saccade.attention.marginal_probability.framework import Mechanism
 from saccade.layers.cache import NamedCache
+from saccade.layers.placement import check_placed
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
@@ -237,6 +238,7 @@ class ToyHead(nn.Module):
         """
         if x_BNC.ndim != 3 or x_BNC.shape[-1] != self.dim:
             raise ValueError(f"x must be (batch, tokens, {self.dim}), got {tuple(x_BNC.shape)}")
+        check_placed(self, "x", x_BNC)
         q, k, v = self.project(x_BNC)
         if self.structure == "window":
             found = expanding_attend(q[:, :, -1:], k, v, alpha=self.alpha, beta=self.beta)

@@ -245,7 +245,7 @@ class NAtS(QKVAttention):
             roles = F.gumbel_softmax(logits, self.tau, hard=True, dim=-1)
         else:
             roles = F.one_hot(logits.argmax(-1), 3).to(logits.dtype)
-        first = torch.tensor([1.0, 0.0, 0.0], dtype=roles.dtype, device=roles.device)
+        first = (torch.arange(3, device=roles.device) == 0).to(roles.dtype)
         some_B1n1 = tokens_B1n1 > 0
         roles = torch.where(some_B1n1 & (some_B1n1.cumsum(2) == 1), first, roles)
         if self.training and roles.requires_grad:

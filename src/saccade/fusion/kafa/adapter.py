@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from saccade.layers.mlp import MLP
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.constants import numbers
 
 FORMS = ("encoder", "query", "weights")
 #: of the tokens that may stand beside the image, in the order of the call
@@ -168,7 +169,7 @@ class FeatureAdapter(nn.Module):
             parts.append(torch.where(mask[..., None], x, 0))
             kinds += [kind] * x.shape[1]
             there.append(mask)
-        kind_M = torch.tensor(kinds, device=image_BD.device)
+        kind_M = numbers(kinds, image_BD, torch.long)
         return F.normalize(torch.cat(parts, 1), dim=-1), kind_M, torch.cat(there, 1)
 
     def fused(self, x_BMD: Tensor, kind_M: Tensor, there_BM: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.models.context_aware_fusion.context import ContextFusion
 from saccade.ops.boxes import to_centres, to_corners
+from saccade.ops.constants import numbers
 from saccade.ops.deformable import roi_align
 
 #: how boxes are told: centres in shares of a half, sizes in logarithms, these no larger than the last
@@ -47,7 +48,7 @@ def apply_deltas(boxes_BN4: Tensor, deltas_BN4: Tensor) -> Tensor:
         deltas_BN4: (dx, dy, dw, dh).
     """
     centre, size = to_centres(boxes_BN4).split(2, -1)
-    deltas = deltas_BN4 / deltas_BN4.new_tensor(DELTA_WEIGHTS)
+    deltas = deltas_BN4 / numbers(DELTA_WEIGHTS, deltas_BN4)
     moved = torch.cat([centre + deltas[..., :2] * size, deltas[..., 2:].clamp(max=LARGEST).exp() * size], -1)
     return to_corners(moved)
 

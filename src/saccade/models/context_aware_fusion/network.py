@@ -21,6 +21,7 @@ from saccade.models.context_aware_fusion.losses import Objects, detection_loss
 from saccade.models.detection import Detection, Detector, Target
 from saccade.models.images import normalised
 from saccade.ops.boxes import suppress, to_centres, to_corners
+from saccade.ops.constants import numbers
 from saccade.ops.export import output
 
 #: the largest IoU of two boxes of a class that are both kept
@@ -251,4 +252,4 @@ class CDiffDet(Detector):
 
 def _extent(pixel_values: Tensor) -> Tensor:
     height, width = pixel_values.shape[-2:]
-    return pixel_values.new_tensor([width, height, width, height])
+    return numbers([width, height, width, height], pixel_values)

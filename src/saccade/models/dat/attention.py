@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from saccade.layers.window_attention import WindowAttention
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.constants import numbers
 from saccade.ops.deformable import bias_at_points, sample
 from saccade.ops.export import exporting
 from saccade.ops.heads import check_heads
@@ -159,7 +160,7 @@ class DeformableAttention(nn.Module):
         q_BHWC = self.q_proj(x_BHWC)
         position, reference = self.points(q_BHWC)
         # (x, y) in pixels
-        extent = position.new_tensor([W - 1, H - 1])
+        extent = numbers([W - 1, H - 1], position)
         pixels_BNG2 = ((position.flip(-1) + 1) / 2 * extent).flatten(2, 3).transpose(1, 2)
         if self.offsets:
             sampled_BNC = sample(x_BHWC, pixels_BNG2)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from saccade.layers.constants import Constants
 from saccade.layers.gates import ChannelGate
 from saccade.models.images import luma
+from saccade.ops.constants import numbers
 from saccade.ops.feature_maps import check_map
 
 #: kernels of the first derivative along x; those along y are turned
@@ -76,7 +77,7 @@ class EdgeOperators(Constants):
         sobel, scharr = self.kernels_4133[0].to(a.dtype), self.kernels_4133[2].to(a.dtype)
         mix = mix / (mix[0] * sobel + mix[1] * scharr).abs().max()
         learnable = torch.cat([mix, self.scale.sigmoid()])
-        fixed = learnable.new_tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+        fixed = numbers([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], learnable)
         return torch.cat([fixed, learnable[None]])
 
     def forward(self, x_BCHW: Tensor, which_B: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ class EdgeOperators(Constants):
         bands = F.conv2d(x_BCHW.flatten(0, 1)[:, None], self.kernels_4133.to(x_BCHW.dtype), padding=1)
         sobel_x, sobel_y, scharr_x, scharr_y = bands.unflatten(0, x_BCHW.shape[:2]).unbind(2)
         of_sobel, of_scharr, factor = self.coefficients().to(x_BCHW.dtype)[which_B].T[..., None, None, None]
-        eps = torch.tensor(_EPS, dtype=x_BCHW.dtype, device=x_BCHW.device)[which_B][:, None, None, None]
+        eps = numbers(_EPS, x_BCHW)[which_B][:, None, None, None]
         x = of_sobel * sobel_x + of_scharr * scharr_x
         y = of_sobel * sobel_y + of_scharr * scharr_y
         return (x.square() + y.square() + eps).sqrt() * factor

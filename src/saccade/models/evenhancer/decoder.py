@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
+
 #: b_i = 2^(10 i / 15) - 1
 _FREQUENCIES, _OCTAVES = 16, 10
 
@@ -211,5 +213,5 @@ class LIVT(nn.Module):
         weights_BPRWSHM = logits.permute(0, 1, 3, 5, 2, 7, 4, 6).flatten(6).softmax(-1)
         values_BPRWSMHD = around(v_BThwC).permute(0, 1, 3, 5, 2, 4, 6, 7, 8).flatten(5, 6)
         weighted = weights_BPRWSHM.mT[..., None] * values_BPRWSMHD
-        cell = q_BPRWC.new_tensor([2 * h / height, 2 * w / width]).expand(*q_BPRWC.shape[:4], 2)
+        cell = numbers([2 * h / height, 2 * w / width], q_BPRWC).expand(*q_BPRWC.shape[:4], 2)
         return self.mlp(torch.cat([weighted.flatten(4), q_BPRWC, cell], -1))

@@ -17,6 +17,7 @@ from saccade.models.grf.encoder import FieldHead, ViewEncoder
 from saccade.models.grf.fusion import AttSets, SlotFusion
 from saccade.models.radiance import Radiance, RadianceNetwork, Seen, see_along
 from saccade.models.scene import Scene
+from saccade.ops.constants import numbers
 from saccade.ops.feature_maps import pixel_grid
 from saccade.ops.rays import (
     camera_rays,
@@ -186,7 +187,7 @@ class GRF(RadianceNetwork):
         """Whole pixels (B, V, N, 2) as (x, y) at which views are read for points, and whether they show them."""
         size = (views.maps.shape[-2], views.maps.shape[-1])
         found = project(points_BN3, views.cameras, size, mirrored=True)
-        last = found.pixels.new_tensor([size[1] - 1, size[0] - 1])
+        last = numbers([size[1] - 1, size[0] - 1], found.pixels)
         pixels = found.pixels.round()
         if self.border == "clip":
             return pixels.clamp(min=torch.zeros_like(last), max=last), found.seen

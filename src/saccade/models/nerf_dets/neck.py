@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
+
 BOUNDS = ("tanh", "none")
 #: share of the places of a class, at the start
 _PRIOR = 0.01
@@ -149,7 +151,7 @@ class AdaptiveSampling(nn.Module):
         """
         moved = self.offset[level - 1](y_BCXYZ)
         moved = moved.to(torch.promote_types(moved.dtype, torch.float32))  # positions are not for half precision
-        edge = moved.new_tensor(self.voxel_size)[:, None, None, None] * 2 ** (level - 1)
+        edge = numbers(self.voxel_size, moved)[:, None, None, None] * 2 ** (level - 1)
         moved = edge * (moved.tanh() if self.bound == "tanh" else moved)
         if before_BDXYZ is not None and self.accumulate:
             moved = moved + before_BDXYZ

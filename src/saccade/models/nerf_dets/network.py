@@ -27,6 +27,7 @@ from saccade.models.nerf_dets.sampling import (
     voxel_points,
 )
 from saccade.models.scene import Scene
+from saccade.ops.constants import numbers
 from saccade.ops.feature_maps import pixel_grid
 from saccade.ops.rays import (
     camera_rays,
@@ -231,7 +232,7 @@ class NeRFDetS(SceneDetector):
         """
         B, V, side = *views.cameras.shape[:2], self.depth_side
         height, width = views.size
-        step = origin_B3.new_tensor([(width - 1) / max(1, side - 1), (height - 1) / max(1, side - 1)])
+        step = numbers([(width - 1) / max(1, side - 1), (height - 1) / max(1, side - 1)], origin_B3)
         pixels = pixel_grid(side, side, origin_B3.float()) * step
         origins, directions = camera_rays(pixels.expand(B, -1, -1), views.intrinsics, views.extrinsics)
         depths = ray_depths(self.near, self.far, self.samples, (), device=origin_B3.device).to(directions.dtype)
@@ -288,7 +289,7 @@ class NeRFDetS(SceneDetector):
         origin = views.cameras.new_zeros(B, 3) if origin is None else origin.to(views.cameras.dtype)
         if origin.shape != (B, 3):
             raise ValueError(f"origin must be ({B}, 3), got {tuple(origin.shape)}")
-        edges = origin.new_tensor(self.voxel_size)
+        edges = numbers(self.voxel_size, origin)
         points = voxel_points(self.voxels, edges, origin)
         known, _ = self.known(views, points.flatten(1, 3))
         alpha = opacity(self.field.densities(self.field.hidden(points.flatten(1, 3), known)))

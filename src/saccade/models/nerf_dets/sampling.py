@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.rays import inside, project, view_features
 
 #: how a map is read at a pixel of the image: "image" as NeRF-Det's Projector, whose corners are the images' corners;
@@ -108,7 +109,7 @@ def read(
         share = [(width - 1) / max(1, image[1] - 1), (height - 1) / max(1, image[0] - 1)]
     else:
         share = [width / image[1], height / image[0]]
-    pixels = found.pixels * found.pixels.new_tensor(share)
+    pixels = found.pixels * numbers(share, found.pixels)
     return Read(view_features(maps_BVCHW, pixels), found.seen, found.depths, found.pixels)
 
 

@@ -19,6 +19,8 @@ from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.models.complete import batch
 from saccade.models.oat.tokens import Appearance, Places
 from saccade.models.scanpath import ScanpathNetwork, ScanpathOutput
+from saccade.ops import looking
+from saccade.ops.constants import numbers
 from saccade.ops.heads import check_heads
 
 
@@ -301,7 +303,7 @@ class OAT(ScanpathNetwork):
 
     def _first(self, objects: Tensor) -> Tensor:
         """The token before the first fixation, in the middle of the grid."""
-        middle = torch.tensor([self.grid[0] // 2, self.grid[1] // 2, 0], device=objects.device)
+        middle = numbers([self.grid[0] // 2, self.grid[1] // 2, 0], objects, torch.long)
         return self.tokens(torch.full_like(objects[:, :1], self.blank), middle.expand(len(objects), 1, -1))
 
     def _fixated(self, objects: Tensor, targets: Tensor, places_BN2: Tensor, fixations: Tensor) -> Tensor:
@@ -316,7 +318,7 @@ class OAT(ScanpathNetwork):
 
 
 def _within(name: str, numbers: Tensor, last: int) -> None:
-    if numbers.numel() and not torch.compiler.is_compiling():
+    if numbers.numel() and looking.can_look(numbers):  # elsewhere an embedding checks itself
         least, most = int(numbers.min()), int(numbers.max())
         if least < 0 or most > last:
             raise ValueError(f"{name} must be from 0 to {last}, got {least} to {most}")

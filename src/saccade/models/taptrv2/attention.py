@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.deformable import level_pixels, samples
 from saccade.ops.deformable.points import Size, working_dtype
 
@@ -125,7 +126,7 @@ class KeyAwareDeformableAttention(nn.Module):
 
 def level_sizes(shapes: Sequence[Size], num_points: int, like: Tensor, *, transposed: bool = False) -> Tensor:
     """(width, height) of the level of each sample, (S, 2); (height, width) where `transposed`."""
-    return like.new_tensor([size if transposed else size[::-1] for size in shapes for _ in range(num_points)])
+    return numbers([size if transposed else size[::-1] for size in shapes for _ in range(num_points)], like)
 
 
 class PositionUpdate(nn.Module):

@@ -19,6 +19,7 @@ from saccade.models.flow import FlowNetwork, FlowOutput, consistent
 from saccade.models.images import normalised
 from saccade.models.ufc.layer import PATHS, UFCLayer
 from saccade.models.ufc.volumes import VolumeEncoder, correlation, flow_of, resize, soft_positions, transposed
+from saccade.ops.constants import numbers
 
 SELECTIONS = ("mean", "confidence")
 
@@ -236,5 +237,5 @@ class UFCNet(FlowNetwork):
     def full(self, flow_B2YX: Tensor, size: tuple[int, int]) -> Tensor:
         """Flow of cells at the image's size, in its pixels."""
         Y, X = flow_B2YX.shape[2:]
-        scale = flow_B2YX.new_tensor([size[1] / X, size[0] / Y])[:, None, None]
+        scale = numbers([size[1] / X, size[0] / Y], flow_B2YX)[:, None, None]
         return F.interpolate(flow_B2YX * scale, size, mode="bilinear")

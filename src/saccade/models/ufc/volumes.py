@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.matching import pixel_grid
 
 #: added to the length of a feature
@@ -127,6 +128,6 @@ def flow_of(positions_B2YX: Tensor, size: Sequence[int]) -> Tensor:
         positions_B2YX: from -1 to 1.
         size: (height, width) of the map that the positions are of.
     """
-    scale = positions_B2YX.new_tensor([(size[1] - 1) / 2, (size[0] - 1) / 2])
+    scale = numbers([(size[1] - 1) / 2, (size[0] - 1) / 2], positions_B2YX)
     own = pixel_grid(positions_B2YX.shape[2], positions_B2YX.shape[3], positions_B2YX)
     return (positions_B2YX + 1) * scale[:, None, None] - own.mT.unflatten(1, positions_B2YX.shape[2:])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.constants import numbers
 from saccade.ops.deformable import gather_sum
 from saccade.ops.export import exporting
 from saccade.ops.feature_maps import check_map
@@ -42,7 +43,7 @@ def neighbours(size: tuple[int, int], scale: int, offsets: int, like: Tensor) ->
         offsets: K, of `OFFSETS`.
         like: of whose device they are.
     """
-    down, across = torch.tensor(OFFSETS[offsets], device=like.device, dtype=torch.int32).unbind(1)
+    down, across = numbers(OFFSETS[offsets], like, torch.int32).unbind(1)
     (H, y), (W, x) = (
         (n, torch.arange(n, device=like.device, dtype=torch.int32).repeat_interleave(scale)) for n in size
     )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.constants import numbers
 from saccade.ops.deformable.points import Size, working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only
@@ -152,7 +153,7 @@ def bias_at_points(table_HYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor
 def _stretched_bias(table_GTYX: Tensor, points_BNG2: Tensor, size: Size) -> Tensor:
     """Any table on any grid, pair by pair."""
     (B, N), (H, W) = points_BNG2.shape[:2], size
-    extent = points_BNG2.new_tensor([max(W - 1, 1), max(H - 1, 1)])
+    extent = numbers([max(W - 1, 1), max(H - 1, 1)], points_BNG2)
     y, x = (torch.arange(n, device=points_BNG2.device, dtype=points_BNG2.dtype) for n in size)
     queries = torch.stack([x.expand(H, W), y[:, None].expand(H, W)], -1).flatten(0, 1)
     delta = (queries[:, None] - points_BNG2.transpose(1, 2)[:, :, None]) / extent

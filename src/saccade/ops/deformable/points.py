@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.constants import numbers
 from saccade.ops.deformable.sums import gather_dot, gather_sum, plain_dot
 from saccade.ops.export import exporting
 
@@ -172,7 +173,7 @@ def levels_of(shapes: Sequence[Size], counts: Sequence[int], like: Tensor) -> tu
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     of_levels = [(w, h, start) for (h, w), start in zip(shapes, starts)]
     of_samples = [level for level, count in zip(of_levels, counts) for _ in range(count)]
-    width, height, start = torch.tensor(of_samples, dtype=torch.int32, device=like.device).view(-1, 3).unbind(1)
+    width, height, start = numbers(of_samples, like, torch.int32).view(-1, 3).unbind(1)
     return width, height, start
 
 
@@ -251,5 +252,5 @@ def level_pixels(locations_BNGS2: Tensor, shapes: Sequence[Size], counts: Sequen
     )
     locations = locations_BNGS2.to(working_dtype(locations_BNGS2.dtype))
     if isinstance(width, int):
-        return locations * locations.new_tensor([width, height]) - 0.5
+        return locations * numbers([width, height], locations) - 0.5
     return locations * torch.stack([width, height], -1) - 0.5

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.boxes import area
+from saccade.ops.constants import numbers
 from saccade.ops.deformable.points import Samples, working_dtype
 
 #: a box of this side belongs to the level of this stride
@@ -73,7 +74,7 @@ def roi_align(
     level_BN = box_levels(boxes_BN4, strides)
     sizes = [x.shape[2:] for x in maps]
     starts = [sum(h * w for h, w in sizes[:level]) for level in range(len(maps))]
-    table = torch.tensor([[*size, start] for size, start in zip(sizes, starts)], device=boxes_BN4.device)
+    table = numbers([[*size, start] for size, start in zip(sizes, starts)], boxes_BN4, torch.long)
     height, width, start = table[level_BN][..., None, None].unbind(2)
     stride_BN = torch.tensor(strides, device=boxes_BN4.device, dtype=boxes_BN4.dtype)[level_BN]
     at = (torch.arange(size * samples, device=boxes_BN4.device) + 0.5).to(boxes_BN4.dtype) / (size * samples)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops import looking
+
 #: of a block: no pair is allowed, some may be, all are
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
@@ -39,7 +41,7 @@ def row_of(index: Tensor, rows: int) -> Tensor:
 
 def known_true(x: Tensor) -> bool:
     """Every entry is known to be True; nothing is known where looking would stop a device's queue or cut a graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and bool(x.all())
+    return looking.can_look(x) and bool(x.all())
 
 
 def edges(length: int, size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

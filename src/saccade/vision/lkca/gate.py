@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from saccade.layers.placement import check_placed
 from saccade.ops.feature_maps import check_map
 from saccade.vision.lkca.operator import IMPLEMENTATIONS, attention_matrix, mix
 
@@ -146,6 +147,7 @@ class LKCA(nn.Module):
     def forward(self, x_BCHW: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`: (B, H, W), True = a real position."""
         check_map(x_BCHW, self.channels)
+        check_placed(self, "x", x_BCHW)
         H, W = x_BCHW.shape[2:]
         flat = None if mask is None else mask.flatten(1)
         y_BNC = self.tokens(x_BCHW.flatten(2).transpose(1, 2), (H, W), mask=flat)

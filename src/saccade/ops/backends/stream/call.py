@@ -190,7 +190,7 @@ def _choose_tile(p: Problem, pairs: int, overhead: int) -> tuple[tuple[int, int]
         return (n, m), None
     best: tuple[float, tuple[int, int], Tensor] | None = None
     while True:
-        states = p.mask.block_map(p.N, p.M, (n, m), p.device)
+        states = p.mask.block_map(p.N, p.M, (n, m), p.reading_device)
         some = (states != EMPTY).any(0).any(0)
         tiles = int(some.sum().item())
         cost = tiles * (n * m + overhead)
