@@ -25,6 +25,7 @@ from saccade.explain.recording import AttentionRecord, Recording, recorded
 from saccade.explain.sparse_attention_decomposition import Circuit, causal_check, circuit, over_prompts
 from saccade.extras import new_figure
 from saccade.train import models
+from saccade.train.data.prompts import english_tokens
 from saccade.train.lab import Lab
 
 if TYPE_CHECKING:
@@ -59,13 +60,14 @@ def limits(lab: Lab) -> dict[str, Any]:
     """
     model, tokenizer = models.load("smollm2-135m")
     lengths, tops = lab.size((64, 128, 256, 512, 1024), (16, 32)), lab.size((1, 5, 10, 20, 50, 100), (1, 5))
-    ids_BN = reference_texts(tokenizer, lab.size(4, 1), lengths[-1])
+    texts = lab.size(4, 1)
+    ids_BN = english_tokens(tokenizer, texts * lengths[-1]).view(texts, -1)
     x_BND = F.normalize(model.get_input_embeddings()(ids_BN).float(), dim=-1)
     with torch.no_grad(), recorded(model.model) as recording:
         model.model(input_ids=ids_BN)
     by_length, by_top = of_lengths(recording, x_BND, lengths), of_tops(recording, x_BND, lengths[-1], tops)
     by_step = of_steps(recording, lengths[-1], lab.generator())
-    row: dict[str, Any] = {"heads": len(by_length["mass", lengths[0], 0]), "texts": len(ids_BN)}
+    row: dict[str, Any] = {"heads": len(by_length["mass", lengths[0], 0]), "texts": texts}
     above = [by_length["distance", n, 0] > by_length["bound", n, 0] + 1e-3 for n in lengths]
     row["share of heads and lengths whose distance is above its bound"] = float(torch.cat(above).float().mean())
     tables: dict[str, list[list[str]]] = {}
@@ -87,15 +89,6 @@ def limits(lab: Lab) -> dict[str, Any]:
         cells = [f"{float(each.mean()):.3g}, {float(each.max()):.3g}" for each in figures]
         tables[title].append([f"{t:g}", *cells, f"{1 / (2 * t):.3g}"])
     return row | {"tables": tables, "pictures": {"limits": pictured(lengths, tops, by_length, by_top, by_step)}}
-
-
-def reference_texts(tokenizer: Any, count: int, length: int) -> Tensor:
-    """Tokens (count, length) of Python's reference: consecutive topics, from places that lie equally apart."""
-    from pydoc_data.topics import topics
-
-    ids = tokenizer("\n\n".join(topics[name] for name in sorted(topics)), verbose=False)["input_ids"]
-    starts = range(0, len(ids) - length, (len(ids) - length) // count)
-    return torch.tensor([ids[start : start + length] for start in starts[:count]])
 
 
 def said(values: Tensor) -> str:
