@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from saccade.explain.faithfulness import Faithfulness, agreement, faithfulness
-from saccade.explain.linearised import Attribution
+from saccade.explain.linearised import TokenSum
 from saccade.explain.methods import METHODS, chosen, heads
 from saccade.explain.pairs import Pair
 from saccade.explain.parts import Parts
@@ -65,7 +65,7 @@ class Explanation:
     agreement: Tensor
     heads: list[Tensor]
     remark: str = ""
-    sum: Attribution | None = None
+    sum: TokenSum | None = None
     circuit: Circuit | None = None
     causal: CausalCheck | None = None
 

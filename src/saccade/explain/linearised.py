@@ -31,7 +31,7 @@ from saccade.layers.attention_interface import attended, attention_layers, regis
 from saccade.layers.watching import evaluating
 from saccade.layers.wrapping import Changes, Report, changing, frozen
 
-__all__ = ["GATED", "Attribution", "LinearModel", "attribution", "blocks", "held", "held_slope", "stacked"]
+__all__ = ["GATED", "LinearModel", "TokenSum", "attribution", "blocks", "held", "held_slope", "stacked"]
 
 #: the name by which transformers' interface knows the attention whose weights are held
 IMPLEMENTATION = "saccade_linearised"
@@ -192,7 +192,7 @@ class LinearModel:
 
 
 @dataclass(frozen=True)
-class Attribution:
+class TokenSum:
     """A scalar that a model says, as a sum over tokens.
 
     Attributes:
@@ -224,7 +224,7 @@ class Attribution:
 
 def attribution(
     model: nn.Module, inputs: Mapping[str, Any], scalar: Callable[[Any], Tensor], *, gated: str = "gate"
-) -> Attribution:
+) -> TokenSum:
     """What each token before the blocks adds to a scalar, such as a logit.
 
     Args:
@@ -246,7 +246,7 @@ def attribution(
             said, _, _ = _called(model, inputs, torch.cat([leaf, torch.zeros_like(x)]))
             (gradient,) = torch.autograd.grad(scalar(_row(said, 0)), leaf)
             offset = float(scalar(_row(said, 1)).detach())
-    return Attribution((gradient * x).sum(-1)[0], offset, value)
+    return TokenSum((gradient * x).sum(-1)[0], offset, value)
 
 
 def _called(

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from saccade.explain.linearised import Attribution, attribution, stacked
+from saccade.explain.linearised import TokenSum, attribution, stacked
 from saccade.explain.patches import after_the_first, cut, of_patches, places, with_patches
 from saccade.explain.recording import Attends, AttentionRecord, recorded
 from saccade.layers.wrapping import Changes, Report, changing, frozen
@@ -199,7 +199,7 @@ class Subject:
         return logits.float().softmax(-1)[:, column]
 
     @cached_property
-    def attribution(self) -> Attribution:
+    def attribution(self) -> TokenSum:
         """The scalar as a sum over the tokens of the one stack of blocks."""
         return attribution(self.model, self.inputs, self.scalar)
 

@@ -26,7 +26,7 @@ from saccade.tables import table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Target = Literal["nearest", "farthest"]
+Wanted = Literal["nearest", "farthest"]
 _TARGETS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"nearest": nearest, "farthest": farthest}
 
 
@@ -116,7 +116,7 @@ class Probed:
         return figure
 
 
-def probe(model: nn.Module, x_BDN: Tensor, y_BDQ: Tensor | None = None, target: Target = "nearest") -> Probed:
+def probe(model: nn.Module, x_BDN: Tensor, y_BDQ: Tensor | None = None, target: Wanted = "nearest") -> Probed:
     """What a model says on the task.
 
     Args:
@@ -153,7 +153,7 @@ class RankProbe(nn.Module):
         num_heads: int = 1,
         *,
         hard: bool = False,
-        target: Target = "nearest",
+        target: Wanted = "nearest",
     ) -> None:
         super().__init__()
         if target not in _TARGETS:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from saccade.explain.sparse_attention_decomposition.decomposition import Decomposed, Edge, Firing, decompose
-from saccade.explain.sparse_attention_decomposition.stream import Stream, Target, Writer, read
+from saccade.explain.sparse_attention_decomposition.stream import Lead, Stream, Writer, read
 from saccade.extras import new_figure
 from saccade.tables import table
 
@@ -157,7 +157,7 @@ class Circuit:
 def circuit(
     model: nn.Module,
     inputs: Mapping[str, Tensor],
-    target: Target = None,
+    target: Lead = None,
     *,
     tokenizer: Any = None,
     seeds: int | Sequence[Firing] = 3,

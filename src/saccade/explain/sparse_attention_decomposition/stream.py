@@ -30,7 +30,7 @@ from saccade.layers.watching import evaluating
 from saccade.layers.wrapping import Report, changing
 
 #: (row, token) or (row, token, token against it), or None
-Target = tuple[int, int] | tuple[int, int, int] | None
+Lead = tuple[int, int] | tuple[int, int, int] | None
 #: what a call gave and what its parts sum to may differ by, of the largest number
 _CLOSE = 2e-3
 
@@ -180,7 +180,7 @@ class Stream:
         return torch.cat(found, 1) / self.layers[layer].scale_N[position_F, None]
 
 
-def read(model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None, tokenizer: Any = None) -> Stream:
+def read(model: nn.Module, inputs: Mapping[str, Tensor], target: Lead = None, tokenizer: Any = None) -> Stream:
     """Run a model once, and take its attention apart as a sum of what was written.
 
     Args:
@@ -238,7 +238,7 @@ def read(model: nn.Module, inputs: Mapping[str, Tensor], target: Target = None, 
         )  # fmt: skip
 
 
-def _target(logits_NV: Tensor, target: Target) -> tuple[int, int, int]:
+def _target(logits_NV: Tensor, target: Lead) -> tuple[int, int, int]:
     rows, width = logits_NV.shape
     row, *tokens = (-1, int(logits_NV[-1].argmax())) if target is None else target
     if not -rows <= row < rows or len(tokens) not in (1, 2) or not all(0 <= token < width for token in tokens):
