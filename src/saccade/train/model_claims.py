@@ -29,9 +29,10 @@ from saccade.integrations.mechanisms import MECHANISMS
 from saccade.ops.measure import fastest
 from saccade.train import models
 from saccade.train.claims import Outcome, outcome
+from saccade.train.data import english
 from saccade.train.lab import Lab
 from saccade.train.progress import bar
-from saccade.train.samples import carried, image_tokens
+from saccade.train.samples import carried, following, image_tokens
 
 __all__ = ["fitting", "run_on_model", "tokens_on"]
 
@@ -101,12 +102,13 @@ def run_on_model(slug: str, model: str, lab: Lab, *, context: int = 2048) -> Out
     what = "decoding" if slug == "a-vl" else f"the whole model's {what}"
 
     def run(_: object) -> ClaimResult:
-        subject, inputs = _tiny(kind) if lab.smoke else carried(model, context)[:2]
+        subject, inputs, tokenizer = (*_tiny(kind), None) if lab.smoke else carried(model, context)
+        judged = following(tokenizer, english(), inputs) if tokenizer is not None and kind == "decoder" else None
         if slug in _WAYS:
             return _result(_WAYS[slug][1](subject, inputs, lab))
         with bar("settings tried:", None) as update:
             advice = advise(
-                subject, inputs=inputs, mechanisms=[slug], quality=None, tolerance=TOLERANCE[quality],
+                subject, inputs=inputs, judged=judged, mechanisms=[slug], quality=None, tolerance=TOLERANCE[quality],
                 partly=lab.size(1, 0), decode_tokens=0, repeats=lab.size(2, 1), seed=lab.seed,
                 on_trial=lambda name: update(words=name),
             )  # fmt: skip
