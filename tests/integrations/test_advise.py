@@ -13,6 +13,7 @@ import torch
 from saccade import switch
 from saccade.integrations.advise import Advice, Trial, advise, advising, benches, blending, trials
 from saccade.integrations.mechanisms import MECHANISMS
+from saccade.ops.measure import processor_time
 
 
 def trial(speedup: float, deviation: float, **options: object) -> Trial:
@@ -86,6 +87,10 @@ def test_on_an_image_model_the_context_is_counted() -> None:
     assert advice.context == 1 + 5 * 4 and advice.perplexity is None and advice.quality == "deviation"
     assert not advice.skipped and {t.slug for t in advice.trials} == {"window", "mra"}
     assert all(trial.deviation > 0 and len(trial.layers) == 2 for trial in advice.trials if trial.density < 1)
+    assert advice.clock == "wall" and " of the processor" not in advice.table()
+    with processor_time():
+        timed = advise(model, inputs={"pixel_values": image}, mechanisms=["window"], repeats=1, partly=0)
+    assert timed.clock == "processor" and " ms of the processor" in timed.table()
     with pytest.raises(ValueError, match="an image has those of its size"):
         advise(model, context=8, inputs={"pixel_values": image})
 

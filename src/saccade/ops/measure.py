@@ -7,7 +7,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -33,13 +35,41 @@ def fastest(*functions: Callable[[], object], repeats: int = 5, budget: float = 
     for _ in range(max(1, repeats)):
         for i, function in enumerate(functions):
             synchronize()
-            begin = time.perf_counter()
+            begin = now()
             function()
             synchronize()
-            best[i] = min(best[i], time.perf_counter() - begin)
+            best[i] = min(best[i], now() - begin)
         if time.perf_counter() - start > budget:
             break
     return best
+
+
+_on_processor: ContextVar[bool] = ContextVar("on_processor", default=False)
+
+
+def now() -> float:
+    """Seconds by the clock that times are taken by: the wall's, or within `processor_time` the processor's."""
+    return time.process_time() if _on_processor.get() else time.perf_counter()
+
+
+def clock() -> str:
+    """What times are of: "wall", or within `processor_time` "processor"."""
+    return "processor" if _on_processor.get() else "wall"
+
+
+@contextmanager
+def processor_time() -> Iterator[None]:
+    """Within, times are of the processor, and torch has one thread: for machines on which others compute, too.
+
+    What others take is not counted; that they share caches and memory with us still is.
+    """
+    threads, token = torch.get_num_threads(), _on_processor.set(True)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        _on_processor.reset(token)
 
 
 #: a machine is busy where this share of the time that our threads wanted to run went to others

@@ -74,6 +74,7 @@ def _advice(docs: Path) -> list[str]:
         advice, told = read_advice(path), json.loads(path.read_text("utf-8"))
         lines += ["", f"### {advice.subject}, {advice.context} tokens", ""]
         dense = f"dense attention takes {advice.dense_seconds * 1e3:,.0f} ms"
+        dense += " of the processor, on one thread" if advice.clock == "processor" else ""
         dense += "" if advice.perplexity is None else f", perplexity {advice.perplexity:.3f}"
         lines += [f"{_where(told['machine'], told.get('date'))}: {dense}.", ""]
         picture = path.with_name("advice.png")

@@ -9,7 +9,7 @@ from typing import Any
 
 from saccade import catalogue
 from saccade.catalogue import Claim, ClaimResult
-from saccade.ops.measure import Watch, busy
+from saccade.ops.measure import Watch, busy, clock
 from saccade.train.lab import Lab
 from saccade.train.progress import bar, showing
 
@@ -24,7 +24,7 @@ class Outcome:
         measured, holds, note: the `ClaimResult`.
         seconds: it took.
         smoke, seed: of the lab.
-        waited: of that time, the share in the queue for a processor; None where not known.
+        waited: of that time, the share in the queue for a processor; None where not known, or not in the times.
         scale: trainings took so many times the claim's own steps.
         model, context: of a second line: the real model on which the part was measured, and its tokens.
     """
@@ -116,7 +116,7 @@ def outcome(slug: str, title: str, claim: Claim, lab: Lab, *, model: str = "", c
         seconds=time.perf_counter() - start,
         smoke=lab.smoke,
         seed=lab.seed,
-        waited=watch.waited,
+        waited=watch.waited if clock() == "wall" else None,
         scale=lab.scale,
         model=model,
         context=context,

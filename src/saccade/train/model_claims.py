@@ -10,7 +10,6 @@ Shape letters: B batch, N tokens, P of them the prompt, C channels, m clusters.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +25,7 @@ from saccade.compress.token_compression import Compressed, TokenCompression
 from saccade.extras import need
 from saccade.integrations.advise import Advice, Trial, advise
 from saccade.integrations.mechanisms import MECHANISMS
-from saccade.ops.measure import fastest
+from saccade.ops.measure import clock, fastest, now
 from saccade.train import models
 from saccade.train.claims import Outcome, outcome
 from saccade.train.data import english
@@ -150,6 +149,7 @@ def _result(advice: Advice) -> ClaimResult:
         )
     else:
         note = f"{best.name}: {best.speedup:.2f} x as fast, loses {advice.loss(best):.1%}"
+    note += "; times are of the processor, on one thread" if clock() == "processor" else ""
     return ClaimResult(measured, holds=best is not None, note=note)
 
 
@@ -185,11 +185,11 @@ def _cache(model: Any, inputs: Mapping[str, Any], lab: Lab) -> Advice:
     def decode(cache: Any) -> tuple[float, float, int]:
         """Perplexity, seconds a token, and bytes held at the end."""
         said = model(ids_BN[:, :P], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, total, start = said.past_key_values, 0.0, time.perf_counter()
+        cache, total, start = said.past_key_values, 0.0, now()
         for place in range(P, N):
             total += float(F.cross_entropy(said.logits[:, -1], ids_BN[:, place]))
             said = model(ids_BN[:, place : place + 1], past_key_values=cache, use_cache=True)
-        seconds = (time.perf_counter() - start) / steps
+        seconds = (now() - start) / steps
         held = getattr(cache, "nbytes", None) or sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
         return math.exp(total / steps), seconds, held
 

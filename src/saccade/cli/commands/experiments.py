@@ -37,6 +37,10 @@ def claim(
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="With --model: tokens; of an image the most.")] = 2048,
+    on_processor: Annotated[
+        bool,
+        typer.Option("--processor-time", help="Times of the processor, on one thread: where others compute, too."),
+    ] = False,
     seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of claims.json and claims.md; each claim is written as it ends.")
@@ -56,7 +60,7 @@ def claim(
     from contextlib import ExitStack
     from datetime import date
 
-    from saccade.ops.measure import machine
+    from saccade.ops.measure import machine, processor_time
     from saccade.report import claims
     from saccade.train import models
     from saccade.train.claims import run_claim
@@ -81,6 +85,8 @@ def claim(
     tokens = 0 if on is None or smoke else tokens_on(on, context)
     writes = out is not None and not smoke
     with ExitStack() as stack:
+        if on_processor:
+            stack.enter_context(processor_time())
         if writes:
             assert out is not None
             make_folder(out)

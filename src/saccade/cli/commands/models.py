@@ -49,6 +49,10 @@ def advise(
     ] = False,
     bidirectional: Annotated[bool, typer.Option(help="For --shape: the attention is not causal.")] = False,
     repeats: Annotated[int, typer.Option(help="Timed calls of each; the fastest counts.")] = 3,
+    on_processor: Annotated[
+        bool,
+        typer.Option("--processor-time", help="Times of the processor, on one thread: where others compute, too."),
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; as the model is read if not said.")
     ] = None,
@@ -71,10 +75,13 @@ def advise(
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
     shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote.
     """
+    from contextlib import nullcontext
+
     import torch
 
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
+    from saccade.ops.measure import processor_time
     from saccade.report.advice import retrieval_probes, sample_model, write_advice
     from saccade.train import models
     from saccade.train.data import english
@@ -115,7 +122,8 @@ def advise(
         raise ValueError("--data is read by a model's tokenizer: --shape has none")
     else:
         subject, inputs = integers(str(shape), "shape"), None
-    with showing(False if as_json else None), bar("settings tried:", None) as update:
+    timing = processor_time() if on_processor else nullcontext()
+    with timing, showing(False if as_json else None), bar("settings tried:", None) as update:
         update(0, "dense attention")
         advice = measure(
             subject,

@@ -82,6 +82,7 @@ class Advice:
         probes: name -> what a probe of quality said of the model with dense attention.
         keep_probes: whether only what falls in no probe is recommended.
         waited: of the time of measuring, the share in the queue for a processor; None where not known.
+        clock: times are of the "wall", or of the "processor" (see `saccade.ops.measure.processor_time`).
     """
 
     subject: str
@@ -98,6 +99,7 @@ class Advice:
     probes: dict[str, float] = field(default_factory=dict)
     keep_probes: bool = False
     waited: float | None = None
+    clock: str = "wall"
 
     def loss(self, trial: Trial) -> float:
         """What a setting costs in `quality`.
@@ -198,11 +200,12 @@ class Advice:
             for row, trial in zip(rows, shown):
                 row.append(f"{trial.probes[name]:.0%}" if name in trial.probes else "")
         title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
+        title += "" if self.clock == "wall" else " of the processor"
         lines = [table(columns, rows, title=title)]
         lines += [f"not here: {slug} ({reason})" for slug, reason in self.skipped.items()]
         if self.warning:
             lines.append(f"mind: {self.warning}")
-        if busy(self.waited):
+        if self.clock == "wall" and busy(self.waited):
             lines.append(f"mind: {busy(self.waited)}")
         if self.perplexity is not None:
             lines.append(f"perplexity of dense attention on this text: {self.perplexity:.3f}")

@@ -14,7 +14,7 @@ from saccade.integrations.advise.benches import Bench, ModelBench, Probe, Shapes
 from saccade.integrations.advise.blending import Choices, families
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
-from saccade.ops.measure import Watch
+from saccade.ops.measure import Watch, clock
 
 #: the mean error of layers at which families of settings are compared by their density
 _COMPARED = 0.05
@@ -157,7 +157,7 @@ def advise(
     # dense attention again: a machine that was busy at the beginning would flatter everything else
     bench.time_dense()
     watch.stop()
-    advice.waited = watch.waited
+    advice.waited, advice.clock = watch.waited, clock()
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
     advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
     if isinstance(bench, ModelBench):
