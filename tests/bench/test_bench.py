@@ -11,7 +11,7 @@ import torch
 
 from saccade.bench.machine import describe, matmul_rate
 from saccade.bench.parts import measure
-from saccade.ops.measure import Cost, Watch, busy, cost, costs, machine, peak_bytes, seconds
+from saccade.ops.measure import Cost, Watch, busy, clock, cost, costs, machine, peak_bytes, processor_time, seconds
 
 
 def test_rows_are_measured_beside_the_baseline_of_the_same_length() -> None:
@@ -38,6 +38,18 @@ def test_parts_are_built_for_the_length_and_those_that_refuse_one_stop_there() -
 def test_what_cannot_be_is_not_stated() -> None:
     assert Cost(forward=2.0, both=1.5, memory=0).backward is None
     assert Cost(forward=1.0, both=3.5, memory=0).backward == 2.5
+
+
+def test_processor_time_leaves_out_what_others_take() -> None:
+    def waits() -> None:
+        time.sleep(0.05)
+
+    threads = torch.get_num_threads()
+    assert clock() == "wall" and seconds(waits, repeats=1) >= 0.05
+    with processor_time():
+        assert clock() == "processor" and torch.get_num_threads() == 1
+        assert seconds(waits, repeats=1) < 0.05  # nothing is computed
+    assert clock() == "wall" and torch.get_num_threads() == threads
 
 
 def test_times_are_the_fastest_and_taken_in_turns() -> None:
