@@ -155,7 +155,7 @@ def test_bytes_fall_as_predicted_and_heads_are_ragged() -> None:
             cache = cache_for(model, "window", budget)
             model(ids, past_key_values=cache)
             held[budget] = cache.bytes
-            assert cache.bytes == 3 * (4 * budget * (one + 4) + 4 * 3 * 8)
+            assert cache.bytes == 3 * (4 * budget * (one + 4 + 1) + 4 * 3 * 8)
         full = transformers.DynamicCache(config=model.config)
         with pytest.raises(ValueError, match="past_key_values=cache"):
             model(ids, past_key_values=full)
@@ -164,7 +164,7 @@ def test_bytes_fall_as_predicted_and_heads_are_ragged() -> None:
         lengths = torch.stack([x for x in cache.lengths if x is not None])
         assert (lengths.sum(-1) == 48).all() and len(lengths.unique()) > 4
         places = (PAGE * (-(-lengths // PAGE))).sum()
-        assert 0 < cache.bytes - int(places) * (one + 4 + 4) <= 3 * 8 * (3 * 4 + 20)
+        assert 0 < cache.bytes - int(places) * (one + 4 + 4) <= 3 * (4 * 64 + 8 * (3 * 4 + 20))
         budget = cache_for(model, "key-norm", "16 KiB")
         model(ids, past_key_values=budget)
         assert 0.7 * 2**14 < budget.bytes <= 2**14

@@ -46,7 +46,7 @@ class RaggedTokens:
         self._lay_out(torch.zeros(B, K, dtype=torch.long, device=k_BKND.device))
 
     def _lay_out(self, length_BK: Tensor) -> None:
-        self.length_BK, self.pages_BK = length_BK, -(-length_BK // PAGE)
+        self.pages_BK = -(-length_BK // PAGE)
         ends = self.pages_BK.flatten().cumsum(0)
         #: the first place of each row
         self._first_BK1 = PAGE * (ends.view_as(length_BK) - self.pages_BK)[..., None]
@@ -54,20 +54,17 @@ class RaggedTokens:
         self.width, self.pages = PAGE * most, int(self.pages_BK.sum())
         #: the same number of pages in every row: what lies in pages is what lies in rows
         self.is_even = self.pages == most * length_BK.numel()
+        self._count(length_BK)
         self.owner_P = None
         if not self.is_even:
             rows = torch.arange(length_BK.numel(), device=length_BK.device)
             self.owner_P = rows.repeat_interleave(self.pages_BK.flatten())
 
-    @property
-    def filled_BKM(self) -> Tensor:
-        """Which places of each row hold a token."""
-        return torch.arange(self.width, device=self.length_BK.device) < self.length_BK[..., None]
-
-    @property
-    def filled_Pp(self) -> Tensor:
-        """The same, page by page."""
-        return self.paged(self.filled_BKM)
+    def _count(self, length_BK: Tensor) -> None:
+        self.length_BK = length_BK
+        #: which places of each row hold a token, and whether all do
+        self.filled_BKM = torch.arange(self.width, device=length_BK.device) < length_BK[..., None]
+        self.is_full = bool(self.filled_BKM.all())
 
     def in_rows(self, x_Pp: Tensor) -> Tensor:
         """(B, K, M, ...) of what is held of each place (P, p, ...): a view where all rows have as many pages."""
@@ -82,12 +79,12 @@ class RaggedTokens:
         within = torch.arange(self.width, device=x_BKM.device) < PAGE * self.pages_BK[..., None]
         return x_BKM[within].view(self.pages, PAGE, *x_BKM.shape[3:])
 
-    def evenly(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as pages as long as a row, where all rows have as many; else in their pages."""
-        if self.is_even and self.width:
-            R = self.length_BK.numel()
-            return self.keys_PpD.view(R, self.width, -1), self.values_PpE.view(R, self.width, -1)
-        return self.keys_PpD, self.values_PpE
+    def evenly(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values and owner of pages: as long as a row, without owner, where all rows have as many; else as is."""
+        if self.is_even:
+            R, keys, values = self.length_BK.numel(), self.keys_PpD, self.values_PpE
+            return keys.view(R, self.width, keys.shape[2]), values.view(R, self.width, values.shape[2]), None
+        return self.keys_PpD, self.values_PpE, self.owner_P
 
     def _place_BKM(self) -> Tensor:
         """Where the places of each row lie; those that it does not have lie in its first, or in any."""
@@ -129,13 +126,19 @@ class RaggedTokens:
                 not take it.
             k_BK1D, v_BK1E, position_B1, numbers_BK1F: the tokens.
         """
-        b, k = (place_BK >= 0).nonzero(as_tuple=True)
-        to = (self._first_BK1[..., 0] + place_BK)[b, k]
-        self.keys_PpD.flatten(0, 1)[to] = k_BK1D[b, k, 0].detach()
-        self.values_PpE.flatten(0, 1)[to] = v_BK1E[b, k, 0].detach()
-        self.position_Pp.flatten(0, 1)[to] = position_B1[b, 0].to(torch.int32)
-        self.numbers_PpF.flatten(0, 1)[to] = numbers_BK1F[b, k, 0]
-        self.length_BK = self.length_BK + (place_BK == self.length_BK)
+        to_R, takes_R = (self._first_BK1[..., 0] + place_BK).flatten(), (place_BK >= 0).flatten()
+        position_BK = position_B1.expand_as(place_BK)
+        new = [k_BK1D[:, :, 0], v_BK1E[:, :, 0], position_BK.to(torch.int32), numbers_BK1F[:, :, 0]]
+        all_take = bool(takes_R.all())
+        for held_Pp, x_BK in zip(self._of_places, new):
+            x_R = x_BK.detach().flatten(0, 1)
+            if all_take:
+                held_Pp.flatten(0, 1).index_copy_(0, to_R, x_R)
+            else:
+                held_Pp.flatten(0, 1).index_copy_(0, to_R[takes_R], x_R[takes_R])
+        grows_BK = place_BK == self.length_BK
+        if bool(grows_BK.any()):
+            self._count(self.length_BK + grows_BK)
 
     def take_rows(self, index_C: Tensor) -> None:
         """Go on with the sequences at `index_C`, as beam search does.
@@ -148,13 +151,11 @@ class RaggedTokens:
         pages = (first_BK[index_C][..., None] + page)[page < mine_CK[..., None]]
         self.keys_PpD, self.values_PpE = self.keys_PpD[pages], self.values_PpE[pages]
         self.position_Pp, self.numbers_PpF = self.position_Pp[pages], self.numbers_PpF[pages]
-        length_BK = self.length_BK[index_C]
-        self._lay_out(PAGE * mine_CK)
-        self.length_BK = length_BK
+        self._lay_out(self.length_BK[index_C])
 
     def fitting(self, nbytes: float) -> int:
         """How many tokens each row can have, all the same, where all rows together may take so many bytes."""
-        one = sum(x.element_size() * x.shape[2:].numel() for x in self._of_places)
+        one = 1 + sum(x.element_size() * x.shape[2:].numel() for x in self._of_places)
         tables = 3 * self.length_BK.element_size()
         pages = (nbytes / max(1, self.length_BK.numel()) - tables) // (PAGE * one + self.length_BK.element_size())
         return PAGE * max(0, int(pages))
@@ -166,6 +167,6 @@ class RaggedTokens:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held, places that hold no token counted."""
-        held = [*self._of_places, self.length_BK, self.pages_BK, self._first_BK1]
+        held = [*self._of_places, self.filled_BKM, self.length_BK, self.pages_BK, self._first_BK1]
         held += [] if self.owner_P is None else [self.owner_P]
         return sum(x.untyped_storage().nbytes() for x in held)

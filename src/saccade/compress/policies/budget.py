@@ -73,8 +73,8 @@ class Budget:
             raise ValueError(f"a budget of bytes is a number and kB, MB, GB, KiB, MiB or GiB, got {given!r}")
         return cls(bytes=int(float(found[1]) * _UNITS[found[2]]))
 
-    def of_rows(self, seen_B: Tensor, fitting: Callable[[int], int]) -> Tensor | None:
-        """Tokens (B,) that a key head of each sequence may keep; None where there is no bound.
+    def of_rows(self, seen_B: Tensor, fitting: Callable[[int], int]) -> int | Tensor | None:
+        """Tokens that a key head may keep: of every sequence, or (B,); None where there is no bound.
 
         Args:
             seen_B: tokens of each sequence so far.
@@ -84,7 +84,7 @@ class Budget:
             ValueError: if not one token fits into the bytes.
         """
         if self.tokens is not None:
-            return torch.full_like(seen_B, self.tokens)
+            return self.tokens
         if self.share is not None:
             return (self.share * seen_B).round().long().clamp(min=1)
         if self.bytes is None:
@@ -92,7 +92,7 @@ class Budget:
         fit = fitting(self.bytes)
         if fit < 1:
             raise ValueError(f"a budget of {self.bytes} bytes holds no page of tokens in each key head of each layer")
-        return torch.full_like(seen_B, fit)
+        return fit
 
     def __str__(self) -> str:
         if self.tokens is not None:

@@ -104,7 +104,7 @@ class Policy:
 
         Args:
             new: the tokens.
-            held: those that are there; None before the first.
+            held: those that are there, for a policy that `is_mortal`; None for others, and before the first.
         """
         return None
 
@@ -140,16 +140,21 @@ class Policy:
         """
         return None
 
-    def priority(self, held: Held, budget_B: Tensor) -> Tensor:
+    def priority(self, held: Held, budget: int | Tensor) -> Tensor:
         """(B, K, M), float32: what stays for certain is +inf, what holds no token -inf.
 
         Args:
             held: the tokens.
-            budget_B: tokens a key head of each sequence keeps.
+            budget: tokens that a key head keeps, of every sequence or (B,).
         """
-        sinks_B = (budget_B - 1).clamp(max=self.sinks)
-        recent_B = (self.recent * (budget_B - sinks_B)).round().long()
-        sure = held.position_BKM < sinks_B[:, None, None]
-        sure = sure | (held.position_BKM >= (held.seen_B - recent_B)[:, None, None])
+        if isinstance(budget, int):
+            sinks = min(self.sinks, budget - 1)
+            latest_B = held.seen_B - round(self.recent * (budget - sinks))
+            sure = held.position_BKM < sinks
+        else:
+            sinks_B = (budget - 1).clamp(max=self.sinks)
+            latest_B = held.seen_B - (self.recent * (budget - sinks_B)).round().long()
+            sure = held.position_BKM < sinks_B[:, None, None]
+        sure |= held.position_BKM >= latest_B[:, None, None]
         priority = self.score(held).float().masked_fill(sure, float("inf"))
-        return priority.masked_fill(~held.filled_BKM, float("-inf"))
+        return priority.masked_fill_(~held.filled_BKM, float("-inf"))

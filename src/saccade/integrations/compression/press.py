@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.compress.policies import Entering, Held, Policy
+from saccade.ops import masks, score_mods
+from saccade.ops.attend import attend
 from saccade.ops.ragged import received_weights
 
 __all__ = ["PolicyPress", "Press", "PressPolicy", "as_press"]
@@ -158,12 +160,12 @@ class PolicyPress:
         if attentions is not None:
             return attentions[:, :, start:].float().sum(2).unflatten(1, (k_BKND.shape[1], -1)).sum(2)
         q_BHND = _queries(module, hidden_BNC, k_BKND.shape[3], kwargs)
-        first = torch.arange(N, device=k_BKND.device).expand(1, 1, -1)
+        scores: dict[str, Any] = {"scale": getattr(module, "scaling", k_BKND.shape[3] ** -0.5)}
         cap = getattr(module, "attn_logit_softcapping", None)
-        scale = getattr(module, "scaling", k_BKND.shape[3] ** -0.5)
-        return received_weights(
-            q_BHND, k_BKND, first, torch.full_like(first, N), scale=scale, start=start, soft_cap=cap
-        )
+        mod = None if cap is None else score_mods.soft_cap(cap)
+        lse = attend(q_BHND, k_BKND, k_BKND[..., :0], mask=masks.causal(), score_mod=mod, return_lse=True, **scores)[1]
+        last = torch.full((1, 1, N), N, device=k_BKND.device)
+        return received_weights(q_BHND, k_BKND, lse, last, start=start, soft_cap=cap, **scores)
 
 
 def _queries(module: Any, hidden_BNC: Tensor, width: int, kwargs: dict[str, Any]) -> Tensor:
