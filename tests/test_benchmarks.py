@@ -178,3 +178,22 @@ def test_a_card_is_known_by_its_name() -> None:
     named = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA H100 PCIe": "H100 PCIe", "NVIDIA L40S": "L40S", "NVIDIA L4": "L4"}
     assert {name: bench.card(name) for name in named} == named
     assert bench.card("NVIDIA A10") is None and all(flops > 0 < moved for flops, moved, _ in bench.PEAKS.values())
+
+
+def test_what_conversion_costs_and_gives() -> None:
+    pytest.importorskip("transformers")
+    bench = load("convert")
+    kept = {name: records.stamp() | case(True) for name, case in bench.CASES.items()}
+    assert kept["layers"]["half"] == 2 and len(kept["layers"]["order"]) == 4
+    for slug in bench.WAYS:
+        row = kept[slug]
+        assert row["steps"] == 4 and row["layers"] == sorted(kept["layers"]["order"][:2])
+        assert all(row[state] > 1 for state in bench.STATES) and row["dropped"] != row["before"]
+        old, new = row["decoding"]
+        assert old["tokens"] == 64 and min(old["seconds"], new["seconds"], old["prefill"]) > 0
+    # four layers of 2 key heads of 4 channels in float32; of two, states (8, 4) of 4 heads, and 4 bytes a token
+    half = 2 * 2 * 2 * 4 * 4 * 64
+    assert kept["lightning"]["decoding"][0]["cache_bytes"] == 2 * half
+    assert kept["lightning"]["decoding"][1]["cache_bytes"] == half + 2 * 4 * 8 * 4 * 4 + 2 * 4 * 64
+    page = records.page("Title", "command", "about", kept, [], bench.verdicts(kept), bench.sections(kept))
+    assert "| untrained |" in page and page.count("| half of the layers left out |") == 3

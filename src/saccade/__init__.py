@@ -32,6 +32,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "insert": ("saccade.integrations.insert", "insert"),
     "compare": ("saccade.train", "compare"),
     "convert": ("saccade.train.conversion", "convert"),
+    "load_converted": ("saccade.integrations.converted", "load_converted"),
 }
 
 __all__ = ["__version__", *_LAZY]
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from saccade.catalogue import load_authors as load_authors
     from saccade.integrations.advise import advise as advise
     from saccade.integrations.compression import compressed as compressed
+    from saccade.integrations.converted import load_converted as load_converted
     from saccade.integrations.insert import insert as insert
     from saccade.integrations.transformers import switch as switch
     from saccade.ops import masks as masks

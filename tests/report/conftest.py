@@ -1,4 +1,4 @@
-"""A browser without a window, for pages."""
+"""A browser without a window, for pages; a language model in a folder, for commands."""
 
 from __future__ import annotations
 
@@ -44,3 +44,24 @@ def shown(tmp_path: Path) -> Callable[..., str]:
         return done.stdout.split("said:")[1].split(":")[0]
 
     return run
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., Path]:
+    """`tiny_model(folder, vocab_size=8)` writes a language model without learning, and its tokenizer, there."""
+
+    def make(folder: Path, vocab_size: int = 8) -> Path:
+        transformers = pytest.importorskip("transformers")
+        from tokenizers import Tokenizer, models, pre_tokenizers
+
+        words = {"[UNK]": 0, **{word: i for i, word in enumerate(("the", "a", "of", "is", "to", "in"), 1)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+        config = transformers.LlamaConfig(
+            vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +15,10 @@ from saccade.cli import main
 from saccade.integrations.advise import Advice, Trial, advise, positions
 from saccade.report.advice import plot, read_advice, sample_model, write_advice
 
-
-def tiny_model(folder: Path, vocab_size: int = 8) -> Path:
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = {"[UNK]": 0, **{word: i for i, word in enumerate(("the", "a", "of", "is", "to", "in"), 1)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-    config = transformers.LlamaConfig(
-        vocab_size=vocab_size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+Model = Callable[..., Path]
 
 
-def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Model) -> None:
     model = tiny_model(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("the aim of a test is to be in the way " * 20)
@@ -45,7 +33,9 @@ def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (out / "advice.png").stat().st_size > 1000 and json.loads((out / "advice.json").read_text())["frontier"]
 
 
-def test_retrieval_beside_perplexity(tmp_path: Path, byte_tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_retrieval_beside_perplexity(
+    tmp_path: Path, byte_tokenizer: Any, capsys: pytest.CaptureFixture[str], tiny_model: Model
+) -> None:
     model = tiny_model(tmp_path / "model", vocab_size=256)
     byte_tokenizer.save_pretrained(model)
     arguments = ["advise", str(model), "--context", "400", "--mechanism", "window", "--tolerance", "9", "--json"]
@@ -77,7 +67,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_what_can_be_refused_is_refused_before_the_model_is_loaded(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_model: Model
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = str(tiny_model(tmp_path / "model"))
@@ -158,7 +148,7 @@ def test_the_picture_of_nothing_and_of_something() -> None:
 
 @pytest.mark.parametrize("silent", [False, True], ids=["refuses", "says nothing"])
 def test_a_name_without_a_network(
-    silent: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    silent: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny_model: Model
 ) -> None:
     """Refused without a second attempt; what was fetched before is found."""
     pytest.importorskip("transformers")

@@ -10,11 +10,14 @@ import torch
 
 import saccade
 from saccade.integrations import converted
+from saccade.layers.attention_interface import attention_layers
 from saccade.train import conversion
-from saccade.train.conversion import convert, perplexity
+from saccade.train.conversion import convert, cost_of_leaving_out, perplexity
+from saccade.train.imitation import Teacher, fit_outputs, layers_loss
 
 transformers = pytest.importorskip("transformers")
 TOKENS = torch.arange(600) * 7 % 23 % 11
+LONG = TOKENS.repeat(10)
 
 
 def model(**settings: Any) -> Any:
@@ -26,21 +29,29 @@ def model(**settings: Any) -> Any:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+#: a test's training: few steps of short windows
+FEW: dict[str, Any] = {"steps": 6, "length": 8, "batch": 1, "shown": False, "lr": 1e-2, "layers": [1, 3]}
+
+
 def test_a_mechanism_that_is_the_same_is_the_same() -> None:
     network, ids = model(), TOKENS[None, :24]
     mask = torch.ones_like(ids)
     mask[:, :5] = 0
     expected = [network(ids).logits, network(ids, attention_mask=mask).logits[:, 5:]]
     said = network.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
-    report = convert(network, "softmax", TOKENS, steps=1, lr=0.0, length=16, batch=1, held_out=TOKENS, shown=False)
+    report = convert(network, "softmax", TOKENS, **FEW | {"lr": 0.0, "lr_whole": 0.0}, held_out=TOKENS, context=40)
     got = [network(ids).logits, network(ids, attention_mask=mask).logits[:, 5:]]
-    assert report.layers == ["model.layers.1.self_attn", "model.layers.3.self_attn"]
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert report.layers == ["model.layers.1.self_attn", "model.layers.3.self_attn"] and not report.anew
+    for a, b in zip(got, expected, strict=True):  # what was kept to be learned from, in bfloat16, is not exact
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
     again = network.generate(ids, attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert torch.equal(again, said)
-    assert report.before == pytest.approx(report.started, rel=1e-4) == pytest.approx(report.after, rel=1e-4)
-    assert report.dropped != pytest.approx(report.before, rel=1e-3) and "left out" in str(report)
+    assert report.before == pytest.approx(report.started, rel=1e-4) == pytest.approx(report.after, rel=1e-2)
+    assert report.dropped != pytest.approx(report.before, rel=1e-3)
+    old, new = report.decoding
+    assert (old.tokens, old.cache_bytes) == (40, 4 * 40 * 2 * 2 * 4 * 4) and min(old.seconds, new.prefill) > 0
+    assert new.cache_bytes == old.cache_bytes + 2 * 40 * 4  # keys and values are the part's own, and markers beside
+    assert "left out" in str(report) and "ms a token after 40" in str(report)
 
 
 @pytest.mark.parametrize(("slug", "arguments"), [("lightning", {}), ("moba", {"block_size": 4, "top_k": 2})])
@@ -51,7 +62,15 @@ def test_new_layers_learn_what_the_old_ones_did(slug: str, arguments: dict[str, 
         network, slug, TOKENS, layers=[0, -1], steps=30, lr=1e-2, length=16, batch=2, whole=0.2, shown=False,
         **arguments,
     )  # fmt: skip
-    assert report.steps == 30 and sum(report.losses[20:24]) < sum(report.losses[:4])
+    as_it_was = model()
+    old = converted.chosen_layers(as_it_was, [0, -1])
+    teacher = Teacher(as_it_was, old, TOKENS, 16)
+    torch.manual_seed(0)
+    untrained = {path: converted.part_for(slug, layer, **arguments)[0] for path, layer in old.items()}
+    trained: Any = {path: network.get_submodule(path).part for path in old}
+    with torch.no_grad():
+        assert layers_loss(trained, teacher, teacher.first()) < 0.9 * layers_loss(untrained, teacher, teacher.first())
+    assert report.steps == len(report.losses) == 30 and report.losses[-1] < report.losses[24]
     assert all(torch.equal(dict(network.named_parameters())[name], x) for name, x in before.items())
     with torch.no_grad():
         whole, pieces, cache = network(ids).logits, [], transformers.DynamicCache()
@@ -61,7 +80,7 @@ def test_new_layers_learn_what_the_old_ones_did(slug: str, arguments: dict[str, 
     assert cache.layers[0].keys.nbytes == 40 and cache.get_seq_length() == 20
     report.save(tmp_path / "kept")
     fresh = model()
-    assert converted.load(fresh, tmp_path / "kept") == report.layers
+    assert saccade.load_converted(fresh, tmp_path / "kept") == report.layers
     with torch.no_grad():
         torch.testing.assert_close(fresh(ids).logits, whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="takes no beam search"):
@@ -71,15 +90,15 @@ def test_new_layers_learn_what_the_old_ones_did(slug: str, arguments: dict[str, 
         network(ids[:, :1], past_key_values=cache)
     (tmp_path / "kept" / "saccade_convert.json").write_text("[]")
     with pytest.raises(ValueError, match="holds no converted layers"):
-        converted.load(model(), tmp_path / "kept")
+        converted.load_converted(model(), tmp_path / "kept")
 
 
-def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conversion, "_EVERY", -1.0)
-    sizes: dict[str, Any] = {"steps": 6, "length": 8, "batch": 1, "shown": False, "lr": 1e-2}
+@pytest.mark.parametrize("stage", ["layers_loss", "logits_loss"])
+def test_what_was_interrupted_goes_on(stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_SAVE_EVERY", -1.0)
     whole, stopped, network = model(), model(), model()
-    expected = convert(whole, "lightning", TOKENS, folder=tmp_path / "a", **sizes)
-    loss, calls = conversion._Distillation.layers_loss, []
+    expected = convert(whole, "lightning", TOKENS, folder=tmp_path / "a", **FEW, held_out=TOKENS[:99])
+    loss, calls = getattr(conversion, stage), []
 
     def dies(*given: Any) -> Any:
         calls.append(1)
@@ -87,31 +106,101 @@ def test_what_was_interrupted_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             raise KeyboardInterrupt
         return loss(*given)
 
-    monkeypatch.setattr(conversion._Distillation, "layers_loss", dies)
-    with pytest.raises(KeyboardInterrupt):
-        convert(stopped, "lightning", TOKENS, folder=tmp_path / "b", **sizes)
-    report = convert(network, "lightning", TOKENS, folder=tmp_path / "b", **sizes)
-    assert report.steps == expected.steps == 6 and len(report.losses) == 4
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, stage, dies)
+        with pytest.raises(KeyboardInterrupt):
+            convert(stopped, "lightning", TOKENS, folder=tmp_path / "b", **FEW, held_out=TOKENS[:99])
+    report = convert(network, "lightning", TOKENS, folder=tmp_path / "b", **FEW, held_out=TOKENS[:99])
+    assert report.losses == expected.losses and len(report.losses) == report.steps == 6
+    assert (report.started, report.imitated, report.after) == (expected.started, expected.imitated, expected.after)
     for a, b in zip(network.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(a, b)
-    assert convert(model(), "lightning", TOKENS, folder=tmp_path / "b", **sizes).losses == []
+    with monkeypatch.context() as patched:  # whatever is done is not done again
+        patched.setattr(conversion, "perplexity", None)
+        assert convert(model(), "lightning", TOKENS, folder=tmp_path / "b", **FEW, held_out=TOKENS[:99]).steps == 6
+    for change in ({"steps": 7}, {"layers": [1]}, {"form": "gated"}, {"data": TOKENS[1:]}, {"seed": 1}):
+        data, options = change.get("data", TOKENS), {**FEW, "held_out": TOKENS[:99], **change}
+        options.pop("data", None)
+        words = "arguments was" if "form" in change else f"{next(iter(change))} was"
+        with pytest.raises(ValueError, match=f"is of another conversion .{words}"):
+            convert(model(), "lightning", data, folder=tmp_path / "b", **options)  # type: ignore[arg-type]
+
+
+def test_the_layers_that_the_model_misses_least() -> None:
+    network = model()
+    with torch.no_grad():
+        network.model.layers[2].self_attn.o_proj.weight.zero_()
+    costs = cost_of_leaving_out(network, TOKENS, 16)
+    assert list(costs) == list(attention_layers(network)) and min(costs, key=costs.__getitem__).endswith("2.self_attn")
+    report = convert(network, "softmax", TOKENS, **FEW | {"layers": 0.25})
+    assert report.layers == ["model.layers.2.self_attn"]
+
+
+def test_projections_that_find_no_place_are_named() -> None:
+    layer = model().model.layers[0].self_attn
+    part, anew = converted.part_for("lightning", layer, form="gated")
+    assert not anew and torch.equal(part.q_proj.weight, layer.q_proj.weight)  # type: ignore[union-attr]
+    twice = layer.k_proj.weight.unflatten(0, (2, 1, 4)).expand(2, 2, 4, 16).flatten(0, 2)
+    assert torch.equal(part.k_proj.weight, twice)  # type: ignore[union-attr]
+    part, anew = converted.part_for("lightning", layer, bias=True)
+    fused = part.qkvu_proj.weight  # type: ignore[union-attr]
+    assert not anew and torch.equal(fused[:16], layer.q_proj.weight) and torch.equal(fused[16:32], twice)
+    assert (part.qkvu_proj.bias == torch.arange(64).div(48).floor()).all()  # type: ignore[union-attr]  # an open gate
+    biased = saccade.create("softmax", dim=16, num_heads=4, causal=True, qkv_bias=True)
+    part, anew = converted.part_for("lightning", biased)
+    assert anew == ["q_proj", "k_proj", "v_proj"]  # which have biases, and there is no place for these
+    assert torch.equal(part.out_proj.weight, biased.out_proj.weight)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="lightning has no place for any projection"):
+        converted.part_for("lightning", layer, form="gated", hidden_dim=32)
+    report = conversion.Conversion("lightning", {}, ["a"], anew)
+    assert "begun anew, without the old layers': q_proj, k_proj, v_proj" in report.table()
+
+
+def test_old_layers_are_seen_once_and_projections_are_fitted() -> None:
+    network = model()
+    old = converted.chosen_layers(network, [1, 3])
+    teacher, calls = Teacher(network, old, TOKENS, 16), []
+    network.model.register_forward_hook(lambda *given: calls.append(1))
+    parts = {path: converted.part_for("moba", layer, block_size=4)[0] for path, layer in old.items()}
+    for part in parts.values():
+        part.out_proj.weight.data.normal_()  # type: ignore[union-attr, operator]
+    worst = float(layers_loss(parts, teacher, [0, 1, 2]).detach())
+    assert fit_outputs(parts, teacher, [0, 1, 2]) == list(old)
+    assert float(layers_loss(parts, teacher, [0, 1, 2]).detach()) < 0.1 * worst and len(calls) == 1
+    teacher = Teacher(network, old, TOKENS, 16, memory=0)
+    again = [teacher.layers([0])[path] for path in old for _ in range(2)]
+    assert len(calls) == 1 + 2 + 4 and all(torch.equal(a, b) for a, b in zip(again[0], again[1], strict=True))
+    assert (
+        teacher.plain
+        and max(teacher.chosen(0, 200)) == 15
+        and 23 < max(teacher.chosen(1, 200)) < len(teacher.windows_WN)
+    )
 
 
 def test_minutes_end_and_bad_arguments_are_named() -> None:
-    report = convert(model(), "moba", TOKENS, minutes=0.005, length=8, batch=1, shown=False, block_size=4)
-    assert report.steps >= 1 and report.seconds >= 0.3
+    ticks = iter(range(100))
+    sizes: dict[str, Any] = {"length": 8, "batch": 1, "shown": False, "layers": [1]}
+    report = convert(model(), "moba", TOKENS, minutes=0.1, clock=lambda: next(ticks), block_size=4, **sizes)
+    assert (report.steps, report.seconds) == (6, 6.0)  # a second each, of a tenth of a minute
     for words, slug, options in (
         ("either minutes or steps", "moba", {}),
         ("either minutes or steps", "moba", {"steps": 1, "minutes": 1.0}),
         ("whole must be", "moba", {"steps": 1, "whole": 2.0}),
-        ("data must be more than 700 tokens", "moba", {"steps": 1, "length": 700}),
+        ("data must be at least 700 tokens", "moba", {"steps": 1, "length": 700}),
+        ("data must be at least 900 tokens", "moba", {"steps": 1, "length": 8, "context": 900}),
+        ("layers must be a share", "moba", {"steps": 1, "layers": 1.5}),
+        ("layers must be a list", "moba", {"steps": 1, "layers": 3}),
+        ("context must be of 2 to 2048 tokens", "moba", {"steps": 1, "length": 8, "context": 5000, "data": LONG}),
         ("must be causal and decode", "mra", {"steps": 1}),
         ("no layer is 9", "moba", {"steps": 1, "layers": [9]}),
     ):
         with pytest.raises(ValueError, match=words):
-            convert(model(), slug, TOKENS, **options)
+            convert(model(), slug, **{"data": TOKENS, **options})
+    with pytest.raises(ValueError, match="BertModel is no language model"):
+        bert = transformers.BertConfig(vocab_size=12, hidden_size=16, num_attention_heads=2, intermediate_size=8)
+        convert(transformers.BertModel(bert), "softmax", TOKENS, steps=1, length=8)
     network = model()
-    convert(network, "moba", TOKENS, steps=1, length=8, batch=1, shown=False, block_size=4)
+    convert(network, "moba", TOKENS, steps=1, block_size=4, **sizes)
     with pytest.raises(ValueError, match="padding alone"):
         network(TOKENS[None, :4], attention_mask=torch.ones(1, 1, 4, 4).tril().bool())
     assert perplexity(network, TOKENS, 16, 2) > 1

@@ -14,6 +14,7 @@ INTERRUPTED = 130
 #: what is said after "stopped"
 _GOES_ON = {
     "compare": "; the same command continues",
+    "convert": "; the same command continues",
     "claim": "; what was measured is in --out, where it was given: --missing with it continues",
 }
 

@@ -1,17 +1,18 @@
 """Parts in the place of the attention layers of a transformers language model, for good: put in, saved, loaded.
 
     report = saccade.convert(model, "moba", tokens, layers=range(0, 30, 2), minutes=5, block_size=128)
-    report.save("folder");  load(model, "folder")
+    report.save("folder");  saccade.load_converted(model, "folder")
 
 A part keeps its own cache beside the model's: that one is told how many tokens there are, four bytes each, so that
 `generate` runs as before. Beam search and caches that are shortened are refused, as a state cannot be taken apart.
 
-Shape letters: B batch, N tokens, M tokens so far, C channels.
+Shape letters: B batch, N tokens, M tokens so far, C channels, H heads, D head dim.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,10 +25,22 @@ from torch import Tensor, nn
 from saccade import catalogue
 from saccade.integrations.switching import choose
 from saccade.layers.attention_interface import attention_layers
-from saccade.layers.pretrained import copy_affine, read_softmax
+from saccade.layers.pretrained import SoftmaxLayer, read_softmax
 from saccade.ops.folder import write_bytes, write_text
 
-__all__ = ["Converted", "Masks", "Nothing", "chosen_layers", "load", "part_for", "put_in", "save", "standing"]
+__all__ = [
+    "Converted",
+    "Masks",
+    "Nothing",
+    "cache_bytes",
+    "check",
+    "chosen_layers",
+    "load_converted",
+    "part_for",
+    "put_in",
+    "save",
+    "standing",
+]
 
 _RECORD, _WEIGHTS = "saccade_convert.json", "saccade_convert.safetensors"
 
@@ -78,6 +91,10 @@ class Converted(nn.Module):
         out = self.part(hidden_states, **({} if real_BM is None else {"mask": real_BM}), cache=cache)
         return out, None
 
+    def held(self, theirs: Any) -> int:
+        """Bytes of what the part keeps beside a cache of the model's."""
+        return int(self._caches[theirs].nbytes) if theirs in self._caches else 0
+
     def _cache(self, theirs: Any, x_BNC: Tensor) -> Any:
         past = theirs.get_seq_length(self.layer_idx)
         if past == 0 or theirs not in self._caches:
@@ -96,33 +113,92 @@ class Converted(nn.Module):
         return cache
 
 
-def part_for(slug: str, layer: nn.Module, **arguments: Any) -> nn.Module:
-    """A part that begins with a trained layer's projections.
+def part_for(slug: str, layer: nn.Module, **arguments: Any) -> tuple[nn.Module, list[str]]:
+    """A part that begins with a trained layer's projections, and the names of those that it begins without.
 
-    A part with `from_softmax` begins as its paper says; of another, the projections that it has too are copied, and
-    the rest begins as ever.
+    A part with `from_softmax` begins as its paper says. Of another, the projections that it has too are copied, those
+    of shared key heads once for each head where it shares none; the rest begins as ever.
 
     Args:
         slug: of the part.
         layer: the attention layer.
         **arguments: the part's own.
 
+    Returns:
+        the part, and of "q_proj", "k_proj", "v_proj" and "out_proj" those that found no place of their shape.
+
     Raises:
-        ValueError: if there is no such causal part, or the layer is no softmax attention.
+        ValueError: if there is no such causal part, the layer is no softmax attention, or none of its projections has
+            a place in the part.
     """
     entry = catalogue.part(slug)
     if entry.kind != "sequence" or not {"causal", "decoding"} <= set(entry.supports):
         raise ValueError(f"{slug} cannot take the place of a language model's layer: it must be causal and decode")
     build: Any = entry.build
     if "from-softmax" in entry.supports:
-        return build.from_softmax(layer, **({"causal": True} | arguments))
+        return build.from_softmax(layer, **({"causal": True} | arguments)), []
     known = read_softmax(layer)
-    new = catalogue.create(slug, **({"dim": known.dim, "num_heads": known.num_heads, "causal": True} | arguments))
-    for name, source in (("q_proj", known.q), ("k_proj", known.k), ("v_proj", known.v), ("out_proj", known.out)):
-        place = getattr(new, name, None)
-        if isinstance(place, nn.Linear) and place.weight.shape == source[0].shape:
-            copy_affine(place, source)
-    return new.to(device=known.q[0].device, dtype=known.q[0].dtype)
+    new: Any = catalogue.create(slug, **({"dim": known.dim, "num_heads": known.num_heads, "causal": True} | arguments))
+    sources = {"q_proj": known.q, "k_proj": known.k, "v_proj": known.v, "out_proj": known.out}
+    anew = [name for name, source in sources.items() if not _copied(_place(new, name), source, known)]
+    if len(anew) == len(sources):
+        raise ValueError(f"{slug} has no place for any projection of a softmax layer: it would begin from nothing")
+    if hasattr(new, "start_as_softmax"):
+        new.start_as_softmax()
+    return new.to(device=known.q[0].device, dtype=known.q[0].dtype), anew
+
+
+#: several projections in one, by the letters of its name: `qkvu_proj` has the rows of q, then those of k ...
+_FUSED = re.compile(r"([qkvu]{2,})_proj")
+
+Affine = tuple[Tensor, Tensor | None]
+
+
+def _place(part: nn.Module, name: str) -> Affine | None:
+    """The weight and bias of a projection, or of its rows in one that is several."""
+    for own, layer in part.named_children():
+        if not isinstance(layer, nn.Linear):
+            continue
+        if own == name:
+            return layer.weight, layer.bias
+        fused = _FUSED.fullmatch(own)
+        if fused is not None and name.removesuffix("_proj") in fused[1]:
+            rows = layer.out_features // len(fused[1])
+            cut = slice(fused[1].index(name[0]) * rows, (fused[1].index(name[0]) + 1) * rows)
+            return layer.weight[cut], None if layer.bias is None else layer.bias[cut]
+    return None
+
+
+@torch.no_grad()
+def _copied(place: Affine | None, source: Affine, known: SoftmaxLayer) -> bool:
+    """Whether a projection has been copied to its place, if need be once for each query head."""
+    if place is None or (source[1] is not None and place[1] is None):
+        return False
+    shared, own = (count * known.head_dim for count in (known.num_kv_heads, known.num_heads))
+    times = own // shared if (len(source[0]), len(place[0])) == (shared, own) else 1
+
+    def each(x: Tensor) -> Tensor:
+        return x.unflatten(0, (known.num_kv_heads, -1)).repeat_interleave(times, 0).flatten(0, 1) if times > 1 else x
+
+    if place[0].shape != each(source[0]).shape:
+        return False
+    place[0].copy_(each(source[0]))
+    if place[1] is not None:
+        place[1].zero_() if source[1] is None else place[1].copy_(each(source[1]))
+    return True
+
+
+def check(model: nn.Module) -> None:
+    """Whether layers of a model can be converted.
+
+    Args:
+        model: any.
+
+    Raises:
+        ValueError: if it is no language model of transformers that writes text.
+    """
+    if not hasattr(model, "get_decoder") or not model.can_generate():  # type: ignore[operator]
+        raise ValueError(f"{type(model).__name__} is no language model of transformers that writes text")
 
 
 def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
@@ -135,8 +211,7 @@ def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
     Raises:
         ValueError: if it is no language model with a decoder.
     """
-    if not hasattr(model, "get_decoder"):
-        raise ValueError(f"{type(model).__name__} is no language model of transformers")
+    check(model)
     masks = Masks(model.get_decoder())  # type: ignore[operator]
     for path, part in parts.items():
         layer: Any = model.get_submodule(path)
@@ -144,7 +219,7 @@ def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
 
 
 def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str, Any]) -> None:
-    """What was converted in a model, as a folder that `load` reads; the rest of the model is not written.
+    """What was converted in a model, as a folder that `load_converted` reads; the rest of the model is not written.
 
     Args:
         model: with converted layers.
@@ -173,7 +248,7 @@ def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str
     write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
 
 
-def load(model: nn.Module, folder: str | Path) -> list[str]:
+def load_converted(model: nn.Module, folder: str | Path) -> list[str]:
     """Put what `save` wrote into a model, of the sort that it was converted from; returns the layers' paths.
 
     Args:
@@ -196,7 +271,7 @@ def load(model: nn.Module, folder: str | Path) -> list[str]:
     places = attention_layers(model)
     if strange := sorted(set(paths) - set(places)):
         raise ValueError(f"{folder} is of another model: there is no attention layer {strange[0]}")
-    parts = {path: part_for(slug, model.get_submodule(path), **arguments) for path in paths}
+    parts = {path: part_for(slug, model.get_submodule(path), **arguments)[0] for path in paths}
     for path, part in parts.items():
         own = {name.removeprefix(f"{path}."): x for name, x in state.items() if name.startswith(f"{path}.")}
         try:
@@ -207,8 +282,20 @@ def load(model: nn.Module, folder: str | Path) -> list[str]:
     return paths
 
 
-def chosen_layers(model: nn.Module, layers: Sequence[int | str] | None) -> dict[str, nn.Module]:
-    """The attention layers that are meant: every other one, from the second on, where None.
+def cache_bytes(model: nn.Module, cache: Any) -> int:
+    """What a model keeps of the past: its own cache's tensors and what converted layers keep beside it.
+
+    Args:
+        model: of transformers, converted or not.
+        cache: a `DynamicCache` that it filled.
+    """
+    kept = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    theirs = sum(x.nbytes for x in kept if x is not None)
+    return theirs + sum(module.held(cache) for module in model.modules() if isinstance(module, Converted))
+
+
+def chosen_layers(model: nn.Module, layers: Sequence[int | str]) -> dict[str, nn.Module]:
+    """The attention layers that are meant.
 
     Args:
         model: of transformers.
@@ -218,8 +305,7 @@ def chosen_layers(model: nn.Module, layers: Sequence[int | str] | None) -> dict[
         ValueError: if one is unknown, or was converted before.
     """
     places = attention_layers(model)
-    wanted = [number for number in sorted(set(places.values())) if number % 2] if layers is None else layers
-    chosen = choose(places, wanted, "layers")
+    chosen = choose(places, layers, "layers")
     return {path: model.get_submodule(path) for path in places if path in chosen}
 
 

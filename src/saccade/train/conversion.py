@@ -1,40 +1,40 @@
 """`saccade.convert`: a language model's attention layers to another mechanism, by a short distillation.
 
-    1   the new layer imitates the old one on the old model's own hidden states:   |new(x) - old(x)|^2 / |old(x)|^2
-    2   (a share `whole` of the time) the model imitates what it said before:      KL(softmax(old) || softmax(new))
+    1   the new layers' output projections are fitted to the old layers' outputs, by least squares
+    2   each new layer imitates the old one on the old model's own hidden states:   |new(x) - old(x)|^2 / |old(x)|^2
+    3   (a share `whole` of the time) the model imitates what it said before:       KL(softmax(old) || softmax(new))
 
-Only the new parts learn. All layers learn step 1 at once, from one pass of the old model.
-
-Shape letters: B batch, N tokens of a window, C channels, V vocabulary.
+Only the new parts learn. What the old layers were given and gave is kept, so that a text is read once.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.bench.decoding import Decoding, check_context, decoding
 from saccade.integrations import converted
-from saccade.layers.wrapping import Report, changing
-from saccade.ops.autocast import quick
+from saccade.layers.attention_interface import attention_layers
 from saccade.tables import table
+from saccade.train import fingerprints
 from saccade.train.data import generator_at
 from saccade.train.files import make_folder, read_tensors, write_tensors
+from saccade.train.imitation import Teacher, fit_outputs, layers_loss, logits_loss
 from saccade.train.loop import Training
 from saccade.train.progress import bar, showing
 
-__all__ = ["Conversion", "convert", "perplexity"]
+__all__ = ["Conversion", "convert", "cost_of_leaving_out", "perplexity"]
 
 #: seconds between two checkpoints
-_EVERY = 20.0
+_SAVE_EVERY = 60.0
 
 
 @dataclass
@@ -44,26 +44,32 @@ class Conversion:
     Attributes:
         slug, arguments: the parts.
         layers: module paths.
-        before, dropped, started, after: perplexity of the held-out tokens: of the model as it was, with these layers
-            left out, with the parts as they began, and at the end; None where there were no held-out tokens.
+        anew: of the old layers' projections, those for which the parts have no place of that shape.
+        before, dropped, started, imitated, after: perplexity of the held-out tokens: of the model as it was, with these
+            layers left out, with the parts as they began, after the imitation of layers, and at the end; None where
+            there were no held-out tokens.
         steps, seconds: of the training.
-        losses: of step 1, then of step 2, as they went.
+        losses: of layers, then of logits, as they went.
+        decoding: behind a long context, as the model was and as it is; empty where no context was given.
     """
 
     slug: str
     arguments: dict[str, Any]
     layers: list[str]
+    anew: list[str] = field(default_factory=list)
     before: float | None = None
     dropped: float | None = None
     started: float | None = None
+    imitated: float | None = None
     after: float | None = None
     steps: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list, repr=False)
+    decoding: list[Decoding] = field(default_factory=list)
     _model: nn.Module | None = field(default=None, repr=False)
 
     def save(self, folder: str | Path) -> None:
-        """The converted layers as a folder that `saccade.integrations.converted.load` puts into the model again.
+        """The converted layers as a folder that `saccade.load_converted` puts into the model again.
 
         Args:
             folder: made if need be.
@@ -76,18 +82,35 @@ class Conversion:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {name: value for name, value in asdict(self).items() if not name.startswith("_")}
+        found = {name: getattr(self, name) for name in self.__dataclass_fields__ if not name.startswith("_")}
+        return {**found, "decoding": [asdict(each) for each in self.decoding]}
 
     def table(self) -> str:
-        """Perplexity, a line a state of the model."""
+        """Perplexity, a line a state of the model; of the first and the last what a token costs and what is kept."""
         names = {
             "before": "as it was",
             "dropped": "these layers left out",
             "started": f"{self.slug}, untrained",
+            "imitated": f"{self.slug}, after imitating layers",
             "after": f"{self.slug}, after {self.steps} steps in {self.seconds:.0f} s",
         }
-        rows = [(words, f"{value:.3f}") for name, words in names.items() if (value := getattr(self, name)) is not None]
-        return table(("model", "perplexity"), rows, title=f"{len(self.layers)} layers to {self.slug}")
+        cost = dict(zip(("before", "after"), self.decoding, strict=bool(self.decoding)))
+        rows = []
+        for name, words in names.items():
+            value, spent = getattr(self, name), cost.get(name)
+            if value is None and spent is None:
+                continue
+            row = (words, "" if value is None else f"{value:.3f}")
+            if self.decoding:
+                row += ("", "") if spent is None else (f"{1e3 * spent.seconds:.1f}", f"{spent.cache_bytes / 1e6:.1f}")
+            rows.append(row)
+        columns = ("model", "perplexity")
+        if self.decoding:
+            columns += (f"ms a token after {self.decoding[0].tokens:,}", "cache, MB")
+        shown = table(columns, rows, title=f"{len(self.layers)} layers to {self.slug}")
+        if self.anew:
+            shown += f"\nbegun anew, without the old layers': {', '.join(self.anew)}"
+        return shown
 
     def __str__(self) -> str:
         return self.table()
@@ -98,17 +121,21 @@ def convert(
     slug: str,
     data: Tensor,
     *,
-    layers: Sequence[int | str] | None = None,
+    layers: Sequence[int | str] | float = 0.5,
     held_out: Tensor | None = None,
     minutes: float | None = None,
     steps: int | None = None,
-    whole: float = 0.25,
-    length: int = 256,
-    batch: int = 4,
+    whole: float = 0.5,
+    length: int = 512,
+    batch: int = 2,
     lr: float = 1e-3,
+    lr_whole: float = 3e-4,
+    context: int | None = None,
+    memory: float = 4e9,
     seed: int = 0,
     folder: str | Path | None = None,
     shown: bool | None = None,
+    clock: Callable[[], float] = time.monotonic,
     **arguments: Any,
 ) -> Conversion:
     """Replace attention layers of a causal language model, and teach the new ones what the old ones did.
@@ -116,83 +143,185 @@ def convert(
     Args:
         model: of transformers; is changed. Its other weights stay as they are.
         slug: of a causal part that decodes.
-        data: tokens (L,) of a text to learn from, more than `length`.
-        layers: by number or pattern, as of `saccade.switch`; every other one where None.
+        data: tokens (L,) of a text to learn from, at least `length`.
+        layers: by number or pattern, as of `saccade.switch`; or a share of them, of those that the model misses least.
         held_out: tokens (L,) on which perplexity is measured; not at all where None.
-        minutes, steps: of the training, one of them.
+        minutes, steps: of the training, one of them; measuring comes on top.
         whole: share of it in which the whole model learns from its former logits.
         length, batch: of windows of the text.
-        lr: the highest rate.
+        lr, lr_whole: the highest rates, of imitating layers and of logits.
+        context: tokens of `data` behind which decoding is measured; not at all where None.
+        memory: bytes for what the old layers did.
         seed: of the windows and the new weights.
         folder: for checkpoints: whoever was interrupted goes on where they were, with the same arguments.
         shown: False for no progress; see `saccade.train.progress.showing`.
+        clock: seconds, by which minutes count; `time.process_time` where others use the machine, too.
         **arguments: of the part.
 
     Returns:
         what happened; `.save(folder)` keeps the layers.
 
     Raises:
-        ValueError: if the part, a layer or a number does not do, or the text is too short.
+        ValueError: if the part, a layer or a number does not do, the text is too short, or `folder` is of a conversion
+            with other arguments.
         OSError: if the folder cannot be used.
     """
     if (minutes is None) == (steps is None) or not (minutes or steps or 0) > 0:
         raise ValueError(f"give either minutes or steps, above 0, got {minutes} and {steps}")
     if not 0 <= whole <= 1 or min(length, batch) < 1 or length < 2:
         raise ValueError(f"whole must be of 0 to 1, length at least 2 and batch 1, got {whole}, {length} and {batch}")
-    for name, tokens in (("data", data), ("held_out", held_out)):
-        if tokens is not None and (tokens.ndim != 1 or len(tokens) <= length):
-            raise ValueError(f"{name} must be more than {length} tokens in a row, got {tuple(tokens.shape)}")
+    for name, tokens, least in (("data", data, max(length, context or 0)), ("held_out", held_out, length)):
+        if tokens is not None and (tokens.ndim != 1 or len(tokens) < least):
+            raise ValueError(f"{name} must be at least {least} tokens in a row, got {tuple(tokens.shape)}")
+    converted.check(model)
+    if context is not None:
+        check_context(model, context)
     model.requires_grad_(False).eval()
-    old = converted.chosen_layers(model, layers)
-    with torch.random.fork_rng(devices=[]):
+    wanted = layers if isinstance(layers, (float, int, str)) else list(layers)
+    setting = {
+        "mechanism": slug, "arguments": arguments, "layers": wanted,
+        "minutes": minutes, "steps": steps, "whole": whole, "length": length, "batch": batch, "lr": lr,
+        "lr_whole": lr_whole, "seed": seed, "data": fingerprints.values(data),
+        "held_out": None if held_out is None else fingerprints.values(held_out),
+        "model": fingerprints.values(dict(model.named_parameters())),
+    }  # fmt: skip
+    state = _State(None if folder is None else Path(folder) / "state.safetensors", setting)
+    with torch.random.fork_rng(devices=[]), showing(shown):
         torch.manual_seed(seed)
-        parts = {path: converted.part_for(slug, layer, **arguments).requires_grad_() for path, layer in old.items()}
-        report = Conversion(slug, arguments, list(parts), _model=model)
-        measured = partial(perplexity, model, held_out, length) if held_out is not None else None
-        if measured is not None:
-            report.before = measured()
-            with converted.standing(model, {path: converted.Nothing() for path in old}):
-                report.dropped = measured()
+        paths = state.once("layers", lambda: _chosen(model, layers, data, length))
+        old = converted.chosen_layers(model, paths)
+        begun = {path: converted.part_for(slug, layer, **arguments) for path, layer in old.items()}
+        parts = {path: part.requires_grad_() for path, (part, _) in begun.items()}
+        anew = sorted({name for _, names in begun.values() for name in names})
+        report = Conversion(slug, arguments, list(parts), anew, _model=model)
+
+        def measured(name: str, standing: Mapping[str, nn.Module] | None = None) -> None:
+            if held_out is None:
+                return
+            with converted.standing(model, standing or {}):
+                setattr(report, name, state.once(name, lambda: perplexity(model, held_out, length)))
+
+        measured("before")
+        measured("dropped", {path: converted.Nothing() for path in old})
+        teacher = Teacher(model, old, data, length, memory, seed)
         converted.put_in(model, parts)
-        new = {path: model.get_submodule(path) for path in parts}
-        if measured is not None:
-            report.started = measured()
-        training = _Distillation(model, old, new, steps, minutes, lr, folder)
-        with showing(shown):
-            training.run(report, data, whole, length, batch, seed)
-    model.eval()
-    if measured is not None:
-        report.after = measured()
+        measured("started")
+        training = _Distillation(teacher, parts, steps, minutes, (lr, lr_whole), whole, batch, seed, clock, state)
+        training.run(1 - whole)
+        measured("imitated")
+        teacher.forget_layers()
+        training.run(1.0)
+        model.eval()
+        measured("after")
+        report.steps, report.seconds, report.losses = training.training.step, training.seconds, training.losses
+        if context is not None:
+            report.decoding = decoding(model, data[:context], [old, {}], clock=clock)
     return report
 
 
+def _chosen(model: nn.Module, layers: Sequence[int | str] | float, data: Tensor, length: int) -> list[str]:
+    if not isinstance(layers, float):
+        return list(converted.chosen_layers(model, layers))
+    if not 0 < layers <= 1:
+        raise ValueError(f"layers must be a share above 0 and at most 1, or a list of layers, got {layers}")
+    costs = cost_of_leaving_out(model, data, length)
+    least = sorted(costs, key=costs.__getitem__)[: max(1, round(layers * len(costs)))]
+    return [path for path in costs if path in least]
+
+
+def cost_of_leaving_out(model: nn.Module, data: Tensor, length: int = 512, windows: int = 4) -> dict[str, float]:
+    """Module path of each attention layer -> the model's perplexity without it.
+
+    Args:
+        model: of transformers, causal.
+        data: tokens (L,).
+        length: of a window.
+        windows: so many, evenly over the text.
+    """
+    cut = data[: len(data) // length * length].view(-1, length)
+    some = cut[torch.linspace(0, len(cut) - 1, min(windows, len(cut))).long()].flatten()
+    found = {}
+    with bar("leaving out each layer", None) as update:
+        for path in attention_layers(model):
+            with converted.standing(model, {path: converted.Nothing()}):
+                found[path] = perplexity(model, some, length, windows)
+            update(words=path)
+    return found
+
+
+class _State:
+    """What is kept of a conversion: the checkpoint, and what was measured.
+
+    Args:
+        file: None keeps nothing.
+        setting: what the conversion is told, which must be the same when it goes on.
+
+    Raises:
+        ValueError: if the file is of another conversion.
+    """
+
+    def __init__(self, file: Path | None, setting: Mapping[str, Any]) -> None:
+        self.file = file
+        self.tensors: dict[str, Tensor] = {}
+        try:
+            self.setting = json.loads(json.dumps(setting))
+        except TypeError:
+            raise ValueError(f"the part's arguments must be what JSON can hold, got {setting['arguments']}") from None
+        self.found: dict[str, Any] = {}
+        if file is None:
+            return
+        make_folder(file.parent)
+        if file.exists():
+            self.tensors, said = read_tensors(file)
+            self.found = json.loads(said.get("found", "{}"))
+            former = json.loads(said.get("setting", "{}"))
+            differs = [name for name in self.setting if former.get(name) != self.setting[name]]
+            if differs:
+                words = "; ".join(f"{name} was {former.get(name)} and is {self.setting[name]}" for name in differs)
+                raise ValueError(f"{file.parent} is of another conversion ({words}): give another folder")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was found before, or is found now and kept."""
+        if name not in self.found:
+            self.found[name] = make()
+            self.keep()
+        return self.found[name]
+
+    def keep(self, tensors: Mapping[str, Tensor] | None = None, **found: Any) -> None:
+        """Write everything."""
+        self.tensors = dict(tensors) if tensors is not None else self.tensors
+        self.found |= found
+        if self.file is not None:
+            said = {"setting": json.dumps(self.setting), "found": json.dumps(self.found)}
+            write_tensors(self.file, self.tensors, said)
+
+
 class _Distillation:
-    """Both steps, resumable."""
+    """All stages, resumable."""
 
     def __init__(
         self,
-        model: nn.Module,
-        old: dict[str, nn.Module],
-        new: dict[str, nn.Module],
+        teacher: Teacher,
+        parts: Mapping[str, nn.Module],
         steps: int | None,
         minutes: float | None,
-        lr: float,
-        folder: str | Path | None,
+        rates: tuple[float, float],
+        whole: float,
+        batch: int,
+        seed: int,
+        clock: Callable[[], float],
+        state: _State,
     ) -> None:
-        self.model, self.old, self.new = model, old, new
-        self.minutes = minutes
+        self.teacher, self.parts, self.minutes, self.rates, self.whole = teacher, parts, minutes, rates, whole
+        self.batch, self.seed, self.clock, self.state = batch, seed, clock, state
         # of minutes nobody knows how many steps they are: the schedule goes by their share that is spent
         self.training = Training(
-            nn.ModuleList(new.values()), steps or 1_000_000, lr=lr, weight_decay=0.0, schedule=self.rate
+            nn.ModuleList(parts.values()), steps or 1_000_000, lr=1.0, weight_decay=0.0, schedule=self.rate
         )
-        self.file = None if folder is None else Path(folder) / "state.safetensors"
-        self.seconds = 0.0
-        if self.file is not None:
-            make_folder(self.file.parent)
-            if self.file.exists():
-                state, said = read_tensors(self.file)
-                self.training.load_state(state)
-                self.seconds = float(said["seconds"])
+        if state.tensors:
+            self.training.load_state(state.tensors)
+        self.seconds: float = state.found.get("seconds", 0.0)
+        self.losses: list[float] = state.found.get("losses", [])
 
     def share(self) -> float:
         """Of the training that is done."""
@@ -201,58 +330,33 @@ class _Distillation:
         return self.training.step / self.training.steps
 
     def rate(self) -> float:
-        """Of the highest."""
-        done = self.share()
-        return min(1.0, 20 * done + 0.05) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        """Of learning: up and down again, in either stage."""
+        first = self.share() < 1 - self.whole
+        done = self.share() / (1 - self.whole) if first else 1 - (1 - self.share()) / self.whole
+        return self.rates[not first] * min(1.0, 20 * done + 0.05) * (0.05 + 0.475 * (1 + math.cos(math.pi * done)))
 
-    def run(self, report: Conversion, data: Tensor, whole: float, length: int, batch: int, seed: int) -> None:
+    def run(self, until: float) -> None:
+        """Go on until such a share is done."""
         saved = time.monotonic()
-        with bar(f"converting to {report.slug}", 1000) as update:
-            while self.share() < 1:
-                start = time.monotonic()
-                generator = generator_at(seed, self.training.step, 0)
-                first_B = torch.randint(len(data) - length, (batch,), generator=generator)
-                ids_BN = data[first_B[:, None] + torch.arange(length)]
-                second = self.share() >= 1 - whole
-                value = self.training(ids_BN, self.logits_loss if second else self.layers_loss)
-                report.losses.append(value)
-                self.seconds += time.monotonic() - start
-                update(int(1000 * self.share()), words=f"{'logits' if second else 'layers'}, loss {value:.4f}")
-                if self.file is not None and (time.monotonic() - saved > _EVERY or self.share() >= 1):
-                    write_tensors(self.file, self.training.state(), {"seconds": str(self.seconds)})
+        words = "logits" if until == 1 and self.whole else "layers"
+        with bar("converting", 1000) as update:
+            while self.share() < until:
+                start = self.clock()
+                step = self.training.step
+                windows = self.teacher.chosen(step, self.batch)
+                if words == "layers":
+                    if step == 0:
+                        fit_outputs(self.parts, self.teacher, self.teacher.first())
+                    value = self.training(windows, lambda _, now: layers_loss(self.parts, self.teacher, now))
+                else:
+                    some = generator_at(self.seed, step, 1)
+                    value = self.training(windows, lambda _, now: logits_loss(self.teacher, now, some))  # noqa: B023
+                self.losses.append(value)
+                self.seconds += self.clock() - start
+                update(int(1000 * self.share()), words=f"{words}, loss {value:.4f}")
+                if time.monotonic() - saved > _SAVE_EVERY or self.share() >= until:
+                    self.state.keep(self.training.state(), seconds=self.seconds, losses=self.losses)
                     saved = time.monotonic()
-        report.steps, report.seconds = self.training.step, self.seconds
-
-    def layers_loss(self, parts: nn.Module, ids_BN: Tensor) -> Tensor:
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def called(path: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            seen[path] = (args[0] if args else kwargs["hidden_states"]).detach(), out[0].detach()
-
-        with (
-            torch.no_grad(),
-            converted.standing(self.model, self.old),
-            changing(self.model, Report("convert")) as changes,
-            quick(),
-        ):
-            for path, theirs in self.old.items():
-                changes.after(theirs, partial(called, path))
-            self.model(input_ids=ids_BN, use_cache=False)
-        losses = []
-        for path, (x_BNC, y_BNC) in seen.items():
-            layer: Any = self.new[path]
-            with quick():
-                ours_BNC = layer.part(x_BNC)
-            losses.append((ours_BNC.float() - y_BNC.float()).square().mean() / y_BNC.float().square().mean())
-        return torch.stack(losses).mean()
-
-    def logits_loss(self, parts: nn.Module, ids_BN: Tensor) -> Tensor:
-        with torch.no_grad(), converted.standing(self.model, self.old), quick():
-            said_BNV = self.model(input_ids=ids_BN, use_cache=False).logits.float().log_softmax(-1)
-        with quick():
-            ours_BNV = self.model(input_ids=ids_BN, use_cache=False).logits
-        found = F.kl_div(ours_BNV.float().log_softmax(-1), said_BNV, log_target=True, reduction="none")
-        return found.sum(-1).mean()
 
 
 @torch.no_grad()

@@ -181,6 +181,15 @@ class LightningAttention(nn.Module):
         shape = (batch_size, self.num_heads, width * (1 if self.lrpe is None else 2), width)
         return LightningCache(torch.zeros(shape, dtype=wide, device=weight.device if device is None else device))
 
+    @torch.no_grad()
+    def start_as_softmax(self) -> None:
+        """Open the gate, where a bias can do so: softmax attention, in whose place the layer is put, has none."""
+        if self.form == "gated":
+            self.gate[-1].weight.zero_()
+        elif self.qkvu_proj.bias is not None:
+            self.qkvu_proj.weight[-self.hidden_dim :] = 0
+            self.qkvu_proj.bias[-self.hidden_dim :] = 1
+
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, form={self.form!r}, hidden_dim={self.hidden_dim}"
 

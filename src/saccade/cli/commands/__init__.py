@@ -1,6 +1,6 @@
 """The commands. Heavy imports stand inside them, so that `saccade --help` answers at once."""
 
-from saccade.cli.commands import costs, experiments, models, parts
+from saccade.cli.commands import conversion, costs, experiments, models, parts
 from saccade.cli.commands.app import app
 
 __all__ = ["app"]
@@ -13,6 +13,7 @@ app.command()(costs.bench)
 app.command()(experiments.claim)
 app.command()(experiments.compare)
 app.command()(models.advise)
+app.command()(conversion.convert)
 app.command()(experiments.gallery)
 app.command()(models.insert)
 app.command()(models.run)
