@@ -43,7 +43,7 @@ LENGTH, LONG, CONTEXT, JUDGED = 512, 2048, 8192, 4096
 WAYS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 64, "top_k": 4, "sinks": 4},
     "lightning": {"bias": True},
-    "slay": {},
+    "slay": {"variant": "hadamard", "lr": 3e-4},
 }
 #: of the loss by leaving the layers out
 GOAL = 0.8
@@ -125,9 +125,10 @@ def mechanism_row(slug: str, quick: bool) -> dict[str, Any]:
     return row | {"options": {name: str(value) for name, value in WAYS[slug].items()}, "regained": regained(row)}
 
 
-def regained(row: dict[str, Any], state: str = "after") -> float:
-    """The share of the rise of log-perplexity by leaving layers out that is undone."""
-    return 1 - math.log(row[state] / row["before"]) / math.log(row["dropped"] / row["before"])
+def regained(row: dict[str, Any]) -> float | None:
+    """The share of the rise of log-perplexity by leaving layers out that is undone; None where it does not rise."""
+    rise = math.log(row["dropped"] / row["before"])
+    return 1 - math.log(row["after"] / row["before"]) / rise if rise > 0 else None
 
 
 CASES = {"layers": layers_row, **{slug: partial(mechanism_row, slug) for slug in WAYS}}

@@ -172,7 +172,7 @@ def test_old_layers_are_seen_once_and_projections_are_fitted() -> None:
     assert len(calls) == 1 + 2 + 4 and all(torch.equal(a, b) for a, b in zip(again[0], again[1], strict=True))
     assert (
         teacher.plain
-        and max(teacher.chosen(0, 200)) == 15
+        and max(teacher.chosen(0, 200)) == 23
         and 23 < max(teacher.chosen(1, 200)) < len(teacher.windows_WN)
     )
 

@@ -5,13 +5,14 @@
 
 Each window of a text goes through the old model once, as long as there is memory to keep what was seen.
 
-Shape letters: B windows, W all windows, N tokens of a window, C channels, S tokens that are compared, V vocabulary, F
-channels before an output projection.
+Shape letters: B windows, W all windows, N tokens of a window, C channels, S tokens that are compared, T tokens
+of all windows, V vocabulary, F channels before an output projection.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,14 @@ from saccade.train.data import generator_at
 __all__ = ["Teacher", "fit_outputs", "layers_loss", "logits_loss"]
 
 #: windows that are seen before the first step
-_FIRST = 16
+_FIRST = 24
 #: how often a window is learned from, about: to let one through the old model costs as much as learning twice from it
-_TIMES = 8
+_TIMES = 4
 #: windows that go through the model together
 _TOGETHER = 4
-#: of the mean diagonal: what keeps a fitted projection near where it was
-_RIDGE = 1e-2
+#: what keeps a fitted projection near where it was, as shares of the mean diagonal; one window in so many judges them
+_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
+_JUDGED = 4
 #: of how many tokens one's logits are compared: the head and the softmax over the vocabulary cost as much as the rest
 _EVERY = 4
 
@@ -74,7 +76,7 @@ class Teacher:
         return range(min(_FIRST, len(self.windows_WN)))
 
     def chosen(self, step: int, batch: int) -> list[int]:
-        """The windows of a step, any of those that were seen so far; a new one joins them for every eight chosen."""
+        """The windows of a step, any of those that were seen so far; a new one joins them for every four chosen."""
         known = min(len(self.windows_WN), len(self.first()) + step * batch // _TIMES)
         return torch.randint(known, (batch,), generator=generator_at(self.seed, step, 0)).tolist()
 
@@ -183,6 +185,8 @@ def fit_outputs(parts: Mapping[str, nn.Module], teacher: Teacher, windows: Seque
 
         W <- W + (sum f f^T + lambda)^-1 sum f (old(x) - new(x))^T        f: what the projection is given
 
+    lambda, or that nothing changes, is what is best on every fourth window, to which it has not been fitted.
+
     Args:
         parts: module path -> the new part; one without a linear `out_proj` is left as it is.
         teacher: the old model.
@@ -191,30 +195,58 @@ def fit_outputs(parts: Mapping[str, nn.Module], teacher: Teacher, windows: Seque
     Returns:
         the paths of those that were fitted.
     """
-    able = {
-        path: part.out_proj for path, part in parts.items() if isinstance(getattr(part, "out_proj", None), nn.Linear)
-    }
-    gram: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
+    places: dict[str, Any] = {path: getattr(part, "out_proj", None) for path, part in parts.items()}
+    able = {path: place for path, place in places.items() if isinstance(place, nn.Linear)}
+    sums = {path: (_Sums(), _Sums()) for path in able}
     for start in range(0, len(windows), _TOGETHER):
-        for path, (x_BNC, y_BNC) in teacher.layers(windows[start : start + _TOGETHER]).items():
-            if path not in able:
-                continue
-            given: list[Tensor] = []
-            hook = able[path].register_forward_pre_hook(lambda _, args, given=given: given.append(args[0]))
-            try:
-                with quick():
-                    ours_BNC = parts[path](x_BNC.float())
-            finally:
-                hook.remove()
-            f_TF = given[0].float().flatten(0, -2)
-            gram[path] = gram.get(path, 0) + f_TF.mT @ f_TF
-            sums[path] = sums.get(path, 0) + f_TF.mT @ (y_BNC.float() - ours_BNC.float()).flatten(0, -2)
+        seen = teacher.layers(windows[start : start + _TOGETHER])
+        for path, out in able.items():
+            for row, (x_NC, y_NC) in enumerate(zip(*seen[path], strict=True)):
+                judging = (start + row) % _JUDGED == _JUDGED - 1
+                sums[path][judging].add(*_given(parts[path], out, x_NC[None], y_NC[None]))
     for path, out in able.items():
-        size = _RIDGE * gram[path].diagonal().mean().clamp(min=1e-12)
-        bound = gram[path] + size * torch.eye(len(gram[path]), device=size.device)
-        out.weight += torch.linalg.solve(bound, sums[path]).mT.to(out.weight)
+        learned, judges = sums[path]
+        judges = judges if len(windows) >= _JUDGED else learned
+        best = min((None, *_RIDGES), key=lambda ridge: judges.error(learned.change(ridge)))
+        out.weight += (learned + judges).change(best).mT.to(out.weight)
     return list(able)
+
+
+@dataclass
+class _Sums:
+    """sum f f^T (F, F) and sum f r^T (F, C): f is what a projection is given, r what its part's output lacks."""
+
+    gram: Any = 0.0
+    cross: Any = 0.0
+
+    def add(self, f_TF: Tensor, r_TC: Tensor) -> None:
+        self.gram, self.cross = self.gram + f_TF.mT @ f_TF, self.cross + f_TF.mT @ r_TC
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(self.gram + other.gram, self.cross + other.cross)
+
+    def change(self, ridge: float | None) -> Tensor:
+        """What to add to the weight's transpose, (F, C); nothing where there is no ridge."""
+        if ridge is None:
+            return torch.zeros_like(self.cross)
+        size = ridge * self.gram.diagonal().mean().clamp(min=1e-12)
+        return torch.linalg.solve(self.gram + size * torch.eye(len(self.gram), device=size.device), self.cross)
+
+    def error(self, change_FC: Tensor) -> float:
+        """By how much such a change raises the squared error here."""
+        return float((change_FC * (self.gram @ change_FC - 2 * self.cross)).sum())
+
+
+def _given(part: nn.Module, out: nn.Linear, x_BNC: Tensor, y_BNC: Tensor) -> tuple[Tensor, Tensor]:
+    """What a part's output projection is given (T, F), and what the part's output lacks (T, C)."""
+    given: list[Tensor] = []
+    hook = out.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    try:
+        with quick():
+            ours_BNC = part(x_BNC.float())
+    finally:
+        hook.remove()
+    return given[0].float().flatten(0, -2), (y_BNC.float() - ours_BNC.float()).flatten(0, -2)
 
 
 def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
