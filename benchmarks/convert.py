@@ -7,7 +7,7 @@ the old ones, then the whole model learns from its former logits; nothing but th
 the text is learned from.
 
 Perplexity is of 4,096 held-out tokens in windows of 512, the length of training, and of 2,048. Milliseconds and
-prefill are of the processor, behind 8,192 tokens, old and new taking turns; the cache is all that is kept of them.
+prefill are of the processor, for 8,192 tokens of which the model says the last 16; the cache is all that is kept.
 What is regained is the share of the rise of log-perplexity by leaving the layers out that the new layers undo.
 
 Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.

@@ -190,7 +190,11 @@ def test_minutes_end_and_bad_arguments_are_named() -> None:
         ("data must be at least 900 tokens", "moba", {"steps": 1, "length": 8, "context": 900}),
         ("layers must be a share", "moba", {"steps": 1, "layers": 1.5}),
         ("layers must be a list", "moba", {"steps": 1, "layers": 3}),
-        ("context must be of 2 to 2048 tokens", "moba", {"steps": 1, "length": 8, "context": 5000, "data": LONG}),
+        (
+            "context must be above 16 and at most the model's positions, 2048",
+            "moba",
+            {"steps": 1, "length": 8, "context": 5000, "data": LONG},
+        ),
         ("must be causal and decode", "mra", {"steps": 1}),
         ("no layer is 9", "moba", {"steps": 1, "layers": [9]}),
     ):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,13 @@ def can_decode(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def decoding(model: nn.Module, inputs: Mapping[str, Any], new: int = 16, cache: Any = None) -> Decoding:
+def decoding(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    new: int = 16,
+    cache: Any = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Decoding:
     """Read a prompt and say `new` tokens after the first, greedily and whatever they are.
 
     Args:
@@ -54,6 +60,7 @@ def decoding(model: nn.Module, inputs: Mapping[str, Any], new: int = 16, cache: 
         inputs: what it is called with: token ids (B, N), and their mask where there is padding.
         new: T - 1.
         cache: that the model is to fill; its own where None.
+        clock: seconds; `time.process_time` where others use the machine, too.
 
     Raises:
         ValueError: if the model has no cache, or `new` is not positive.
@@ -70,11 +77,11 @@ def decoding(model: nn.Module, inputs: Mapping[str, Any], new: int = 16, cache: 
         call["logits_to_keep"] = 1
     mask_BN, position_BN = call.get("attention_mask"), call.get("position_ids")
     synchronize()
-    begin = time.perf_counter()
+    begin = clock()
     out = model(**call)
     token_B1 = out.logits[:, -1:].argmax(-1)
     synchronize()
-    tokens, read = [token_B1], time.perf_counter()
+    tokens, read = [token_B1], clock()
     for _ in range(new):
         step: dict[str, Any] = {"input_ids": token_B1, "past_key_values": out.past_key_values, "use_cache": True}
         if mask_BN is not None:
@@ -87,5 +94,5 @@ def decoding(model: nn.Module, inputs: Mapping[str, Any], new: int = 16, cache: 
         token_B1 = out.logits[:, -1:].argmax(-1)
         tokens.append(token_B1)
     synchronize()
-    took = time.perf_counter() - read
+    took = clock() - read
     return Decoding(torch.cat(tokens, 1), read - begin, new / took, out.past_key_values)

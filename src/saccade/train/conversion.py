@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from saccade.bench.decoding import Decoding, check_context, decoding
 from saccade.integrations import converted
+from saccade.integrations.advise import positions
+from saccade.integrations.decoding import decoding
 from saccade.layers.attention_interface import attention_layers
 from saccade.tables import table
 from saccade.train import fingerprints
@@ -31,10 +32,29 @@ from saccade.train.imitation import Teacher, fit_outputs, layers_loss, logits_lo
 from saccade.train.loop import Training
 from saccade.train.progress import bar, showing
 
-__all__ = ["Conversion", "convert", "cost_of_leaving_out", "perplexity"]
+__all__ = ["Conversion", "Spent", "convert", "cost_of_leaving_out", "perplexity"]
 
 #: seconds between two checkpoints
 _SAVE_EVERY = 60.0
+#: tokens that are said behind a long context
+_SAID = 16
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a model spends on a long context.
+
+    Attributes:
+        tokens: of it, the last few of which the model said.
+        prefill: seconds for the others.
+        seconds: of one of the few.
+        cache_bytes: of what is kept of all.
+    """
+
+    tokens: int
+    prefill: float
+    seconds: float
+    cache_bytes: int
 
 
 @dataclass
@@ -65,7 +85,7 @@ class Conversion:
     steps: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list, repr=False)
-    decoding: list[Decoding] = field(default_factory=list)
+    decoding: list[Spent] = field(default_factory=list)
     _model: nn.Module | None = field(default=None, repr=False)
 
     def save(self, folder: str | Path) -> None:
@@ -174,8 +194,9 @@ def convert(
         if tokens is not None and (tokens.ndim != 1 or len(tokens) < least):
             raise ValueError(f"{name} must be at least {least} tokens in a row, got {tuple(tokens.shape)}")
     converted.check(model)
-    if context is not None:
-        check_context(model, context)
+    limit = positions(model.config)
+    if context is not None and not _SAID < context <= (limit or context):
+        raise ValueError(f"context must be above {_SAID} and at most the model's positions, {limit}, got {context}")
     model.requires_grad_(False).eval()
     wanted = layers if isinstance(layers, (float, int, str)) else list(layers)
     setting = {
@@ -215,7 +236,9 @@ def convert(
         measured("after")
         report.steps, report.seconds, report.losses = training.training.step, training.seconds, training.losses
         if context is not None:
-            report.decoding = decoding(model, data[:context], [old, {}], clock=clock)
+            for layers_then in (old, {}):
+                with converted.standing(model, layers_then):
+                    report.decoding.append(_spent(model, data[:context], clock))
     return report
 
 
@@ -247,6 +270,11 @@ def cost_of_leaving_out(model: nn.Module, data: Tensor, length: int = 512, windo
                 found[path] = perplexity(model, some, length, windows)
             update(words=path)
     return found
+
+
+def _spent(model: nn.Module, ids_N: Tensor, clock: Callable[[], float]) -> Spent:
+    found = decoding(model, {"input_ids": ids_N[None, :-_SAID]}, _SAID, clock=clock)
+    return Spent(len(ids_N), found.first, 1 / found.rate, converted.cache_bytes(model, found.cache))
 
 
 class _State:
