@@ -122,7 +122,7 @@ def test_what_was_interrupted_goes_on(stage: str, tmp_path: Path, monkeypatch: p
         data, options = change.get("data", TOKENS), {**FEW, "held_out": TOKENS[:99], **change}
         options.pop("data", None)
         words = "arguments was" if "form" in change else f"{next(iter(change))} was"
-        with pytest.raises(ValueError, match=f"is of another conversion .{words}"):
+        with pytest.raises(ValueError, match=f"was begun otherwise .{words}"):
             convert(model(), "lightning", data, folder=tmp_path / "b", **options)  # type: ignore[arg-type]
 
 
@@ -195,7 +195,8 @@ def test_minutes_end_and_bad_arguments_are_named() -> None:
             "moba",
             {"steps": 1, "length": 8, "context": 5000, "data": LONG},
         ),
-        ("must be causal and decode", "mra", {"steps": 1}),
+        ("must be causal and decode", "mra", {"steps": 1, "length": 8}),
+        ("what JSON can hold", "lightning", {"steps": 1, "length": 8, "slopes": torch.ones(4)}),
         ("no layer is 9", "moba", {"steps": 1, "layers": [9]}),
     ):
         with pytest.raises(ValueError, match=words):

@@ -9,7 +9,6 @@ Only the new parts learn. What the old layers were given and gave is kept, so th
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +26,10 @@ from saccade.layers.attention_interface import attention_layers
 from saccade.tables import table
 from saccade.train import fingerprints
 from saccade.train.data import generator_at
-from saccade.train.files import make_folder, read_tensors, write_tensors
 from saccade.train.imitation import Teacher, fit_outputs, layers_loss, logits_loss
 from saccade.train.loop import Training
 from saccade.train.progress import bar, showing
+from saccade.train.resumable import Resumable
 
 __all__ = ["Conversion", "Spent", "convert", "cost_of_leaving_out", "perplexity"]
 
@@ -206,7 +205,7 @@ def convert(
         "held_out": None if held_out is None else fingerprints.values(held_out),
         "model": fingerprints.values(dict(model.named_parameters())),
     }  # fmt: skip
-    state = _State(None if folder is None else Path(folder) / "state.safetensors", setting)
+    state = Resumable(None if folder is None else Path(folder) / "state.safetensors", setting)
     with torch.random.fork_rng(devices=[]), showing(shown):
         torch.manual_seed(seed)
         paths = state.once("layers", lambda: _chosen(model, layers, data, length))
@@ -277,53 +276,6 @@ def _spent(model: nn.Module, ids_N: Tensor, clock: Callable[[], float]) -> Spent
     return Spent(len(ids_N), found.first, 1 / found.rate, converted.cache_bytes(model, found.cache))
 
 
-class _State:
-    """What is kept of a conversion: the checkpoint, and what was measured.
-
-    Args:
-        file: None keeps nothing.
-        setting: what the conversion is told, which must be the same when it goes on.
-
-    Raises:
-        ValueError: if the file is of another conversion.
-    """
-
-    def __init__(self, file: Path | None, setting: Mapping[str, Any]) -> None:
-        self.file = file
-        self.tensors: dict[str, Tensor] = {}
-        try:
-            self.setting = json.loads(json.dumps(setting))
-        except TypeError:
-            raise ValueError(f"the part's arguments must be what JSON can hold, got {setting['arguments']}") from None
-        self.found: dict[str, Any] = {}
-        if file is None:
-            return
-        make_folder(file.parent)
-        if file.exists():
-            self.tensors, said = read_tensors(file)
-            self.found = json.loads(said.get("found", "{}"))
-            former = json.loads(said.get("setting", "{}"))
-            differs = [name for name in self.setting if former.get(name) != self.setting[name]]
-            if differs:
-                words = "; ".join(f"{name} was {former.get(name)} and is {self.setting[name]}" for name in differs)
-                raise ValueError(f"{file.parent} is of another conversion ({words}): give another folder")
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What was found before, or is found now and kept."""
-        if name not in self.found:
-            self.found[name] = make()
-            self.keep()
-        return self.found[name]
-
-    def keep(self, tensors: Mapping[str, Tensor] | None = None, **found: Any) -> None:
-        """Write everything."""
-        self.tensors = dict(tensors) if tensors is not None else self.tensors
-        self.found |= found
-        if self.file is not None:
-            said = {"setting": json.dumps(self.setting), "found": json.dumps(self.found)}
-            write_tensors(self.file, self.tensors, said)
-
-
 class _Distillation:
     """All stages, resumable."""
 
@@ -338,7 +290,7 @@ class _Distillation:
         batch: int,
         seed: int,
         clock: Callable[[], float],
-        state: _State,
+        state: Resumable,
     ) -> None:
         self.teacher, self.parts, self.minutes, self.rates, self.whole = teacher, parts, minutes, rates, whole
         self.batch, self.seed, self.clock, self.state = batch, seed, clock, state
