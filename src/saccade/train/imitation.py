@@ -158,7 +158,7 @@ def layers_loss(parts: Mapping[str, nn.Module], teacher: Teacher, windows: Seque
     losses = []
     for path, (x_BNC, y_BNC) in teacher.layers(windows).items():
         with quick():
-            ours_BNC = parts[path](x_BNC.float())
+            ours_BNC = parts[path](x_BNC.to(teacher.model.dtype))
         size = y_BNC.float().square().sum().clamp(min=1e-12)  # an old layer may give nothing
         losses.append((ours_BNC.float() - y_BNC.float()).square().sum() / size)
     return torch.stack(losses).mean()
@@ -243,7 +243,7 @@ def _given(part: nn.Module, out: nn.Linear, x_BNC: Tensor, y_BNC: Tensor) -> tup
     hook = out.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     try:
         with quick():
-            ours_BNC = part(x_BNC.float())
+            ours_BNC = part(x_BNC.to(out.weight.dtype))
     finally:
         hook.remove()
     return given[0].float().flatten(0, -2), (y_BNC.float() - ours_BNC.float()).flatten(0, -2)
