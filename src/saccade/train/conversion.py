@@ -119,11 +119,11 @@ class Conversion:
             value, spent = getattr(self, name), cost.get(name)
             if value is None and spent is None:
                 continue
-            row = (words, "" if value is None else f"{value:.3f}")
+            row: tuple[str, ...] = (words, "" if value is None else f"{value:.3f}")
             if self.decoding:
                 row += ("", "") if spent is None else (f"{1e3 * spent.seconds:.1f}", f"{spent.cache_bytes / 1e6:.1f}")
             rows.append(row)
-        columns = ("model", "perplexity")
+        columns: tuple[str, ...] = ("model", "perplexity")
         if self.decoding:
             columns += (f"ms a token after {self.decoding[0].tokens:,}", "cache, MB")
         shown = table(columns, rows, title=f"{len(self.layers)} layers to {self.slug}")

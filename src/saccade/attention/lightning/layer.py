@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -185,7 +185,7 @@ class LightningAttention(nn.Module):
     def start_as_softmax(self) -> None:
         """Open the gate, where a bias can do so: softmax attention, in whose place the layer is put, has none."""
         if self.form == "gated":
-            self.gate[-1].weight.zero_()
+            nn.init.zeros_(cast(nn.Linear, self.gate[-1]).weight)
         elif self.qkvu_proj.bias is not None:
             self.qkvu_proj.weight[-self.hidden_dim :] = 0
             self.qkvu_proj.bias[-self.hidden_dim :] = 1
