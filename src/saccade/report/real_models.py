@@ -115,11 +115,12 @@ def _further(trial: Trial) -> dict[str, str]:
 
 def _recommended(advice: Advice, settings: Path, docs: Path) -> list[str]:
     best = advice.best
-    within = f"within {advice.tolerance:.0%} of {advice.quality}"
+    within = f"within {advice.tolerance:.1%} of loss"
     if best is None:
         return [f"- nothing is faster {within}: keep dense attention"]
-    kept = f" ([settings]({settings.relative_to(docs).as_posix()}))" if settings.exists() else ""
-    return [f"- {within}: {best.name}, {best.speedup:.2f} x as fast{kept}: `{advice.code()}`"]
+    kept = settings.relative_to(docs).as_posix()
+    how = f"[settings]({kept})" if settings.exists() else f"`{advice.code()}`"
+    return [f"- {within}: {best.name}, {best.speedup:.2f} x as fast: {how}"]
 
 
 # ---------------------------------------------------------------------------- the others
@@ -132,9 +133,7 @@ def _arena(docs: Path) -> list[str]:
         result = CompareResult.load(path.parent)
         lines += ["", f"### {path.parent.name}", "", f"{_where(result.machine, result.config.get('date'))}.", ""]
         lines += ["```", result.table(width=150), "```", "", *result.answer()]
-    return lines[1:] or _absent(
-        "saccade compare --task compress MECHANISM ... --out docs/real-models/compress", "compress"
-    )
+    return lines[1:] or _absent("saccade compare --task compress CACHE ... --out docs/real-models/compress")
 
 
 #: of a conversion: figures of its record, and what they are called
