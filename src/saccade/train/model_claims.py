@@ -197,7 +197,7 @@ def _cache(model: Any, inputs: Mapping[str, Any], lab: Lab) -> Advice:
     tried: list[tuple[dict[str, Any], float, float, int]] = []
     for rate, compute_rate in ((0.8, 0.9), (0.5, 0.7), (0.25, 0.5), (0.1, 0.3)):
         options: dict[str, Any] = {"rate": rate, "compute_rate": compute_rate, "text_rate": None}
-        with compressed(model, image_BP, **options) as cache:
+        with compressed(model, "a-vl", image=image_BP, **options) as cache:
             tried.append((options, *decode(cache)))
     dense_seconds = min(dense_seconds, decode(None)[1])
     advice = Advice(type(model).__name__, N, TOLERANCE["perplexity"], dense_seconds, quality="perplexity")
