@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from saccade import __version__, catalogue
 from saccade.report.document import document, picture, png
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from saccade.train.result import CompareResult
 
 #: sorts by what begins a cell as a number; what begins with none goes last
-_SORT = """
+SORT = """
 document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => {
   const head = button.parentNode, column = [...head.parentNode.children].indexOf(head);
   const body = head.closest("table").tBodies[0];
@@ -89,7 +89,7 @@ def page(
     machine = result.machine
     sections = [
         f"<h1>Which attention? {escape(result.title)}</h1>",
-        f'<p class="muted">saccade {escape(__version__)} · {escape(_machine_line(machine))}</p>',
+        f'<p class="muted">saccade {escape(__version__)} · {escape(machine_line(machine))}</p>',
         '<div class="answer">' + "".join(f"<p>{escape(line)}</p>" for line in result.answer()) + "</div>",
         "<h2>All figures</h2>",
         _table(result),
@@ -111,8 +111,13 @@ def page(
             f'<p class="muted">{_maps_caption(result)}</p>',
             *(f"<h3>{escape(name)}</h3>{picture(drawn, f'{name} {along}')}" for name, drawn in maps.items()),
         ]
-    sections += ["<h2>What was compared</h2>", _mechanisms(result), "<h2>Settings</h2>", _settings(result)]
-    return document(f"saccade compare: {result.title}", sections, _SORT)
+    sections += [
+        "<h2>What was compared</h2>",
+        _mechanisms(result),
+        "<h2>Settings</h2>",
+        settings_of(result.config, result.machine),
+    ]
+    return document(f"saccade compare: {result.title}", sections, SORT)
 
 
 def _shows_images(result: CompareResult) -> bool:
@@ -142,7 +147,7 @@ def _caption(result: CompareResult) -> list[str]:
 def _table(result: CompareResult) -> str:
     short = labels(record.name for record in result.mechanisms).of
     rows = [(short[record.name], *result.cells(record)) for record in result.ranked]
-    return _sortable(("mechanism", *result.headings()), rows, best=0)
+    return sortable(("mechanism", *result.headings()), rows, best=0)
 
 
 def _details(result: CompareResult) -> str:
@@ -153,11 +158,16 @@ def _details(result: CompareResult) -> str:
     headings, rows = details
     short = labels(record.name for record in result.mechanisms).of
     lines = [[short[name], *cells] for name, *cells in rows]
-    return _sortable(headings, lines)
+    return sortable(headings, lines)
 
 
-def _sortable(headings: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
-    """A table whose headings sort it; the row `best` stands out."""
+def sortable(headings: Sequence[str], rows: Sequence[Sequence[str]], best: int | None = None) -> str:
+    """A table whose headings sort it.
+
+    Args:
+        headings, rows: what stands in it.
+        best: the row that stands out.
+    """
     head = "".join(f'<th scope="col"><button>{escape(heading)}</button></th>' for heading in headings)
     body = "".join(
         f"<tr{' class=best' if number == best else ''}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
@@ -186,10 +196,20 @@ def _description(record: MechanismRecord) -> str:
     return f"{text}: {part.summary} {part.title}, arXiv {part.arxiv}. {part.complexity}."
 
 
-def _settings(result: CompareResult) -> str:
-    rows = "\n".join(f"{name}: {value}" for name, value in {**result.config, **result.machine}.items())
+def settings_of(config: Mapping[str, Any], machine: Mapping[str, Any]) -> str:
+    """What was asked, and where it ran, a line each.
+
+    Args:
+        config, machine: of a result.
+    """
+    rows = "\n".join(f"{name}: {value}" for name, value in {**config, **machine}.items())
     return f"<pre>{escape(rows)}</pre>"
 
 
-def _machine_line(machine: dict[str, object]) -> str:
+def machine_line(machine: Mapping[str, object]) -> str:
+    """Where it ran, in a line.
+
+    Args:
+        machine: of a result.
+    """
     return ", ".join(f"{name} {value}" for name, value in machine.items() if value not in ("", None))

@@ -20,6 +20,8 @@ def task_of(name: str, preset: str, settings: dict[str, Any], device: torch.devi
         ValueError: if there is none, a setting is unknown or out of range, or it takes no data files.
         OSError: if one cannot be read.
     """
+    if name == "compress":
+        raise ValueError("task 'compress' compares caches, not parts: saccade.train.arena.arena(names, model) does")
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
     kind = TASKS[name]

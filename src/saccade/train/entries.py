@@ -117,23 +117,35 @@ def parse(mechanisms: Sequence[str] | Mapping[str, str | Callable[..., nn.Module
 
 
 def _parse_options(text: str) -> tuple[str, dict[str, Any]]:
+    slug, given = options_in(text)
+    if slug == NONE and given:
+        raise ValueError(f"{NONE!r} leaves the mechanism out and has no options, got {', '.join(given)}")
+    known = catalogue.options(slug) if given else {}
+    for name, value in given.items():
+        if name not in known:
+            catalogue.check_options(slug, **{name: value})
+    return slug, {name: read_value(value, known[name].type, f"{slug}: {name}") for name, value in given.items()}
+
+
+def options_in(text: str) -> tuple[str, dict[str, str]]:
+    """A name and its options, not read yet: of `moba:top_k=3` "moba" and {"top_k": "3"}.
+
+    Args:
+        text: as the caller wrote it.
+
+    Raises:
+        ValueError: if an option is not `name=value`, or comes twice.
+    """
     slug, _, rest = text.partition(":")
-    slug = slug.strip()
-    pieces = split_options(rest)
-    known = catalogue.options(slug) if pieces and slug != NONE else {}
-    options: dict[str, Any] = {}
-    for piece in pieces:
+    found: dict[str, str] = {}
+    for piece in split_options(rest):
         name, equals, value = (each.strip() for each in piece.partition("="))
         if not equals or not name.isidentifier():
             raise ValueError(f"options must be name=value with commas between, got {piece!r} in {text!r}")
-        if slug == NONE:
-            raise ValueError(f"{NONE!r} leaves the mechanism out and has no options, got {piece!r}")
-        if name in options:
+        if name in found:
             raise ValueError(f"option {name!r} comes twice in {text!r}")
-        if name not in known:
-            catalogue.check_options(slug, **{name: value})
-        options[name] = _read_value(value, known[name].type, f"{slug}: {name}")
-    return slug, options
+        found[name] = value
+    return slug.strip(), found
 
 
 #: words for values that are no Python
@@ -142,9 +154,14 @@ _WORDS |= {"none": None, "null": None}
 _SWITCHES = {"1": True, "0": False}
 
 
-def _read_value(text: str, kind: Any, what: str) -> Any:
+def read_value(text: str, kind: Any, what: str) -> Any:
     """An option's value as its type reads the text: the first of a Python literal, a word (`true`, `off`, `none`), a
     switch (`0`, `1`) and the text itself that is of the type.
+
+    Args:
+        text: as the caller wrote it.
+        kind: the type.
+        what: the option's name, for messages.
 
     Raises:
         ValueError: if none is.

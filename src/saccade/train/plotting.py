@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Callable, Mapping, Sequence
+from io import BytesIO
 from math import ceil
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from saccade.extras import new_figure
+from saccade.train.files import write_bytes
 from saccade.train.labels import IN_PLOTS, labels
 
 if TYPE_CHECKING:
@@ -89,6 +92,17 @@ def darken(figure: Figure) -> Figure:
     for artist in (*figure.findobj(Text), *figure.findobj(Line2D)):
         artist.set_color(lighter(artist.get_color()))  # type: ignore[attr-defined]
     return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a figure whole, in the format of the file's name.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150)
+    write_bytes(Path(path), drawn.getvalue())
 
 
 def panel(result: CompareResult, name: str, width: float = 5.6, height: float = 4.0) -> Figure:
@@ -166,7 +180,7 @@ def quality_against_speed(result: CompareResult, figure: FigureBase) -> None:
     axes.set_ylabel(f"{result.metric.unit} (better is {better})")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.locator_params(axis="x", nbins=6)
-    _plain(axes)
+    plain(axes)
 
 
 def time_against_length(result: CompareResult, figure: FigureBase) -> None:
@@ -283,7 +297,7 @@ def _panel(
             left, left * (right / left) ** more if axes.get_xscale() == "log" else left + more * (right - left)
         )
         axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        _plain(axes)
+        plain(axes)
         return
     ranked = [record.name for record in result.ranked if record.name in ends]
     _small_multiples(figure, ranked, looks, told, draw, finish)
@@ -309,7 +323,7 @@ def _small_multiples(
         draw(axes, name, looks[name])
         axes.set_title(told[name], fontsize=8.5, color=looks[name]["color"])
         axes.tick_params(labelsize=7)
-        _plain(axes)
+        plain(axes)
     everything = [line.get_xydata() for axes in grid for line in axes.lines]
     for number, axes in enumerate(grid):
         axes.set_visible(number < len(names))
@@ -318,6 +332,7 @@ def _small_multiples(
     finish(grid[0])  # the others share its axes
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """A pale grid, and no frame where there is no axis."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, field, replace
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saccade.tables import fold, table
 from saccade.train.answers import answer
-from saccade.train.files import build, folder_name, read_arrays, write_bytes, write_text
+from saccade.train.files import build, folder_name, read_arrays, write_text
 from saccade.train.labels import labels
 from saccade.train.records import MechanismRecord, Metric, SeedRecord, count, plural
 from saccade.train.scaling import Fit, ScalingPoint
@@ -206,13 +205,11 @@ class CompareResult:
         Raises:
             ValueError: if matplotlib is not installed.
         """
-        from saccade.train.plotting import summary
+        from saccade.train.plotting import save_figure, summary
 
         figure = summary(self)
         if path is not None:
-            drawn = BytesIO()
-            figure.savefig(drawn, format=Path(path).suffix[1:] or "png", dpi=150)
-            write_bytes(Path(path), drawn.getvalue())
+            save_figure(figure, path)
         return figure
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,7 +238,7 @@ class CompareResult:
 
     def to_json(self, indent: int | None = 2) -> str:
         """`to_dict` as strict JSON (figures that are not finite become null)."""
-        return json.dumps(_finite(self.to_dict()), indent=indent, allow_nan=False, default=str)
+        return json.dumps(finite(self.to_dict()), indent=indent, allow_nan=False, default=str)
 
     def save(self, folder: str | Path) -> None:
         """Write `result.json` (the maps are written as they are measured)."""
@@ -292,13 +289,18 @@ def _record(fields: dict[str, Any], folder: Path) -> MechanismRecord:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain values, with None for each number that is not finite, which JSON does not know.
+
+    Args:
+        value: numbers, text, lists and dicts.
+    """
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

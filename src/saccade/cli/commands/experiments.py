@@ -122,7 +122,10 @@ def compare(
     ],
     task: Annotated[
         str,
-        typer.Option(help="text, digits, recall, listops, digits-cnn (gates), paired (fusion), restore (images)."),
+        typer.Option(
+            help="text, digits, recall, listops, digits-cnn (gates), paired (fusion), restore (images), compress "
+            "(caches of a language model)."
+        ),
     ] = "text",
     budget: Annotated[
         str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism, on the mean.")
@@ -134,16 +137,35 @@ def compare(
         list[Path] | None,
         typer.Option(help="Files in place of the task's own data: texts for text, tables of clicks for click."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="For --task compress: a language model, by name (smollm2) or folder; smollm2 by default."),
+    ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train the same small model with each mechanism and answer: which attention should I use here?
 
     Writes a run folder with config, metrics, checkpoints, and report.html, which opens offline.
+
+    `saccade compare softmax moba:block_size=32 lightning --task recall`
+
+    With --task compress nothing is trained: key-value caches that hold fewer tokens run in a pretrained language model,
+    at shares of 1, 1/2, 1/4 and 1/8 of the tokens: perplexity, retrieval, bytes, speed. What was measured is kept text
+    by text, and never measured again.
+
+    `saccade compare --task compress window heavy-hitters:recent=0.25 key-norm random --model smollm2 --out runs/caches`
     """
     import saccade
     from saccade.report.html import write_report
 
+    if task == "compress":
+        if seeds != 1 or len(data or ()) > 1:
+            raise ValueError("task compress takes one seed, and one text file as --data")
+        _compress(mechanisms, model or "smollm2", budget, out, data[0] if data else None, seed, open_report, as_json)
+        return
+    if model is not None:
+        raise ValueError(f"--model is for task compress, got task {task!r}")
     folder = out or Path("runs") / f"{task}-{'-'.join(name.split(':')[0] for name in mechanisms)}"
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}")
@@ -162,7 +184,37 @@ def compare(
         print(*result.answer(), sep="\n", flush=True)
     for line in result.unkept if as_json else ():  # the table says it itself
         print(f"saccade: not kept: {line}", file=sys.stderr)
-    report = afterwards("report", lambda: write_report(result, folder))
+    _shown(afterwards("report", lambda: write_report(result, folder)), open_report, as_json)
+
+
+def _compress(
+    caches: list[str],
+    model: str,
+    budget: str,
+    out: Path | None,
+    data: Path | None,
+    seed: int,
+    open_report: bool,
+    as_json: bool,
+) -> None:
+    """`compare --task compress`."""
+    from saccade.report.arena import write_arena
+    from saccade.train.arena import arena
+
+    folder = out or Path("runs") / f"compress-{'-'.join(name.split(':')[0] for name in caches)}"
+    result = arena(caches, model, budget, out=folder, data=data, seed=seed)
+    if as_json:
+        print(result.to_json(), flush=True)
+    else:
+        print(result.table())
+        print(*result.answer(), sep="\n", flush=True)
+    for line in result.unkept if as_json else ():  # the table says it itself
+        print(f"saccade: not kept: {line}", file=sys.stderr)
+    _shown(afterwards("report", lambda: write_arena(result, folder)), open_report, as_json)
+
+
+def _shown(report: Path | None, open_report: bool, as_json: bool) -> None:
+    """Where the report is, and the report where that is asked for."""
     if report is not None and not as_json:
         print(f"report: {report}")
     if report is not None and open_report:
