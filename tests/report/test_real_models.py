@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from saccade.integrations.advise import Advice, Trial
 from saccade.ops.measure import machine
 from saccade.report import claims, real_models
 from saccade.report.advice import read_advice, write_advice
+from saccade.train.arena import ArenaResult, Row
 from saccade.train.claims import Outcome
-from saccade.train.records import MechanismRecord, Metric, SeedRecord
-from saccade.train.result import CompareResult
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -45,8 +45,11 @@ def test_the_frontier_of_every_mechanism(tmp_path: Path) -> None:
 
 
 def test_the_arena_the_conversions_and_the_claims(tmp_path: Path) -> None:
-    record = MechanismRecord("a-vl", "a-vl", runs=[SeedRecord(0, 3.25)])
-    result = CompareResult({"task": "compress", "seeds": [0]}, machine(), Metric("loss", "nats", False), [record])
+    sizes: dict[str, Any] = {"length": 2048, "new": 64, "texts": 1, "each": 1, "depths": [0.5]}
+    asked = {"task": "compress", "budget": "standard", "model": {"name": "smollm2"}, "settings": sizes, "date": "today"}
+    figures = {"passkey": 1.0, "multi_key": 0.5, "later": 0.0, "decode_rate": 20.0, "first": 3.0}
+    rows = [Row("full", None, 2**21, 2**21, 3.0, **figures), Row("a-vl", 0.5, 2**20, 2**20, 3.25, **figures)]
+    result = ArenaResult(asked, machine(), rows)
     (tmp_path / "real-models" / "compress").mkdir(parents=True)
     result.save(tmp_path / "real-models" / "compress")
     states = {"before": 9.0, "dropped": 90.0, "started": 50.0, "imitated": 12.0, "after": 10.0}
@@ -65,7 +68,8 @@ def test_the_arena_the_conversions_and_the_claims(tmp_path: Path) -> None:
     lines = [claims.record(ran, "today", machine()), claims.record(ran, "today", machine()) | on]
     claims.write(tmp_path, {claims.line(each): each for each in lines})
     page = real_models.page(tmp_path)
-    assert "### compress" in page and "3.250" in page
+    assert "### compress" in page and "| a-vl | 0.5 | 1.00 | 3.250 | 100% | 50% | 0% | 20.0 | 3.000 |" in page
+    assert "- At 0.5 of the tokens a-vl costs least perplexity (+8.3%)" in page
     assert "| `slay` | 9.00 | 90.00 | 50.00 | 12.00 | 10.00 | 90% | 50 to 50 | 3.0 to 3.0 | 10.0 |" in page
     assert "### smollm2-135m, 2048 tokens" in page and "| `moba` | no | none is |" in page
     assert page.count("Not measured yet") == 1

@@ -145,7 +145,7 @@ def test_the_names() -> None:
     first, second = parse(["heavy-hitters:recent=0.25,least=0.2"])
     assert first == Contestant("full", "full") and not first.takes_share and second.takes_share
     assert second.options == {"recent": 0.25, "least": 0.2} and second.policy == "heavy-hitters"
-    assert parse({"a": "full"})[0].name == "a" and len(parse("full")) == 1
+    assert [each.name for each in parse({"a": "full"})] == ["full", "a"] and len(parse("full")) == 1
     assert "compression_ratio" not in Contestant("x", TakesHalf()).as_config()["policy"]
     for wrong, words in (
         ([], "at least one cache"),
@@ -153,6 +153,8 @@ def test_the_names() -> None:
         (["window:sink=3"], "window has the options"),
         (["window:sinks=many"], "window: sinks must be"),
         (["window", "window"], "comes twice"),
+        ({"full": "window"}, "comes twice"),
+        (["norm"], "did you mean 'key-norm'"),
         ({"a": 3}, "a policy by name, a Policy or a press, got int"),
     ):
         with pytest.raises(ValueError, match=words):

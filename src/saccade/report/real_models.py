@@ -12,7 +12,7 @@ from saccade.bench import records
 from saccade.integrations.advise import Advice, Trial
 from saccade.report import claims
 from saccade.report.advice import read_advice
-from saccade.train.result import CompareResult
+from saccade.train.arena import ArenaResult
 
 __all__ = ["PAGE", "page"]
 
@@ -130,9 +130,9 @@ def _arena(docs: Path) -> list[str]:
     """The tables of comparisons that were kept."""
     lines: list[str] = []
     for path in sorted((docs / FOLDER).glob("*/result.json")):
-        result = CompareResult.load(path.parent)
+        result = ArenaResult.load(path.parent)
         lines += ["", f"### {path.parent.name}", "", f"{_where(result.machine, result.config.get('date'))}.", ""]
-        lines += ["```", result.table(width=150), "```", "", *result.answer()]
+        lines += [result.markdown(), "", *(f"- {line}" for line in result.answer())]
     return lines[1:] or _absent("saccade compare --task compress CACHE ... --out docs/real-models/compress")
 
 

@@ -94,7 +94,7 @@ def parse(names: Sequence[str] | Mapping[str, Any] | str) -> list[Contestant]:
     if not pairs:
         raise ValueError("there must be at least one cache to compare, got none")
     found = [_parsed(name, what) for name, what in pairs]
-    if not any(each.policy == FULL for each in found):
+    if Contestant(FULL, FULL) not in found:
         found.insert(0, Contestant(FULL, FULL))
     for place, each in enumerate(found):
         if each.name in [earlier.name for earlier in found[:place]]:
@@ -113,9 +113,9 @@ def _parsed(name: str, what: Any) -> Contestant:
         near = catalogue.nearest(policy, policies)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"{policy!r} is no policy for a cache; there are {', '.join(policies)}{hint}")
-    known = get_type_hints(AVLOptions if policy == "a-vl" else POLICIES[policy])
     kind: Any = AVLOptions if policy == "a-vl" else POLICIES[policy]
-    types = {each.name: known[each.name] for each in fields(kind)} | ({} if policy == "a-vl" else _CACHE)
+    hints = get_type_hints(kind)
+    types = {each.name: hints[each.name] for each in fields(kind)} | ({} if policy == "a-vl" else _CACHE)
     options = {}
     for option, text in given.items():
         if option not in types:

@@ -61,15 +61,8 @@ class ArenaResult:
 
     @property
     def full(self) -> Row:
-        """The full cache's row.
-
-        Raises:
-            ValueError: if it could not run.
-        """
-        for row in self.rows:
-            if row.name == FULL:
-                return row
-        raise ValueError(f"the full cache could not run: {self.failed.get(FULL, 'it was not measured')}")
+        """The full cache's row."""
+        return next(row for row in self.rows if row.name == FULL)
 
     def headings(self) -> list[str]:
         """Of the table's columns."""
@@ -125,11 +118,11 @@ class ArenaResult:
     def notes(self) -> list[str]:
         """What a reader must know."""
         said = self.config["settings"]
-        prompts = said["each"] * len(said["depths"])
+        prompts, places = said["each"] * len(said["depths"]), ", ".join(f"{depth:g}" for depth in said["depths"])
         found = [
-            f"Perplexity is of {said['texts'] * said['new']} tokens of English, each after all before it; retrieval of "
-            f"{prompts} prompts a kind ({', '.join(f'{depth:g}' for depth in said['depths'])} of the text before the "
-            f"answer), by whether every token of the answer is the likeliest: what greedy decoding says. "
+            f"Perplexity is of {said['texts'] * said['new']} tokens of English, each after all before it. Retrieval is "
+            f"of {prompts} prompts a kind, whose answers stand at {places} of the text, "
+            f"by whether every token of the answer is the likeliest: what greedy decoding says. "
             f"'asked later' is multi-key with the question after the compression.",
             busy(max((row.waited for row in self.rows if row.waited is not None), default=None)),
         ]
@@ -141,7 +134,7 @@ class ArenaResult:
         for share in sorted({row.share for row in self.rows if row.share not in (None, 1.0)}, reverse=True):
             rows = [row for row in self.rows if row.share == share]
             best = min(rows, key=lambda row: row.perplexity)
-            rise = f"{best.perplexity / self.full.perplexity - 1:+.1%}" if FULL in self.names else "perplexity"
+            rise = f"{best.perplexity / self.full.perplexity - 1:+.1%}"
             told = []
             for kind, words in RETRIEVAL.items():
                 top = max(getattr(row, kind) for row in rows)

@@ -8,6 +8,8 @@ A comparison lives in a folder:
 
 What was measured is never measured again: a comparison that was interrupted goes on at the next text or prompt, and
 one that is finished takes further caches and shares.
+
+Shape letters: N tokens of a text.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ from saccade.integrations.advise import positions
 from saccade.integrations.decoding import can_decode
 from saccade.ops.measure import machine
 from saccade.train import fingerprints, models
-from saccade.train.arena.contestants import Contestant, parse
+from saccade.train.arena.contestants import FULL, Contestant, parse
 from saccade.train.arena.measuring import measure_prompt, measure_text
 from saccade.train.arena.result import ArenaResult
 from saccade.train.arena.rows import Row, row_of
@@ -80,7 +83,7 @@ def arena(
 
     Raises:
         ValueError: for unknown names, settings out of range, a folder that holds another comparison, a model with
-            fewer positions or no cache, or if no cache can run.
+            fewer positions or no cache, or if the full cache cannot run.
         OSError: if a file cannot be read, the folder not written, or another run is in it.
         ImportError: if transformers, or the package of a named model, is not installed.
     """
@@ -115,8 +118,9 @@ def arena(
         write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
         failed = job.run(contestants, folder)
         rows = job.rows(folder, [each.name for each in contestants])
-        if not rows:
-            raise ValueError(next(iter(failed.values())))
+        if not any(row.name == FULL for row in rows):
+            raise ValueError(failed[FULL])
+        config["date"] = date.today().isoformat()
         config["caches"] = [_definition(folder, name) for name in dict.fromkeys(row.name for row in rows)]
         result = ArenaResult(config, machine(place), rows, failed, folder if out is not None else None)
         try:
