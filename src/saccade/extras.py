@@ -25,6 +25,7 @@ EXTRAS = {
     "pywt": "wavelets",
     "kornia": "geometry",
     "triton": "triton",
+    "ray": "ray",
 }
 
 

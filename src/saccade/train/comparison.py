@@ -30,8 +30,9 @@ import torch
 from torch import Tensor, nn
 
 import saccade
+from saccade.extras import need
 from saccade.ops.measure import machine
-from saccade.train import fingerprints
+from saccade.train import fingerprints, on_ray
 from saccade.train.arguments import budget_of, place_of, seeds_of, task_of, with_baseline
 from saccade.train.comparison_folder import finished_in, joined, mechanism_folder, planned_steps
 from saccade.train.entries import NONE, Entry, parse
@@ -61,6 +62,7 @@ def compare(
     quality: Callable[[nn.Module], float] | None = None,
     metric: Metric | None = None,
     device: str | torch.device | None = None,
+    on: str | None = None,
     progress: bool | None = None,
     **settings: Any,
 ) -> CompareResult:
@@ -90,6 +92,9 @@ def compare(
         quality: for own data, model -> figure, higher is better unless `metric` says otherwise; the loss where None.
         metric: name, unit, direction and, where you know it, the chance level of that figure.
         device: "cpu", "cuda"; the accelerator where there is one, when None.
+        on: "ray" trains on the Ray cluster that runs here (on one of this machine alone where none does), an address
+            such as "ray://head:10001" on that one: one task a mechanism and seed, placed by Ray's scheduler. What is
+            kept, and what goes on after an interruption, is the same; what is measured after training is measured here.
         progress: False for none; bars on stderr otherwise, or a line every ten seconds where that is no terminal.
         **settings: any field of `saccade.train.tasks.Settings` (`dim`, `length`, `steps`, `lengths`, ...).
 
@@ -100,6 +105,10 @@ def compare(
         OSError: if data cannot be read, the folder not written, or another run is in it.
     """
     own = data is not None and not is_paths(data) and not isinstance(data, Tensor)
+    if on is not None:
+        if not on_ray.is_address(on):
+            raise ValueError(f"on must be 'ray' or the address of a Ray cluster such as 'ray://head:10001', got {on!r}")
+        need("ray", "a comparison on a cluster")
     entries = parse(mechanisms)
     seeds = seeds_of(seed)
     place = place_of(device)
@@ -144,7 +153,10 @@ def compare(
         groups = [entries] if sum(one.bytes for one in tried.values()) <= TOGETHER else [[entry] for entry in entries]
         folders = {kept["name"]: mechanism_folder(folder, kept) for kept in config["mechanisms"]}
         steps = job.settings.steps if seconds is None else planned_steps(job, groups, seeds[0], seconds, folder)
-        failed = _train(job, groups, seeds, steps, folders)
+        if on is None:
+            failed = _train(job, groups, seeds, steps, folders)
+        else:
+            failed = on_ray.train(job, entries, seeds, steps, folders, on)
         metric = job.metric if job.metric.chance is not None else replace(job.metric, chance=job.chance())
         unkept: list[str] = []
         trained = [entry for entry in entries if entry.name not in failed]

@@ -141,6 +141,10 @@ def compare(
         str | None,
         typer.Option(help="For --task compress: a language model, by name (smollm2) or folder; smollm2 by default."),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="Train on a Ray cluster: ray (the one that runs here, or a local one), or ray://HOST:PORT."),
+    ] = None,
     open_report: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -160,6 +164,8 @@ def compare(
     from saccade.report.html import write_report
 
     if task == "compress":
+        if on is not None:
+            raise ValueError("task compress trains nothing: it takes no --on")
         if seeds != 1 or len(data or ()) > 1:
             raise ValueError("task compress takes one seed, and one text file as --data")
         _compress(mechanisms, model or "smollm2", budget, out, data[0] if data else None, seed, open_report, as_json)
@@ -176,6 +182,7 @@ def compare(
         seed=list(range(seed, seed + seeds)),
         out=folder,
         data=data or None,
+        on=on,
     )
     if as_json:
         print(result.to_json(), flush=True)
