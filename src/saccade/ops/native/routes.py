@@ -92,7 +92,9 @@ def by_block(chosen_BHQj: Tensor, K: int, n: int) -> tuple[Tensor, Tensor, Tenso
     if groups < 2**31 - 1:
         group = group.to(torch.int32)
     ordered, places = group.sort(stable=True)
-    return ordered, places, torch.bincount(group, minlength=groups + 1)[:groups]
+    # not `bincount`, for which a device waits
+    starts = torch.searchsorted(ordered, torch.arange(groups + 1, dtype=ordered.dtype, device=ordered.device))
+    return ordered, places, starts.diff()
 
 
 def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:

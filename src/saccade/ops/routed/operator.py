@@ -1,4 +1,4 @@
-"""The operators `saccade::routed_attend` and its backward: in C where there is some, else tile by tile.
+"""The operators `saccade::routed_attend` and its backward: in C or Triton where there is some, else tile by tile.
 
 The parts of a query are merged by their LSEs. The backward pass gives every part the *merged* output and LSE, which
 makes the parts' own gradients exact.
@@ -22,6 +22,7 @@ from saccade.ops.native.routes import attend_routes, route_gradients
 from saccade.ops.routed.routes import ranges_of_queries, routes_of
 from saccade.ops.routed.tiles import attend_own, tiles_backward, tiles_forward
 from saccade.ops.scratch import Scratch, scratch
+from saccade.ops.triton.routed import attend_routes_in_triton, route_gradients_in_triton, runs_in_triton
 
 #: bytes of partial outputs that are merged at once
 _MERGED = 2**21
@@ -37,6 +38,8 @@ def attend_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sc
     if native.refusal(q.device, q.dtype) is None:
         out, lse = attend_routes(q.float(), k.float(), v.float(), chosen, size, scale, own)
         return out.to(q.dtype).contiguous(), lse
+    if runs_in_triton(q):
+        return attend_routes_in_triton(q, k, v, chosen, size, scale, own)
     rows, k_blocks, v_blocks = q.reshape(B * H * N, D), _blocks(k, size), _blocks(v, size)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     if own:
@@ -109,6 +112,8 @@ def _routed_backward(
             q.float(), k.float(), v.float(), chosen, size, scale, own, out.float(), lse, grad.float(), grad_lse
         )
         return tuple(x.to(dtype).contiguous() for x in grads)
+    if runs_in_triton(q):
+        return route_gradients_in_triton(q, k, v, chosen, size, scale, own, out, lse, grad, grad_lse)
     if grad_lse is not None:
         # d s = P (dP - rowsum(dO O) + dLSE): a column of 0 in v, 1 in out and -dLSE in d out brings dLSE in
         q, k, v = F.pad(q, (0, 1)), F.pad(k, (0, 1)), F.pad(v, (0, 1))

@@ -1,8 +1,8 @@
-"""The operators `saccade::selective_scan` and its backward, in C where there is some, else by segments in torch.
+"""The operators `saccade::selective_scan` and its backward: in C where there is some, in Triton on CUDA, else in torch.
 
-In torch all segments go forward together, a token of each at a time: first from nothing, which gives what a segment
-adds to the states; with the product of its decays, exp(A sum delta), that gives the states at all starts, one segment
-after the other; then once more from there. Backward is the same from the other end, with g_t the gradient of h_t:
+By segments, all together: first from nothing, which gives what a segment adds to the states; with the product of its
+decays, exp(A sum delta), that gives the states at all starts, one segment after the other; then once more from there.
+Backward is the same from the other end, with g_t the gradient of h_t:
 
     g_t = C_t dy_t + exp(delta_{t+1} A) g_{t+1}      dC_t = dy_t h_t      dB_t = g_t delta_t u_t
     du_t = delta_t (g_t . B_t)      d delta_t = u_t (g_t . B_t) + g_t . (A exp(delta_t A) h_{t-1})
@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops import native
+from saccade.ops import native, triton
 from saccade.ops.autocast import exact
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.native.scan import scan_backward_in_c, scan_in_c
+from saccade.ops.triton.selective_scan import scan_backward_in_triton, scan_in_triton
 
 #: tokens of a segment
 SEGMENT = 64
@@ -138,7 +139,8 @@ def _carried(added_BSGNC: Tensor, decay_BSGNC: Tensor) -> Tensor:
 def _forward(u: Tensor, delta: Tensor, a: Tensor, b: Tensor, c: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     if native.refusal(u.device, u.dtype) is None:
         return scan_in_c(u, delta, a, b, c, SEGMENT, keep)
-    y, states = forward(u, delta, a, b, c)
+    in_triton = triton.chosen(u.device, u.dtype)
+    y, states = scan_in_triton(u, delta, a, b, c, SEGMENT) if in_triton else forward(u, delta, a, b, c)
     return y, states if keep else states.new_empty(0)
 
 
@@ -147,6 +149,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if native.refusal(u.device, u.dtype) is None:
         return scan_backward_in_c(u, delta, a, b, c, states, grad, SEGMENT)
+    if triton.chosen(u.device, u.dtype):
+        return scan_backward_in_triton(u, delta, a, b, c, states, grad, SEGMENT)
     return backward(u, delta, a, b, c, states, grad)
 
 

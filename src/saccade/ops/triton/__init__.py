@@ -13,6 +13,6 @@ and `python -m saccade.ops.triton.compiling` compiles exactly that, with the typ
 
 from __future__ import annotations
 
-from saccade.ops.triton.launching import interpreted, launch, refusal
+from saccade.ops.triton.launching import chosen, interpreted, launch, refusal
 
-__all__ = ["interpreted", "launch", "refusal"]
+__all__ = ["chosen", "interpreted", "launch", "refusal"]

@@ -30,7 +30,7 @@ from saccade.ops.triton.launching import Launch, interpreted, noted
 __all__ = ["HOSTS", "TARGETS", "Resources", "Target", "compile_launch", "over_limits", "rehearsed"]
 
 #: modules with a `rehearse`
-HOSTS: tuple[str, ...] = ("saccade.ops.triton.linear",)
+HOSTS: tuple[str, ...] = tuple(f"saccade.ops.triton.{x}" for x in ("linear", "routed", "selective_scan", "wkv"))
 
 
 class Target(NamedTuple):

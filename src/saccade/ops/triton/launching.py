@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "Launch",
     "block",
+    "chosen",
     "contiguous_rows",
     "interpreted",
     "launch",
@@ -70,6 +71,15 @@ def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
 
 # what torch.compiler.assume_constant_result does, without its import of the whole compiler
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def chosen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether operators that have a kernel call it: on a device that takes it; interpreted ones are for tests alone.
+
+    Args:
+        device, dtype: of the tensors.
+    """
+    return device.type == "cuda" and refusal(device, dtype) is None
 
 
 @cache

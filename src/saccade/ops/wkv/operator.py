@@ -1,4 +1,4 @@
-"""The operators `saccade::wkv` and its backward, in C where there is some, else by the scans in torch.
+"""The operators `saccade::wkv` and its backward: in C where there is some, the scans in Triton on CUDA, else in torch.
 
 With p_ti the weight of token i at t (sum_i p_ti = 1) and g the gradient of y:
 
@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops import native
+from saccade.ops import native, triton
 from saccade.ops.autocast import exact
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.native.wkv import wkv_backward_in_c, wkv_in_c
+from saccade.ops.triton.wkv import around_in_triton
 from saccade.ops.wkv.scan import EMPTY, around, join
 
 #: numbers of a row that are worked on together
@@ -69,6 +70,8 @@ def backward(
 
 def _around(rows: Tensor, w: Tensor, chunk: int, shift: int, moments: bool, backwards: bool = False) -> Tensor:
     """`around`, with T filled up to whole chunks; backwards, "before" means later."""
+    if triton.chosen(rows.device, rows.dtype):
+        return around_in_triton(rows, w, chunk, shift, moments, backwards)
     T = rows.shape[2]
     filled = F.pad(rows, (0, 0, 0, -T % chunk))
     filled[0, :, T:] = EMPTY
@@ -81,6 +84,9 @@ def _around(rows: Tensor, w: Tensor, chunk: int, shift: int, moments: bool, back
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Batch rows and channels that are worked on together: what stays near the processor, and bounds the memory."""
     B, T, C = x.shape
+    if triton.chosen(x.device, x.dtype):  # by all of the device at once
+        yield slice(B), slice(C)
+        return
     wide = max(1, min(C, _PIECE // max(1, T)))
     deep = max(1, _PIECE // max(1, T * wide))
     for b in range(0, B, deep):
