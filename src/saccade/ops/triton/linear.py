@@ -14,13 +14,13 @@ from torch import Tensor
 
 from saccade.ops.triton.launching import block, contiguous_rows, launch, products, work_type
 
-__all__ = ["CHUNK", "MOST_CHANNELS", "attend", "extra_bytes", "gradients", "rehearse"]
+__all__ = ["MOST_CHANNELS", "attend", "chunk_of", "extra_bytes", "gradients", "rehearse"]
 
-#: tokens of a chunk, and of half a chunk where each channel decays by itself
-CHUNK, HALF = 64, 16
+#: tokens of a chunk and columns of a tile, at most; of float32, which takes twice the registers, half as many
+CHUNK, COLUMNS = 64, 64
 
-#: columns of a tile, at most
-COLUMNS = 64
+#: tokens of half a chunk where each channel decays by itself
+HALF = 16
 
 #: features that may each have their own decay: a tile holds them all
 MOST_CHANNELS = 256
@@ -47,7 +47,7 @@ def attend(
         state_BHDE: before the first token, float32.
         form: what the decays vary by: "none", "head", "token" or "channel".
         factors_BHND: float32, the last axis 1 by token; None by head and where nothing decays.
-        powers: by head, the products in a chunk of `CHUNK` tokens, float32: from its start to each token, inclusive,
+        powers: by head, the products in a chunk of `chunk_of` tokens, float32: from its start to each token, inclusive,
             (H, C); from each, exclusive, to its end, (H, C); between two of them, (H, C, C), 0 above the diagonal.
         scale: of the scores.
         dtype: of the output.
@@ -88,6 +88,18 @@ def gradients(
     return of_q, call.by_key_head(of_k, k_BKND), call.by_key_head(of_v, v_BKNE), of_state, logs
 
 
+def chunk_of(form: str, dtype: torch.dtype) -> int:
+    """Tokens of a chunk.
+
+    Args:
+        form: as in `attend`.
+        dtype: of the inputs.
+    """
+    if form == "channel":
+        return 2 * HALF
+    return CHUNK // 2 if dtype == torch.float32 else CHUNK
+
+
 def extra_bytes(B: int, H: int, N: int, D: int, E: int, dtype: torch.dtype, form: str) -> int:
     """Memory of the forward pass beyond inputs and outputs.
 
@@ -96,7 +108,7 @@ def extra_bytes(B: int, H: int, N: int, D: int, E: int, dtype: torch.dtype, form
         dtype: of the inputs.
         form: as in `attend`.
     """
-    C = 2 * HALF if form == "channel" else CHUNK
+    C = chunk_of(form, dtype)
     decays = {"none": 0, "head": 0, "token": 4 * C * (C + 2), "channel": 4 * C * 2 * D}[form]
     return B * H * ceil(N / C) * (work_type(dtype).itemsize * (C * C + D * E) + decays)
 
@@ -114,14 +126,19 @@ class _Call:
         powers: tuple[Tensor, Tensor, Tensor] | None,
         scale: float,
     ) -> None:
+        from saccade.ops.triton import linear_gradients, linear_kernels
+
+        self.kernels, self.gradients = linear_kernels, linear_gradients
         (self.B, self.H, self.N, self.D), self.E = q.shape, v.shape[3]
         self.form, self.scale, self.group = form, float(scale), self.H // k.shape[1]
-        self.C = 2 * HALF if form == "channel" else CHUNK
+        self.C = chunk_of(form, q.dtype)
         self.T, self.R = ceil(self.N / self.C), self.B * self.H
         self.programs = self.R * self.T
         self.q, self.k, self.v = (contiguous_rows(x) for x in (q, k, v))
         self.work, self.kinds = work_type(q.dtype), products(q.device, q.dtype)
-        self.BD, self.BE = block(self.D, COLUMNS), block(self.E, COLUMNS)
+        exact = q.dtype == torch.float32
+        self.warps, columns = (8, COLUMNS // 2) if exact else (4, COLUMNS)
+        self.BD, self.BE = block(self.D, columns), block(self.E, columns)
         self.none = self.new(1)
         # what a form does not have is never read
         self.factors = self.none if factors is None else contiguous_rows(factors)
@@ -144,81 +161,73 @@ class _Call:
         return (x.sum(2) if self.group > 1 else x[:, :, 0]).to(like.dtype)
 
     def _products_by_token(self) -> None:
-        from saccade.ops.triton import linear_kernels as kernels
-
         self.fore, self.aft, self.between = (self.new(self.R, self.T, self.C, *x) for x in ((), (), (self.C,)))
         launch(
-            kernels.products_by_token, (self.programs,), self.factors, self.fore, self.aft, self.between,
+            self.kernels.products_by_token, (self.programs,), self.factors, self.fore, self.aft, self.between,
             self.N, self.T, self.H, *self.factors.stride()[:3], C=self.C, warps=2,
         )  # fmt: skip
 
     def _products_by_channel(self) -> None:
-        from saccade.ops.triton import linear_kernels as kernels
-
         self.fore, self.aft = (self.new(self.R, self.T, self.C, self.D) for _ in range(2))
         launch(
-            kernels.products_by_channel, (2 * self.programs, ceil(self.D / self.BD)), self.factors, self.fore, self.aft,
+            self.kernels.products_by_channel, (2 * self.programs, ceil(self.D / self.BD)),
+            self.factors, self.fore, self.aft,
             self.N, self.D, self.T, self.H, *self.factors.stride()[:3], HALF=HALF, BD=self.BD, warps=1,
         )  # fmt: skip
 
     def scores(self) -> Tensor:
         """(R, T, C, C)."""
-        from saccade.ops.triton import linear_kernels as kernels
-
         out = self.new(self.R, self.T, self.C, self.C, dtype=self.work)
         strides = *self.q.stride()[:3], *self.k.stride()[:3]
         if self.form == "channel":
             launch(
-                kernels.scores_by_channel, (self.programs,), self.q, self.k, self.factors, self.fore, self.aft, out,
+                self.kernels.scores_by_channel, (self.programs,),
+                self.q, self.k, self.factors, self.fore, self.aft, out,
                 *self.sizes, *strides, *self.factors.stride()[:3], HALF=HALF, BD=block(self.D, MOST_CHANNELS),
-                **self.kinds,
+                BC=self.BD, warps=self.warps, **self.kinds,
             )  # fmt: skip
         else:
             launch(
-                kernels.scores, (self.programs,), self.q, self.k, self.between, out, *self.sizes, *strides,
-                FORM=self.form, C=self.C, BD=self.BD, **self.kinds,
+                self.kernels.scores, (self.programs,), self.q, self.k, self.between, out, *self.sizes, *strides,
+                FORM=self.form, C=self.C, BD=self.BD, warps=self.warps, **self.kinds,
             )  # fmt: skip
         return out
 
     def states(self, start: Tensor, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Before each chunk (R, T, D, E) and after the last; with `grad`, gradients after each and before the first."""
-        from saccade.ops.triton import linear_kernels as kernels
-
         reverse = grad is not None
         x, y = (self.k, self.v) if grad is None else (self.q, grad)
         out, end = self.new(self.R, self.T, self.D, self.E, dtype=self.work), torch.empty_like(start)
         launch(
-            kernels.states, (self.R, ceil(self.D / self.BD), ceil(self.E / self.BE)),
+            self.kernels.states, (self.R, ceil(self.D / self.BD), ceil(self.E / self.BE)),
             x, y, self.fore, self.aft, start, out, end, self.N, self.D, self.E, self.T, self.H,
             1 if reverse else self.group, *x.stride()[:3], *y.stride()[:3], self.scale if reverse else 1.0,
-            FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, REVERSE=reverse, **self.kinds,
+            FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, REVERSE=reverse, warps=self.warps,
+            **self.kinds,
         )  # fmt: skip
         return out, end
 
     def outputs(self, scored: Tensor, before: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, H, N, E)."""
-        from saccade.ops.triton import linear_kernels as kernels
-
         out = self.new(self.B, self.H, self.N, self.E, dtype=dtype)
         launch(
-            kernels.outputs, (self.programs, ceil(self.E / self.BE)), self.q, self.v, self.fore, scored, before, out,
+            self.kernels.outputs, (self.programs, ceil(self.E / self.BE)),
+            self.q, self.v, self.fore, scored, before, out,
             self.N, self.D, self.E, self.T, self.H, self.group, *self.q.stride()[:3], *self.v.stride()[:3], self.scale,
-            FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, **self.kinds,
+            FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, warps=self.warps, **self.kinds,
         )  # fmt: skip
         return out
 
     def grad_scores(self, grad: Tensor, scored: Tensor, of_decay: bool) -> tuple[Tensor, Tensor | None]:
         """Of the scores (R, T, C, C), and what they give for the decays by head and token (R, T, C)."""
-        from saccade.ops.triton import linear_gradients as kernels
-
         vectors = of_decay and self.form != "channel"
         logs = self.new(self.R, self.T, self.C) if vectors else None
         out = torch.empty_like(scored)
         launch(
-            kernels.grad_scores, (self.programs,), self.v, grad, self.between, scored, out,
+            self.gradients.grad_scores, (self.programs,), self.v, grad, self.between, scored, out,
             self.none if logs is None else logs, self.N, self.E, self.T, self.H, self.group,
             *self.v.stride()[:3], *grad.stride()[:3], self.scale,
-            FORM=self.form, C=self.C, BE=self.BE, OF_DECAY=vectors, **self.kinds,
+            FORM=self.form, C=self.C, BE=self.BE, OF_DECAY=vectors, warps=self.warps, **self.kinds,
         )  # fmt: skip
         if of_decay and logs is None:
             logs = self.new(self.B, self.H, self.N, self.D)
@@ -226,13 +235,12 @@ class _Call:
 
     def grad_values(self, grad: Tensor, scored: Tensor, after: Tensor) -> Tensor:
         """(R, N, E)."""
-        from saccade.ops.triton import linear_gradients as kernels
-
         out = self.new(self.R, self.N, self.E, dtype=self.q.dtype if self.group == 1 else torch.float32)
         launch(
-            kernels.grad_values, (self.programs, ceil(self.E / self.BE)), self.k, grad, self.fore, self.aft, scored,
+            self.gradients.grad_values, (self.programs, ceil(self.E / self.BE)),
+            self.k, grad, self.fore, self.aft, scored,
             after, out, self.N, self.D, self.E, self.T, self.H, self.group, *self.k.stride()[:3], *grad.stride()[:3],
-            self.scale, FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, **self.kinds,
+            self.scale, FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, warps=self.warps, **self.kinds,
         )  # fmt: skip
         return out
 
@@ -240,8 +248,6 @@ class _Call:
         self, grad: Tensor, of_scores: Tensor, before: Tensor, after: Tensor, logs: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(B, H, N, D), (R, N, D), and of the logarithms of the decays (B, H, N, 1 or D)."""
-        from saccade.ops.triton import linear_gradients as kernels
-
         channel, of_decay, tiles = self.form == "channel", logs is not None, ceil(self.D / self.BD)
         wide = torch.float32 if channel else self.q.dtype
         of_q = self.new(self.B, self.H, self.N, self.D, dtype=wide)
@@ -252,14 +258,15 @@ class _Call:
             logs = self.none
         if channel:
             launch(
-                kernels.grad_scores_by_channel, (self.programs,), self.q, self.k, self.factors, self.fore, self.aft,
+                self.gradients.grad_scores_by_channel, (self.programs,),
+                self.q, self.k, self.factors, self.fore, self.aft,
                 of_scores, of_q, of_k, logs, *self.sizes, *strides, *self.factors.stride()[:3],
                 HALF=HALF, BD=block(self.D, MOST_CHANNELS), OF_DECAY=of_decay, warps=8, **self.kinds,
             )  # fmt: skip
         elif of_decay:
             logs = self.new(tiles, self.R, self.T, self.C)
         launch(
-            kernels.grad_queries_keys, (self.programs, tiles), self.q, self.k, self.v, grad, self.fore, self.aft,
+            self.gradients.grad_queries_keys, (self.programs, tiles), self.q, self.k, self.v, grad, self.fore, self.aft,
             of_scores, before, after, of_q, of_k, logs, self.N, self.D, self.E, self.T, self.H, self.group,
             *strides, *self.v.stride()[:3], *grad.stride()[:3], self.scale,
             FORM=self.form, C=self.C, BD=self.BD, BE=self.BE, OF_DECAY=of_decay, warps=8, **self.kinds,
@@ -278,12 +285,13 @@ def rehearse(every: bool) -> None:
         every: by all types and forms, else by a choice.
     """
     B, H, K, N, D = 2, 16, 4, 4096, 128
-    forms = product(_TYPES, _FORMS) if every else ((torch.bfloat16, "token"), (torch.bfloat16, "channel"))
+    forms = product(_TYPES, _FORMS) if every else ((torch.float32, "token"), (torch.bfloat16, "channel"))
     for dtype, form in forms:
         q, k, v = (torch.empty(B, heads, N, D, dtype=dtype, device="meta") for heads in (H, K, K))
         state = torch.empty(B, H, D, D, device="meta")
         factors = torch.empty(B, H, N, 1 if form == "token" else D, device="meta")
-        row, square = (torch.empty(H, CHUNK, *x, device="meta") for x in ((), (CHUNK,)))
+        C = chunk_of(form, dtype)
+        row, square = (torch.empty(H, C, *x, device="meta") for x in ((), (C,)))
         powers = (row, row, square) if form == "head" else None
         given = q, k, v, state, form, factors if form in ("token", "channel") else None, powers, 1.0
         attend(*given, dtype)

@@ -162,9 +162,9 @@ def scores(
 @triton.jit
 def scores_by_channel(
     q, k, factors, fore, aft, out, N, D, T, H, G, q_b, q_h, q_n, k_b, k_h, k_n, f_b, f_h, f_n,
-    HALF: tl.constexpr, BD: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`scores` with a factor for each channel; BD >= D."""
+    """`scores` with a factor for each channel; BD >= D, and what goes by way of the middle in tiles of BC."""
     chunk, row = (tl.program_id(0) % T).to(tl.int64), (tl.program_id(0) // T).to(tl.int64)
     i, columns = tl.arange(0, HALF), tl.arange(0, BD)
     C: tl.constexpr = 2 * HALF
@@ -189,9 +189,12 @@ def scores_by_channel(
             found = tl.where((first + i == j)[None, :], column[:, None], found)
         square = (first + i)[:, None] * C + (first + i)[None, :]
         tl.store(out + square, found.to(out.dtype.element_ty))
-    later = _load(q, HALF + i, columns, q_n, size, D) * _load(fore + local, HALF + i, columns, D, C, D)
-    earlier = _load(k, i, columns, k_n, size, D) * _load(aft + local, i, columns, D, C, D)
-    found = _dot(later, tl.trans(earlier), WORK, PRECISION)
+    found = tl.zeros((HALF, HALF), tl.float32)
+    for d in range(0, D, BC):
+        tile = d + tl.arange(0, BC)
+        from_middle = _load(q, HALF + i, tile, q_n, size, D) * _load(fore + local, HALF + i, tile, D, C, D)
+        to_middle = _load(k, i, tile, k_n, size, D) * _load(aft + local, i, tile, D, C, D)
+        found += _dot(from_middle, tl.trans(to_middle), WORK, PRECISION)
     tl.store(out + (HALF + i)[:, None] * C + i[None, :], found.to(out.dtype.element_ty))
     tl.store(out + i[:, None] * C + (HALF + i)[None, :], tl.zeros((HALF, HALF), out.dtype.element_ty))
 

@@ -45,21 +45,22 @@ def run(
     return (divide(out)[0].to(q.dtype) if problem.normalize else out), after
 
 
-def _tables(factors: Tensor | None) -> tuple[str, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
-    """Form, factors and powers as `ops.triton.linear` takes them."""
+def _tables(factors: Tensor | None, q: Tensor) -> tuple[str, Tensor | None, tuple[Tensor, Tensor, Tensor] | None]:
+    """Form, factors and powers, as `ops.triton.linear` takes them."""
     form = form_of(factors)
-    if factors is None or form == "none":
+    if factors is None:
         return form, None, None
     if form == "head":
-        between, from_start, to_end = powers(factors[0], triton_linear.CHUNK, torch.float32)
+        between, from_start, to_end = powers(factors[0], triton_linear.chunk_of(form, q.dtype), torch.float32)
         return form, None, (from_start.squeeze(-1).contiguous(), to_end.squeeze(-1).contiguous(), between.contiguous())
-    return form, factors, None
+    # a factor for each channel is one for each token and channel to the kernels
+    return form, factors.expand(q.shape[0], q.shape[1], q.shape[2], -1), None
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: Tensor | None, scale: float, wide: bool
 ) -> tuple[Tensor, Tensor]:
-    form, by_token, tables = _tables(_spread(factors, q))
+    form, by_token, tables = _tables(factors, q)
     return triton_linear.attend(q, k, v, state, form, by_token, tables, scale, state.dtype if wide else q.dtype)
 
 
@@ -74,7 +75,7 @@ def _backward(
     scale: float,
     of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    form, by_token, tables = _tables(_spread(factors, q))
+    form, by_token, tables = _tables(factors, q)
     *grads, logs = triton_linear.gradients(
         q, k, v, state, form, by_token, tables, scale, grad_out, grad_after, of_decay
     )
@@ -85,13 +86,6 @@ def _backward(
     if not varies(factors):
         value = value.sum((0, 2), keepdim=True)
     return *grads, value.to(factors.dtype)  # type: ignore[return-value]
-
-
-def _spread(factors: Tensor | None, q: Tensor) -> Tensor | None:
-    """A factor for each channel is one for each token and channel to the kernels; rows are those of the queries."""
-    if factors is None or form_of(factors) == "head":
-        return factors
-    return factors.expand(q.shape[0], q.shape[1], q.shape[2], -1)
 
 
 def _forward_shapes(
