@@ -31,6 +31,7 @@ _LAZY: dict[str, tuple[str, str | None]] = {
     "explain": ("saccade.explain", None),
     "insert": ("saccade.integrations.insert", "insert"),
     "compare": ("saccade.train", "compare"),
+    "parallel": ("saccade.parallel", None),
     "convert": ("saccade.train.conversion", "convert"),
     "load_converted": ("saccade.integrations.converted", "load_converted"),
 }
@@ -56,6 +57,7 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from saccade import catalogue as catalogue
     from saccade import explain as explain
+    from saccade import parallel as parallel
     from saccade.catalogue import create as create
     from saccade.catalogue import load_authors as load_authors
     from saccade.integrations.advise import advise as advise

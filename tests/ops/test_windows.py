@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from saccade.ops import masks, windows
-from saccade.ops.attend import _problem, attend
+from saccade.ops.attend import attend, problem_of
 from saccade.ops.masks import Mask
 from saccade.ops.merge import merge
 from saccade.ops.partitions import window_attend
@@ -35,7 +35,7 @@ def ask(q: Tensor, k: Tensor, v: Tensor, mask: Mask, return_lse: bool = True, **
     }
     given |= options
     # the mask as it is: `attend` would simplify it, and leave out keys that nobody sees
-    return replace(_problem(q, k, v, None, return_lse=return_lse, **given), mask=mask)
+    return replace(problem_of(q, k, v, None, return_lse=return_lse, **given), mask=mask)
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options) -> tuple[Tensor, Tensor]:

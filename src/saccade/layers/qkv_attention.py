@@ -25,6 +25,7 @@ from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import EVERYTHING, GivenMask, Pattern, Said
 from saccade.ops.rope import rotate
+from saccade.ops.sharding import in_force, places, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +52,14 @@ class QKVAttention(nn.Module):
     takes: tuple[Said, ...] = EVERYTHING
     #: the same where there is a cache
     takes_decoding: tuple[Said, ...] = EVERYTHING
+    #: whether tokens may be one rank's part of a sequence (`saccade.parallel`); a class that has an `attend` of its own
+    #: says so itself
+    takes_parts: bool = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "attend" in vars(cls) and "takes_parts" not in vars(cls):
+            cls.takes_parts = False
 
     def __init__(
         self,
@@ -170,6 +179,11 @@ class QKVAttention(nn.Module):
             raise ValueError(f"x and context must have one batch size, got {x_BNC.shape[0]} and {context_BMC.shape[0]}")
         if cache is not None and not self.causal:
             raise ValueError("only a causal layer decodes with a cache")
+        if in_force() is not None:
+            if not self.takes_parts:
+                raise ValueError(f"{type(self).__name__} does not take a sequence in parts (saccade.parallel)")
+            if cache is not None:
+                raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
 
     def pattern(self, mask: GivenMask, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> Pattern:
         """A mask, and the layer's causality, as what is hidden from whom.
@@ -177,8 +191,8 @@ class QKVAttention(nn.Module):
         Raises:
             ValueError: if the mask does not fit, or says what this mechanism cannot take.
         """
-        batch, n, start = *x_BNC.shape[:2], 0 if cache is None else cache.length
-        m, crosses = (start + n, False) if context_BMC is None else (context_BMC.shape[1], True)
+        batch, n, start = x_BNC.shape[0], whole(x_BNC.shape[1]), 0 if cache is None else cache.length
+        m, crosses = (start + n, False) if context_BMC is None else (whole(context_BMC.shape[1]), True)
         pattern = Pattern.of(mask, batch, n, m, heads=self.num_heads, causal=self.causal, offset=start, crosses=crosses)
         if mask is not None:
             name = type(self).__name__
@@ -191,6 +205,8 @@ class QKVAttention(nn.Module):
         """Rotary positions (N,) of the tokens; None in a layer without, and where there is a context."""
         if not self.rope or context_BMC is not None:
             return None
+        if in_force() is not None:
+            return places(x_BNC.shape[1], x_BNC.device)
         return torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
 
     def split_heads(self, x_BNC: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,8 @@ class SoftmaxAttention(QKVAttention):
         ValueError: if `attn_drop` is not at least 0 and below 1, or as there.
     """
 
+    takes_parts = True
+
     def __init__(
         self, dim: int, num_heads: int = 8, causal: bool = False, *, attn_drop: float = 0.0, **arguments: Any
     ) -> None:

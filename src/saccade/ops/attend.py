@@ -28,6 +28,7 @@ from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction, nothing
 from saccade.ops.score_mods import Modification, ScoreMod
+from saccade.ops.sharding import in_force
 
 __all__ = ["attend", "plan"]
 
@@ -88,7 +89,8 @@ def attend(
     A query that may attend to nothing gives zeros, and -inf as its LSE. Memory is linear in N + M on every path but
     `reference`. NaN reaches the rows that attend to it, on every path and device, compiled or not; on the CPU (not
     compiled) it reaches no others, so that what lies under padding never matters. Elsewhere a kernel may hand what a
-    mask hides to rows that it computes in the same tile.
+    mask hides to rows that it computes in the same tile. Under `saccade.parallel` tensors are this rank's part of a
+    sequence, and the mask is of the whole.
 
     Args:
         q_BHND: queries.
@@ -118,11 +120,29 @@ def attend(
     >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
     torch.Size([1, 2, 8, 4])
     """
+    if (sharding := in_force()) is not None:
+        return sharding.call(
+            attend,
+            q_BHND,
+            k_BKMD,
+            v_BKME,
+            mask=mask,
+            score=score,
+            score_mod=score_mod,
+            normalize=normalize,
+            scale=scale,
+            dropout=dropout,
+            return_lse=return_lse,
+            backend=backend,
+            memory_mb=memory_mb,
+        )
     if score is None and score_mod is None and not (dropout or return_lse) and backend is None and memory_mb > 0:
         if normalize == "softmax" and (out := at_once(q_BHND, k_BKMD, v_BKME, mask, scale)) is not None:
             return out
     q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
-    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    problem = problem_of(
+        q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb
+    )
     with at_home(q_BHND):
         return _run(problem, backend, q_BHND, k_BKMD, v_BKME)
 
@@ -172,23 +192,33 @@ def plan(
     Raises:
         ValueError: where `attend` would.
     """
-    problem = _problem(q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb)
+    problem = problem_of(
+        q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb
+    )
     return make_plan(problem, backend)
 
 
-def _problem(
+def problem_of(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | Mask | None,
-    score: ScoreFunction | None,
-    score_mod: ScoreMod | None,
-    normalize: Any,
-    scale: float | None,
-    dropout: float,
-    return_lse: bool,
-    memory_mb: float,
+    mask: Tensor | Mask | None = None,
+    score: ScoreFunction | None = None,
+    score_mod: ScoreMod | None = None,
+    normalize: Any = "softmax",
+    scale: float | None = None,
+    dropout: float = 0.0,
+    return_lse: bool = False,
+    memory_mb: float = 64.0,
 ) -> Problem:
+    """A call of `attend`, checked, without the tensors' contents.
+
+    Args:
+        q, k, v, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb: as in `attend`.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
     # this stands before every call, however small: names and shapes are read once, and complaints are made elsewhere
     refuse_strangers(q, k, v)
     B, H, N, D = q.shape
@@ -214,7 +244,7 @@ def _problem(
         raise ValueError(f"return_lse needs normalize='softmax', got {normalize!r}")
     first, end = 0, M
     if mask is not None:
-        mask = _as_mask(mask, B, H, N, M, q.device).simplified(N, M)
+        mask = as_mask(mask, B, H, N, M, q.device).simplified(N, M)
         if mask is not None and score_mod is None:  # which counts keys from the first
             first, end = mask.seen_keys(N, M)
             if 0 < end - first < M:
@@ -258,7 +288,17 @@ def _checked(score_mod: ScoreMod | None, B: int, H: int, N: int, M: int, device:
     return tensors
 
 
-def _as_mask(mask: Tensor | Mask, B: int, H: int, N: int, M: int, device: torch.device) -> Mask:
+def as_mask(mask: Tensor | Mask, B: int, H: int, N: int, M: int, device: torch.device) -> Mask:
+    """What `attend` was given as its mask, as an object that is known to fit.
+
+    Args:
+        mask: as in `attend`.
+        B, H, N, M: what it has to fit.
+        device: on which it has to be; any, where that is "meta".
+
+    Raises:
+        ValueError: if it does not fit.
+    """
     if isinstance(mask, Tensor):
         mask = masks.packed(mask) if mask.ndim == 1 else masks.dense(mask)
     if not isinstance(mask, Mask):

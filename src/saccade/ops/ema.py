@@ -23,12 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.sharding import in_parts
+
 __all__ = ["ema", "ema_kernel", "ema_reference", "ema_step", "fft_convolve"]
 
 #: tokens of a chunk, and steps of a chunk of the recurrence between chunks
 _CHUNK, _STEPS = 64, 32
 
 
+@in_parts
 def ema(
     x_BNC: Tensor,
     decay_CE: Tensor,

@@ -18,8 +18,10 @@ from saccade.ops.expansion.operator import cut_tokens
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.memory import large_empty
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def expanded_attend(
     q_BHND: Tensor,
     k_BHMD: Tensor,

@@ -34,8 +34,10 @@ from saccade.ops.linear.inputs import (
 from saccade.ops.linear.pieces import divide
 from saccade.ops.linear.planning import LinearPlan, LinearProblem, form_of
 from saccade.ops.memory import HUGE_FROM, large_empty
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def linear_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,

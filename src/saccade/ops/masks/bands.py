@@ -11,6 +11,7 @@ from torch import Tensor
 
 from saccade.ops.masks.block_states import as_states, edges, integer, known_true, row_of, size_pair
 from saccade.ops.masks.mask import Mask, Not
+from saccade.ops.masks.runs import Runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,15 @@ class Band(Mask):
     def from_key(self, first: int) -> Mask:
         low, high = (None if bound is None else bound - first for bound in (self.low, self.high))
         return Band(low, high, self.name)
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        low, high = (None if x is None else x + queries.start - keys.start for x in (self.low, self.high))
+        return Band(low, high, self.name)
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        first = 0 if self.low is None else max(0, queries.start + self.low)
+        end = m if self.high is None else min(m, queries.stop + self.high)
+        return [range(first, end)] if queries and first < end and not self.nothing else []
 
     @property
     def nothing(self) -> bool:
@@ -216,6 +226,15 @@ class Prefix(Mask):
 
     def from_key(self, first: int) -> Mask:
         return self
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        if isinstance(self.length, Tensor):
+            return Prefix((self.length - keys.start).clamp(min=0))
+        return Prefix(max(0, self.length - keys.start))
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        length = int(self.length.max()) if isinstance(self.length, Tensor) else self.length
+        return [range(min(m, length))] if queries and length else []
 
     def __repr__(self) -> str:
         return f"prefix({self.length if isinstance(self.length, int) else self.length.tolist()})"

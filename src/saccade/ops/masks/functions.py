@@ -68,6 +68,12 @@ class Function(Mask):
             self._maps[key] = torch.cat(bands or [empty], -2)
         return self._maps[key].to(device)
 
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        def moved(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return self.mask_mod(b, h, q + queries.start, k + keys.start)
+
+        return Function(moved, self.rows, self.planes)
+
     def __repr__(self) -> str:
         return f"function({getattr(self.mask_mod, '__name__', 'mask_mod')})"
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saccade.ops.masks.block_states import as_states, edges, integer, size_pair
 from saccade.ops.masks.mask import Mask
+from saccade.ops.masks.runs import Runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +103,16 @@ class Neighborhood(Mask):
                 inside = inside & (inner >= own_first[:, None]) & (inner <= own_last[:, None])
             every = every & inside
         return as_states(some, every & some)[None, None]
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        """By the slowest axis: what lies before the first row seen, or after the last, is seen by nobody."""
+        if not queries:
+            return []
+        row = prod(self.size[1:])
+        position = torch.arange(queries.start // row, (queries.stop - 1) // row + 1)
+        group, first, last = self.axis_window(0, position)
+        first, last = first * self.dilation[0] + group, last * self.dilation[0] + group
+        return [range(int(first.min()) * row, (int(last.max()) + 1) * row)]
 
     def _coordinate_ranges(self, n: int, block: int, device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
         """Smallest and largest coordinate on each axis within each block of consecutive tokens."""

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from saccade.extras import need
-from saccade.ops.masks.block_states import EMPTY, FULL, edges, size_pair
+from saccade.ops.masks.block_states import EMPTY, FULL, as_states, edges, size_pair
+from saccade.ops.masks.runs import Runs, joined, runs_of, shared
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,6 +68,17 @@ class Mask:
     def from_key(self, first: int) -> Mask:
         """The same mask where the first keys are left out, for masks that have `seen_keys`."""
         raise NotImplementedError
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        """The same mask for some of `n` queries and some of `m` keys alone, which it counts from 0."""
+        return Part(self, queries, keys, n, m)
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        """The runs of keys that some of `queries` may see. Too many may be said, never too few."""
+        size = max(1, min(64, ceil(m / 64)))
+        states = self.part(queries, range(m), n, m).block_map(len(queries), m, size)
+        seen = (states != EMPTY).flatten(0, 2).any(0)
+        return shared([range(run.start * size, run.stop * size) for run in runs_of(seen)], [range(m)])
 
     def key_limits(self) -> tuple[Tensor, Tensor] | None:
         """First and last query that sees each key, (B', K', M), where that is all that the mask says; else None."""
@@ -188,6 +200,10 @@ class Pairwise(Mask):
         self.left.check(n, m)
         self.right.check(n, m)
 
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        left, right = self.left.part(queries, keys, n, m), self.right.part(queries, keys, n, m)
+        return left & right if isinstance(self, And) else left | right
+
     def tensors(self) -> list[Tensor]:
         return self.left.tensors() + self.right.tensors()
 
@@ -219,6 +235,9 @@ class And(Pairwise):
             return right if left is None else left
         return self if (left, right) == (self.left, self.right) else left & right
 
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        return shared(self.left.reach(queries, n, m), self.right.reach(queries, n, m))
+
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) & self.right.allowed(b, h, q, k)
 
@@ -241,6 +260,9 @@ class Or(Pairwise):
         if left is None or right is None:
             return None
         return self if (left, right) == (self.left, self.right) else left | right
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        return joined([*self.left.reach(queries, n, m), *self.right.reach(queries, n, m)])
 
     def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return self.left.allowed(b, h, q, k) | self.right.allowed(b, h, q, k)
@@ -286,8 +308,68 @@ class Not(Mask):
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         return FULL - self.inner.block_map(n, m, block_size, device)
 
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        return Not(self.inner.part(queries, keys, n, m))
+
     def __invert__(self) -> Mask:
         return self.inner
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}"
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Mask):
+    """Some queries and some keys of a mask that has no kind of its own for them.
+
+    Attributes:
+        whole: the mask.
+        queries, keys: which of its queries and keys these are.
+        n, m: how many there are in the whole.
+    """
+
+    whole: Mask
+    queries: range
+    keys: range
+    n: int
+    m: int
+
+    @property
+    def batch(self) -> int:
+        return self.whole.batch
+
+    @property
+    def heads(self) -> int:
+        return self.whole.heads
+
+    def check(self, n: int, m: int) -> None:
+        if (n, m) != (len(self.queries), len(self.keys)):
+            raise ValueError(f"{self!r} is for {len(self.queries)} queries and {len(self.keys)} keys, got {n} and {m}")
+
+    def tensors(self) -> list[Tensor]:
+        return self.whole.tensors()
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Part(self.whole.to(device), self.queries, self.keys, self.n, self.m)
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        return self.whole.part(self.queries[queries.start : queries.stop], self.keys[keys.start : keys.stop], n, m)
+
+    def allowed(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return self.whole.allowed(b, h, q + self.queries.start, k + self.keys.start)
+
+    def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """What the blocks of the whole say that a block here lies across: where they are of one mind, that."""
+        size = size_pair(block_size, "block_size")
+        states = self.whole.block_map(self.n, self.m, size, device)
+        low = high = states
+        for axis, count, block, first in ((2, n, size[0], self.queries.start), (3, m, size[1], self.keys.start)):
+            begin, end = edges(count, block, states.device)
+            here, next_ = (begin + first) // block, (end + first) // block
+            low = torch.minimum(low.index_select(axis, here), low.index_select(axis, next_))
+            high = torch.maximum(high.index_select(axis, here), high.index_select(axis, next_))
+        return as_states(high != EMPTY, low == FULL)
+
+    def __repr__(self) -> str:
+        rows, columns = ((run.start, run.stop) for run in (self.queries, self.keys))
+        return f"part({self.whole!r}, queries {rows[0]} to {rows[1]}, keys {columns[0]} to {columns[1]})"

@@ -15,6 +15,7 @@ from torch import Tensor
 from saccade.ops.masks.bands import Band
 from saccade.ops.masks.block_states import PARTIAL, as_states, block_range, block_sums, known_true, row_of, size_pair
 from saccade.ops.masks.mask import Mask, agree
+from saccade.ops.masks.runs import Runs, runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,12 @@ class Padding(Mask):
         sizes_m = block_sums(torch.ones(1, m, dtype=torch.int32, device=device), block_k)
         states = as_states(counts_Bm > 0, counts_Bm == sizes_m)
         return states[:, None, None].expand(-1, -1, ceil(n / block_q), -1)
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        return Padding(self.valid_BM[:, keys.start : keys.stop])
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        return runs_of(self.valid_BM.any(0)) if queries else []
 
     def dense(self, n: int, m: int, device: torch.device | str = "cpu") -> Tensor:
         self.check(n, m)
@@ -118,6 +125,16 @@ class Documents(Mask):
         some = (low_q <= high_k) & (low_k <= high_q)
         every = (low_q == high_q) & (low_k == high_k) & (low_q == low_k)
         return as_states(some, every)[:, None]
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        return Documents(self.query_BN[:, queries.start : queries.stop], self.key_BM[:, keys.start : keys.stop])
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        asking, rows = self.query_BN[:, queries.start : queries.stop], self.batch
+        if not queries or not m:
+            return []
+        pairs = zip(asking.expand(rows, -1), self.key_BM.expand(rows, -1))
+        return runs_of(torch.stack([torch.isin(keys, ids.unique()) for ids, keys in pairs]).any(0))
 
     def hides_nothing(self, n: int, m: int) -> bool:
         return (
@@ -211,6 +228,14 @@ class PerDocument(Mask):
         # of another document the inner mask may say what it likes, but it must be asked for positions that there are
         inner = self.inner.allowed(b, h, q - first_q, (k - first_k).clamp(min=0))
         return self.documents.allowed(b, h, q, k) & inner
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        first_q = self.query_start_BN[:, queries.start : queries.stop] - queries.start
+        first_k = self.key_start_BM[:, keys.start : keys.stop] - keys.start
+        return PerDocument(self.documents.part(queries, keys, n, m), self.inner, first_q, first_k)  # type: ignore[arg-type]
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        return self.documents.reach(queries, n, m)
 
     def block_map(self, n: int, m: int, block_size: int | Sequence[int], device: torch.device | str = "cpu") -> Tensor:
         # what the inner mask allows depends on where the document begins; only the documents are known by blocks

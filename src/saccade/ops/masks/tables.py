@@ -15,6 +15,7 @@ from torch import Tensor
 from saccade.ops.masks.block_states import FULL, as_states, block_sums, edges, known_true, row_of, size_pair
 from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.masks.mask import Mask
+from saccade.ops.masks.runs import Runs, runs_of, shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,18 @@ class Blocks(KeptBlocks):
         count = rows[..., last_k + 1] - rows[..., first_k]
         area = (last_q - first_q + 1)[:, None] * (last_k - first_k + 1)
         return as_states(count > 0, count == area)
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        if queries.start % self.block_q or keys.start % self.block_k:
+            return super().part(queries, keys, n, m)
+        rows = slice(queries.start // self.block_q, ceil(queries.stop / self.block_q))
+        columns = slice(keys.start // self.block_k, ceil(keys.stop / self.block_k))
+        return Blocks(self.keep_BHnm[:, :, rows, columns], self.block_q, self.block_k)
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        rows = slice(queries.start // self.block_q, ceil(queries.stop / self.block_q))
+        seen = self.keep_BHnm[:, :, rows].flatten(0, 2).any(0) if queries else self.keep_BHnm.new_zeros(0)
+        return shared([range(run.start * self.block_k, run.stop * self.block_k) for run in runs_of(seen)], [range(m)])
 
     def hides_nothing(self, n: int, m: int) -> bool:
         return known_true(self.keep_BHnm)
@@ -121,6 +134,17 @@ class Dense(Mask):
         self.check(n, m)
         mask = self.mask_BHNM.to(device)
         return mask if mask.shape[2:] == (n, m) else mask.expand(-1, -1, n, m)
+
+    def part(self, queries: range, keys: range, n: int, m: int) -> Mask:
+        mask = self.mask_BHNM if self.mask_BHNM.shape[2] == 1 else self.mask_BHNM[:, :, queries.start : queries.stop]
+        return Dense(mask if mask.shape[3] == 1 else mask[..., keys.start : keys.stop])
+
+    def reach(self, queries: range, n: int, m: int) -> Runs:
+        if not queries:
+            return []
+        part = self.part(queries, range(m), n, m)
+        assert isinstance(part, Dense)
+        return runs_of(part.mask_BHNM.flatten(0, 2).any(0).expand(m))
 
     def hides_nothing(self, n: int, m: int) -> bool:
         return known_true(self.mask_BHNM)

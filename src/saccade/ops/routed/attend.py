@@ -16,8 +16,10 @@ from saccade.ops.backends.sdpa import positive_scale
 from saccade.ops.export import exporting, weigh
 from saccade.ops.heads import repeat_heads
 from saccade.ops.routed.operator import attend_chosen
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def routed_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,

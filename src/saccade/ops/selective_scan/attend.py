@@ -14,10 +14,12 @@ from torch import Tensor
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.selective_scan.operator import forward
+from saccade.ops.sharding import in_parts
 
 __all__ = ["selective_scan", "selective_scan_reference"]
 
 
+@in_parts
 def selective_scan(
     u_BTC: Tensor, delta_BTC: Tensor, a_CN: Tensor, b_BTGN: Tensor, c_BTGN: Tensor, skip_C: Tensor | None = None
 ) -> Tensor:

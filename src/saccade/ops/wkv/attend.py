@@ -17,12 +17,14 @@ from torch import Tensor
 
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
+from saccade.ops.sharding import in_parts
 from saccade.ops.wkv.operator import forward
 
 #: what d(t, i) may be
 DISTANCES = ("published", "kernel")
 
 
+@in_parts
 def wkv(
     k_BTC: Tensor,
     v_BTC: Tensor,

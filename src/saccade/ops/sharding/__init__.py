@@ -1,0 +1,26 @@
+"""A sequence in parts, one on each of several ranks: who holds which tokens, who needs which, and what is in force.
+
+`saccade.parallel` moves the tensors; here stands what can be said without moving any. A function of a sequence asks
+`in_force()`, or is marked `in_parts`, and is then run by the row of `saccade.parallel.rows` that has its name; one that
+is marked and has no row is refused, never computed for each part alone. Code that only needs to know where it stands
+asks `whole` and `places`.
+"""
+
+from saccade.ops.sharding.active import Sharding, in_force, in_parts, places, put_in_force, suspended, whole
+from saccade.ops.sharding.layout import BALANCES, Layout
+from saccade.ops.sharding.needs import Needs, Tile, needs_of
+
+__all__ = [
+    "BALANCES",
+    "Layout",
+    "Needs",
+    "Sharding",
+    "Tile",
+    "in_force",
+    "in_parts",
+    "needs_of",
+    "places",
+    "put_in_force",
+    "suspended",
+    "whole",
+]

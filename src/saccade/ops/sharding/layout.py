@@ -1,0 +1,64 @@
+"""Who holds which tokens of a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: how a sequence is dealt to ranks
+BALANCES = ("contiguous", "head-tail")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a sequence, one to a rank. Lengths need not divide: parts differ by a token, longer ones first.
+
+    Attributes:
+        length: tokens of the whole sequence.
+        ranks: how many share it.
+        balance: "contiguous", in the order of the ranks; or "head-tail", of 2 P pieces the r-th and the r-th from the
+            end, so that causal work is the same on every rank.
+
+    >>> [list(map(len, Layout(10, 4).pieces(rank))) for rank in range(4)]
+    [[3], [3], [2], [2]]
+    >>> Layout(8, 2, "head-tail").pieces(0)
+    (range(0, 2), range(6, 8))
+    """
+
+    length: int
+    ranks: int
+    balance: str = "contiguous"
+
+    def __post_init__(self) -> None:
+        if self.balance not in BALANCES:
+            raise ValueError(f"balance must be {' or '.join(map(repr, BALANCES))}, got {self.balance!r}")
+
+    def pieces(self, rank: int) -> tuple[range, ...]:
+        """What a rank holds, in the order in which it holds it; empty pieces are left out."""
+        if self.balance == "contiguous":
+            numbers, count = (rank,), self.ranks
+        else:
+            numbers, count = (rank, 2 * self.ranks - 1 - rank), 2 * self.ranks  # type: ignore[assignment]
+        return tuple(piece for number in numbers if (piece := self._piece(number, count)))
+
+    def share(self, rank: int) -> int:
+        """Tokens that a rank holds."""
+        return sum(map(len, self.pieces(rank)))
+
+    @property
+    def shares(self) -> list[int]:
+        """Tokens that each rank holds."""
+        return [self.share(rank) for rank in range(self.ranks)]
+
+    def place(self, rank: int, token: int) -> int:
+        """Where among its own a rank holds a token."""
+        before = 0
+        for piece in self.pieces(rank):
+            if token in piece:
+                return before + token - piece.start
+            before += len(piece)
+        raise IndexError(f"rank {rank} does not hold token {token}")
+
+    def _piece(self, number: int, count: int) -> range:
+        size, longer = divmod(self.length, count)
+        first = number * size + min(number, longer)
+        return range(first, first + size + (number < longer))

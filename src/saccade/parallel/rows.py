@@ -1,0 +1,30 @@
+"""The functions of a sequence that know how to go in parts, by name: the row of each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+#: function marked `saccade.ops.sharding.in_parts` -> the module of this package whose function of that name computes it
+ROWS = {
+    "attend": "dense",
+}
+
+
+def row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What computes a function for a sequence in parts: `row(shards, function, *arguments, **options)`.
+
+    Args:
+        function: one that is marked.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    name = function.__name__
+    if name not in ROWS:
+        raise ValueError(
+            f"{name} does not take a sequence in parts: saccade.parallel knows {', '.join(sorted(ROWS))}; "
+            "what is the same on every rank goes under saccade.parallel.replicated()"
+        )
+    return getattr(importlib.import_module(f"saccade.parallel.{ROWS[name]}"), name)

@@ -1,0 +1,132 @@
+"""The context itself: lengths, refusals, batches, layers, and what happens when a rank fails."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+import saccade
+from saccade import masks, parallel
+from saccade.attention.moba import MoBA
+from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.sharding import Layout
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
+@pytest.mark.parametrize("length", [0, 1, 7, 8, 41])
+def test_a_layout_deals_every_token_once(length: int, balance: str) -> None:
+    layout = Layout(length, 4, balance)
+    held = [token for rank in range(4) for piece in layout.pieces(rank) for token in piece]
+    assert sorted(held) == list(range(length))
+    assert max(layout.shares) - min(layout.shares) <= (1 if balance == "contiguous" else 2)
+
+
+def cut(mesh: DeviceMesh, n: int, balance: str) -> None:
+    x = torch.arange(2.0 * n * 3).view(2, n, 3)
+    with parallel(mesh, balance=balance) as shards:
+        part = parallel.shard(x, shards).requires_grad_()
+        whole = parallel.unshard(part, shards)
+        assert torch.equal(whole, x)
+        (grad,) = torch.autograd.grad((whole * x).sum(), part)
+    torch.testing.assert_close(grad, shards.ranks * part)
+    with pytest.raises(ValueError, match="the ranks hold"):
+        parallel.unshard(torch.zeros(1, shards.rank), mesh)
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
+def test_parts_come_together_again(ranks: Ranks, balance: str) -> None:
+    for n in (3, 14):
+        ranks(cut, n, balance)
+
+
+def batch(mesh: DeviceMesh) -> dict[str, Tensor]:
+    tokens = torch.arange(20).view(2, 10)
+    labels = tokens.masked_fill(tokens % 3 == 0, -100)
+    found = parallel.shard({"input_ids": tokens, "labels": labels, "attention_mask": tokens > 1}, mesh)
+    return {name: x for name, x in found.items() if isinstance(x, Tensor)}
+
+
+def test_a_batch_is_cut_so_that_losses_add_up(ranks: Ranks) -> None:
+    parts = ranks(batch)
+    assert torch.cat([part["input_ids"] for part in parts], 1).tolist() == torch.arange(20).view(2, 10).tolist()
+    assert torch.cat([part["position_ids"] for part in parts], 1).tolist() == [list(range(10))] * 2
+    following = torch.cat([part["shift_labels"] for part in parts], 1)
+    assert following[0].tolist() == [1, 2, -100, 4, 5, -100, 7, 8, -100, -100]
+    assert all(part["num_items_in_batch"] == (following != -100).sum() for part in parts)
+    assert all(part["attention_mask"].shape == (2, 10) and "labels" not in part for part in parts)
+
+
+def layer(mesh: DeviceMesh, crosses: bool) -> None:
+    torch.manual_seed(0)
+    module = SoftmaxAttention(16, 4, causal=not crosses, num_kv_heads=2, rope=not crosses)
+    x, context = torch.randn(2, 22, 16), torch.randn(2, 30, 16) if crosses else None
+    real = torch.arange(30 if crosses else 22) < torch.tensor([[20], [17]])
+    alone = module(x, context, mask=real)
+    weights = torch.autograd.grad(alone.square().sum(), list(module.parameters()))
+    with parallel(mesh, length=(22, 30) if crosses else 22) as shards:
+        part = None if context is None else parallel.shard(context, shards)
+        out = module(parallel.shard(x, shards), part, mask=real)
+        shares = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+    torch.testing.assert_close(out, parallel.shard(alone, shards), atol=1e-5, rtol=1e-5)
+    for share, weight in zip(shares, weights):
+        torch.distributed.all_reduce(share, group=shards.group)
+        torch.testing.assert_close(share, weight, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("crosses", [False, True])
+def test_a_layer(ranks: Ranks, crosses: bool) -> None:
+    ranks(layer, crosses)
+
+
+def refusing(mesh: DeviceMesh) -> None:
+    x = torch.randn(1, 2, 4, 8)
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="does not take a sequence in parts"):
+        saccade.ops.routed.routed_attend(x, x, x, torch.zeros(1, 2, 4, 1, dtype=torch.long), 4)
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="MoBA does not take a sequence in parts"):
+        MoBA(16, 2, head_dim=8)(torch.randn(1, 4, 16))
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="its share of no length of 16"):
+        saccade.attend(x[:, :, :3], x, x)
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="the padding mask is for 4 keys, got 16"):
+        saccade.attend(x, x, x, mask=masks.padding(torch.ones(1, 4, dtype=torch.bool)))
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="decode outside"):
+        module = SoftmaxAttention(16, 2, causal=True)
+        module(torch.randn(1, 4, 16), cache=module.new_cache(1))
+    with pytest.raises(ValueError, match="same share"), parallel(mesh, length=(16, 17)):
+        pass
+    with pytest.raises(ValueError, match="balance must be"), parallel(mesh, balance="even"):
+        pass
+    with parallel(mesh), parallel.replicated():
+        torch.testing.assert_close(saccade.attend(x, x, x), saccade.attend(x, x, x, backend="reference"))
+    with pytest.raises(ValueError, match="shared along one dimension"):
+        parallel.shard(x, torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
+
+
+def test_what_cannot_be_done_is_refused(ranks: Ranks) -> None:
+    ranks(refusing)
+
+
+def failing(mesh: DeviceMesh, how: str) -> float:
+    x = torch.randn(1, 2, 4, 8)
+    with parallel(mesh, length=16, timeout=2):
+        saccade.attend(x, x, x)
+        if mesh.get_local_rank() == 1:
+            if how == "dies":
+                os._exit(1)
+            time.sleep(5)
+        began = time.monotonic()
+        saccade.attend(x, x, x)
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_a_rank_that_is_lost_is_an_error_on_all_others(ranks: Ranks, how: str) -> None:
+    with pytest.raises(AssertionError) as error:
+        ranks(failing, how)
+    for rank in (0, 2, 3):
+        assert f"RuntimeError: rank {rank} of 4 lost the others (ring)" in str(error.value)
