@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from math import prod
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import saccade
 from saccade import masks, parallel
-from saccade.attention.moba import MoBA
+from saccade.attention.neighborhood import NeighborhoodAttention
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.pattern import Pattern
+from saccade.ops.routed import routed_attend
 from saccade.ops.sharding import Layout
 
 
@@ -25,6 +28,10 @@ def test_a_layout_deals_every_token_once(length: int, balance: str) -> None:
     held = [token for rank in range(4) for piece in layout.pieces(rank) for token in piece]
     assert sorted(held) == list(range(length))
     assert max(layout.shares) - min(layout.shares) <= (1 if balance == "contiguous" else 2)
+    by_rows = Layout(length, 4, balance, unit=5)
+    pieces = [piece for rank in range(4) for piece in by_rows.pieces(rank)]
+    assert sorted(token for piece in pieces for token in piece) == list(range(length))
+    assert all(piece.start % 5 == 0 for piece in pieces)
 
 
 def cut(mesh: DeviceMesh, n: int, balance: str) -> None:
@@ -59,7 +66,7 @@ def test_a_batch_is_cut_so_that_losses_add_up(ranks: Ranks) -> None:
     following = torch.cat([part["shift_labels"] for part in parts], 1)
     assert following[0].tolist() == [1, 2, -100, 4, 5, -100, 7, 8, -100, -100]
     assert all(part["num_items_in_batch"] == (following != -100).sum() for part in parts)
-    assert all(part["attention_mask"].shape == (2, 10) and "labels" not in part for part in parts)
+    assert all(part["attention_mask"].shape == (2, 10) and part["labels"].shape[1] < 4 for part in parts)
 
 
 def layer(mesh: DeviceMesh, crosses: bool) -> None:
@@ -84,12 +91,59 @@ def test_a_layer(ranks: Ranks, crosses: bool) -> None:
     ranks(layer, crosses)
 
 
+def grid(mesh: DeviceMesh, n: tuple[int, ...], options: dict[str, object]) -> dict[tuple[str, str], tuple[int, ...]]:
+    torch.manual_seed(0)
+    module = NeighborhoodAttention(16, 2, **options)  # type: ignore[arg-type]
+    for table in [] if module.bias is None else [module.bias]:
+        torch.nn.init.normal_(table)
+    x = torch.randn(2, *n, 16)
+    alone = module(x)
+    row, tokens = prod(n[1:]), prod(n)
+    weights = torch.autograd.grad(alone.square().sum(), list(module.parameters()))
+    with parallel(mesh, unit=row, length=tokens) as shards:
+        part = parallel.shard(x.flatten(1, -2), shards).unflatten(1, (-1, *n[1:]))
+        out = module(part)
+        shares = torch.autograd.grad(out.square().sum(), list(module.parameters()))
+    expected = parallel.shard(alone.flatten(1, -2), shards).unflatten(1, (-1, *n[1:]))
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    for share, weight in zip(shares, weights):
+        torch.distributed.all_reduce(share, group=shards.group)
+        torch.testing.assert_close(share, weight, atol=1e-4, rtol=1e-4)
+    return {way: tuple(count) for way, count in shards.traffic.counts.items()}
+
+
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        ((23,), {"kernel_size": 5}),
+        ((9, 6), {"kernel_size": (3, 3), "relative_bias": True}),
+        ((12, 4), {"kernel_size": (3, 3), "dilation": (2, 1), "causal": (True, False)}),
+        ((8, 3, 4), {"kernel_size": (3, 3, 1)}),
+    ],
+)
+def test_neighbourhoods_on_any_axes(ranks: Ranks, n: tuple[int, ...], options: dict[str, object]) -> None:
+    ranks(grid, n, options)
+
+
+def test_the_halo_of_a_grid_does_not_grow_with_it(ranks: Ranks) -> None:
+    small, large = (ranks(grid, (rows, 4), {"kernel_size": (3, 3)}) for rows in (12, 24))
+    assert small == large
+    assert small[1]["halo", "forward"][:2] == (2 * 4 * 2 * 16 * 2 * 4, 2 * 4 * 2 * 16 * 2 * 4)
+
+
+class Unsaid(SoftmaxAttention):
+    """A mechanism of its own, of which nobody said that it takes parts."""
+
+    def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
+        return v_BKME
+
+
 def refusing(mesh: DeviceMesh) -> None:
     x = torch.randn(1, 2, 4, 8)
     with parallel(mesh, length=16), pytest.raises(ValueError, match="does not take a sequence in parts"):
-        saccade.ops.routed.routed_attend(x, x, x, torch.zeros(1, 2, 4, 1, dtype=torch.long), 4)
-    with parallel(mesh, length=16), pytest.raises(ValueError, match="MoBA does not take a sequence in parts"):
-        MoBA(16, 2, head_dim=8)(torch.randn(1, 4, 16))
+        routed_attend(x, x, x, torch.zeros(1, 2, 4, 1, dtype=torch.long), 4)
+    with parallel(mesh, length=16), pytest.raises(ValueError, match="Unsaid does not take a sequence in parts"):
+        Unsaid(16, 2)(torch.randn(1, 4, 16))
     with parallel(mesh, length=16), pytest.raises(ValueError, match="its share of no length of 16"):
         saccade.attend(x[:, :, :3], x, x)
     with parallel(mesh, length=16), pytest.raises(ValueError, match="the padding mask is for 4 keys, got 16"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import saccade
 from saccade import masks, parallel, score_mods
+from saccade.ops.partitions import packed_window_attend
 from saccade.parallel.counted import Traffic
 
 B, H, K, D, E = 2, 4, 2, 8, 6
@@ -49,6 +51,9 @@ MASKS: dict[str, Callable[[int, int], Any]] = {
     "not": lambda n, m: ~(masks.causal() & masks.prefix(5)),
     "cu_seqlens": lambda n, m: torch.tensor([0, n // 4, n // 2 + 1, n]),
     "nothing": lambda n, m: masks.prefix(0),
+    "neighbourhood": lambda n, m: masks.neighborhood(n, 7, dilation=2),
+    "neighbourhood on a grid": lambda n, m: masks.neighborhood((n // 4, 4), (3, 3), causal=(True, False)),
+    "shifted windows": lambda n, m: masks.documents((torch.arange(n) + 3) // 6),
     "tree": lambda n, m: masks.tree([-1, *(i // 2 for i in range(n - 1))]),
 }
 
@@ -76,7 +81,17 @@ def _both(mesh: DeviceMesh, n: int, m: int, balance: str, **options: Any) -> tup
 
 
 def case(mesh: DeviceMesh, name: str, n: int, m: int, balance: str, length: Any = None) -> None:
-    alone, together, _ = _both(mesh, n, m, balance, mask=MASKS[name](n, m), length=length)
+    length = length or tuple({n, m})
+    alone, together, traffic = _both(mesh, n, m, balance, mask=MASKS[name](n, m), length=length)
+    shapes = (torch.empty(B, H, n, D, requires_grad=True), torch.empty(B, K, m, D), torch.empty(B, K, m, E))
+    plan = saccade.plan(*shapes, mask=MASKS[name](n, m), return_lse=True, mesh=mesh, balance=balance)
+    assert plan.parts is not None
+    share, path = plan.parts.shares[mesh.get_local_rank()], plan.parts.path
+    predicted = {
+        (path, "forward"): (share.sent, share.received),
+        (path, "backward"): (share.sent_backward, share.received_backward),
+    }
+    assert {way: count[:2] for way, count in traffic.counts.items()} == ({} if path == "alone" else predicted)
     for what, one, other in zip(("out", "lse", "dq", "dk", "dv"), alone, together):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
 
@@ -84,7 +99,7 @@ def case(mesh: DeviceMesh, name: str, n: int, m: int, balance: str, length: Any 
 @pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
 @pytest.mark.parametrize("name", MASKS)
 def test_parts_equal_the_whole(ranks: Ranks, name: str, balance: str) -> None:
-    ranks(case, name, 43, 43, balance)
+    ranks(case, name, 44, 44, balance)
 
 
 @pytest.mark.parametrize("name", ["causal", "window", "random", "documents"])
@@ -224,3 +239,30 @@ def test_every_byte_is_counted(ranks: Ranks) -> None:
     for name, n, keys in (("window", 40, window), ("window", 80, window), ("causal", 40, causal)):
         assert ranks(counted, name, n) == [(sent * token, received * token) for sent, received in keys]
     assert ranks(counted, "nothing", 40) == [(0, 0)] * 4
+
+
+def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], shift: Any, balance: str) -> None:
+    n, heads = prod(grid), 2
+    torch.manual_seed(0)
+    qkv, to_out = torch.randn(2, n, 3, heads, D), torch.randn(2, heads, n, D)
+    bias = torch.randn(heads, prod(window), prod(window), requires_grad=True)
+    leaf = qkv.clone().requires_grad_()
+    out = packed_window_attend(leaf, grid, window, shift, bias)
+    alone = [out, *torch.autograd.grad(out, [leaf, bias], to_out)]
+    with parallel(mesh, unit=prod(grid[1:]), balance=balance, length=n) as shards:
+        leaf = parallel.shard(qkv, shards).requires_grad_()
+        out = packed_window_attend(leaf, grid, window, shift, bias)
+        dqkv, share = torch.autograd.grad(out, [leaf, bias], parallel.shard(to_out, shards, dim=2))
+    torch.testing.assert_close(out, parallel.shard(alone[0], shards, dim=2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dqkv, parallel.shard(alone[1], shards), atol=1e-5, rtol=1e-5)
+    torch.distributed.all_reduce(share, group=shards.group)
+    torch.testing.assert_close(share, alone[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
+@pytest.mark.parametrize(
+    ("grid", "window", "shift"),
+    [((26,), (4,), 0), ((26,), (4,), 1), ((12, 6), (4, 3), (2, 1)), ((9, 4), (2, 4), (1, 0)), ((3, 8), (4, 4), 2)],
+)
+def test_shifted_windows(ranks: Ranks, grid: Any, window: Any, shift: Any, balance: str) -> None:
+    ranks(windows, grid, window, shift, balance)

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from saccade.extras import need
 from saccade.ops import masks
 from saccade.ops.pattern import Pattern
+from saccade.ops.sharding import in_force, places, whole
 
 masking_utils = need("transformers.masking_utils", "saccade inside transformers")
 
@@ -90,7 +91,11 @@ def hand_over(**request: Any) -> Tensor | None:
     if not request.get("use_vmap"):
         known = _pattern(request["mask_function"], request.get("local_size"))
     if known is None:
+        if in_force() is not None:
+            raise ValueError("under saccade.parallel this model's mask has to be causality, a window and padding")
         return masking_utils.sdpa_mask(**request)
+    if in_force() is not None:
+        return _of_parts(known, request)
     n, first_query = _queries(request)
     m, first_key = int(request["kv_length"]), int(request.get("kv_offset") or 0)
     valid = request.get("attention_mask")
@@ -107,6 +112,25 @@ def hand_over(**request: Any) -> Tensor | None:
             if plain.causal == (causal and n > 1) and (plain.offset == 0 or not plain.causal):
                 return None
     return HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
+
+
+def _of_parts(known: Pattern, request: dict[str, Any]) -> Tensor:
+    """The mask of the whole sequence of which this rank holds a part."""
+    local, first = _queries(request)
+    if first or request.get("kv_offset"):
+        raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
+    n, valid = whole(local), request.get("attention_mask")
+    if known.ids_BM is not None:
+        # where this rank's tokens are two pieces of one sequence, their positions jump
+        jumps = places(local, known.ids_BM.device).diff() != 1
+        if not bool((known.ids_BM.diff() == jumps).all()):
+            raise ValueError("packed sequences are not known by positions under saccade.parallel: pad them, one a row")
+        known = replace(known, ids_BM=None)
+    if valid is not None and valid.shape[-1] != n:
+        raise ValueError(f"attention_mask describes the whole sequence of {n} tokens, got {tuple(valid.shape)}")
+    valid = None if valid is None else valid.to(torch.bool)
+    pattern = replace(known, offset=0, valid_BM=valid).simplify(n, n)
+    return HandedMask.of(pattern, request["batch_size"], n, n, request.get("device", "cpu"))
 
 
 def read(mask: Tensor | None, *, causal: bool, n: int, m: int) -> tuple[Pattern, int]:

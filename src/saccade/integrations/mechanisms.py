@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saccade import catalogue
 from saccade.catalogue import Replacement
-from saccade.ops import masks, score_mods
+from saccade.ops import masks, score_mods, sharding
 from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
 from saccade.ops.masks.block_states import size_pair
@@ -260,7 +260,7 @@ def window_attend(
     Raises:
         ValueError: if a number of keys is negative, or as `softmax_attend`.
     """
-    B, N, M = q.shape[0], q.shape[2], k.shape[2]
+    B, N, M = q.shape[0], sharding.whole(q.shape[2]), sharding.whole(k.shape[2])
     ids_BM = (
         Pattern.of(mask, B, N, M, causal=causal, offset=offset).sequence_ids(B, M)
         if sinks and mask is not None

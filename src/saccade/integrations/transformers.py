@@ -9,6 +9,7 @@ Importing this module registers every mechanism of `saccade.integrations.mechani
 - Decoding, or a prompt that continues a cache (fewer queries than keys), cross-attention, and layers whose own mask is
   another pattern (a sliding window that is shorter than the sequence, chunks, image blocks): dense attention under
   the layer's mask, unless the mechanism takes masks (`window`).
+- Under `saccade.parallel` inputs are this rank's part (`saccade.parallel.shard`), `attention_mask` is of the whole.
 
 Options come from `switch`, else from the model's config (`config.saccade = {"top_k": 4}`, saved with the model), else
 they are the mechanism's defaults.
@@ -37,6 +38,7 @@ from saccade.integrations.mechanisms import MECHANISMS, Mechanism, implementatio
 from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.ops.pattern import Pattern
+from saccade.ops.sharding import in_force, whole
 
 AttentionInterface = need("transformers").AttentionInterface
 AttentionMaskInterface = need("transformers").AttentionMaskInterface
@@ -234,11 +236,12 @@ def _attention_function(slug: str) -> Any:
         scores = scores_asked(entry.implementation, scaling, extra)
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
-        pattern, keys = read(attention_mask, causal=bool(is_causal), n=query.shape[2], m=key.shape[2])
-        if keys < key.shape[2]:
+        n, m = whole(query.shape[2]), whole(key.shape[2])
+        pattern, keys = read(attention_mask, causal=bool(is_causal), n=n, m=m)
+        if keys < m:
             key, value = key[:, :, :keys], value[:, :, :keys]
         setting = module.__dict__.get("_saccade") or _configured(entry, module)
-        reason = _why_dense(setting.mechanism, pattern, bool(is_causal), query.shape[2], keys)
+        reason = _why_dense(setting.mechanism, pattern, bool(is_causal), n, keys)
         if reason is not None:
             setting.dense[reason] += 1
             if setting.report is not None:
@@ -318,6 +321,8 @@ def _run(
 ) -> Tensor:
     entry = setting.mechanism
     assert entry is not None
+    if in_force() is not None and setting.report is not None:
+        raise ValueError("report=True measures whole sequences: outside of saccade.parallel")
     call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
     call |= {"dropout": dropout, **scores}
     if entry.masks == "any":
@@ -326,6 +331,8 @@ def _run(
         out = entry.run(q_BHND, k_BKMD, v_BKME, **call)
     elif entry.masks == "sequences":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=replace(pattern, causal=False, offset=0).mask, **call)
+    elif in_force() is not None:
+        raise ValueError(f"{entry.slug} takes no padding of a sequence in parts (saccade.parallel)")
     else:
         B, H, N, _ = q_BHND.shape
         out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])

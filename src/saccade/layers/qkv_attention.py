@@ -210,7 +210,8 @@ class QKVAttention(nn.Module):
         return torch.arange(start, start + x_BNC.shape[1], device=x_BNC.device)
 
     def split_heads(self, x_BNC: Tensor, heads: int) -> Tensor:
-        """(B, N, heads D) -> (B, heads, N, D)."""
+        """(B, N, heads D) -> (B, heads, N, D); fewer heads where a tensor-parallel plan gave some to others."""
+        heads = min(heads, x_BNC.shape[-1] // self.head_dim)
         return x_BNC.unflatten(-1, (heads, self.head_dim)).transpose(1, 2)
 
     def rotate(self, x_BHND: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ E head dim of v.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 import torch
@@ -28,7 +29,7 @@ from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction, nothing
 from saccade.ops.score_mods import Modification, ScoreMod
-from saccade.ops.sharding import in_force
+from saccade.ops.sharding import Layout, in_force, parts_of
 
 __all__ = ["attend", "plan"]
 
@@ -180,22 +181,37 @@ def plan(
     return_lse: bool = False,
     backend: str | None = None,
     memory_mb: float = 64.0,
+    mesh: Any = None,
+    balance: str = "contiguous",
+    unit: int = 1,
 ) -> Plan:
     """What `attend` would do with the same arguments: path, reason, FLOPs, bytes, density. Computes nothing.
 
-    The tensors may lie on the "meta" device.
+    The tensors may lie on the "meta" device. With `mesh` they are the whole of a sequence that is shared as under
+    `saccade.parallel`, and `Plan.parts` says what each rank computes, sends and receives.
 
     Args:
         q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout: as in `attend`.
         return_lse, backend, memory_mb: as in `attend`.
+        mesh: ranks that share the sequence: how many, or one dimension of a `DeviceMesh`.
+        balance, unit: how it is dealt to them, as in `saccade.parallel`.
 
     Raises:
-        ValueError: where `attend` would.
+        ValueError: where `attend` would, or if there is no rank.
     """
     problem = problem_of(
         q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout, return_lse, memory_mb
     )
-    return make_plan(problem, backend)
+    made = make_plan(problem, backend)
+    if mesh is None:
+        return made
+    ranks = mesh if isinstance(mesh, int) else mesh.size()
+    if ranks < 1:
+        raise ValueError(f"mesh must have at least 1 rank, got {ranks}")
+    (B, H, N, _), M = q_BHND.shape, k_BKMD.shape[2]
+    whole = None if mask is None else as_mask(mask, B, H, N, M, q_BHND.device).simplified(N, M)
+    queries, keys = (Layout(length, ranks, balance, unit) for length in (N, M))
+    return replace(made, parts=parts_of(problem, whole, queries, keys))
 
 
 def problem_of(

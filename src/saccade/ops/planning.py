@@ -1,4 +1,4 @@
-"""What is asked of the engine (`Problem`) and what it forecasts (`Plan`).
+"""What is asked of the engine (`Problem`) and what it forecasts (`Plan`, and `Parts` of a sequence on many ranks).
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
 """
@@ -150,6 +150,50 @@ def own_block_size(mask: Mask | None) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What falls to one rank.
+
+    Attributes:
+        flops: floating-point operations of the forward pass.
+        sent, received: bytes, forward.
+        sent_backward, received_backward: bytes, backward; 0 where nothing needs a gradient.
+    """
+
+    flops: int
+    sent: int
+    received: int
+    sent_backward: int
+    received_backward: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What falls to each rank.
+
+    Attributes:
+        path: "ring", "halo", or "alone" where nobody needs anything of another.
+        shares: by rank.
+    """
+
+    path: str
+    shares: tuple[Share, ...]
+
+    @property
+    def balance(self) -> float:
+        """Work of the average rank as a share of that of the busiest, for which the others wait."""
+        work = [share.flops for share in self.shares]
+        return sum(work) / (len(work) * max(work)) if max(work) else 1.0
+
+    def __str__(self) -> str:
+        most = {name: max(getattr(share, name) for share in self.shares) for name in Share.__dataclass_fields__}
+        back = f", backward {most['sent_backward']:.3g} and {most['received_backward']:.3g}"
+        return (
+            f"{len(self.shares)} ranks, {self.path}: at most {most['flops']:.3g} FLOPs, {most['sent']:.3g} bytes sent "
+            f"and {most['received']:.3g} received{back if most['sent_backward'] else ''}; balance {self.balance:.0%}"
+        )
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which path `attend` takes for the same arguments, why, and what it costs.
 
@@ -161,6 +205,7 @@ class Plan:
         density: share of the query-key pairs that are computed.
         relative_time: expected time as a share of dense SDPA's on the same shapes.
         refused: what the other paths answered, by name.
+        parts: what falls to each rank, where the sequence is in parts.
     """
 
     backend: str
@@ -170,6 +215,7 @@ class Plan:
     density: float
     relative_time: float
     refused: dict[str, str] = field(default_factory=dict)
+    parts: Parts | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -179,5 +225,6 @@ class Plan:
             f"density   {self.density:.1%}",
             f"time      {self.relative_time:.0%} of dense SDPA's (expected)",
         ]
+        lines += [] if self.parts is None else [f"parts     {self.parts}"]
         lines += [f"not {name:<12}{why}" for name, why in self.refused.items()]
         return "\n".join(lines)

@@ -8,7 +8,7 @@ Inside, a function of a sequence gives this rank's part of what one process woul
 layers that are made of them and the `saccade_*` attention implementations in transformers. What has no rule for parts
 is refused. A gradient of a parameter is this rank's share: summed over the ranks it is that of one process.
 
-    parallel(mesh, balance=, length=, timeout=)     the context; as a value it is a `Shards`
+    parallel(mesh, balance=, unit=, length=, timeout=)      the context; as a value it is a `Shards`
     parallel.shard(x, mesh, ...), unshard(...)      this rank's part of a tensor or of a batch, and the whole again
     parallel.replicated()                           inside: tensors are whole after all
     parallel.traffic()                              every byte that was sent and received, forward and backward
@@ -16,8 +16,8 @@ is refused. A gradient of a parameter is this rank's share: summed over the rank
 How it goes on: `saccade.ops.sharding` says who holds which tokens (`Layout`) and who needs which (`Needs`), without a
 tensor. A function is marked `saccade.ops.sharding.in_parts`; a row of its name in `saccade.parallel.rows.ROWS` computes
 it, called `row(shards, function, *arguments, **options)` with the context suspended, so that `function` in it is the
-plain one. Rows move tensors by `exchange`, `gather` and `from_previous` of `saccade.parallel.exchange` alone, which
-have gradients and count every byte in `shards.traffic` under the name that they are given.
+plain one. Rows move tensors by `exchange`, `gather`, `gather_parts` and `from_previous` of `saccade.parallel.exchange`
+alone, which have gradients and count every byte in `shards.traffic` under the name that they are given.
 """
 
 from __future__ import annotations

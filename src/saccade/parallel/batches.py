@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
-from saccade.parallel.context import Shards, places_of, shards_of
-from saccade.parallel.exchange import exchange
+from saccade.parallel.context import Mesh, Shards, places_of, shards_of
+from saccade.parallel.exchange import gather_parts
 
 __all__ = ["shard", "unshard"]
 
@@ -23,42 +21,41 @@ IGNORED = -100
 
 
 @overload
-def shard(
-    x: Tensor, mesh: DeviceMesh | dist.ProcessGroup | Shards, *, dim: int = 1, balance: str = "contiguous"
-) -> Tensor: ...
+def shard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: str = "contiguous", unit: int = 1) -> Tensor: ...
 
 
 @overload
 def shard(
-    x: Mapping[str, Any], mesh: DeviceMesh | dist.ProcessGroup | Shards, *, dim: int = 1, balance: str = "contiguous"
+    x: Mapping[str, Any], mesh: Mesh, *, dim: int = 1, balance: str = "contiguous", unit: int = 1
 ) -> dict[str, Any]: ...
 
 
 def shard(
     x: Tensor | Mapping[str, Any],
-    mesh: DeviceMesh | dist.ProcessGroup | Shards,
+    mesh: Mesh,
     *,
     dim: int = 1,
     balance: str = "contiguous",
+    unit: int = 1,
 ) -> Any:
     """This rank's part of what every rank holds whole. Nothing is sent.
 
     Of a batch for a transformers model, tensors whose axis `dim` is as long as that of `input_ids` (or
     `inputs_embeds`) are cut, but for `attention_mask`, which stays whole, as masks do. `position_ids` come in where
-    they are missing. `labels` become `shift_labels`, each the next token's, which may be another rank's; and
-    `num_items_in_batch` comes in, the labels that count in the whole, so that the ranks' losses add up to the loss of
-    one process.
+    they are missing. With `labels` come `shift_labels`, each the next token's, which may be another rank's, and
+    `num_items_in_batch`, the labels that count in the whole: by these the model's loss is this rank's share of the
+    loss of one process.
 
     Args:
         x: a tensor, or a batch by name.
         mesh: as `parallel` takes it, or what it yields.
         dim: axis of the tokens.
-        balance: as in `parallel`; what `parallel` yields knows its own.
+        balance, unit: as in `parallel`; what `parallel` yields knows its own.
 
     Raises:
         ValueError: if a batch has no tokens.
     """
-    shards = shards_of(mesh, balance)
+    shards = shards_of(mesh, balance, unit)
     if isinstance(x, Tensor):
         return _part(x, shards, dim)
     tokens = next((x[name] for name in ("input_ids", "inputs_embeds") if x.get(name) is not None), None)
@@ -68,8 +65,7 @@ def shard(
     if batch.get("position_ids") is None:
         batch["position_ids"] = torch.arange(length, device=tokens.device).expand(tokens.shape[0], -1)
     if batch.get("labels") is not None:
-        labels = batch.pop("labels")
-        batch["shift_labels"] = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        batch["shift_labels"] = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         batch.setdefault("num_items_in_batch", (batch["shift_labels"] != IGNORED).sum())
     for name, value in batch.items():
         if isinstance(value, Tensor) and value.ndim > dim and value.shape[dim] == length and name not in WHOLE:
@@ -77,31 +73,23 @@ def shard(
     return batch
 
 
-def unshard(
-    x: Tensor, mesh: DeviceMesh | dist.ProcessGroup | Shards, *, dim: int = 1, balance: str = "contiguous"
-) -> Tensor:
+def unshard(x: Tensor, mesh: Mesh, *, dim: int = 1, balance: str = "contiguous", unit: int = 1) -> Tensor:
     """The whole of which every rank holds a part, on every rank. All ranks call it.
 
     The gradient of a part is the sum of what all ranks do with it.
 
     Args:
         x: this rank's part.
-        mesh, dim, balance: as in `shard`.
+        mesh, dim, balance, unit: as in `shard`.
 
     Raises:
         ValueError: if the parts are not as `shard` cuts them.
     """
-    shards = shards_of(mesh, balance)
+    shards = shards_of(mesh, balance, unit)
     layout = shards.layouts(x.shape[dim])[0]
-    mine = x.movedim(dim, 0)
-    token, own = mine[:1].numel() if len(mine) else torch.Size(mine.shape[1:]).numel(), shards.rank
-    receive = [0 if rank == own else layout.share(rank) * token for rank in range(shards.ranks)]
-    send = [0 if rank == own else mine.numel() for rank in range(shards.ranks)]
-    got = exchange(shards, mine.reshape(-1).repeat(shards.ranks - 1), send, receive, "unshard")
-    parts = [part.view(-1, *mine.shape[1:]) for part in got.split(receive)]
-    parts[own] = mine
+    parts = gather_parts(shards, x.movedim(dim, 0), layout.shares, "unshard")
     order = torch.cat([places_of(layout, rank) for rank in range(shards.ranks)]).argsort().to(x.device)
-    return torch.cat(parts).index_select(0, order).movedim(0, dim)
+    return parts.index_select(0, order).movedim(0, dim)
 
 
 def _part(x: Tensor, shards: Shards, dim: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ class Shards:
         group: of processes.
         device: where their tensors lie.
         balance: how a sequence is dealt to them, of `saccade.ops.sharding.BALANCES`.
+        unit: tokens that are never parted.
         lengths: of whole sequences that are known; where there are none, ranks ask each other at every call.
         traffic: what this rank sent and received.
     """
@@ -35,6 +36,7 @@ class Shards:
     group: dist.ProcessGroup
     device: torch.device
     balance: str = "contiguous"
+    unit: int = 1
     lengths: tuple[int, ...] = ()
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -52,7 +54,7 @@ class Shards:
 
     def layout(self, length: int) -> Layout:
         """Who holds which of `length` tokens."""
-        return Layout(length, self.ranks, self.balance)
+        return Layout(length, self.ranks, self.balance, self.unit)
 
     def layouts(self, *local: int) -> list[Layout]:
         """Who holds which tokens of the sequences of which this rank holds so many.
@@ -118,6 +120,9 @@ def places_of(layout: Layout, rank: int, device: torch.device | str = "cpu") -> 
     return torch.cat(pieces) if pieces else torch.arange(0, device=device)
 
 
+#: what says which ranks share a sequence
+Mesh: TypeAlias = DeviceMesh | dist.ProcessGroup | Shards
+
 _last: Traffic | None = None
 
 
@@ -126,6 +131,7 @@ def parallel(
     mesh: DeviceMesh | dist.ProcessGroup,
     *,
     balance: str = "contiguous",
+    unit: int = 1,
     length: int | Sequence[int] | None = None,
     timeout: float | None = None,
 ) -> Iterator[Shards]:
@@ -135,6 +141,8 @@ def parallel(
         mesh: one dimension of a `DeviceMesh`, `mesh["sequence"]`, or a group of processes.
         balance: "contiguous", in the order of the ranks; or "head-tail", which gives all ranks the same work where
             attention is causal (windows and states are cheaper in contiguous parts).
+        unit: tokens that are never parted, of which parts are multiples: the tokens of a block for mechanisms that
+            choose blocks, of a row for grids.
         length: tokens of the whole sequence, or of several that are met inside (queries and keys of cross-attention).
             Where it is not given the ranks ask each other at every call, which is a message of some bytes, and on an
             accelerator a moment in which its queue is empty.
@@ -149,7 +157,7 @@ def parallel(
     """
     global _last
     lengths = () if length is None else (length,) if isinstance(length, int) else tuple(length)
-    shards = Shards(*_group(mesh), balance, lengths)
+    shards = Shards(*_group(mesh), balance, unit, lengths)
     if timeout is not None:
         if timeout <= 0:
             raise ValueError(f"timeout must be positive, got {timeout}")
@@ -175,17 +183,17 @@ def traffic() -> Traffic:
     return _last
 
 
-def shards_of(mesh: DeviceMesh | dist.ProcessGroup | Shards, balance: str = "contiguous") -> Shards:
+def shards_of(mesh: Mesh, balance: str = "contiguous", unit: int = 1) -> Shards:
     """The ranks of a mesh, as `parallel` takes it; or what that yields, as it is.
 
     Args:
         mesh: those.
-        balance: how they are dealt a sequence.
+        balance, unit: how they are dealt a sequence.
 
     Raises:
         ValueError: as `parallel`.
     """
-    return mesh if isinstance(mesh, Shards) else Shards(*_group(mesh), balance)
+    return mesh if isinstance(mesh, Shards) else Shards(*_group(mesh), balance, unit)
 
 
 def _group(mesh: Any) -> tuple[dist.ProcessGroup, torch.device]:

@@ -9,7 +9,7 @@ Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head di
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,11 +19,10 @@ from saccade.ops.attend import as_mask, problem_of
 from saccade.ops.autocast import one_type
 from saccade.ops.merge import merge
 from saccade.ops.planning import nothing
-from saccade.ops.score_mods import Modification
-from saccade.ops.sharding import Needs, needs_of
+from saccade.ops.sharding import goes_round, is_softmax, needs_of
 from saccade.parallel.context import Shards
 from saccade.parallel.exchange import exchange, tied
-from saccade.parallel.parts import Call, elements, side_by_side, unpacked
+from saccade.parallel.parts import Call, Held, elements, side_by_side, unpacked
 from saccade.parallel.ring import ring
 
 
@@ -51,41 +50,39 @@ def attend(
     if mask is not None:
         mask = as_mask(mask, q.shape[0], q.shape[1], queries.length, keys.length, q.device)
         mask = mask.simplified(queries.length, keys.length)
-    needs = needs_of(mask, queries, keys, side_by_side=not _is_softmax(options))
+    normalize = options.get("normalize", "softmax")
+    needs = needs_of(mask, queries, keys, side_by_side=not is_softmax(normalize))
     call = Call(shards, function, needs, {**options, "backend": backend})
-    out, lse = ring(call, q, k, v) if goes_round(needs, options) else _at_once(call, q, k, v)
+    by_ring = goes_round(needs, options.get("score"), options.get("score_mod"), normalize)
+    out, lse = ring(call, q, k, v) if by_ring else _at_once(call, q, k, v)
     return (out, lse) if options.get("return_lse") else out
-
-
-def goes_round(needs: Needs, options: Mapping[str, Any]) -> bool:
-    """Keys come one part after another: of dot products under softmax, which can be put together from parts.
-
-    Args:
-        needs: who needs what.
-        options: of `saccade.attend`.
-    """
-    mod = options.get("score_mod")
-    known = mod is None or isinstance(mod, Modification)
-    return not needs.is_halo and known and options.get("score") is None and _is_softmax(options)
-
-
-def _is_softmax(options: Mapping[str, Any]) -> bool:
-    return isinstance(normalize := options.get("normalize", "softmax"), str) and normalize == "softmax"
 
 
 def _as_whole(x: Tensor, length: int) -> Tensor:
     return torch.empty((*x.shape[:2], length, *x.shape[3:]), dtype=x.dtype, device="meta")
 
 
+def halo(call: Call, k: Tensor, v: Tensor) -> tuple[list[Held], Tensor | None]:
+    """All that this rank needs, with its own, where runs that touch are one; and what came, None where nothing had to.
+
+    Args:
+        call: what is attended.
+        k, v: this rank's part.
+    """
+    ranks, held = range(call.shards.ranks), call.own(k, v)
+    if not call.needs.steps:
+        return side_by_side(held), None
+    asked, wanted = [call.asked(rank) for rank in ranks], [call.wanted(rank) for rank in ranks]
+    send, receive = ([elements(k, v, runs) for runs in of_all] for of_all in (asked, wanted))
+    flat = torch.cat([call.packed(k, v, runs) for runs in asked])
+    got = exchange(call.shards, flat, send, receive, "halo")
+    held += unpacked(got, k, v, [run for runs in wanted for run in runs])
+    return side_by_side(held), got
+
+
 def _at_once(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    ranks, held, got = range(call.shards.ranks), call.own(k, v), None
-    if call.needs.steps:
-        asked, wanted = [call.asked(rank) for rank in ranks], [call.wanted(rank) for rank in ranks]
-        send, receive = ([elements(k, v, runs) for runs in of_all] for of_all in (asked, wanted))
-        flat = torch.cat([call.packed(k, v, runs) for runs in asked])
-        got = exchange(call.shards, flat, send, receive, "halo")
-        held += unpacked(got, k, v, [run for runs in wanted for run in runs])
-    tiles = list(call.tiles(side_by_side(held)))
+    held, got = halo(call, k, v)
+    tiles = list(call.tiles(held))
     several = len({tile.queries for tile, _, _ in tiles}) < len(tiles)
     with_lse = bool(several or call.options.get("return_lse"))
     parts: dict[range, Any] = {}

@@ -104,6 +104,24 @@ def gather(shards: Shards, x: Tensor, kind: str) -> Tensor:
     return torch.stack([*parts[:own], x, *parts[own:]])
 
 
+def gather_parts(shards: Shards, x: Tensor, lengths: Sequence[int], kind: str) -> Tensor:
+    """Every rank's rows one after the other, on all ranks. The gradient of a row is the sum of what all do with it.
+
+    Args:
+        shards: whose group.
+        x: this rank's rows.
+        lengths: how many rows each rank has.
+        kind: under which it is counted.
+    """
+    own, row = shards.rank, prod(x.shape[1:])
+    send = [0 if rank == own else x.numel() for rank in range(shards.ranks)]
+    receive = [0 if rank == own else length * row for rank, length in enumerate(lengths)]
+    got = exchange(shards, x.reshape(-1).repeat(shards.ranks - 1), send, receive, kind)
+    parts = [part.view(-1, *x.shape[1:]) if part.numel() else x[:0] for part in got.split(receive)]
+    parts[own] = x
+    return torch.cat(parts)
+
+
 def from_previous(shards: Shards, x: Tensor, kind: str) -> Tensor:
     """The tensor of the rank before this one, of the same shape; zeros on the first.
 

@@ -9,6 +9,11 @@ from typing import Any
 #: function marked `saccade.ops.sharding.in_parts` -> the module of this package whose function of that name computes it
 ROWS = {
     "attend": "dense",
+    "window_attend": "windows",
+    "packed_window_attend": "windows",
+    "moba_attend": "routed",
+    "prism_attend": "routed",
+    "spargeattn_attend": "routed",
 }
 
 

@@ -70,6 +70,7 @@ class MoBA(QKVAttention):
     """
 
     takes: tuple[Said, ...] = ("padding", "documents")
+    takes_parts = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The choice of blocks and the attention over them, as functions of tensors; the last token's row; the definition.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M tokens, D head dim, E width of values, S tokens per
-block, n blocks, L = n S, j = top_k - 1 chosen blocks.
+block, n or m blocks, L = n S, j = top_k - 1 chosen blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.routed import block_layout, routed_attend
 from saccade.ops.selection import leading_blocks
+from saccade.ops.sharding import in_parts
 
 #: bytes of scores per piece of the gate, so that a piece stays in cache
 _GATE_PIECE = 4 * 2**20
 
 
+@in_parts
 def moba_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,
@@ -111,40 +113,49 @@ def moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, 
 @torch.no_grad()
 def moba_route(
     q_BHLD: Tensor,
-    k_BKMD: Tensor,
+    k_BKMD: Tensor | None = None,
     *,
     block_size: int,
     top_k: int,
     first_block: int = 0,
     first_blocks: int = 0,
     start_Bn: Tensor | None = None,
+    means_BKmD: Tensor | None = None,
 ) -> Tensor:
     """The past blocks of each query: int64 (B, H, L, min(top_k - 1, n - 1)), -1 where there are fewer.
 
     Args:
         q_BHLD: queries in whole blocks, from block `first_block` on.
-        k_BKMD: keys in whole blocks.
+        k_BKMD: keys in whole blocks; not read where `means_BKmD` is given.
         block_size, top_k: `moba_attend`'s.
         first_block: where the queries begin.
         first_blocks: of a sequence, so many are chosen before others.
         start_Bn: first block of each block's own sequence; 0 where None.
+        means_BKmD: the mean key of each block, fp32, which stand for the keys.
+
+    Raises:
+        ValueError: if there are neither keys nor means.
     """
     B, H, L, D = q_BHLD.shape
-    K, n = k_BKMD.shape[1], k_BKMD.shape[2] // block_size
+    if means_BKmD is None:
+        if k_BKMD is None:
+            raise ValueError("moba_route needs keys, or the means of their blocks")
+        means_BKmD = k_BKMD.unflatten(2, (-1, block_size)).mean(3, dtype=torch.float32)
+    K, n = means_BKmD.shape[1:3]
+    last_block = first_block + L // block_size
     keep = min(top_k, n) - 1
     chosen = torch.full((B, H, L, keep), -1, dtype=torch.long, device=q_BHLD.device)
     if keep <= 0:
         return chosen
-    means_BKnD = k_BKMD.unflatten(2, (n, block_size)).mean(3, dtype=torch.float32)
     step = max(1, _GATE_PIECE // (4 * B * H * n * block_size))
-    for first in range(first_block, n, step):
-        last = min(first + step, n)
+    for first in range(first_block, last_block, step):
+        last = min(first + step, last_block)
         here = slice((first - first_block) * block_size, (last - first_block) * block_size)
         past = last - 1  # blocks that are past for some query of this piece
         if past == 0:
             continue
         q = q_BHLD[:, :, here].float().reshape(B, K, -1, D)
-        scores = (q @ means_BKnD[:, :, :past].mT).view(B, H, last - first, block_size, past)
+        scores = (q @ means_BKmD[:, :, :past].mT).view(B, H, last - first, block_size, past)
         block, candidate = torch.arange(first, last, device=q.device), torch.arange(past, device=q.device)
         absent = candidate >= block[:, None]
         if start_Bn is not None:

@@ -21,6 +21,7 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import GivenMask, Said
+from saccade.ops.sharding import whole
 
 
 class RollingCache(KVCache):
@@ -78,6 +79,7 @@ class NeighborhoodAttention(QKVAttention):
     """
 
     takes: tuple[Said, ...] = ("padding",)
+    takes_parts = True
 
     def __init__(
         self,
@@ -146,10 +148,12 @@ class NeighborhoodAttention(QKVAttention):
             ValueError: if the arguments do not fit together.
         """
         if x_BNC.ndim in (4, 5) and size is None and cache is None:
-            grid = tuple(x_BNC.shape[1:-1])
+            row = prod(x_BNC.shape[2:-1])  # which a sequence in parts is cut by
+            grid = (whole(x_BNC.shape[1] * row) // max(1, row), *x_BNC.shape[2:-1])
             if isinstance(mask, Tensor) and mask.shape == x_BNC.shape[:-1]:
                 mask = mask.flatten(1)
-            return self.forward(x_BNC.flatten(1, -2), context_BMC, size=grid, mask=mask).unflatten(1, grid)
+            out_BNC = self.forward(x_BNC.flatten(1, -2), context_BMC, size=grid, mask=mask)
+            return out_BNC.unflatten(1, x_BNC.shape[1:-1])
         self.check(x_BNC, None, None)
         grid = self._grid(x_BNC, size)
         self._check_context(x_BNC, context_BMC, cache)
@@ -229,11 +233,12 @@ class NeighborhoodAttention(QKVAttention):
         return kernel, dilation, stride, None if self.bias is None else self.bias[tuple(kept)]
 
     def _grid(self, x: Tensor, size: Axes | None) -> tuple[int, ...]:
-        grid = (x.shape[1],) if size is None else (size,) if isinstance(size, int) else tuple(size)
+        tokens = whole(x.shape[1])
+        grid = (tokens,) if size is None else (size,) if isinstance(size, int) else tuple(size)
         if self.axes is not None and len(grid) != self.axes:
             raise ValueError(f"x must be a grid of {self.axes} axes, or size must be given; got a size of {grid}")
-        if prod(grid) != x.shape[1] or not 1 <= len(grid) <= 3:
-            raise ValueError(f"size must be one to three axes of {x.shape[1]} tokens, got {grid}")
+        if prod(grid) != tokens or not 1 <= len(grid) <= 3:
+            raise ValueError(f"size must be one to three axes of {tokens} tokens, got {grid}")
         if self.rope and len(grid) > 1:
             raise ValueError(f"rotary positions are for sequences, got a grid of {grid}")
         return grid

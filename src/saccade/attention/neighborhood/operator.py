@@ -21,6 +21,7 @@ from saccade.ops.masks import Mask, Neighborhood
 from saccade.ops.merge import merge
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.score_mods import grid_bias
+from saccade.ops.sharding import in_force, whole
 
 Axes = int | Sequence[int]
 
@@ -61,7 +62,7 @@ def neighborhood_attend(
     """Attention of every token to its neighbours on the grid. Exact, differentiable, memory linear in N.
 
     Args:
-        q_BHND, k_BKND, v_BKNE: tokens of the grid in row-major order; K divides H.
+        q_BHND, k_BKND, v_BKNE: tokens of the grid in row-major order (this rank's, in parts); K divides H.
         size: the grid, an int or a tuple of up to three.
         kernel_size, dilation, stride, causal: one for all axes, or one per axis; kernel_size * dilation <= size on axes
             that are not causal, stride <= kernel_size.
@@ -83,8 +84,10 @@ def neighborhood_attend(
     """
     grid = (size,) if isinstance(size, int) else tuple(size)
     windows = windows_of(grid, kernel_size, dilation, stride, causal)
+    # of a sequence in parts the grid is the whole
+    tokens = whole(k_BKND.shape[2]) if k_BKND.ndim == 4 else 0
     for name, x in (("query", q_BHND), ("key", k_BKND), ("value", v_BKNE)):
-        if x.ndim != 4 or x.shape[2] != prod(grid):
+        if x.ndim != 4 or x.shape[2] != k_BKND.shape[2] or tokens != prod(grid):
             raise ValueError(
                 f"{name} must be (batch, heads, {prod(grid)} tokens, head_dim) for a grid of {grid}, "
                 f"got shape {tuple(x.shape)}"
@@ -93,6 +96,8 @@ def neighborhood_attend(
     real_BN = Pattern.of(mask, B, N, N).only(("padding",), "neighborhood attention").real_keys(B)
     # what is added to a causal axis that is too short stands after every token
     pad = [longer - n for longer, n in zip(windows.size, grid)]
+    if in_force() is not None and (any(pad) or extra is not None):
+        raise ValueError("a grid in parts (saccade.parallel) has no extra keys, and no axis shorter than its kernel")
     q, k, v = (_pad(x, grid, pad) for x in (q_BHND, k_BKND, v_BKNE))
     pairs: Mask = windows if len(grid) > 1 or bias is not None else _band(windows)
     if real_BN is not None:

@@ -30,6 +30,7 @@ class PrismAttention(QKVAttention):
     """
 
     takes: tuple[Said, ...] = ("padding",)
+    takes_parts = True
 
     def __init__(
         self,

@@ -18,8 +18,10 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import block_causal, block_sparsity, leading_blocks, own_blocks, pool_blocks, top_blocks
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def prism_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,
@@ -114,8 +116,8 @@ def prism_blocks(
     low_freq_threshold: float = 0.95,
     high_freq_threshold: float = 0.95,
     calibrate: bool = True,
-    low_freq_temperature: float = 1.0,
-    high_freq_temperature: float = 1.0,
+    low_freq_temperature: float | Tensor = 1.0,
+    high_freq_temperature: float | Tensor = 1.0,
     force_sink: bool = True,
     sinks: int = 0,
     force_recent: bool = True,
@@ -134,7 +136,7 @@ def prism_blocks(
         low_freq_threshold, high_freq_threshold: share of a band's pooled weight that a row keeps; the block that
             passes it is kept too. Above 1 all blocks of the past are kept, at 0 the best one.
         calibrate: temperatures from the energy of the bands; else the two that are given.
-        low_freq_temperature, high_freq_temperature: t of the bands where `calibrate` is False.
+        low_freq_temperature, high_freq_temperature: t of the bands where `calibrate` is False, numbers or (B, H, 1, 1).
         force_sink, force_recent: always keep the first block, and the queries' own.
         sinks: always keep the blocks of so many first tokens.
         mask: as in `prism_attend`.
@@ -235,7 +237,7 @@ def band_scores(
     block_size: int,
     low_freq_dim: int | None,
     high_freq_dim: int | None,
-    temperatures: tuple[float, float] | None,
+    temperatures: tuple[float | Tensor, float | Tensor] | None,
     valid_BM: Tensor | None,
     scale: float | None,
 ) -> list[tuple[Tensor, Tensor]]:
@@ -254,7 +256,7 @@ def band_scores(
     def rms(q_BHnd: Tensor, k_BHmd: Tensor) -> tuple[Tensor, Tensor]:
         return _rms(q_BHnd, valid_BN, block_size), _rms(k_BHmd, valid_BM, block_size)
 
-    q_rms, k_rms = (r.clamp(min=1e-6) for r in rms(q_BHnD, k_BHmD))
+    q_rms, k_rms = rms(q_BHnD, k_BHmD)
     factor = D**-0.5 if scale is None else float(scale)
     bands = []
     for band, constant in zip(channels, (None, None) if temperatures is None else temperatures[::-1], strict=True):
@@ -262,13 +264,25 @@ def band_scores(
         d = band.shape[0]
         if constant is None:
             q_band, k_band = rms(q_BHnd, k_BHmd)
-            t_BH11 = (d / D) ** 0.5 * (q_band / q_rms) * (k_band / k_rms)
+            t_BH11 = band_temperature(d, D, (q_band, q_rms), (k_band, k_rms))
         else:
-            t_BH11 = torch.full_like(q_rms, constant)
+            t_BH11 = torch.as_tensor(constant, dtype=q_rms.dtype, device=q_rms.device).expand_as(q_rms)
         # a band without energy has no preference
         logits = q_BHnd @ k_BHmd.mT * (factor * (D / d) ** 0.5 / t_BH11.clamp(min=1e-30))
         bands.append((t_BH11, logits.masked_fill(~past, float("-inf")).softmax(-1)))
     return bands
+
+
+def band_temperature(width: int, D: int, q_rms: tuple[Tensor, Tensor], k_rms: tuple[Tensor, Tensor]) -> Tensor:
+    """t of a band, sqrt(d / D) times what it has of the energy of queries and of keys.
+
+    Args:
+        width: d, channels of the band.
+        D: head dim.
+        q_rms, k_rms: root mean square of the pooled band, and of all channels.
+    """
+    (q_band, q_all), (k_band, k_all) = q_rms, k_rms
+    return (width / D) ** 0.5 * (q_band / q_all.clamp(min=1e-6)) * (k_band / k_all.clamp(min=1e-6))
 
 
 def _rms(x_BHnd: Tensor, valid_BN: Tensor | None, block_size: int) -> Tensor:

@@ -30,6 +30,7 @@ class SpargeAttention(QKVAttention):
     """
 
     takes: tuple[Said, ...] = ("causal",)
+    takes_parts = True
 
     def __init__(
         self,

@@ -18,8 +18,10 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv
 from saccade.ops.masks import Mask
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def spargeattn_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,

@@ -60,7 +60,7 @@ def sparge_block_map(
         ValueError: if shapes or thresholds do not fit.
     """
     check_qkv(q_BHND, k_BKMD, k_BKMD)
-    B, H, N, D = q_BHND.shape
+    H, N, D = q_BHND.shape[1:]
     K, M = k_BKMD.shape[1:3]
     if block_q < 1 or block_k < 1:
         raise ValueError(f"block_q and block_k must be at least 1, got {block_q} and {block_k}")
@@ -68,29 +68,65 @@ def sparge_block_map(
         raise ValueError("either cdf_threshold or top_k decides how many blocks are kept, got both")
     if short_blocks not in ("measure", "keep"):
         raise ValueError(f"short_blocks must be 'measure' or 'keep', got {short_blocks!r}")
-    device = q_BHND.device
+    q_BHnD, similarity_BHn = block_statistics(q_BHND, block_q)
+    k_BHmD, similarity_BHm = (x.repeat_interleave(H // K, 1) for x in block_statistics(k_BKMD, block_k))
+    n, m = q_BHnD.shape[2], k_BHmD.shape[2]
+    past = block_causal(n, m, block_q, block_k, device=q_BHND.device) if causal else None
+    return map_of_statistics(
+        q_BHnD, similarity_BHn, k_BHmD, similarity_BHm, past, (N // block_q, M // block_k),
+        similarity_threshold=similarity_threshold, cdf_threshold=cdf_threshold, top_k=top_k,
+        attention_sink=attention_sink, sinks=sinks, block_k=block_k, scale=D**-0.5 if scale is None else scale,
+        short_blocks=short_blocks,
+    )  # fmt: skip
+
+
+def map_of_statistics(
+    q_BHnD: Tensor,
+    similarity_BHn: Tensor,
+    k_BHmD: Tensor,
+    similarity_BHm: Tensor,
+    past: Tensor | None,
+    short: tuple[int, int],
+    *,
+    similarity_threshold: PerHead | None = None,
+    cdf_threshold: PerHead | None = None,
+    top_k: PerHead | None = None,
+    attention_sink: bool = False,
+    sinks: int = 0,
+    block_k: int = 64,
+    scale: float,
+    short_blocks: Literal["measure", "keep"] = "measure",
+) -> Tensor:
+    """`sparge_block_map` from what it reads off the blocks; the queries' may be some of the rows.
+
+    Args:
+        q_BHnD, similarity_BHn, k_BHmD, similarity_BHm: mean and self-similarity of each block, by query head.
+        past: (n, m), blocks that do not lie strictly in the future; all where None.
+        short: the first block of queries, and of keys, that is not full.
+        similarity_threshold, cdf_threshold, top_k, attention_sink, sinks, block_k, short_blocks: as there.
+        scale: of the block scores.
+
+    Raises:
+        ValueError: if thresholds do not fit.
+    """
+    (B, H, n, _), m, device = q_BHnD.shape, k_BHmD.shape[2], q_BHnD.device
     default = 0.6 if top_k is None else -0.1
     theta = one_per_head(
         default if similarity_threshold is None else similarity_threshold, "similarity_threshold", H, device
     )
-    n, m = -(-N // block_q), -(-M // block_k)
     if top_k is None:
         tau = one_per_head(0.98 if cdf_threshold is None else cdf_threshold, "cdf_threshold", H, device, 0.0)
     else:
         fraction = one_per_head(top_k, "top_k", H, device, 0.0, 1.0)
     if 0 in (B, n, m):
         return torch.ones(B, H, n, m, dtype=torch.bool, device=device)
-
-    q_BHnD, similarity_BHn = block_statistics(q_BHND, block_q)
-    k_BHmD, similarity_BHm = (x.repeat_interleave(H // K, 1) for x in block_statistics(k_BKMD, block_k))
     similar_BHn, similar_BHm = similarity_BHn > theta[:, None], similarity_BHm > theta[:, None]
     if short_blocks == "keep":
-        similar_BHn[..., N // block_q :] = False
-        similar_BHm[..., M // block_k :] = False
+        similar_BHn[..., max(0, short[0]) :] = False
+        similar_BHm[..., short[1] :] = False
 
-    scores = q_BHnD @ k_BHmD.mT * (D**-0.5 if scale is None else scale)
+    scores = q_BHnD @ k_BHmD.mT * scale
     absent = ~similar_BHm[:, :, None]
-    past = block_causal(n, m, block_q, block_k, device=device) if causal else None
     if past is not None:
         absent = absent | ~past
     # a row that has no candidate at all is NaN here, as in the authors' code; its blocks are kept by the next rules
@@ -153,10 +189,10 @@ def one_per_head(
     return per_head.expand(heads)
 
 
-def cover(keep_BHnm: Tensor, block_q: int, block_k: int) -> Tensor:
-    """Keep the first query's own block wherever it sees none of the kept ones."""
+def cover(keep_BHnm: Tensor, block_q: int, block_k: int, first: int = 0) -> Tensor:
+    """Keep the first query's own block wherever it sees none of the kept ones; the rows begin at `first`."""
     n, m = keep_BHnm.shape[2:]
-    own_n = torch.arange(n, device=keep_BHnm.device) * block_q // block_k
+    own_n = torch.arange(first, first + n, device=keep_BHnm.device) * block_q // block_k
     block_m = torch.arange(m, device=keep_BHnm.device)
     blind = ~(keep_BHnm & (block_m <= own_n[:, None])).any(-1, keepdim=True)
     return keep_BHnm | (blind & (block_m == own_n[:, None]))

@@ -1,4 +1,7 @@
-"""Keys in order as runs: lists of ranges that rise and do not touch, as `Mask.reach` gives them."""
+"""Keys in order as runs: lists of ranges that rise and do not touch, as `Mask.reach` gives them.
+
+Shape letters: M keys.
+"""
 
 from __future__ import annotations
 

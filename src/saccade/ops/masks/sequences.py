@@ -15,7 +15,7 @@ from torch import Tensor
 from saccade.ops.masks.bands import Band
 from saccade.ops.masks.block_states import PARTIAL, as_states, block_range, block_sums, known_true, row_of, size_pair
 from saccade.ops.masks.mask import Mask, agree
-from saccade.ops.masks.runs import Runs, runs_of
+from saccade.ops.masks.runs import Runs, joined, runs_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,14 @@ class Documents(Mask):
         asking, rows = self.query_BN[:, queries.start : queries.stop], self.batch
         if not queries or not m:
             return []
-        pairs = zip(asking.expand(rows, -1), self.key_BM.expand(rows, -1))
-        return runs_of(torch.stack([torch.isin(keys, ids.unique()) for ids, keys in pairs]).any(0))
+        found: Runs = []
+        for ids, keys in zip(asking.expand(rows, -1), self.key_BM.expand(rows, -1)):
+            if bool((keys[1:] >= keys[:-1]).all()):  # packed one after the other
+                first, end = torch.searchsorted(keys, ids.min()), torch.searchsorted(keys, ids.max(), right=True)
+                found.append(range(int(first), int(end)))
+            else:
+                found += runs_of(torch.isin(keys, ids.unique()))
+        return joined(found)
 
     def hides_nothing(self, n: int, m: int) -> bool:
         return (

@@ -19,8 +19,10 @@ from saccade.ops.export import exporting
 from saccade.ops.partitions.boxes import in_plain_torch
 from saccade.ops.partitions.operator import attend_boxes
 from saccade.ops.partitions.pieces import unpacked
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def window_attend(
     q_BHND: Tensor,
     k_BKND: Tensor,
@@ -60,7 +62,7 @@ def window_attend(
     Raises:
         ValueError: if shapes do not fit.
     """
-    grid, windows, shifts = _grid(size, window, shift)
+    grid, windows, shifts = grid_of(size, window, shift)
     for name, x in (("query", q_BHND), ("key", k_BKND), ("value", v_BKNE)):
         if x.ndim != 4 or x.shape[2] != prod(grid):
             raise ValueError(
@@ -84,6 +86,7 @@ def window_attend(
     return (out, lse) if return_lse else out
 
 
+@in_parts
 def packed_window_attend(
     qkv_BN3HD: Tensor,
     size: int | Sequence[int],
@@ -108,7 +111,7 @@ def packed_window_attend(
     Raises:
         ValueError: if shapes do not fit.
     """
-    grid, windows, shifts = _grid(size, window, shift)
+    grid, windows, shifts = grid_of(size, window, shift)
     if qkv_BN3HD.ndim != 5 or qkv_BN3HD.shape[1] != prod(grid) or qkv_BN3HD.shape[2] != 3:
         raise ValueError(
             f"qkv must be (batch, {prod(grid)} tokens, 3, heads, head_dim) for a grid of {grid}, "
@@ -150,9 +153,17 @@ def window_bias(table: Tensor, window: int | Sequence[int]) -> Tensor:
     return table.movedim(0, -1)[tuple(index)].movedim(-1, 0).reshape(table.shape[0], prod(windows), prod(windows))
 
 
-def _grid(
+def grid_of(
     size: int | Sequence[int], window: int | Sequence[int], shift: int | Sequence[int]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Grid, windows and shifts by axis.
+
+    Args:
+        size, window, shift: as in `window_attend`.
+
+    Raises:
+        ValueError: if they do not fit together.
+    """
     grid = (size,) if isinstance(size, int) else tuple(size)
     if not 1 <= len(grid) <= 3 or min(grid) < 1:
         raise ValueError(f"size must be one to three positive lengths, got {size}")

@@ -7,6 +7,7 @@ asks `whole` and `places`.
 """
 
 from saccade.ops.sharding.active import Sharding, in_force, in_parts, places, put_in_force, suspended, whole
+from saccade.ops.sharding.forecast import goes_round, is_softmax, parts_of
 from saccade.ops.sharding.layout import BALANCES, Layout
 from saccade.ops.sharding.needs import Needs, Tile, needs_of
 
@@ -16,9 +17,12 @@ __all__ = [
     "Needs",
     "Sharding",
     "Tile",
+    "goes_round",
     "in_force",
     "in_parts",
+    "is_softmax",
     "needs_of",
+    "parts_of",
     "places",
     "put_in_force",
     "suspended",

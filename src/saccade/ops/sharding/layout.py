@@ -10,27 +10,36 @@ BALANCES = ("contiguous", "head-tail")
 
 @dataclass(frozen=True)
 class Layout:
-    """The parts of a sequence, one to a rank. Lengths need not divide: parts differ by a token, longer ones first.
+    """The parts of a sequence, one to a rank. Lengths need not divide: parts differ by a unit, longer ones first.
 
     Attributes:
         length: tokens of the whole sequence.
         ranks: how many share it.
         balance: "contiguous", in the order of the ranks; or "head-tail", of 2 P pieces the r-th and the r-th from the
             end, so that causal work is the same on every rank.
+        unit: tokens that are never parted: of a block, of a row of a grid.
+
+    Raises:
+        ValueError: if `balance` is another word, or `unit` below 1.
 
     >>> [list(map(len, Layout(10, 4).pieces(rank))) for rank in range(4)]
     [[3], [3], [2], [2]]
     >>> Layout(8, 2, "head-tail").pieces(0)
     (range(0, 2), range(6, 8))
+    >>> Layout(30, 2, unit=8).pieces(0)
+    (range(0, 16),)
     """
 
     length: int
     ranks: int
     balance: str = "contiguous"
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if self.balance not in BALANCES:
             raise ValueError(f"balance must be {' or '.join(map(repr, BALANCES))}, got {self.balance!r}")
+        if self.unit < 1:
+            raise ValueError(f"unit must be at least 1 token, got {self.unit}")
 
     def pieces(self, rank: int) -> tuple[range, ...]:
         """What a rank holds, in the order in which it holds it; empty pieces are left out."""
@@ -59,6 +68,7 @@ class Layout:
         raise IndexError(f"rank {rank} does not hold token {token}")
 
     def _piece(self, number: int, count: int) -> range:
-        size, longer = divmod(self.length, count)
+        size, longer = divmod(-(-self.length // self.unit), count)
         first = number * size + min(number, longer)
-        return range(first, first + size + (number < longer))
+        begin, end = (min(x * self.unit, self.length) for x in (first, first + size + (number < longer)))
+        return range(begin, end)

@@ -1,0 +1,76 @@
+"""What `attend` on a sequence in parts costs each rank, worked out without a rank.
+
+Shape letters: B batch, H query heads, K key heads, D head dim of q and k, E head dim of v.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from saccade.ops.masks import Mask
+from saccade.ops.masks.runs import joined
+from saccade.ops.planning import Parts, Problem, Share
+from saccade.ops.score_mods import Modification
+from saccade.ops.sharding.layout import Layout
+from saccade.ops.sharding.needs import Needs, needs_of
+
+#: blocks along a tile's side, at most, in which its density is counted
+_GRAIN = 64
+
+
+def goes_round(needs: Needs, score: Any, score_mod: Any, normalize: Any) -> bool:
+    """Keys are sent one part after another, a ring, and not all at once, a halo.
+
+    That is where some rank needs more than a rank holds, of dot products under softmax, which can be put together from
+    parts.
+
+    Args:
+        needs: who needs what.
+        score, score_mod, normalize: of `saccade.attend`.
+    """
+    known = score_mod is None or isinstance(score_mod, Modification)
+    return not needs.is_halo and known and score is None and is_softmax(normalize)
+
+
+def is_softmax(normalize: Any) -> bool:
+    """Whether a normaliser is the one whose parts have an LSE.
+
+    Args:
+        normalize: of `saccade.attend`.
+    """
+    return isinstance(normalize, str) and normalize == "softmax"
+
+
+def parts_of(problem: Problem, mask: Mask | None, queries: Layout, keys: Layout) -> Parts:
+    """The forecast of a call.
+
+    Args:
+        problem: the call on whole sequences.
+        mask: of the whole, as an object; None where all see all.
+        queries, keys: who holds them.
+    """
+    softmax = is_softmax(problem.normalize)
+    needs = needs_of(mask, queries, keys, side_by_side=not softmax)
+    ring = goes_round(needs, problem.score, problem.score_mod, problem.normalize)
+    token = problem.B * problem.K * (problem.D + problem.E) * problem.dtype.itemsize
+    pair = 2 * problem.B * problem.H * (problem.D + problem.E)
+    shares = []
+    for rank in range(needs.ranks):
+        sent, received = needs.sent(rank) * token, needs.received(rank) * token
+        back = (0, 0)
+        if problem.needs_grad:  # gradients go home; round the ring, keys and values come once more
+            back = (sent + received, received + sent) if ring else (received, sent)
+        shares.append(Share(int(pair * _pairs(needs, rank)), sent, received, *back))
+    return Parts("ring" if ring else "halo" if needs.steps else "alone", tuple(shares))
+
+
+def _pairs(needs: Needs, rank: int) -> float:
+    """Pairs that a rank computes, by the blocks of its tiles."""
+    runs = joined(run for holder in range(needs.ranks) for run in needs.table[rank][holder])
+    total = 0.0
+    for tile in needs.tiles(rank, runs):
+        mask, (n, m) = needs.mask_of(tile), map(len, tile)
+        size = max(1, ceil(max(n, m) / _GRAIN))
+        total += n * m * (1.0 if mask is None else mask.density(n, m, size))
+    return total

@@ -1,0 +1,170 @@
+"""Mechanisms that choose blocks equal one process on a sequence in parts, and send the blocks chosen and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from saccade import parallel
+from saccade.attention.moba import MoBA, moba_attend, moba_route
+from saccade.attention.prism import PrismAttention, prism_attend
+from saccade.attention.spargeattn import SpargeAttention, spargeattn_attend
+from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.sharding import Layout
+
+B, H, K, D, E = 2, 4, 2, 8, 6
+
+CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "moba": (moba_attend, 4, {"block_size": 4, "top_k": 3}),
+    "moba of all": (moba_attend, 4, {"block_size": 4, "top_k": 30}),
+    "moba with sinks": (moba_attend, 8, {"block_size": 4, "top_k": 2, "sinks": 3, "scale": 0.2}),
+    "prism": (prism_attend, 4, {"block_size": 4, "low_freq_threshold": 0.3, "high_freq_threshold": 0.3}),
+    "prism, uncalibrated": (
+        prism_attend,
+        4,
+        {"block_size": 4, "calibrate": False, "low_freq_threshold": 0.2, "sinks": 5},
+    ),
+    "spargeattn": (spargeattn_attend, 8, {"block_q": 8, "block_k": 4, "similarity_threshold": -1.0, "top_k": 0.3}),
+    "spargeattn, causal": (
+        spargeattn_attend,
+        8,
+        {"block_q": 8, "block_k": 4, "causal": True, "similarity_threshold": 0.1, "cdf_threshold": 0.4},
+    ),
+    "spargeattn, short kept": (
+        spargeattn_attend,
+        8,
+        {"block_q": 4, "block_k": 8, "similarity_threshold": -1.0, "top_k": 0.2, "short_blocks": "keep"},
+    ),
+}
+
+
+def _inputs(n: int) -> list[Tensor]:
+    torch.manual_seed(2)
+    q, k, v, to_out = (torch.randn(s) for s in ((B, H, n, D), (B, K, n, D), (B, K, n, E), (B, H, n, E)))
+    return [q, k, v, to_out]
+
+
+def case(mesh: DeviceMesh, name: str, n: int) -> dict[str, tuple[int, int]]:
+    function, unit, options = CASES[name]
+    q, k, v, to_out = _inputs(n)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = function(*leaves, **options)
+    alone = [out, *torch.autograd.grad(out, leaves, to_out)]
+    with parallel(mesh, unit=unit, length=n) as shards:
+        leaves = [parallel.shard(x, shards, dim=2).requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, **options)
+        together = [out, *torch.autograd.grad(out, leaves, parallel.shard(to_out, shards, dim=2))]
+    for what, one, other in zip(("out", "dq", "dk", "dv"), alone, together):
+        expected = parallel.shard(one, shards, dim=2)
+        torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
+    return {f"{kind} {way}": count[:2] for (kind, way), count in shards.traffic.counts.items()}
+
+
+@pytest.mark.parametrize("n", [64, 53])
+@pytest.mark.parametrize("name", CASES)
+def test_parts_equal_the_whole(ranks: Ranks, name: str, n: int) -> None:
+    ranks(case, name, n)
+
+
+def _blocks_sent(wanted: list[Tensor], layout: Layout, size: int) -> list[tuple[int, int]]:
+    """Bytes of the blocks that each rank sends and receives, where `wanted[r]` (B, K, m) is what rank r keeps."""
+    block = size * (D + E) * 4
+    firsts = [piece.start // size for rank in range(4) for piece in layout.pieces(rank)] + [wanted[0].shape[2]]
+    table = [[int(one[..., firsts[p] : firsts[p + 1]].sum()) * block for p in range(4)] for one in wanted]
+    return [
+        (sum(table[r][p] for r in range(4) if r != p), sum(table[p][r] for r in range(4) if r != p)) for p in range(4)
+    ]
+
+
+@pytest.mark.parametrize("name", ["moba", "prism"])
+def test_chosen_blocks_are_sent_and_no_others(ranks: Ranks, name: str) -> None:
+    n, size = 64, 4
+    function, unit, options = CASES[name]
+    q, k, v, _ = _inputs(n)
+    layout = Layout(n, 4, unit=unit)
+    if name == "moba":
+        chosen = moba_route(q, k, **options)
+        keep = torch.zeros(B, H, n, n // size + 1, dtype=torch.bool).scatter_(3, chosen.remainder(n // size + 1), True)
+        keep = keep[..., :-1].unflatten(2, (-1, size)).any(3)
+    else:
+        keep = function(q, k, v, return_map=True, **options)[1]
+    rows = [slice(piece.start // size, piece.stop // size) for rank in range(4) for piece in layout.pieces(rank)]
+    wanted = [keep[:, :, here].unflatten(1, (K, -1)).any(2).any(2) for here in rows]
+    found = ranks(case, name, n)
+    expected = _blocks_sent(wanted, layout, size)
+    assert [one["blocks forward"] for one in found] == expected
+    assert [one["blocks backward"] for one in found] == [(received, sent) for sent, received in expected]
+    # a byte for each block and key head that another rank holds, and has
+    assert [one["choice forward"] for one in found] == [(B * K * 12, B * K * 12)] * 4
+
+
+LAYERS: dict[str, Callable[[], Any]] = {
+    "softmax": lambda: SoftmaxAttention(32, 4, True, num_kv_heads=2),
+    "moba": lambda: MoBA(32, 4, num_kv_heads=2, block_size=4, top_k=3),
+    "prism": lambda: PrismAttention(32, 4, num_kv_heads=2, block_size=4, low_freq_threshold=0.5),
+    "spargeattn": lambda: SpargeAttention(32, 4, True, block_q=4, block_k=4, similarity_threshold=-1.0, top_k=0.4),
+}
+
+
+def layer(mesh: DeviceMesh, name: str) -> None:
+    torch.manual_seed(0)
+    module = LAYERS[name]()
+    x = torch.randn(2, 48, 32)
+    alone = module(x)
+    with parallel(mesh, unit=4) as shards:
+        out = module(parallel.shard(x, shards))
+    torch.testing.assert_close(out, parallel.shard(alone, shards), atol=1e-5, rtol=1e-5)
+
+
+def with_heads_apart(mesh: DeviceMesh, name: str) -> None:
+    """Heads on two ranks, the sequence on two."""
+    torch.manual_seed(0)
+    module = LAYERS[name]()
+    x = torch.randn(2, 48, 32)
+    alone = module(x)
+    (weight,) = torch.autograd.grad(alone.square().sum(), module.q_proj.weight)
+    plan = {"q_proj": ColwiseParallel(), "k_proj": ColwiseParallel(), "v_proj": ColwiseParallel()}
+    module = parallelize_module(module, mesh["data"], {**plan, "out_proj": RowwiseParallel()})
+    with parallel(mesh["sequence"], unit=4) as shards:
+        out = module(parallel.shard(x, shards))
+    torch.testing.assert_close(out, parallel.shard(alone, shards), atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    share = module.q_proj.weight.grad.to_local()
+    torch.distributed.all_reduce(share, group=shards.group)
+    rows = weight.chunk(2)[mesh["data"].get_local_rank()]
+    torch.testing.assert_close(share, rows, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tensor_parallel_plans(ranks: Ranks, name: str) -> None:
+    ranks(with_heads_apart, name, size=0)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(ranks: Ranks, name: str) -> None:
+    ranks(layer, name)
+
+
+def refusing(mesh: DeviceMesh) -> None:
+    x = torch.randn(1, 2, 8, 4)
+    with parallel(mesh, length=32), pytest.raises(ValueError, match=r"MoBA takes parts in whole blocks: .*unit=4"):
+        moba_attend(x, x, x, block_size=4)
+    with parallel(mesh, length=32, unit=4, balance="head-tail"), pytest.raises(ValueError, match="contiguous parts"):
+        prism_attend(x, x, x, block_size=4)
+    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match=r"takes no mask .* got padding"):
+        moba_attend(x, x, x, block_size=4, mask=torch.arange(32)[None] > 3)
+    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match="takes no return_map"):
+        spargeattn_attend(x, x, x, block_q=4, block_k=4, return_map=True)
+    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match="top_k must be an integer of at least 1"):
+        moba_attend(x, x, x, block_size=4, top_k=0)
+
+
+def test_what_cannot_be_done_is_refused(ranks: Ranks) -> None:
+    ranks(refusing)
