@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.native.routes import by_block
-from saccade.ops.triton.launching import block, chosen, launch, products
+from saccade.ops.triton.launching import block, chosen, launch, products, work_type
 
 __all__ = ["attend_routes_in_triton", "rehearse", "route_gradients_in_triton", "runs_in_triton"]
 
@@ -144,7 +144,7 @@ def route_gradients_in_triton(
             OWN=own,
         )
     listed = _list(chosen_BHNj.contiguous(), K, M // size, cut["ROWS"])
-    rows = min(constants["ROWS"], constants["KEYS"])  # two sums are kept here
+    rows = min(32, constants["KEYS"])  # two sums are kept here
     constants |= {"ROWS": rows, "KEYS": rows}
     launch(
         kernels.key_gradients,
@@ -157,14 +157,18 @@ def route_gradients_in_triton(
 
 
 def _cut(q: Tensor) -> dict[str, Any]:
-    """How work is cut into programs: the width of rows in registers, rows of queries and of keys; how they multiply.
+    """How work is cut into programs: the width of rows in registers, rows of queries and of keys, warps; how they
+    multiply.
 
-    The most that fits into the registers of every target of `compiling`.
+    Up to 128 columns of bfloat16 fit into the registers of every target of `compiling`; 256, and float32 beyond 64,
+    spill some (`--every` says how many).
     """
     width = block(q.shape[3], WIDEST)
-    size = width * q.itemsize
-    rows, keys = (64, 64) if size <= 128 else (64, 32) if size <= 256 else (32, 32)
-    return {"WIDTH": width, "ROWS": rows, "KEYS": keys, **products(q.device, q.dtype)}
+    if work_type(q.dtype) == torch.float32:
+        rows, keys, warps = (32, 32, 8) if width <= 128 else (16, 16, 8)
+    else:
+        rows, keys, warps = (64, 64, 4) if width <= 64 else (64, 32, 4) if width <= 128 else (32, 32, 8)
+    return {"WIDTH": width, "ROWS": rows, "KEYS": keys, "warps": warps, **products(q.device, q.dtype)}
 
 
 def _ranges(chosen: Tensor, width: int, step: int) -> Iterator[tuple[int, int]]:
