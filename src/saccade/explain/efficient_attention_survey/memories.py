@@ -55,7 +55,7 @@ def memory_attend(
 ) -> Any:
     """Read a memory that is taught each key's value first; equations at the top of this file.
 
-    With one matrix, a mini-batch of one token and no momentum this is the (gated) delta rule.
+    With one matrix, mini-batches of one token, and neither forgetting nor momentum this is the delta rule.
 
     Args:
         q_BHND, k_BHND, v_BHNE: queries, keys and values.
