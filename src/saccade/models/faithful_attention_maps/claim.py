@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from saccade.catalogue.lab import Lab, Trial
 
 _SIDE, _PATCH = 32, 4
+#: of training: few enough that those where texture and shape go apart can be learned by heart
+_IMAGES = 200
 
 
 class Scenes(NamedTuple):
-    """Images (B, 3, 32, 32), labels and textures (B,), and which patches have something of the object (B, 8, 8)."""
+    """Images (B, 3, 32, 32), labels and textures (B,), and which patches are the object's (B, 8, 8)."""
 
     image: Tensor
     label: Tensor
@@ -33,25 +35,26 @@ class Scenes(NamedTuple):
 
 
 def _scenes(count: int, generator: Generator, together: float = 0.95) -> Scenes:
-    """A square (0) or cross (1) near the middle of a texture of stripes that run across (0) or down (1), whose number
-    is the label's as often as `together` says."""
-    at = torch.arange(_SIDE)
+    """A square (0) or cross (1) of nine whole patches on a texture of stripes that run across (0) or down (1), whose
+    number is the label's as often as `together` says."""
+    cell, cells = torch.arange(_SIDE // _PATCH), _SIDE // _PATCH
     label_B = torch.randint(2, (count,), generator=generator)
     agrees_B = torch.rand(count, generator=generator) < together
     texture_B = torch.where(agrees_B, label_B, 1 - label_B)
-    centre_B2 = torch.randint(11, 21, (count, 2), generator=generator)
-    y, x = ((at - centre_B2[:, i, None]).abs() for i in (0, 1))
-    y, x = y[:, :, None].expand(-1, -1, _SIDE), x[:, None].expand(-1, _SIDE, -1)
-    square = torch.maximum(y, x) <= 5
-    cross = (torch.maximum(y, x) <= 8) & (torch.minimum(y, x) <= 2)
-    inside = torch.where(label_B[:, None, None] == 1, cross, square)
-    stripes = (at // 2 % 2).float()
+    centre_B2 = torch.randint(2, cells - 2, (count, 2), generator=generator)
+    y, x = ((cell - centre_B2[:, i, None]).abs() for i in (0, 1))
+    y, x = y[:, :, None].expand(-1, -1, cells), x[:, None].expand(-1, cells, -1)
+    square = torch.maximum(y, x) <= 1
+    cross = (torch.maximum(y, x) <= 2) & (torch.minimum(y, x) == 0)
+    there = torch.where(label_B[:, None, None] == 1, cross, square)
+    inside = there.repeat_interleave(_PATCH, 1).repeat_interleave(_PATCH, 2)
+    stripes = (torch.arange(_SIDE) // 2 % 2).float()
     down = (texture_B == 1)[:, None, None]
     ground = torch.where(down, stripes[None, :].expand(_SIDE, _SIDE), stripes[:, None].expand(_SIDE, _SIDE))
     image = torch.stack([torch.where(inside, 1.0, -0.5), ground - 0.5, torch.where(inside, -0.5, 0.5)], 1)
     image[:, 1].masked_fill_(inside, 0.0)
     image = image + 0.2 * torch.randn(count, 3, _SIDE, _SIDE, generator=generator)
-    return Scenes(image, label_B, texture_B, F.max_pool2d(inside[:, None].float(), _PATCH)[:, 0] > 0)
+    return Scenes(image, label_B, texture_B, there)
 
 
 def _sizes(lab: Lab) -> dict[str, Any]:
@@ -81,9 +84,9 @@ def _pretrained(lab: Lab) -> RegisterTransformer:
     return network.trunk
 
 
-def _two_stages(trunk: RegisterTransformer, sizes: dict[str, Any]) -> TwoStageViT:
+def _two_stages(trunk: RegisterTransformer, sizes: dict[str, Any], through: bool = True) -> TwoStageViT:
     """Both stages start as the trunk; of the first one the tokens alone learn, as in the paper."""
-    model = TwoStageViT(2, 2, drop=0.0, mask_drop=0.0, **sizes)
+    model = TwoStageViT(2, 2, drop=0.0, mask_drop=0.0, through=through, **sizes)
     model.first.load_state_dict(trunk.state_dict())
     model.second.load_state_dict(trunk.state_dict())
     learning_rates(model)
@@ -121,18 +124,33 @@ def _claim(lab: Lab) -> ClaimResult:
     forms: dict[str, Callable[[], nn.Module]] = {
         "plain": partial(_Plain, trunk),
         "two_stages": partial(_two_stages, trunk, sizes),
+        # the second stage's loss does not reach the mask, as the authors' code has it
+        "cut": partial(_two_stages, trunk, sizes, False),
     }
-    draw = partial(_scenes, lab.size(32, 4))
+    learn = _scenes(lab.size(_IMAGES, 8), lab.generator())
+
+    def draw(generator: Generator) -> Scenes:
+        rows = torch.randint(len(learn.label), (lab.size(32, 4),), generator=generator)
+        return Scenes(*(each[rows] for each in learn))
+
     measured = lab.forms(forms, draw, measure, 300, loss=_loss, lr=1e-3).means()
-    fell, kept = (measured[f"{name}_usual_percent"] - measured[f"{name}_other_percent"] for name in forms)
+    fell, kept, _ = (measured[f"{name}_usual_percent"] - measured[f"{name}_other_percent"] for name in forms)
     return ClaimResult(
         measured,
-        holds=kept < fell - 10 and measured["two_stages_moved_by_what_is_hidden"] < 1e-4,
-        note="the texture has the number of the class in 95 of 100 images of training and usual tests, in none of the "
-        "others; one seed. Both start as a transformer that was taught shapes and textures where these go apart; of it "
-        "the first stage's blocks stay as they are, as the paper's stay DINOv2's. What it does not show: hidden pixels "
-        "move nothing and none of the ground is seen, but which patches of the object are shown comes to tell the "
-        "texture, since the first stage saw it. From scratch it was so too, and the plain one did not fall",
+        # what has learned nothing falls nowhere
+        holds=kept < fell - 10
+        and measured["two_stages_usual_percent"] > 80
+        and measured["two_stages_moved_by_what_is_hidden"] < 1e-4,
+        note=f"the texture has the number of the class in 95 of 100 of {_IMAGES} images of training and of usual "
+        "tests, in none of the others; shapes fill whole patches; one seed. All start as a transformer that was "
+        "taught shapes and textures where these go apart; of it the first stage's blocks stay as they are, as "
+        "the paper's stay DINOv2's. `cut` has no gradient from the second stage to the mask, as in the authors' "
+        "code. What is not shown: hidden pixels move nothing and none of the ground is seen, but which of the "
+        "object's patches are shown tells the texture, since the first stage saw it and is taught by the label "
+        "too. Tried once each besides: from unlimited images the plain one fell from 96 to 39 %, the two stages "
+        "had learned nothing after 300 steps (51 %), `cut` fell from 88 to 16; of shapes that cut through "
+        "patches, three quarters of whose patches show stripes too, the plain one kept 100 %, `cut` fell from 94"
+        " to 0, and the card's drops of .3 with equivariance from 87 to .5",
     )
 
 
@@ -147,7 +165,7 @@ def _moved(model: TwoStageViT, image: Tensor, generator: Generator) -> float:
 CLAIM = Claim(
     paper="the second stage's mask makes the prediction independent of the background, and robust where backgrounds "
     "change (Waterbirds, MetaShift, SIIM-ACR); the card has no figures of the tables",
-    expected="where textures go against shapes a plain vision transformer falls further than the two stages, whose "
-    "logits nothing moves that is hidden",
+    expected="where textures go against shapes a plain vision transformer falls further than the two stages, which "
+    "know the usual images and whose logits nothing moves that is hidden",
     run=_claim,
 )
