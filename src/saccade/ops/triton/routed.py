@@ -160,8 +160,8 @@ def _cut(q: Tensor) -> dict[str, Any]:
     """How work is cut into programs: the width of rows in registers, rows of queries and of keys, warps; how they
     multiply.
 
-    Up to 128 columns of bfloat16 fit into the registers of every target of `compiling`; 256, and float32 beyond 64,
-    spill some (`--every` says how many).
+    Up to 128 columns of bfloat16 fit into the registers of every target of `compiling`; 256, and float32 as it is,
+    spill some (`--every` says how much).
     """
     width = block(q.shape[3], WIDEST)
     if work_type(q.dtype) == torch.float32:
