@@ -16,7 +16,7 @@ from saccade.ops.triton.launching import block, contiguous_rows, launch, product
 
 __all__ = ["MOST_CHANNELS", "attend", "chunk_of", "extra_bytes", "gradients", "rehearse"]
 
-#: tokens of a chunk and columns of a tile, at most; of float32, which takes twice the registers, half as many
+#: tokens of a chunk and columns of a tile, at most; half as many where products are of float32: twice the registers
 CHUNK, COLUMNS = 64, 64
 
 #: tokens of half a chunk where each channel decays by itself
@@ -97,7 +97,7 @@ def chunk_of(form: str, dtype: torch.dtype) -> int:
     """
     if form == "channel":
         return 2 * HALF
-    return CHUNK // 2 if dtype == torch.float32 else CHUNK
+    return CHUNK // 2 if work_type(dtype) == torch.float32 else CHUNK
 
 
 def extra_bytes(B: int, H: int, N: int, D: int, E: int, dtype: torch.dtype, form: str) -> int:
@@ -136,8 +136,7 @@ class _Call:
         self.programs = self.R * self.T
         self.q, self.k, self.v = (contiguous_rows(x) for x in (q, k, v))
         self.work, self.kinds = work_type(q.dtype), products(q.device, q.dtype)
-        exact = q.dtype == torch.float32
-        self.warps, columns = (8, COLUMNS // 2) if exact else (4, COLUMNS)
+        self.warps, columns = (8, COLUMNS // 2) if self.work == torch.float32 else (4, COLUMNS)
         self.BD, self.BE = block(self.D, columns), block(self.E, columns)
         self.none = self.new(1)
         # what a form does not have is never read
