@@ -5,6 +5,8 @@
     3   (a share `whole` of the time) the model imitates what it said before:       KL(softmax(old) || softmax(new))
 
 Only the new parts learn. What the old layers were given and gave is kept, so that a text is read once.
+
+Shape letters: N tokens of a context.
 """
 
 from __future__ import annotations
