@@ -164,7 +164,8 @@ def test_bytes_fall_as_predicted_and_heads_are_ragged() -> None:
         lengths = torch.stack([x for x in cache.lengths if x is not None])
         assert (lengths.sum(-1) == 48).all() and len(lengths.unique()) > 4
         places = (PAGE * (-(-lengths // PAGE))).sum()
-        assert 0 < cache.bytes - int(places) * (one + 4 + 4) <= 3 * (4 * 64 + 8 * (3 * 4 + 20))
+        # keys, values, position, weight and a mark of each place; tables of the heads, and an owner a page
+        assert 0 <= cache.bytes - int(places) * (one + 4 + 4 + 1) <= 3 * 8 * (3 * 4 + 20)
         budget = cache_for(model, "key-norm", "16 KiB")
         model(ids, past_key_values=budget)
         assert 0.7 * 2**14 < budget.bytes <= 2**14

@@ -62,9 +62,16 @@ class RaggedTokens:
 
     def _count(self, length_BK: Tensor) -> None:
         self.length_BK = length_BK
-        #: which places of each row hold a token, and whether all do
-        self.filled_BKM = torch.arange(self.width, device=length_BK.device) < length_BK[..., None]
-        self.is_full = bool(self.filled_BKM.all())
+        #: which places hold a token, and whether all do
+        self.filled_Pp = self.paged(torch.arange(self.width, device=length_BK.device) < length_BK[..., None])
+        self.is_full = bool(self.filled_Pp.all())
+
+    @property
+    def filled_BKM(self) -> Tensor:
+        """Which places of each row hold a token."""
+        if self.is_even:
+            return self.in_rows(self.filled_Pp)
+        return torch.arange(self.width, device=self.length_BK.device) < self.length_BK[..., None]
 
     def in_rows(self, x_Pp: Tensor) -> Tensor:
         """(B, K, M, ...) of what is held of each place (P, p, ...): a view where all rows have as many pages."""
@@ -167,6 +174,6 @@ class RaggedTokens:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is held, places that hold no token counted."""
-        held = [*self._of_places, self.filled_BKM, self.length_BK, self.pages_BK, self._first_BK1]
+        held = [*self._of_places, self.filled_Pp, self.length_BK, self.pages_BK, self._first_BK1]
         held += [] if self.owner_P is None else [self.owner_P]
         return sum(x.untyped_storage().nbytes() for x in held)

@@ -105,14 +105,15 @@ class Reader:
         (B, H, N, _), K, tokens = q.shape, new.k_BKND.shape[1], self.tokens
         G, R = H // K, B * K
         assert tokens is not None
-        seen_BKM = None if tokens.is_full else tokens.filled_BKM
+        keys, values, owner = tokens.evenly()
+        seen_Pp: Tensor | None = tokens.filled_Pp
         if self.is_mortal:
             held = self._held()
-            seen_BKM = held.filled_BKM & (self._last(held) >= position_BN[:, None])
-        keys, values, owner = tokens.evenly()
-        seen_Pp = None
-        if seen_BKM is not None:
-            seen_Pp = seen_BKM.view(R, tokens.width) if owner is None else tokens.paged(seen_BKM)
+            seen_Pp = tokens.paged(held.filled_BKM & (self._last(held) >= position_BN[:, None]))
+        elif tokens.is_full:
+            seen_Pp = None
+        if seen_Pp is not None and owner is None:
+            seen_Pp = seen_Pp.view(R, tokens.width)
         seen_Rnm = None
         if N > 1 or real_BN is not None:
             seen_BNN = torch.ones(B, N, N, dtype=torch.bool, device=q.device).tril()
