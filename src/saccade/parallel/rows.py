@@ -14,6 +14,10 @@ ROWS = {
     "moba_attend": "routed",
     "prism_attend": "routed",
     "spargeattn_attend": "routed",
+    "ema": "states",
+    "linear_attend": "states",
+    "selective_scan": "states",
+    "wkv": "states",
 }
 
 

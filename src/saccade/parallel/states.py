@@ -1,0 +1,344 @@
+"""Recurrences on a sequence in parts: linear attention with every decay, moving averages, the selective scan, WKV.
+
+What came before a part reaches it as a state, however long it was. Each part p makes the state that it alone leaves
+behind, S_p, and the product of its decays, A_p; every rank gets all of them (one all-gather, whose size does not depend
+on the length), and puts together what enters its own parts:
+
+    S_in(p) = sum_{j<p} (prod_{j<t<p} A_t) S_j  +  (prod_{t<p} A_t) S_given
+
+Backward, the gradients of the states go back to those whose they are.
+
+Shape letters: B batch, H query heads, K key heads, N tokens of this rank, n of a piece, D feature width, E width of
+values; T tokens, C channels, S states of a channel; P pieces of all ranks, in the order of the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from saccade.ops.autocast import one_type
+from saccade.ops.heads import repeat_heads
+from saccade.ops.linear.inputs import accumulator, apply_features, as_factors, check, enter_state, leave_state
+from saccade.parallel.context import Shards
+from saccade.parallel.exchange import gather
+
+#: the logarithm of a weight that is none
+_NOTHING = -1e30
+
+
+class Piece(NamedTuple):
+    """Tokens of this rank that follow one another in the sequence.
+
+    Attributes:
+        place: which of all pieces it is.
+        tokens: where this rank holds them.
+        start: the first in the whole sequence.
+    """
+
+    place: int
+    tokens: slice
+    start: int
+
+
+class Pieces:
+    """The pieces of all ranks in the order of the sequence, and which are this rank's.
+
+    Args:
+        shards: the ranks.
+        n: tokens that this one holds.
+    """
+
+    def __init__(self, shards: Shards, n: int) -> None:
+        self.shards, layout = shards, shards.layouts(n)[0]
+        self.slots = 1 if layout.balance == "contiguous" else 2
+        spans = []
+        for rank in range(shards.ranks):
+            held = list(layout.pieces(rank))
+            spans += held + [range(layout.length, layout.length)] * (self.slots - len(held))
+        self.order = sorted(range(len(spans)), key=lambda slot: (spans[slot].start, spans[slot].stop))
+        self.spans = [spans[slot] for slot in self.order]
+        self.own, begin = [], 0
+        for slot in range(shards.rank * self.slots, (shards.rank + 1) * self.slots):
+            length = len(spans[slot])
+            self.own.append(Piece(self.order.index(slot), slice(begin, begin + length), spans[slot].start))
+            begin += length
+
+    def gathered(self, summaries: Sequence[Sequence[Tensor]], kind: str) -> list[Tensor]:
+        """What all pieces leave behind, each of it stacked in front (P, ...), in the order of the sequence.
+
+        Args:
+            summaries: of each of this rank's pieces, tensors of the same shapes on all ranks.
+            kind: under which the bytes are counted.
+        """
+        flat = torch.stack([torch.cat([x.reshape(-1) for x in one]) for one in summaries])
+        whole = gather(self.shards, flat, kind).flatten(0, 1)[self.order]
+        shapes = [x.shape for x in summaries[0]]
+        parts = whole.split([shape.numel() for shape in shapes], -1)
+        return [part.unflatten(-1, shape) if len(shape) else part[..., 0] for part, shape in zip(parts, shapes)]
+
+
+def entering(states: Tensor, decays: Tensor | None, place: int, given: Tensor | None = None) -> Tensor:
+    """S_in of the equation at the top of this file.
+
+    Args:
+        states: S_p, (P, ...).
+        decays: A_p, (P, ...), broadcast to them; none decay where None.
+        place: p; P for what the whole sequence leaves behind.
+        given: what came before the first piece.
+    """
+    states = states[:place]
+    if decays is None:
+        found = states.sum(0)
+        return found if given is None else found + given
+    decays = decays[:place]
+    after = torch.cat([decays[1:], torch.ones_like(decays[:1])])[:place]
+    after = after.flip(0).cumprod(0).flip(0)
+    found = (states * after.to(states.dtype)).sum(0)
+    return found if given is None else found + decays.prod(0).to(given.dtype) * given
+
+
+@torch.compiler.disable
+def linear_attend(
+    shards: Shards, function: Callable[..., Any], q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, **options: Any
+) -> Any:
+    """This rank's rows of `saccade.linear_attend`; a state that is given or returned is of the whole sequence.
+
+    Args:
+        shards: the ranks.
+        function: `saccade.linear_attend`.
+        q_BHND, k_BKMD, v_BKME: this rank's part.
+        options: those of `saccade.linear_attend`; what is given per token is this rank's part.
+
+    Raises:
+        ValueError: where `saccade.linear_attend` does.
+    """
+    q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
+    causal, normalize = options.get("causal", True), bool(options.get("normalize", False))
+    decay, state = options.pop("decay", None), options.pop("state", None)
+    check(q, k, v, causal, decay, options.get("chunk_size"))
+    if (feature_map := options.pop("feature_map", None)) is not None:
+        q, k = apply_features(feature_map, q, k)
+    (B, H, N, D), E = q.shape, v.shape[3]
+    given = None if state is None else enter_state(state, (B, H, D, E), normalize, q)
+    return_state = options.pop("return_state", False)
+    if not causal:
+        left = _left(k, v, None, normalize)
+        own, total = repeat_heads(left, H), repeat_heads(gather(shards, left, "states").sum(0), H)
+        total = total if given is None else total + given
+        out = function(q, k, v, state=leave_state(total - own, normalize), **options)
+        return (out, leave_state(total, normalize)) if return_state else out
+
+    pieces, factors = Pieces(shards, N), as_factors(decay, (B, H, N, D), q)
+    if factors is not None:
+        factors = torch.where(factors == 0, factors.detach(), factors)  # a 0 gets no gradient
+    summaries, parts = [], []
+    for piece in pieces.own:
+        x, y = k[:, :, piece.tokens], v[:, :, piece.tokens]
+        constant = factors is not None and factors.shape[2] == 1 and N > 1
+        steps = factors if factors is None or constant else factors[:, :, piece.tokens]
+        remains, whole = _remains(steps, x.shape[2])
+        left = _left(x if remains is None else repeat_heads(x, H), y, remains, normalize)
+        summaries.append([left] if whole is None else [left, whole.to(left.dtype)])
+        parts.append((q[:, :, piece.tokens], x, y, steps))
+    states, *decays = pieces.gathered(summaries, "states")
+    states = repeat_heads(states.flatten(0, 1), H).unflatten(0, states.shape[:2])
+    products = decays[0] if decays else None
+    rows = []
+    for piece, (a, x, y, steps) in zip(pieces.own, parts):
+        before = leave_state(entering(states, products, piece.place, given), normalize)
+        rows.append(function(a, x, y, decay=_as_decay(decay, steps), state=before, **options))
+    out = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+    if not return_state:
+        return out
+    return out, leave_state(entering(states, products, len(states), given), normalize)
+
+
+def _as_decay(decay: Any, steps: Tensor | None) -> Any:
+    """What the user gave, for the tokens of a piece."""
+    return steps if isinstance(decay, Tensor) and decay.ndim > 2 else decay
+
+
+def _remains(factors: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | None]:
+    """What is left at a piece's end of each of its tokens, (B, H, n, D), and of all before it, (B, H, D, 1); broadcast.
+
+    Args:
+        factors: of `as_factors`.
+        n: tokens of the piece.
+    """
+    if factors is None:
+        return None, None
+    if factors.shape[2] == 1 and n != 1:
+        remaining = torch.arange(n - 1, -1, -1, device=factors.device, dtype=factors.dtype)
+        return factors ** remaining[:, None], (factors**n).mT
+    after = torch.cat([factors[:, :, 1:], torch.ones_like(factors[:, :, :1])], 2)[:, :, :n]
+    return after.flip(2).cumprod(2).flip(2), factors.prod(2, keepdim=True).mT
+
+
+def _left(k: Tensor, v: Tensor, remains: Tensor | None, normalize: bool) -> Tensor:
+    """The state that tokens leave behind, (B, K, D, E); one column more where normalised."""
+    dtype = accumulator(k.dtype)
+    k, v = k.to(dtype), v.to(dtype)
+    if remains is not None:
+        k, v = k * remains.to(dtype), repeat_heads(v, k.shape[1])
+    if normalize:
+        v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    return k.mT @ v
+
+
+@torch.compiler.disable
+def ema(
+    shards: Shards,
+    function: Callable[..., Any],
+    x_BNC: Tensor,
+    decay_CE: Tensor,
+    weight_CE: Tensor,
+    mix_CE: Tensor,
+    **options: Any,
+) -> Any:
+    """This rank's rows of `saccade.ops.ema.ema`.
+
+    Args:
+        shards: the ranks.
+        function: `ema`.
+        x_BNC, decay_CE, weight_CE, mix_CE: its arguments; x is this rank's part.
+        options: its options.
+
+    Raises:
+        ValueError: where `ema` does, or for a kernel that is cut (`taps`), which is no recurrence.
+    """
+    if options.get("taps") is not None:
+        raise ValueError("a moving average whose kernel is cut (taps=) leaves no state: give parts the whole kernel")
+    given, return_state = options.pop("state", None), options.pop("return_state", False)
+    pieces, coefficients = Pieces(shards, x_BNC.shape[1]), (decay_CE, weight_CE, mix_CE)
+    summaries = []
+    for piece in pieces.own:
+        x = x_BNC[:, piece.tokens]
+        _, left = function(x, *coefficients, return_state=True, **options)
+        summaries.append([left, (decay_CE.to(left.dtype) ** x.shape[1])])
+    states, decays = pieces.gathered(summaries, "states")
+    decays, rows = decays[:, None], []
+    for piece in pieces.own:
+        before = entering(states, decays, piece.place, given)
+        rows.append(function(x_BNC[:, piece.tokens], *coefficients, state=before, **options))
+    out = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+    return (out, entering(states, decays, len(states), given)) if return_state else out
+
+
+@torch.compiler.disable
+def selective_scan(
+    shards: Shards,
+    function: Callable[..., Any],
+    u_BTC: Tensor,
+    delta_BTC: Tensor,
+    a_CS: Tensor,
+    b_BTGS: Tensor,
+    c_BTGS: Tensor,
+    skip_C: Tensor | None = None,
+) -> Tensor:
+    """This rank's rows of `selective_scan`.
+
+    States are written and read by tokens beside those of a piece. S tokens of step 0 behind it, whose C are the unit
+    vectors, read what it leaves. S tokens before it write what enters: of step d, whose B are the unit vectors, and
+    whose input is the state over d, less what the writing tokens behind take of it.
+
+    Args:
+        shards: the ranks.
+        function: `selective_scan`.
+        u_BTC, delta_BTC, a_CS, b_BTGS, c_BTGS, skip_C: its arguments; what is per token is this rank's part.
+
+    Raises:
+        ValueError: where `selective_scan` does.
+    """
+    wide = torch.float64 if u_BTC.dtype == torch.float64 else torch.float32
+    u, delta, a, b, c = (x.to(wide) for x in (u_BTC, delta_BTC, a_CS, b_BTGS, c_BTGS))
+    if b.ndim == 3:
+        b, c = b[:, :, None], c[:, :, None]
+    (B, T, C), (G, S) = u.shape, b.shape[2:]
+    pieces = Pieces(shards, T)
+    units = torch.eye(S, dtype=wide, device=u.device)[None, :, None].expand(B, S, G, S)
+    none_BSC, none_BSGS = u.new_zeros(B, S, C), units.new_zeros(B, S, G, S)
+    summaries = []
+    for piece in pieces.own:
+        x, step, enter = (t[:, piece.tokens] for t in (u, delta, b))
+        read = torch.cat([enter.new_zeros(enter.shape), units], 1)
+        rows = (torch.cat([t, zero], 1) for t, zero in ((x, none_BSC), (step, none_BSC)))
+        left_BSC = function(*rows, a, torch.cat([enter, none_BSGS], 1), read)[:, x.shape[1] :]
+        summaries.append([left_BSC.mT, (step.sum(1)[..., None] * a).exp()])
+    states, decays = pieces.gathered(summaries, "states")
+    # the writing tokens take at most a factor e of each other's
+    d = 1 / (1 + S * a.detach().abs().max())
+    behind_S1 = torch.arange(S - 1, -1, -1, device=u.device, dtype=wide)[:, None]
+    kept_SC = (behind_S1 * d * a.mT).exp()
+    outs = []
+    for piece in pieces.own:
+        state_BCS = entering(states, decays, piece.place)
+        x, step, enter, read = (t[:, piece.tokens] for t in (u, delta, b, c))
+        written_BSC = state_BCS.mT / (d * kept_SC)
+        x = torch.cat([written_BSC, x], 1)
+        step = torch.cat([d.expand(B, S, C), step], 1)
+        outs.append(function(x, step, a, torch.cat([units, enter], 1), torch.cat([none_BSGS, read], 1))[:, S:])
+    y = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+    return (y if skip_C is None else y + skip_C.to(wide) * u).to(u_BTC.dtype)
+
+
+@torch.compiler.disable
+def wkv(
+    shards: Shards,
+    function: Callable[..., Any],
+    k_BTC: Tensor,
+    v_BTC: Tensor,
+    decay_C: Tensor,
+    bonus_C: Tensor,
+    **options: Any,
+) -> Tensor:
+    """This rank's rows of `wkv`.
+
+    All that lies before a piece weighs as one token would that stands right before it, and all behind it likewise:
+
+        k = log sum_i exp(k_i - w d_i),   v = sum_i exp(k_i - w d_i - k) v_i,   d_i from that place
+
+    Args:
+        shards: the ranks.
+        function: `wkv`.
+        k_BTC, v_BTC, decay_C, bonus_C: its arguments; keys and values are this rank's part.
+        options: its options.
+
+    Raises:
+        ValueError: where `wkv` does, or for `distance="kernel"`, whose chunks are of the whole.
+    """
+    if options.get("distance", "published") != "published":
+        raise ValueError('wkv in parts takes distance="published" alone: the chunks of "kernel" are of the whole')
+    wide = torch.float64 if v_BTC.dtype == torch.float64 else torch.float32
+    k, v, w, bonus = (x.to(wide) for x in (k_BTC, v_BTC, decay_C, bonus_C))
+    pieces = Pieces(shards, k.shape[1])
+    summaries = []
+    for piece in pieces.own:
+        x, y = k[:, piece.tokens], v[:, piece.tokens]
+        away_T1 = torch.arange(x.shape[1], device=k.device, dtype=wide)[:, None]
+        summaries.append([*_as_one(x - w * away_T1.flip(0), y), *_as_one(x - w * away_T1, y)])
+    last_k, last_v, first_k, first_v = pieces.gathered(summaries, "states")
+    ends = torch.tensor([[span.start, span.stop - 1] for span in pieces.spans], dtype=wide, device=k.device)
+    outs = []
+    for piece in pieces.own:
+        x, y = k[:, piece.tokens], v[:, piece.tokens]
+        before = (piece.start - 1 - ends[: piece.place, 1])[:, None, None] * w
+        behind = (ends[piece.place + 1 :, 0] - piece.start - x.shape[1])[:, None, None] * w
+        one = _as_one((last_k[: piece.place] - before).transpose(0, 1), last_v[: piece.place].transpose(0, 1))
+        other = _as_one(
+            (first_k[piece.place + 1 :] - behind).transpose(0, 1), first_v[piece.place + 1 :].transpose(0, 1)
+        )
+        keys, values = (torch.cat([a[:, None], z, e[:, None]], 1) for a, z, e in zip(one, (x, y), other))
+        outs.append(function(keys, values, w, bonus, **options)[:, 1:-1])
+    return (torch.cat(outs, 1) if len(outs) > 1 else outs[0]).to(v_BTC.dtype)
+
+
+def _as_one(k_BTC: Tensor, v_BTC: Tensor) -> tuple[Tensor, Tensor]:
+    """The token (B, C) that weighs as much as all, and their mean value; the weight is nothing where there are none."""
+    nothing = k_BTC.new_full((k_BTC.shape[0], 1, k_BTC.shape[2]), _NOTHING)
+    keys = torch.cat([nothing, k_BTC.clamp(min=_NOTHING)], 1)
+    weights = keys.softmax(1)
+    return keys.logsumexp(1), (weights[:, 1:] * v_BTC).sum(1)
