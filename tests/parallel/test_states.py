@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from saccade import parallel
 from saccade.ops.ema import ema
+from saccade.ops.expansion import Polynomial, expanded_attend
 from saccade.ops.linear import LinearState, elu_plus_one, linear_attend
 from saccade.ops.selective_scan import selective_scan
 from saccade.ops.wkv import wkv
@@ -59,6 +61,10 @@ def _scanned(n: int) -> Inputs:
     return inputs | {"delta": inputs["delta"].abs(), "a": -inputs["a"].abs()}
 
 
+def _alike(n: int) -> Inputs:
+    return _random(q=(B, H, n, D), k=(B, H, n, D), v=(B, H, n, E))
+
+
 def _averaged(n: int) -> Inputs:
     inputs = _random(x=(B, n, C), q=(C, S), w=(C, S), c=(C, S))
     return inputs | {"q": inputs["q"].sigmoid()}
@@ -98,6 +104,12 @@ CASES: dict[str, tuple[Callable[[int], Inputs], Callable[..., Any], dict[str, in
         _linear(causal=False, normalize=True, feature_map=elu_plus_one, eps=0.1),
         {"q": 2, "k": 2, "v": 2},
     ),
+    "expanded": (_alike, partial(expanded_attend, expansion=Polynomial()), {"q": 2, "k": 2, "v": 2}),
+    "expanded, both directions": (
+        _alike,
+        partial(expanded_attend, expansion=Polynomial(), causal=False),
+        {"q": 2, "k": 2, "v": 2},
+    ),
     "ema": (_averaged, ema, {"x": 1}),
     "selective scan": (_scanned, selective_scan, {"u": 1, "delta": 1, "b": 1, "c": 1}),
     "wkv": (_keyed, wkv, {"k": 1, "v": 1}),
@@ -113,13 +125,13 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
     inputs = make(n)
     axis = next(iter(axes.values()))
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    alone = function(*leaves.values()) if name in ("ema", "wkv", "selective scan") else function(**leaves)
+    alone = function(**leaves) if "decay" in leaves else function(*leaves.values())
     to_out = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
     expected = _gradients([alone], leaves, [to_out])
     with parallel(mesh, balance=balance, length=length) as shards:
         cut = lambda key, x: parallel.shard(x, shards, dim=axes[key]) if key in axes else x  # noqa: E731
         leaves = {name: cut(name, x).clone().requires_grad_() for name, x in inputs.items()}
-        out = function(*leaves.values()) if name in ("ema", "wkv", "selective scan") else function(**leaves)
+        out = function(**leaves) if "decay" in leaves else function(*leaves.values())
         found = _gradients([out], leaves, [parallel.shard(to_out, shards, dim=axis)])
         torch.testing.assert_close(out, parallel.shard(alone, shards, dim=axis), atol=1e-5, rtol=1e-5)
         for key, gradient in found.items():

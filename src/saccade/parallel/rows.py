@@ -15,6 +15,7 @@ ROWS = {
     "prism_attend": "routed",
     "spargeattn_attend": "routed",
     "ema": "states",
+    "expanded_attend": "states",
     "linear_attend": "states",
     "selective_scan": "states",
     "wkv": "states",

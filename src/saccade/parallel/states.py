@@ -190,6 +190,49 @@ def _left(k: Tensor, v: Tensor, remains: Tensor | None, normalize: bool) -> Tens
 
 
 @torch.compiler.disable
+def expanded_attend(
+    shards: Shards,
+    function: Callable[..., Any],
+    q_BHND: Tensor,
+    k_BHMD: Tensor,
+    v_BHME: Tensor,
+    expansion: Any,
+    **options: Any,
+) -> Any:
+    """This rank's rows of `expanded_attend`; a state that is given or returned is of the whole sequence.
+
+    Args:
+        shards: the ranks.
+        function: `expanded_attend`.
+        q_BHND, k_BHMD, v_BHME: this rank's part.
+        expansion, options: as there.
+
+    Raises:
+        ValueError: where `expanded_attend` does.
+    """
+    causal, given = options.pop("causal", True), options.pop("state", None)
+    return_state = options.pop("return_state", False)
+    if not causal and (given is not None or return_state):
+        raise ValueError("a state needs causal=True")
+    pieces, summaries = Pieces(shards, k_BHMD.shape[2]), []
+    for piece in pieces.own:
+        k, v = k_BHMD[:, :, piece.tokens], v_BHME[:, :, piece.tokens]
+        summaries.append([function(k, k, v, expansion, return_state=True, **options)[1]])
+    (states,) = pieces.gathered(summaries, "states")
+    total = entering(states, None, len(states), given)
+    if not causal:  # a state and tokens that say nothing
+        nothing = v_BHME.new_zeros(*q_BHND.shape[:3], v_BHME.shape[3])
+        return function(q_BHND, q_BHND, nothing, expansion, state=total, **options)
+    rows = []
+    for piece in pieces.own:
+        q, k, v = (x[:, :, piece.tokens] for x in (q_BHND, k_BHMD, v_BHME))
+        before = entering(states, None, piece.place, given)
+        rows.append(function(q, k, v, expansion, state=before, **options))
+    out = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+    return (out, total) if return_state else out
+
+
+@torch.compiler.disable
 def ema(
     shards: Shards,
     function: Callable[..., Any],
