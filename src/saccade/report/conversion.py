@@ -43,7 +43,7 @@ def language_model(name: str, data: Sequence[Path], least: int) -> tuple[Any, Te
         text = bytes(read_files(list(data), least=1).tolist())
         cut = round((1 - HELD_OUT) * len(text))
         texts = [text[:cut], text[cut:]]
-    loaded = pretrained.load(models.named(name) or name, image=False)
+    loaded = pretrained.load(models.named(name) or name, image=False, fresh=True)
     tokens = [torch.tensor(loaded.tokenizer(text.decode("utf-8", "replace"))["input_ids"]) for text in texts]
     for words, found in zip(("to learn from", "to be judged on"), tokens, strict=True):
         if len(found) < least:

@@ -91,13 +91,14 @@ def _prompt(processor: Any, text: str) -> str:
     return f"{processor.image_token}\n{text}"
 
 
-def load(name: str, *, image: bool, text: bool = False) -> Loaded:
+def load(name: str, *, image: bool, text: bool = False, fresh: bool = False) -> Loaded:
     """A model to look into: one of `saccade.train.models`, or transformers' by folder or name.
 
     Args:
         name: as the command takes it.
         image: whether an image is to be seen, else a text is to be read.
         text: whether texts are to be read with the image.
+        fresh: a model for the caller alone, who will change it.
 
     Raises:
         OSError: if there is none, or it cannot be read.
@@ -105,7 +106,7 @@ def load(name: str, *, image: bool, text: bool = False) -> Loaded:
         ImportError: if transformers, or the package of a named model, is not installed.
     """
     if name in models.MODELS:
-        found = models.load(name)
+        found = models.load(name, fresh=fresh)
         model, tokenizer = found if isinstance(found, tuple) else (found, None)
         if not hasattr(model, "config") or image != (tokenizer is None) or (image and text):
             kind = "images" if tokenizer is None else "texts"

@@ -157,7 +157,8 @@ def _conversions(docs: Path) -> list[str]:
     for name, row in kept.items():
         before, after = row["decoding"]
         cells = [f"{row[state]:.2f}" for state in _STATES]
-        cells += [f"{row['regained']:.0%}", f"{1e3 * before['seconds']:.0f} to {1e3 * after['seconds']:.0f}"]
+        cells += ["-" if row["regained"] is None else f"{row['regained']:.0%}"]
+        cells += [f"{1e3 * before['seconds']:.0f} to {1e3 * after['seconds']:.0f}"]
         cells += [
             f"{before['cache_bytes'] / 1e6:.1f} to {after['cache_bytes'] / 1e6:.1f}",
             f"{row['seconds'] / 60:.1f}",
