@@ -3,7 +3,8 @@
 A part says on its card how it replaces a model's attention (`register(..., replaces=...)`); `MECHANISMS` has those that
 do, and dense attention and a plain window beside them. This file knows nothing of any paper, and nothing of any model.
 
-Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v.
+Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n and
+m blocks of queries and of keys.
 """
 
 from __future__ import annotations

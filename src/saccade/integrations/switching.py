@@ -1,7 +1,7 @@
 """What `switch` does alike in transformers and in diffusers: names its layers, takes sequences apart, and reports.
 
-Shape letters: B batch, H heads, N tokens of a row, M the same as keys, D head dim, S sequences, L their length, T
-tokens of all rows.
+Shape letters: B batch, H heads, N tokens of a row, M the same as keys, D head dim, E width of values, S sequences,
+L their length, T tokens of all rows.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ on the length), and puts together what enters its own parts:
 Backward, the gradients of the states go back to those whose they are.
 
 Shape letters: B batch, H query heads, K key heads, N tokens of this rank, n of a piece, D feature width, E width of
-values; T tokens, C channels, S states of a channel; P pieces of all ranks, in the order of the sequence.
+values; T tokens, C channels, G groups of them, S states of a channel; M keys; P pieces of all ranks, in the order of
+the sequence.
 """
 
 from __future__ import annotations
