@@ -16,7 +16,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "parallel.md"
 HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 
 TOKENS = {"1 M": 2**20, "10 M": 10 * 2**20}
-RANKS = (8, 64, 256, 1024)
+RANKS = (8, 64, 1024)
 
 #: what is attended -> its mask, and how the sequence is dealt
 CASES: dict[str, tuple[Mask | None, str]] = {
@@ -46,7 +46,7 @@ def rows() -> list[str]:
                     max(getattr(share, what) for share in parts.shares) for what in ("flops", "sent", "received")
                 )
                 found.append(
-                    f"| {name} | {said} | {ranks:,} | {parts.path} | {work / 1e12:,.3g} | {_bytes(sent)} | "
+                    f"| {name} | {said} | {ranks:,} | {parts.path} | {work / 1e12:,.1f} | {_bytes(sent)} | "
                     f"{_bytes(received)} | {parts.balance:.0%} |"
                 )
                 print(found[-1], flush=True)

@@ -34,6 +34,28 @@ def test_a_layout_deals_every_token_once(length: int, balance: str) -> None:
     assert all(piece.start % 5 == 0 for piece in pieces)
 
 
+def test_the_plan_says_what_falls_to_each_rank() -> None:
+    q, k = torch.empty(1, 4, 4096, 8, device="meta"), torch.empty(1, 2, 4096, 8, device="meta")
+    plans = {
+        balance: saccade.plan(q, k, k, mask=masks.causal(), mesh=8, balance=balance).parts
+        for balance in ("contiguous", "head-tail")
+    }
+    contiguous, head_tail = plans["contiguous"], plans["head-tail"]
+    assert contiguous is not None and head_tail is not None
+    assert contiguous.balance < 0.6 and head_tail.balance > 0.97
+    assert [share.received for share in contiguous.shares] == [rank * 512 * 2 * 16 * 4 for rank in range(8)]
+    # the first of two mirrored pieces needs what is before it, the last all that is not its own
+    assert head_tail.shares[0].received == (4096 - 512) * 2 * 16 * 4
+    assert str(contiguous).startswith("8 ranks, ring: at most ")
+    window = saccade.plan(q, k, k, mask=masks.window(99), mesh=8).parts
+    assert window is not None and window.path == "halo"
+    assert [share.received for share in window.shares] == [0] + [99 * 2 * 16 * 4] * 7
+    alone = saccade.plan(q, k, k, mask=masks.documents(torch.arange(4096) // 256), mesh=8).parts
+    assert alone is not None and alone.path == "alone" and alone.balance == 1.0
+    with pytest.raises(ValueError, match="mesh must have at least 1 rank, got 0"):
+        saccade.plan(q, k, k, mesh=0)
+
+
 def cut(mesh: DeviceMesh, n: int, balance: str) -> None:
     x = torch.arange(2.0 * n * 3).view(2, n, 3)
     with parallel(mesh, balance=balance) as shards:

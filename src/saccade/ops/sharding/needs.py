@@ -5,6 +5,7 @@ All ranks work it out for all ranks, so that they agree on who sends what withou
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,11 +55,20 @@ class Needs:
     @cached_property
     def table(self) -> list[list[Runs]]:
         """The runs that rank r needs of what rank p holds: `table[r][p]`."""
-        held = [self.keys.pieces(rank) for rank in range(self.ranks)]
-        found = []
+        held = sorted(
+            ((piece, rank) for rank in range(self.ranks) for piece in self.keys.pieces(rank)),
+            key=lambda one: one[0].start,
+        )
+        firsts = [piece.start for piece, _ in held]
+        found: list[list[Runs]] = []
         for reach in self.reach:
-            runs = joined(run for piece in reach for run in piece)
-            found.append([[run for piece in pieces for run in _few(shared(runs, [piece]))] for pieces in held])
+            cut: dict[int, Runs] = {}
+            for run in joined(run for piece in reach for run in piece):
+                for number in range(bisect_right(firsts, run.start) - 1, bisect_left(firsts, run.stop)):
+                    cut.setdefault(number, []).extend(shared([run], [held[number][0]]))
+            found.append([[] for _ in range(self.ranks)])
+            for number, runs in cut.items():
+                found[-1][held[number][1]].extend(_few(runs))
         return found
 
     def _reach(self, piece: range) -> Runs:
