@@ -25,7 +25,7 @@ from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops.heads import repeat_heads
 from saccade.ops.pattern import EVERYTHING, GivenMask, Pattern, Said
 from saccade.ops.rope import rotate
-from saccade.ops.sharding import in_force, places, whole
+from saccade.ops.sharding import in_force, places, refuse_parts, whole
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -179,11 +179,10 @@ class QKVAttention(nn.Module):
             raise ValueError(f"x and context must have one batch size, got {x_BNC.shape[0]} and {context_BMC.shape[0]}")
         if cache is not None and not self.causal:
             raise ValueError("only a causal layer decodes with a cache")
-        if in_force() is not None:
-            if not self.takes_parts:
-                raise ValueError(f"{type(self).__name__} does not take a sequence in parts (saccade.parallel)")
-            if cache is not None:
-                raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
+        if not self.takes_parts:
+            refuse_parts(type(self).__name__)
+        if in_force() is not None and cache is not None:
+            raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
 
     def pattern(self, mask: GivenMask, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> Pattern:
         """A mask, and the layer's causality, as what is hidden from whom.

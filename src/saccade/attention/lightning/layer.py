@@ -22,6 +22,7 @@ from saccade.layers.norms import SimpleRMSNorm
 from saccade.ops.constants import numbers
 from saccade.ops.linear import linear_attend, linear_step
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import places
 
 
 class LRPE(nn.Module):
@@ -41,10 +42,8 @@ class LRPE(nn.Module):
 
     def forward(self, x_BHND: Tensor, start: int = 0) -> Tensor:
         theta_H1D = self.theta if self.theta.dtype == torch.float64 else self.theta.float()
-        positions_N1 = torch.arange(start, start + x_BHND.shape[2], device=x_BHND.device, dtype=theta_H1D.dtype)[
-            :, None
-        ]
-        angle_HND = theta_H1D * positions_N1
+        positions_N = start + places(x_BHND.shape[2], x_BHND.device)
+        angle_HND = theta_H1D * positions_N[:, None].to(theta_H1D.dtype)
         return torch.cat([x_BHND * angle_HND.cos(), x_BHND * angle_HND.sin()], -1).to(x_BHND.dtype)
 
 

@@ -249,6 +249,8 @@ class DualAttention(nn.Module):
         ValueError: if the head counts do not fit together, or an argument is wrong.
     """
 
+    takes_parts = False
+
     def __init__(
         self,
         dim: int,

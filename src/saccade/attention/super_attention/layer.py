@@ -15,6 +15,7 @@ from saccade.layers.cache import KVCache
 from saccade.layers.pretrained import copy_affine, read_softmax
 from saccade.ops.attend import attend
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import refuse_parts
 
 Variant = Literal["standard", "optimised", "efficient", "super"]
 
@@ -152,6 +153,7 @@ class SuperAttention(nn.Module):
         Raises:
             ValueError: if the arguments do not fit together, or there are more than `max_length` keys for "super".
         """
+        refuse_parts("super-attention")
         if context_BMC is not None and self.causal:
             raise ValueError("a causal layer takes no context")
         if cache is not None and not self.causal:

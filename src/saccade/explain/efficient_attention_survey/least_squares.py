@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.linear import linear_attend
+from saccade.ops.sharding import in_parts
 
 
 class MesaState(NamedTuple):
@@ -32,6 +33,7 @@ class MesaState(NamedTuple):
     keys: Tensor
 
 
+@in_parts
 def mesa_attend(
     q_BHND: Tensor,
     k_BHND: Tensor,

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.sharding import in_parts
+
 
 class MemoryState(NamedTuple):
     """What a memory is after some tokens.
@@ -39,6 +41,7 @@ class MemoryState(NamedTuple):
     seen: Tensor
 
 
+@in_parts
 def memory_attend(
     q_BHND: Tensor,
     k_BHND: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from saccade import catalogue
 from saccade.catalogue import Summary
 from saccade.ops.export import exporting
+from saccade.ops.sharding import in_parts
 
 Update = Literal[
     "kernel", "decay", "gated", "gated-channel", "delta", "gated-delta", "longhorn", "rwkv7",
@@ -157,6 +158,7 @@ def state_size(update: Update, key_dim: int, value_dim: int, hidden: int = 0) ->
     return once + more.get(update, 0)
 
 
+@in_parts
 def delta_attend(
     q_BHND: Tensor,
     k_BHND: Tensor,
@@ -222,6 +224,7 @@ def delta_attend(
     return (out, S) if return_state else out
 
 
+@in_parts
 def generalised_delta_attend(
     q_BHND: Tensor,
     k_BHND: Tensor,

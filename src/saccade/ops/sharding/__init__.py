@@ -6,7 +6,16 @@ is marked and has no row is refused, never computed for each part alone. Code th
 asks `whole` and `places`.
 """
 
-from saccade.ops.sharding.active import Sharding, in_force, in_parts, places, put_in_force, suspended, whole
+from saccade.ops.sharding.active import (
+    Sharding,
+    in_force,
+    in_parts,
+    places,
+    put_in_force,
+    refuse_parts,
+    suspended,
+    whole,
+)
 from saccade.ops.sharding.forecast import goes_round, is_softmax, parts_of
 from saccade.ops.sharding.layout import BALANCES, Layout
 from saccade.ops.sharding.needs import Needs, Tile, needs_of
@@ -25,6 +34,7 @@ __all__ = [
     "parts_of",
     "places",
     "put_in_force",
+    "refuse_parts",
     "suspended",
     "whole",
 ]

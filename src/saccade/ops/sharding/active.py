@@ -89,3 +89,16 @@ def in_parts(function: Callable[P, R]) -> Callable[P, R]:
         return _in_force.call(function, *arguments, **options)
 
     return asked
+
+
+def refuse_parts(what: str) -> None:
+    """Refuse a sharding in force.
+
+    Args:
+        what: knows nothing of parts.
+
+    Raises:
+        ValueError: if one is in force.
+    """
+    if _in_force is not None:
+        raise ValueError(f"{what} does not take a sequence in parts (saccade.parallel)")
