@@ -201,7 +201,7 @@ def test_settings_for_each_layer_or_head_within_the_tolerance(slug: str, per_hea
     (blended,) = [trial for trial in advice.trials if trial.layer_options]
     assert blended.deviation <= worst / 2 and blended.density < 1
     fast = replace(advice, trials=[replace(blended, speedup=2.0)])
-    assert "for each layer" in blended.name and "settings=path" in fast.code()
+    assert f"for each {'head' if per_head else 'layer'}" in blended.name and "settings=path" in fast.code()
     own = [options for options in blended.layer_options.values()]
     if per_head:
         (name,) = {name for options in own for name in options} & {"top_k", "cdf_threshold"}

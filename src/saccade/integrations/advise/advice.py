@@ -58,8 +58,9 @@ class Trial:
         how many layers."""
         told = ",".join(f"{name}={value}" for name, value in self.options.items())
         named = f"{self.slug}:{told}" if told else self.slug
-        own = sorted({name for options in self.layer_options.values() for name in options})
-        named += f" with a {', '.join(own)} for each layer" if own else ""
+        own = {name: value for options in self.layer_options.values() for name, value in options.items()}
+        each = "head" if any(isinstance(value, (tuple, list)) for value in own.values()) else "layer"
+        named += f" with a {', '.join(sorted(own))} for each {each}" if own else ""
         return f"{named} in {len(self.layers)} layers" if self.dense_layers else named
 
 
