@@ -266,3 +266,12 @@ def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], sh
 )
 def test_shifted_windows(ranks: Ranks, grid: Any, window: Any, shift: Any, balance: str) -> None:
     ranks(windows, grid, window, shift, balance)
+
+
+def test_the_work_of_a_thin_mask_is_forecast() -> None:
+    n, reach = 2**18, 1024
+    q = torch.empty(1, 2, n, 8, device="meta")
+    plan = saccade.plan(q, q, q, mask=masks.window(reach - 1), mesh=8)
+    assert plan.parts is not None
+    exact = 2 * 2 * (8 + 8) * (n // 8) * reach
+    assert all(exact <= share.flops <= 1.3 * exact for share in plan.parts.shares[1:])

@@ -9,14 +9,17 @@ from math import ceil
 from typing import Any
 
 from saccade.ops.masks import Mask
-from saccade.ops.masks.runs import joined
+from saccade.ops.masks.runs import shared
 from saccade.ops.planning import Parts, Problem, Share
 from saccade.ops.score_mods import Modification
 from saccade.ops.sharding.layout import Layout
-from saccade.ops.sharding.needs import Needs, needs_of
+from saccade.ops.sharding.needs import Needs, Tile, needs_of
 
 #: blocks along a tile's side, at most, in which its density is counted
 _GRAIN = 64
+
+#: the density below which blocks of a tile are too large to tell it
+_THIN = 0.2
 
 
 def goes_round(needs: Needs, score: Any, score_mod: Any, normalize: Any) -> bool:
@@ -66,11 +69,21 @@ def parts_of(problem: Problem, mask: Mask | None, queries: Layout, keys: Layout)
 
 
 def _pairs(needs: Needs, rank: int) -> float:
-    """Pairs that a rank computes, by the blocks of its tiles."""
-    runs = joined(run for holder in range(needs.ranks) for run in needs.table[rank][holder])
+    """Pairs that a rank computes, by the blocks of its tiles; thin ones are looked at in strips of queries."""
+    runs = [run for holder in range(needs.ranks) for run in needs.table[rank][holder]]
     total = 0.0
     for tile in needs.tiles(rank, runs):
-        mask, (n, m) = needs.mask_of(tile), map(len, tile)
-        size = max(1, ceil(max(n, m) / _GRAIN))
-        total += n * m * (1.0 if mask is None else mask.density(n, m, size))
+        found = _in_blocks(needs, tile)
+        if needs.mask is not None and found < _THIN * len(tile.queries) * len(tile.keys):
+            step = ceil(len(tile.queries) / max(1, min(_GRAIN, len(tile.queries) // _GRAIN**2)))
+            strips = (tile.queries[at : at + step] for at in range(0, len(tile.queries), step))
+            n, m = needs.queries.length, needs.keys.length
+            reached = ((strip, shared(needs.mask.reach(strip, n, m), [tile.keys])) for strip in strips)
+            found = sum(_in_blocks(needs, Tile(strip, run)) for strip, seen in reached for run in seen)
+        total += found
     return total
+
+
+def _in_blocks(needs: Needs, tile: Tile) -> float:
+    mask, (n, m) = needs.mask_of(tile), map(len, tile)
+    return n * m * (1.0 if mask is None else mask.density(n, m, max(1, ceil(max(n, m) / _GRAIN))))
