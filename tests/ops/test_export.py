@@ -20,7 +20,7 @@ def heads(*lengths: int, width: int = 8) -> list[torch.Tensor]:
 
 
 def windows(size: Any, window: Any, shift: Any, masked: bool = False) -> Callable[[], Any]:
-    grid, windows, shifts = partitions.attend._grid(size, window, shift)
+    grid, windows, shifts = partitions.attend.grid_of(size, window, shift)
     q, k, v = heads(4, 2, 2, prod(grid))
     bias = torch.randn(4, prod(windows), prod(windows))
     mask = torch.where(torch.rand(3, prod(windows), prod(windows)) < 0.3, -inf, torch.zeros(())) if masked else None

@@ -56,7 +56,7 @@ def compressed(
     >>> import saccade, torch
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
-    ...                                      num_attention_heads=2)).eval()
+    ...                                      num_attention_heads=2, eos_token_id=None)).eval()
     >>> with torch.no_grad(), saccade.compressed(model, "window", budget=6, sinks=2) as cache:
     ...     out = model.generate(torch.arange(20)[None] % 9, past_key_values=cache, max_new_tokens=4, do_sample=False)
     >>> cache.seen, [lengths.tolist() for lengths in cache.lengths]
