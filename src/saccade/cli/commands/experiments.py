@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -184,14 +185,7 @@ def compare(
         data=data or None,
         on=on,
     )
-    if as_json:
-        print(result.to_json(), flush=True)
-    else:
-        print(result.table())
-        print(*result.answer(), sep="\n", flush=True)
-    for line in result.unkept if as_json else ():  # the table says it itself
-        print(f"saccade: not kept: {line}", file=sys.stderr)
-    _shown(afterwards("report", lambda: write_report(result, folder)), open_report, as_json)
+    _told(result, lambda: write_report(result, folder), open_report, as_json)
 
 
 def _compress(
@@ -210,6 +204,11 @@ def _compress(
 
     folder = out or Path("runs") / f"compress-{'-'.join(name.split(':')[0] for name in caches)}"
     result = arena(caches, model, budget, out=folder, data=data, seed=seed)
+    _told(result, lambda: write_arena(result, folder), open_report, as_json)
+
+
+def _told(result: Any, write: Callable[[], Path], open_report: bool, as_json: bool) -> None:
+    """Print a result, write its report, and open that where it is asked for."""
     if as_json:
         print(result.to_json(), flush=True)
     else:
@@ -217,11 +216,7 @@ def _compress(
         print(*result.answer(), sep="\n", flush=True)
     for line in result.unkept if as_json else ():  # the table says it itself
         print(f"saccade: not kept: {line}", file=sys.stderr)
-    _shown(afterwards("report", lambda: write_arena(result, folder)), open_report, as_json)
-
-
-def _shown(report: Path | None, open_report: bool, as_json: bool) -> None:
-    """Where the report is, and the report where that is asked for."""
+    report = afterwards("report", write)
     if report is not None and not as_json:
         print(f"report: {report}")
     if report is not None and open_report:
