@@ -177,7 +177,10 @@ def refusing(mesh: DeviceMesh) -> None:
         pass
     with pytest.raises(ValueError, match="balance must be"), parallel(mesh, balance="even"):
         pass
+    with parallel(mesh), pytest.raises(ValueError, match="this rank's part alone"):
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
     with parallel(mesh), parallel.replicated():
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
         torch.testing.assert_close(saccade.attend(x, x, x), saccade.attend(x, x, x, backend="reference"))
     with pytest.raises(ValueError, match="shared along one dimension"):
         parallel.shard(x, torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))

@@ -10,10 +10,12 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 
-from saccade.ops.sharding import Layout, put_in_force, suspended
+from saccade.ops.sharding import Layout, in_force, put_in_force, suspended
 from saccade.parallel.counted import Traffic
 from saccade.parallel.exchange import ask
 
@@ -126,6 +128,18 @@ Mesh: TypeAlias = DeviceMesh | dist.ProcessGroup | Shards
 _last: Traffic | None = None
 
 
+class _Watching(TorchFunctionMode):
+    """Refuses torch's attention on a part of a sequence, which would be of that part alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention and in_force() is not None:
+            raise ValueError(
+                "scaled_dot_product_attention would attend to this rank's part alone: use saccade.attend, in a model "
+                'of transformers saccade.switch(model, "softmax"), or saccade.parallel.replicated() for what is whole'
+            )
+        return func(*args, **(kwargs or {}))
+
+
 @contextmanager
 def parallel(
     mesh: DeviceMesh | dist.ProcessGroup,
@@ -152,7 +166,8 @@ def parallel(
         `Shards`: rank, ranks, layouts, traffic.
 
     Raises:
-        ValueError: if the mesh has several dimensions, or an argument is none of these.
+        ValueError: if the mesh has several dimensions, or an argument is none of these; inside, where torch's own
+            attention is called.
         RuntimeError: inside, if another rank fails or does not answer in time.
     """
     global _last
@@ -163,7 +178,7 @@ def parallel(
             raise ValueError(f"timeout must be positive, got {timeout}")
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), shards.group)
     _last = shards.traffic
-    with put_in_force(shards):
+    with put_in_force(shards), _Watching():
         yield shards
 
 
