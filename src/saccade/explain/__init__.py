@@ -6,10 +6,7 @@ And it has what a user asks for by name: `recorded`, `run_with_cache`, `Attribut
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from saccade.callable_package import callable_package
 
 #: name -> the module that has it
 _LAZY = {
@@ -20,18 +17,4 @@ _LAZY = {
     "METHODS": "methods",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'saccade.explain' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"saccade.explain.{_LAZY[name]}"), name)
-
-
-class _Callable(ModuleType):
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        from saccade.explain.explanation import explain
-
-        return explain(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
+__getattr__ = callable_package(__name__, "explanation.explain", _LAZY)

@@ -134,9 +134,10 @@ def switch(
     by_place = {place: _Setting(entry, options, rows.get(place)) for place in chosen}
     for name, own in (layer_options or {}).items():
         entry.check({**options, **own})
-        if missing := choose(places, [name], "layer_options") - chosen:
+        named = choose(places, [name], "layer_options")
+        if missing := named - chosen:
             raise ValueError(f"layer_options: {min(missing)!r} is not among the layers that are switched")
-        for place in choose(places, [name], "layer_options"):
+        for place in named:
             by_place[place].options = {**by_place[place].options, **own}
     if layers is None:
         # attention that goes by another name is switched too

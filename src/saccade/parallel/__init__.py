@@ -22,10 +22,7 @@ alone, which have gradients and count every byte in `shards.traffic` under the n
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import Any
+from saccade.callable_package import callable_package
 
 #: name -> the module that has it
 _LAZY = {
@@ -37,18 +34,4 @@ _LAZY = {
     "unshard": "batches",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'saccade.parallel' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"saccade.parallel.{_LAZY[name]}"), name)
-
-
-class _Callable(ModuleType):
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        from saccade.parallel.context import parallel
-
-        return parallel(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable
+__getattr__ = callable_package(__name__, "context.parallel", _LAZY)

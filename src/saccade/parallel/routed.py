@@ -118,7 +118,6 @@ def prism_attend(
     size = options.pop("block_size", 128)
     layout = _layout(shards, q_BHND, k_BKMD, mask, "Prism")
     blocks = blocks_of(layout, size, "Prism")
-    own, K = blocks.of(shards.rank), k_BKMD.shape[1]
     with torch.no_grad():
         q_BHnD, k_BKnD = (pool_blocks(x, size, tail="zeros") for x in (q_BHND, k_BKMD))
         k_BKmD = of_all_blocks(shards, k_BKnD, blocks)
@@ -128,9 +127,9 @@ def prism_attend(
             options |= {"low_freq_temperature": low, "high_freq_temperature": high}
         options["sinks"] = leading_blocks(options.get("sinks", 0), size)
         # what is chosen of means as tokens is what would be chosen of the tokens
-        means = q_BHnD, k_BKmD[:, :, : own.stop]
+        means = q_BHnD, k_BKmD[:, :, : blocks.of(shards.rank).stop]
         keep = prism_blocks(*means, block_size=1, calibrate=False, scale=scale, **options)
-    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, K, blocks, own, (size, size), True, scale, layout)
+    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, blocks, (size, size), True, scale, layout)
 
 
 def spargeattn_attend(
@@ -166,7 +165,6 @@ def spargeattn_attend(
     layout = _layout(shards, q_BHND, k_BKMD, None, "SpargeAttn")
     blocks_of(layout, lcm(size_q, size_k), "SpargeAttn")
     rows, blocks = blocks_of(layout, size_q, "SpargeAttn"), blocks_of(layout, size_k, "SpargeAttn")
-    own, H, K = blocks.of(shards.rank), q_BHND.shape[1], k_BKMD.shape[1]
     first = rows.firsts[shards.rank]
     with torch.no_grad():
         k = k_BKMD
@@ -176,7 +174,8 @@ def spargeattn_attend(
         q_BHnD, similarity_BHn = block_statistics(q_BHND, size_q)
         k_BKnD, similarity_BKn = block_statistics(k, size_k)
         of_keys = of_all_blocks(shards, torch.cat([k_BKnD, similarity_BKn[..., None]], -1), blocks)
-        k_BHmD, similarity_BHm = (x.repeat_interleave(H // K, 1) for x in (of_keys[..., :-1], of_keys[..., -1]))
+        of_heads = repeat_heads(of_keys, q_BHND.shape[1])
+        k_BHmD, similarity_BHm = of_heads[..., :-1], of_heads[..., -1]
         n, m = q_BHnD.shape[2], blocks.total
         past = block_causal(n, m, size_q, size_k, offset=first * size_q, device=k.device) if causal else None
         short = layout.length // size_q - first, layout.length // size_k
@@ -187,7 +186,7 @@ def spargeattn_attend(
         if causal:
             keep = cover(keep, size_q, size_k, first)
     sizes = size_q, size_k
-    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, K, blocks, own, sizes, causal, scale, layout)
+    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, blocks, sizes, causal, scale, layout)
 
 
 def _attend_kept(
@@ -196,16 +195,14 @@ def _attend_kept(
     k: Tensor,
     v: Tensor,
     keep_BHnm: Tensor,
-    K: int,
     blocks: Blocks,
-    own: slice,
     sizes: tuple[int, int],
     causal: bool,
     scale: float | None,
     layout: Layout,
 ) -> Tensor:
     """Attention over the blocks that this rank's queries keep."""
-    size = sizes[1]
+    size, own, K = sizes[1], blocks.of(shards.rank), k.shape[1]
     missing = blocks.total * size - layout.length
     with torch.no_grad():
         keep_BHnm = F.pad(keep_BHnm, (0, blocks.total - keep_BHnm.shape[3]))

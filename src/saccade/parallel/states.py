@@ -82,6 +82,16 @@ class Pieces:
         return [part.unflatten(-1, shape) if len(shape) else part[..., 0] for part, shape in zip(parts, shapes)]
 
 
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """This rank's pieces one after the other; a single one as it is.
+
+    Args:
+        parts: at least one.
+        dim: the axis of tokens.
+    """
+    return torch.cat(list(parts), dim) if len(parts) > 1 else parts[0]
+
+
 def entering(states: Tensor, decays: Tensor | None, place: int, given: Tensor | None = None) -> Tensor:
     """S_in of the equation at the top of this file.
 
@@ -152,7 +162,7 @@ def linear_attend(
     for piece, (a, x, y, steps) in zip(pieces.own, parts):
         before = leave_state(entering(states, products, piece.place, given), normalize)
         rows.append(function(a, x, y, decay=_as_decay(decay, steps), state=before, **options))
-    out = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+    out = joined(rows, 2)
     if not return_state:
         return out
     return out, leave_state(entering(states, products, len(states), given), normalize)
@@ -229,7 +239,7 @@ def expanded_attend(
         q, k, v = (x[:, :, piece.tokens] for x in (q_BHND, k_BHMD, v_BHME))
         before = entering(states, None, piece.place, given)
         rows.append(function(q, k, v, expansion, state=before, **options))
-    out = torch.cat(rows, 2) if len(rows) > 1 else rows[0]
+    out = joined(rows, 2)
     return (out, total) if return_state else out
 
 
@@ -268,7 +278,7 @@ def ema(
     for piece in pieces.own:
         before = entering(states, decays, piece.place, given)
         rows.append(function(x_BNC[:, piece.tokens], *coefficients, state=before, **options))
-    out = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+    out = joined(rows, 1)
     return (out, entering(states, decays, len(states), given)) if return_state else out
 
 
@@ -325,7 +335,7 @@ def selective_scan(
         x = torch.cat([written_BSC, x], 1)
         step = torch.cat([d.expand(B, S, C), step], 1)
         outs.append(function(x, step, a, torch.cat([units, enter], 1), torch.cat([none_BSGS, read], 1))[:, S:])
-    y = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+    y = joined(outs, 1)
     return (y if skip_C is None else y + skip_C.to(wide) * u).to(u_BTC.dtype)
 
 
@@ -377,7 +387,7 @@ def wkv(
         )
         keys, values = (torch.cat([a[:, None], z, e[:, None]], 1) for a, z, e in zip(one, (x, y), other))
         outs.append(function(keys, values, w, bonus, **options)[:, 1:-1])
-    return (torch.cat(outs, 1) if len(outs) > 1 else outs[0]).to(v_BTC.dtype)
+    return joined(outs, 1).to(v_BTC.dtype)
 
 
 def _as_one(k_BTC: Tensor, v_BTC: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "layers": (2, "modules that many papers share"),
     "ops": (1, "computational patterns: tensors in, tensors out"),
     "catalogue": (0, "cards, kinds, evidence, ports"),
+    "callable_package": (0, "packages that are functions too"),
     "extras": (0, "packages that need not be there"),
     "tables": (0, "tables of text"),
 }

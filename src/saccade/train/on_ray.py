@@ -24,10 +24,7 @@ from saccade.train.progress import bar
 from saccade.train.runs import Run
 from saccade.train.tasks import TURN, Task
 
-__all__ = ["ADDRESSES", "News", "is_address", "news_of_a_run", "train"]
-
-#: what `on=` may be beside an address
-ADDRESSES = ("ray",)
+__all__ = ["News", "is_address", "news_of_a_run", "train"]
 
 #: seconds between two words of a worker that has written nothing
 _TOLD = 5.0
@@ -56,7 +53,7 @@ def is_address(on: str) -> bool:
     Args:
         on: of `saccade.compare`.
     """
-    return on in ADDRESSES or on.startswith("ray://") or on.rpartition(":")[2].isdigit()
+    return on == "ray" or on.startswith("ray://") or on.rpartition(":")[2].isdigit()
 
 
 def news_of_a_run(

@@ -14,7 +14,7 @@ Shape letters: S choices, the last of them dense; I items, heads or layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,12 +74,20 @@ class Choices:
         Args:
             density: that is wanted, between `least` and 1.
         """
+        sparse, _ = self._around(lambda picked: bool(_picked(self.density_SI, picked).mean() <= density))
+        return sparse
+
+    def _around(self, too_little: Callable[[torch.Tensor], bool]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The choices (I,) at the largest multiplier that is found to be too little, and at the smallest that is not.
+
+        Args:
+            too_little: of choices; true of small multipliers, false of large ones.
+        """
         low, high = 1e-9, 1e9
         for _ in range(64):
             mu = (low * high) ** 0.5
-            dense = self.density_SI.gather(0, self._at(mu)[None]).mean() <= density
-            low, high = (mu, high) if dense else (low, mu)
-        return self._at(low)
+            low, high = (mu, high) if too_little(self._at(mu)) else (low, mu)
+        return self._at(low), self._at(high)
 
     def _at(self, mu: float) -> torch.Tensor:
         return (self.density_SI + mu * self.error_SI).argmin(0)
@@ -90,12 +98,9 @@ class Choices:
         Args:
             error: mean over layers.
         """
-        low, high = 1e-9, 1e9
-        for _ in range(64):
-            mu = (low * high) ** 0.5
-            fits = self.error_SI.gather(0, self._at(mu)[None]).sum() <= error * len(self.places)
-            low, high = (low, mu) if fits else (mu, high)
-        return float(self.density_SI.gather(0, self._at(high)[None]).mean())
+        wanted = error * len(self.places)
+        _, exact = self._around(lambda picked: bool(_picked(self.error_SI, picked).sum() > wanted))
+        return float(_picked(self.density_SI, exact).mean())
 
     def blend(self, density: float) -> Blend:
         """The settings of every layer at a mean density.
@@ -123,6 +128,10 @@ class Choices:
             else:
                 own[place] = {name: value for name, value in settings[0].items() if name not in common}
         return Blend(common, own, dense)
+
+
+def _picked(of_SI: torch.Tensor, choices_I: torch.Tensor) -> torch.Tensor:
+    return of_SI.gather(0, choices_I[None])
 
 
 def families(entry: Mechanism, trials: Sequence[Trial]) -> list[Choices]:
