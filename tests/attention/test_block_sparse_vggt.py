@@ -107,6 +107,8 @@ def test_counts_follow_the_definition() -> None:
     assert torch.equal(keep["cdf"].sum(-1), counts.clamp(min=1))
     assert (keep["ratio"].sum(-1) == int(m * (1 - 0.7))).all() and (keep["top"].sum(-1) == 4).all()
     assert torch.equal(keep["both"], keep["cdf"] | keep["ratio"])
+    own = vggt_block_map(q, k, cdf_threshold=(0.0, 0.6), **SMALL)
+    assert torch.equal(own[:, 1], keep["cdf"][:, 1]) and (own[:, 0].sum(-1) == 1).all()
     assert (vggt_block_map(q, k, cdf_threshold=0.0, **SMALL).sum(-1) == 1).all()
     assert (vggt_block_map(q, k, sparse_ratio=1.0, **SMALL).sum(-1) == 1).all()
     for row, expected in zip(keep["top"].flatten(0, 2), share.topk(4, -1).indices.flatten(0, 2), strict=True):

@@ -67,6 +67,18 @@ def test_the_map_is_causal_and_holds_the_first_and_the_own_block() -> None:
     assert prism_sparsity(torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()).item() == 0
 
 
+def test_heads_may_have_thresholds_of_their_own() -> None:
+    q, k, _ = heads(64)
+    taus = [0.3, 0.8]
+    keep = prism_blocks(q, k, block_size=8, low_freq_threshold=taus, high_freq_threshold=torch.tensor(taus))
+    for head, tau in enumerate(taus):
+        alone = prism_blocks(q, k, block_size=8, low_freq_threshold=tau, high_freq_threshold=tau)
+        assert keep[:, head].equal(alone[:, head])
+    assert not keep[:, 0].equal(keep[:, 1])
+    with pytest.raises(ValueError, match="low_freq_threshold must be one number or one per head"):
+        prism_blocks(q, k, low_freq_threshold=[0.3, 0.8, 0.9])
+
+
 def test_the_blocks_follow_the_definition_row_by_row() -> None:
     q, k, _ = heads(64, D=8)
     q = q * 3

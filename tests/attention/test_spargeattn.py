@@ -305,7 +305,7 @@ def test_bad_arguments() -> None:
         ({"cdf_threshold": [0.1, 0.2, 0.3]}, "one per head"),
         ({"similarity_threshold": float("nan")}, "similarity_threshold must be a number"),
         ({"block_q": 0}, "at least 1"),
-        ({"pv_threshold": -1.0}, "pv_threshold must be a number from 0"),
+        ({"pv_threshold": -1.0}, "pv_threshold must be a number of at least 0"),
         ({"pv_threshold": 1.0, "pv_rows": 24}, "pv_rows must divide"),
         ({"short_blocks": "drop"}, "short_blocks must be"),
     ):

@@ -300,3 +300,12 @@ def test_settings_without_the_first_tokens_are_left_when_one_lost_by_it(monkeypa
         assert sum(trial.options.get("sinks") == 0 for trial in strict.trials) == 1
     else:
         pytest.fail("the first tokens should matter to this model")
+
+
+def test_settings_without_the_first_tokens_are_left_when_they_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = language_model()
+    monkeypatch.setattr(benches.ModelBench, "_seconds", lambda _: 1.0)
+    # Prism keeps the first block by itself
+    found = advise(model, inputs=ids, mechanisms=["prism"], repeats=1, partly=0, decode_tokens=0, tolerance=1e9)
+    assert set(found.skipped) == {"prism without sinks"} and "lost as much" in found.table()
+    assert sum(trial.options.get("sinks") == 0 for trial in found.trials) == 1

@@ -19,6 +19,7 @@ from saccade.attention.nats import Lifetimes
 from saccade.ops import masks, score_mods
 from saccade.ops.backends.blocksparse import blocksparse_attend
 from saccade.ops.masks import Mask
+from saccade.ops.measure import peak_bytes
 from saccade.ops.native import build, gather
 from saccade.ops.native.blocks import attend_ranges
 from saccade.ops.native.grid import _grids, attend_grid
@@ -361,11 +362,28 @@ def test_nan_reaches_the_rows_that_attend_to_it() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
-    q, k, v = (x.to(dtype) for x in inputs(1, 2, 1, 64, 64, 16, 16))
-    out = blocksparse_attend(q, k, v, masks.window(9), block_size=16)
-    assert out.dtype == dtype
-    assert out.equal(blocksparse_attend(q.float(), k.float(), v.float(), masks.window(9), block_size=16).to(dtype))
+@pytest.mark.parametrize("width", [16, 13])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype, width: int) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(1, 4, 2, 75, 75, 16, width))
+    # what is not a number, rounds to infinity, or is rounded to even
+    v[0, 0, 30, :3] = torch.tensor([float("nan"), torch.finfo(dtype).max, INF])
+    for mask in (masks.window(9), masks.blocks(torch.rand(1, 4, 5, 5) < 0.5, 16)):
+        out, lse = blocksparse_attend(q, k, v, mask, block_size=16, return_lse=True)
+        single, of_single = blocksparse_attend(*(x.float() for x in (q, k, v)), mask, block_size=16, return_lse=True)
+        assert out.dtype == dtype and lse.dtype == torch.float32
+        torch.testing.assert_close(out, single.to(dtype), rtol=0, atol=0, equal_nan=True)
+        assert lse.equal(of_single)
+        # with gradients it is the same
+        trained = blocksparse_attend(q.requires_grad_(), k, v, mask, block_size=16)
+        torch.testing.assert_close(trained, out, rtol=0, atol=0, equal_nan=True)
+        q = q.detach()
+
+
+def test_bfloat16_needs_no_copy_of_the_queries_or_of_the_output() -> None:
+    q, k, v = (x.bfloat16() for x in inputs(1, 8, 1, 512, 512, 64, 64))
+    mask = masks.blocks(torch.ones(1, 1, 8, 8, dtype=torch.bool), 64)
+    # the output, and keys and values in single precision, once as panels: a copy of the queries is 1 MiB
+    assert peak_bytes(lambda: blocksparse_attend(q, k, v, mask)) < q.nbytes + 3 * k.nbytes * 2 + 2**19
 
 
 def test_the_planner_takes_c_for_many_small_causal_problems_and_for_unequal_widths() -> None:

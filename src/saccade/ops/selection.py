@@ -12,6 +12,8 @@ Shape letters: B batch, H heads, N tokens, D head dim; n, m blocks of queries an
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor
 
 from saccade.ops.export import exporting
 
-__all__ = ["block_causal", "block_sparsity", "own_blocks", "pool_blocks", "top_blocks"]
+__all__ = ["PerHead", "block_causal", "block_sparsity", "one_per_head", "own_blocks", "pool_blocks", "top_blocks"]
+
+#: a threshold for all heads, or one per query head
+PerHead = float | Tensor | Sequence[float]
 
 
 def pool_blocks(
@@ -74,6 +79,36 @@ def pool_blocks(
         return pooled / counts[:, None]
     counts_Bn = F.pad(valid_BN, (0, -N % block_size)).unflatten(1, (-1, block_size)).sum(2)
     return pooled / counts_Bn[:, None, :, None].clamp(min=1)
+
+
+def one_per_head(
+    value: PerHead,
+    name: str,
+    heads: int,
+    device: torch.device,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Tensor:
+    """One threshold per head, (H,) float32.
+
+    Args:
+        value: one for all, or one of each.
+        name: of the argument, for messages.
+        heads: H.
+        device: where it is wanted.
+        low, high: bounds of numbers; a tensor's are not checked, looking into it would wait for the device.
+
+    Raises:
+        ValueError: if a number is out of bounds, or there are not as many as heads.
+    """
+    numbers = [] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else [value]
+    if not all(isinstance(number, (int, float)) and low <= number <= high for number in numbers):
+        span = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name} must be a number {span}, got {value}")
+    per_head = torch.as_tensor(value, dtype=torch.float32, device=device)
+    if per_head.ndim > 1 or (per_head.ndim == 1 and per_head.shape[0] != heads):
+        raise ValueError(f"{name} must be one number or one per head ({heads}), got shape {tuple(per_head.shape)}")
+    return per_head.expand(heads)
 
 
 def top_blocks(

@@ -75,5 +75,6 @@ register(
         block_sparse_vggt_attend,
         causal=False,
         settings=lambda context: [{"cdf_threshold": tau, **block_sizes(context)} for tau in (0.6, 0.8, 0.9, 0.97)],
+        per_head={"cdf_threshold": 1.0},
     ),
 )

@@ -18,7 +18,7 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.masks.kept_blocks import KeptBlocks
-from saccade.ops.selection import pool_blocks, top_blocks
+from saccade.ops.selection import PerHead, one_per_head, pool_blocks, top_blocks
 
 
 def block_sparse_vggt_attend(
@@ -28,7 +28,7 @@ def block_sparse_vggt_attend(
     *,
     frames: int = 1,
     special_tokens: int = 5,
-    cdf_threshold: float | None = None,
+    cdf_threshold: PerHead | None = None,
     sparse_ratio: float | None = None,
     top_k: int | None = None,
     block_q: int = 128,
@@ -129,7 +129,7 @@ def vggt_block_map(
     q_BHTD: Tensor,
     k_BKTD: Tensor,
     *,
-    cdf_threshold: float | None = None,
+    cdf_threshold: PerHead | None = None,
     sparse_ratio: float | None = None,
     top_k: int | None = None,
     block_q: int = 128,
@@ -143,7 +143,8 @@ def vggt_block_map(
 
     Args:
         q_BHTD, k_BKTD: the patches, without special tokens.
-        cdf_threshold: tau, the share of the pooled weight that is kept at most; 0.97 where none of the three is given.
+        cdf_threshold: tau, the share of the pooled weight that is kept at most, for all or per head; 0.97 where none of
+            the three is given.
         sparse_ratio: rho, from 0 to 1: int(m (1 - rho)) blocks are kept at least.
         top_k: instead of both, the number of blocks kept.
         block_q, block_k: patches per block.
@@ -159,8 +160,6 @@ def vggt_block_map(
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     if sparse_ratio is not None and not 0 <= sparse_ratio <= 1:
         raise ValueError(f"sparse_ratio must be from 0 to 1, got {sparse_ratio}")
-    if cdf_threshold is not None and not cdf_threshold >= 0:
-        raise ValueError(f"cdf_threshold must be a number of at least 0, got {cdf_threshold}")
     share_BHnm = pooled_shares(q_BHTD, k_BKTD, block_q, block_k, pool, scale)
     m = share_BHnm.shape[3]
     if top_k is not None:
@@ -168,8 +167,10 @@ def vggt_block_map(
     least = 1 if sparse_ratio is None else max(1, int(m * (1 - sparse_ratio)))
     if cdf_threshold is None and sparse_ratio is not None:
         return top_blocks(share_BHnm, at_least=least)
-    tau = 0.97 if cdf_threshold is None else cdf_threshold
-    return top_blocks(share_BHnm, p=tau + 1e-5, at_least=least)
+    tau_H = one_per_head(
+        0.97 if cdf_threshold is None else cdf_threshold, "cdf_threshold", q_BHTD.shape[1], q_BHTD.device, 0.0
+    )
+    return top_blocks(share_BHnm, p=tau_H[:, None, None] + 1e-5, at_least=least)
 
 
 def pooled_shares(

@@ -88,7 +88,8 @@ register(
         bidirectional=False,
         settings=lambda context: [
             {"low_freq_threshold": tau, "high_freq_threshold": tau, "block_size": block_sizes(context)["block_q"]}
-            for tau in (0.6, 0.8, 0.9, 0.95)
+            for tau in (0.8, 0.9, 0.95, 0.98, 0.99)
         ],
+        per_head={"low_freq_threshold": 2.0, "high_freq_threshold": 2.0},
     ),
 )

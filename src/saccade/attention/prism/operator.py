@@ -17,7 +17,16 @@ from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
-from saccade.ops.selection import block_causal, block_sparsity, leading_blocks, own_blocks, pool_blocks, top_blocks
+from saccade.ops.selection import (
+    PerHead,
+    block_causal,
+    block_sparsity,
+    leading_blocks,
+    one_per_head,
+    own_blocks,
+    pool_blocks,
+    top_blocks,
+)
 from saccade.ops.sharding import in_parts
 
 
@@ -30,8 +39,8 @@ def prism_attend(
     block_size: int = 128,
     low_freq_dim: int | None = None,
     high_freq_dim: int | None = None,
-    low_freq_threshold: float = 0.95,
-    high_freq_threshold: float = 0.95,
+    low_freq_threshold: PerHead = 0.95,
+    high_freq_threshold: PerHead = 0.95,
     calibrate: bool = True,
     low_freq_temperature: float = 1.0,
     high_freq_temperature: float = 1.0,
@@ -113,8 +122,8 @@ def prism_blocks(
     block_size: int = 128,
     low_freq_dim: int | None = None,
     high_freq_dim: int | None = None,
-    low_freq_threshold: float = 0.95,
-    high_freq_threshold: float = 0.95,
+    low_freq_threshold: PerHead = 0.95,
+    high_freq_threshold: PerHead = 0.95,
     calibrate: bool = True,
     low_freq_temperature: float | Tensor = 1.0,
     high_freq_temperature: float | Tensor = 1.0,
@@ -133,8 +142,8 @@ def prism_blocks(
         q_BHND, k_BKMD: rotated queries, the last N of the M tokens, and rotated keys.
         block_size: tokens per block.
         low_freq_dim, high_freq_dim: channels of the two bands, even, at most D; 3/4 and 1/2 of D where None.
-        low_freq_threshold, high_freq_threshold: share of a band's pooled weight that a row keeps; the block that
-            passes it is kept too. Above 1 all blocks of the past are kept, at 0 the best one.
+        low_freq_threshold, high_freq_threshold: share of a band's pooled weight that a row keeps, for all or per
+            head; the block that passes it is kept too. Above 1 all blocks of the past are kept, at 0 the best one.
         calibrate: temperatures from the energy of the bands; else the two that are given.
         low_freq_temperature, high_freq_temperature: t of the bands where `calibrate` is False, numbers or (B, H, 1, 1).
         force_sink, force_recent: always keep the first block, and the queries' own.
@@ -146,10 +155,9 @@ def prism_blocks(
         ValueError: if shapes or options do not fit.
     """
     _check(q_BHND, k_BKMD, block_size)
-    for name, threshold in (("low_freq_threshold", low_freq_threshold), ("high_freq_threshold", high_freq_threshold)):
-        if not threshold >= 0:
-            raise ValueError(f"{name} must be a number of at least 0, got {threshold}")
     (B, H, N, _), M = q_BHND.shape, k_BKMD.shape[2]
+    of_bands = ("high_freq_threshold", high_freq_threshold), ("low_freq_threshold", low_freq_threshold)
+    thresholds = [one_per_head(value, name, H, q_BHND.device, 0.0)[:, None, None] for name, value in of_bands]
     first = (M - N) // block_size
     n, m = -(-M // block_size) - first if N else 0, -(-M // block_size)
     if 0 in (B, n, m):
@@ -161,8 +169,8 @@ def prism_blocks(
     )  # fmt: skip
     where: dict[str, Any] = {"offset": first * block_size, "device": q_BHND.device}
     keep = torch.zeros(B, H, n, m, dtype=torch.bool, device=q_BHND.device)
-    for (_, share_BHnm), threshold in zip(bands, (high_freq_threshold, low_freq_threshold), strict=True):
-        keep |= top_blocks(share_BHnm, p=threshold, crossing=True)
+    for (_, share_BHnm), threshold_H11 in zip(bands, thresholds, strict=True):
+        keep |= top_blocks(share_BHnm, p=threshold_H11, crossing=True)
     past = block_causal(n, m, block_size, block_size, **where)
     if first_blocks := max(int(force_sink), leading_blocks(sinks, block_size)):
         keep[..., :first_blocks] = True

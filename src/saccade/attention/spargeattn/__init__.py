@@ -39,9 +39,10 @@ from __future__ import annotations
 from saccade.attention.spargeattn.calibration import SpargeThresholds, calibrate_spargeattn
 from saccade.attention.spargeattn.layer import SpargeAttention
 from saccade.attention.spargeattn.operator import spargeattn_attend
-from saccade.attention.spargeattn.prediction import PerHead, self_similarity, sparge_block_map, sparge_sparsity
+from saccade.attention.spargeattn.prediction import self_similarity, sparge_block_map, sparge_sparsity
 from saccade.catalogue import Replacement, register
 from saccade.ops.blocks import block_sizes
+from saccade.ops.selection import PerHead
 
 __all__ = [
     "PerHead",

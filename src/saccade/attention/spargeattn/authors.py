@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from saccade.attention.spargeattn.operator import spargeattn_attend
-from saccade.attention.spargeattn.prediction import block_statistics, one_per_head, sparge_block_map
+from saccade.attention.spargeattn.prediction import block_statistics, sparge_block_map
 from saccade.catalogue.ports import of_function
+from saccade.ops.selection import one_per_head
 
 
 def _map_options(args: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.attention.spargeattn.prediction import LOG2E, PerHead, cover, int8, one_per_head, sparge_block_map
+from saccade.attention.spargeattn.prediction import LOG2E, cover, int8, sparge_block_map
 from saccade.ops import masks
 from saccade.ops.attend import attend
 from saccade.ops.heads import check_qkv
 from saccade.ops.masks import Mask
+from saccade.ops.selection import PerHead, one_per_head
 from saccade.ops.sharding import in_parts
 
 

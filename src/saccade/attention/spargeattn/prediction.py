@@ -6,7 +6,6 @@ Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,10 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.heads import check_qkv
-from saccade.ops.selection import block_causal, block_sparsity, leading_blocks, pool_blocks, top_blocks
-
-#: a threshold for all heads, or one per query head
-PerHead = float | Tensor | Sequence[float]
+from saccade.ops.selection import (
+    PerHead,
+    block_causal,
+    block_sparsity,
+    leading_blocks,
+    one_per_head,
+    pool_blocks,
+    top_blocks,
+)
 
 LOG2E = 1 / math.log(2)
 
@@ -168,25 +172,11 @@ def self_similarity(x_BHND: Tensor, block_size: int) -> Tensor:
 def block_statistics(x_BHND: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Mean (B, H, n, D) and self-similarity (B, H, n) of each block's tokens."""
     x = x_BHND.float()
-    return pool_blocks(x, size), pool_blocks(F.normalize(x, dim=-1), size).square().sum(-1)
-
-
-def one_per_head(
-    value: PerHead,
-    name: str,
-    heads: int,
-    device: torch.device,
-    low: float = -math.inf,
-    high: float = math.inf,
-) -> Tensor:
-    """One threshold per head; the range is checked for numbers (looking into a tensor would wait for the device)."""
-    numbers = [] if isinstance(value, Tensor) else value if isinstance(value, (tuple, list)) else [value]
-    if not all(isinstance(number, (int, float)) and low <= number <= high for number in numbers):
-        raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value}")
-    per_head = torch.as_tensor(value, dtype=torch.float32, device=device)
-    if per_head.ndim > 1 or (per_head.ndim == 1 and per_head.shape[0] != heads):
-        raise ValueError(f"{name} must be one number or one per head ({heads}), got shape {tuple(per_head.shape)}")
-    return per_head.expand(heads)
+    mean_BHnD = pool_blocks(x, size)
+    length_BHN1 = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=1e-12)
+    # a copy of our own is divided where it lies
+    unit = x / length_BHN1 if x is x_BHND or x.requires_grad else x.div_(length_BHN1)
+    return mean_BHnD, pool_blocks(unit, size).square().sum(-1)
 
 
 def cover(keep_BHnm: Tensor, block_q: int, block_k: int, first: int = 0) -> Tensor:

@@ -29,8 +29,8 @@ def trials(
     """What `advise` would run at a context length: (mechanism, options), in order.
 
     Each setting of a causal mechanism that can keep the first tokens comes twice where `causal`: with them, as is the
-    default of `saccade.switch`, and without. `advise` leaves the rest without them out when one lost more, and too
-    much, and was no faster.
+    default of `saccade.switch`, and without. `advise` leaves the rest without them out when one was no faster and
+    lost as much, or more and too much.
 
     Args:
         context: tokens.
@@ -146,7 +146,7 @@ def advise(
             advice.skipped[entry.slug] = " ".join(str(error).split())
             continue
         if options.get("sinks") == 0 and _in_vain(advice, *advice.trials[-2:]):
-            advice.skipped[without] = f"lost more at {advice.trials[-1].name}, and was no faster"
+            advice.skipped[without] = f"lost as much or more at {advice.trials[-1].name}, and was no faster"
     if isinstance(bench, ModelBench):
         slugs = dict.fromkeys(trial.slug for trial in advice.trials)
         found = [choices for slug in slugs for choices in families(MECHANISMS[slug], advice.trials)]
@@ -166,8 +166,9 @@ def advise(
 
 
 def _in_vain(advice: Advice, kept: Trial, left: Trial) -> bool:
-    """Whether a setting lost more without the first tokens, too much, and won no time by it."""
-    return advice.loss(left) > max(advice.tolerance, advice.loss(kept)) and left.speedup < 1.05 * kept.speedup
+    """Whether a setting without the first tokens won no time, and lost as much as with them, or more and too much."""
+    lost, before = advice.loss(left), advice.loss(kept)
+    return left.speedup < 1.05 * kept.speedup and (lost == before or lost > max(advice.tolerance, before))
 
 
 def _look_closely(

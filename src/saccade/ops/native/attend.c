@@ -108,14 +108,15 @@ void saccade_panels(const float *keys, float *panels, long heads, long M, long D
  *            until enclose its place; or null
  * masks      bytes, 0 = may not attend
  * changes    what becomes of scores
+ * half       queries and out are bfloat16, not float
  */
-int saccade_tasks(const float *queries, const float *panels, const float *values, float *out, float *lse,
+int saccade_tasks(const void *queries, const float *panels, const float *values, void *out, float *lse,
                   const int64_t *rows, const int64_t *slots, const int64_t *task_row, const int64_t *task_run,
                   const int64_t *task_mask, long tasks, const int64_t *run_key, const int64_t *run_count,
                   const int64_t *run_mask, const float *run_bias, const int64_t *row_first,
                   const int64_t *row_last, const int32_t *row_place, const int32_t *key_born,
                   const int32_t *key_until, const uint8_t *masks, long mask_step, long M, long D, long E, long block,
-                  float scale, int threads, const Changes *changes) {
+                  float scale, int threads, const Changes *changes, int half) {
     long most = 0;
     const Sights all = {run_mask, row_first, row_last, row_place, key_born, key_until, masks, mask_step};
     int failed = 0;
@@ -137,7 +138,9 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
             const int64_t *row = rows + task_row[t], *slot = slots + task_row[t];
             long count = task_row[t + 1] - task_row[t];
             for (long r = 0; r < count; r++) {
-                for (long d = 0; d < D; d++) scaled[r * D + d] = queries[row[r] * D + d] * scale;
+                const float *query = (const float *)queries + row[r] * D;
+                const uint16_t *half_query = (const uint16_t *)queries + row[r] * D;
+                for (long d = 0; d < D; d++) scaled[r * D + d] = (half ? of_half(half_query[d]) : query[d]) * scale;
                 top[r] = LOWEST;
                 lines_of(changes, row[r], 0, lines + r, 0, most);
             }
@@ -162,7 +165,15 @@ int saccade_tasks(const float *queries, const float *panels, const float *values
             }
             for (long r = 0; r < count; r++) {
                 float whole = sum_of(load(total + r * LANES)), factor = whole == 0 ? 0 : 1 / whole;
-                for (long e = 0; e < E; e++) out[slot[r] * E + e] = sums[r * E + e] * factor;
+                float *to = (float *)out + slot[r] * E;
+                uint16_t *half_to = (uint16_t *)out + slot[r] * E;
+                for (long e = 0; e < E; e++) {
+                    float x = sums[r * E + e] * factor;
+                    if (half)
+                        half_to[e] = to_half(x);
+                    else
+                        to[e] = x;
+                }
                 lse[slot[r]] = whole == 0 ? -INFINITY : (top[r] + log2f(whole)) * LN2;
             }
         }

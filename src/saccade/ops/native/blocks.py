@@ -38,13 +38,16 @@ def attend_blocks(
     scale: float,
     changes: Changes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`, float32; the bias is added to a block's scores."""
+    """Output (B, H, N, E) and LSE (B, H, N) over the blocks of `s`; the bias is added to a block's scores.
+
+    All is float32; of keys and values in float32 the queries may be bfloat16, and so is the output then.
+    """
     rows = None if bias_BHnm is not None else _by_row(s)
     if rows is not None:
         return attend_ranges(q_BHND, k_BKMD, v_BKME, *rows, scale, changes)
     with prepared(k_BKMD, v_BKME, s.block_k) as keys:
         out = large_empty((s.B, s.H, s.N, keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
-        lse = q_BHND.new_empty(s.B, s.H, s.N)
+        lse = k_BKMD.new_empty(s.B, s.H, s.N)
         for first, last in _ranges(s):
             attend_tasks(q_BHND, keys, _tasks(s, first, last, bias_BHnm)[0], scale, out, lse, changes)
     return out[..., : v_BKME.shape[3]], lse
@@ -263,7 +266,7 @@ def attend_ranges(
     tasks = _range_tasks(q_BHND, k_BKMD, first_N, last_N, seen_BHNM)
     with prepared(k_BKMD, v_BKME, k_BKMD.shape[2]) as keys:
         out = large_empty((*q_BHND.shape[:3], keys.values.shape[3]), q_BHND.dtype, q_BHND.device)
-        lse = q_BHND.new_empty(q_BHND.shape[:3])
+        lse = k_BKMD.new_empty(q_BHND.shape[:3])
         attend_tasks(q_BHND, keys, tasks, scale, out, lse, changes)
     return out[..., : v_BKME.shape[3]], lse
 

@@ -57,7 +57,7 @@ PATIENCE = 120
 _SIGNATURES = {
     "saccade_lanes": "",
     "saccade_panels": "pplllli",
-    "saccade_tasks": "pppppppppplpppppppppplllllfip",
+    "saccade_tasks": "pppppppppplpppppppppplllllfipi",
     "saccade_gradients": "pppppppppppplpppppppppppppplllllfip",
     "saccade_merge": "ppppllli",
     "saccade_soften": "pppppplllllllli",

@@ -26,6 +26,10 @@ __all__ = ["TASK_ROWS", "WIDTH", "Gradients", "Keys", "Tasks", "attend_tasks", "
 #: rows of a task, at most: their queries and outputs stay in the second cache
 TASK_ROWS = 128
 
+#: bytes of panels that are kept from call to call, at most: fresh pages for more are nothing beside their products, and
+#: a model's layers between would have to do without the memory
+KEPT_PANELS = 2**22
+
 #: values are made a multiple of this wide: the lanes of the widest vectors
 WIDTH = 16
 
@@ -91,8 +95,9 @@ class Keys(NamedTuple):
 @contextmanager
 def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
     """Keys and values for `attend_tasks`, as long as the `with` lasts: the panels are working memory."""
+    kept = k_BKMD.numel() * 4 <= KEPT_PANELS
     with scratch("panels", torch.float32, k_BKMD.device) as room:
-        panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys"))
+        panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys") if kept else _fresh)
         values = widened(v_BKME.detach())
         yield Keys(panels, values, k_BKMD.shape[2], k_BKMD.shape[3], block)
 
@@ -129,10 +134,10 @@ def attend_tasks(
     """Write out_slot = softmax(change(scale * q_row K^T) + bias) V and its natural-log LSE for each row of each task.
 
     Args:
-        q_BHND: float32 queries; rows count through all batch rows and heads.
+        q_BHND: float32 or bfloat16 queries; rows count through all batch rows and heads.
         keys: prepared keys and values.
         tasks: which rows meet which keys.
-        out: float32 (slots, E), E a multiple of `WIDTH`; slots that no task names are left alone.
+        out: as the queries, (slots, E), E a multiple of `WIDTH`; slots that no task names are left alone.
         lse: float32 (slots,).
         changes: what becomes of scores; None leaves them as they are.
 
@@ -148,7 +153,7 @@ def attend_tasks(
         at(t.run_key), at(t.run_count), at(t.run_mask), at(t.run_bias), at(t.row_first), at(t.row_last),
         at(t.row_place), at(t.key_born), at(t.key_until), at(t.masks), t.mask_step,
         keys.M, keys.D, keys.values.shape[3], keys.block, scale / log(2), torch.get_num_threads(),
-        changes.address,
+        changes.address, int(q.dtype == torch.bfloat16),
     )  # fmt: skip
     if failed:
         raise MemoryError("no room for the working memory of attention")

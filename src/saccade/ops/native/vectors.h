@@ -41,6 +41,20 @@ typedef ivec int_anywhere __attribute__((aligned(4), may_alias));
 INLINE vec load(const float *p) { return *(const anywhere *)p; }
 INLINE ivec load_int(const int32_t *p) { return *(const int_anywhere *)p; }
 INLINE void store(float *p, vec x) { *(anywhere *)p = x; }
+
+/* bfloat16 is the upper half of a float; the nearest, to even, and what is not a number stays none. */
+INLINE float of_half(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+INLINE uint16_t to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (uint16_t)nearest;
+}
 INLINE vec splat(float x) { return x - (vec){}; } /* not x + 0, which would change -0 and so be computed */
 INLINE vec choose(ivec yes, vec a, vec b) { return (vec)((yes & (ivec)a) | (~yes & (ivec)b)); }
 

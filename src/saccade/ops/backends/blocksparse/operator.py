@@ -61,9 +61,14 @@ def attend_blocks_of(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = q.dtype
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    q, k, v = q.to(compute), k.to(compute), v.to(compute)
     B, H, N, D = q.shape
     M, E = k.shape[2], v.shape[3]
+    values = added_values(steps, N, M)
+    # the C code reads bfloat16 queries as they are, and writes its output so; gradients want both in single precision
+    as_given = dtype == torch.bfloat16 and not needs_grad(q, k, v, block_bias, *values)
+    if not as_given or native.refusal(q.device, dtype) is not None:
+        q = q.to(compute)
+    k, v = k.to(compute), v.to(compute)
     if block_bias is not None:
         block_bias = block_bias.to(compute).expand(B, H, -1, -1)
     block_q, block_k = block_size
@@ -87,7 +92,7 @@ def attend_blocks_of(
         heads_per_group=max(1, int(GROUP_BYTES / (compute.itemsize * max(1, M) * (D + E)))),
     )
     job = _Job(structure, scale, return_lse, steps)
-    out, lse = _BlockSparse.apply(q, k, v, block_bias, job, *added_values(steps, N, M))
+    out, lse = _BlockSparse.apply(q, k, v, block_bias, job, *values)
     return out.to(dtype), lse if return_lse else None
 
 
