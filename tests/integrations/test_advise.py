@@ -234,6 +234,7 @@ def test_probes_are_asked_and_may_have_to_hold(tmp_path: Path, monkeypatch: pyte
     by_name = {trial.name: trial for trial in free.trials}
     assert free.probes == {"same": 1.0} and free.best is not None and free.best.probes == {"same": 0.0}
     assert all(trial.probes and trial.decode_rate for trial in free.frontier)
+    assert free.peak_bytes and all(trial.peak_bytes for trial in free.frontier) and " MiB" in free.table()
     assert "with dense attention: same 100%, decoding" in free.table()
     # a window of all tokens is dense attention, and the only setting that keeps the probe
     monkeypatch.setattr(advising, "trials", lambda *_: [(MECHANISMS["window"], {"left": left}) for left in (2, 9, 48)])

@@ -76,6 +76,7 @@ def _advice(docs: Path) -> list[str]:
         dense = f"dense attention takes {advice.dense_seconds * 1e3:,.0f} ms"
         dense += " of the processor, on one thread" if advice.clock == "processor" else ""
         dense += "" if advice.perplexity is None else f", perplexity {advice.perplexity:.3f}"
+        dense += "" if advice.peak_bytes is None else f", {_mebibytes(advice.peak_bytes)} of memory beside the model"
         lines += [f"{_where(told['machine'], told.get('date'))}: {dense}.", ""]
         picture = path.with_name("advice.png")
         lines += [f"![frontier]({picture.relative_to(docs).as_posix()})", ""] if picture.exists() else []
@@ -108,9 +109,13 @@ def _frontiers(advice: Advice) -> list[str]:
 
 def _further(trial: Trial) -> dict[str, str]:
     """What was measured of some settings only."""
-    rate = getattr(trial, "decode_rate", None)
-    found = {} if rate is None else {"decoding, tokens/s": f"{rate:.1f}"}
-    return found | {name: f"{value:.0%}" for name, value in getattr(trial, "probes", {}).items()}
+    found = {} if trial.decode_rate is None else {"decoding, tokens/s": f"{trial.decode_rate:.1f}"}
+    found |= {} if trial.peak_bytes is None else {"memory": _mebibytes(trial.peak_bytes)}
+    return found | {name: f"{value:.0%}" for name, value in trial.probes.items()}
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def _recommended(advice: Advice, settings: Path, docs: Path) -> list[str]:

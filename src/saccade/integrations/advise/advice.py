@@ -31,6 +31,7 @@ class Trial:
         dense_layers: that were left as they are, in `saccade.switch`'s words.
         layers: path of each layer that ran it -> its deviation on its own inputs.
         decode_rate: tokens per second that the model says after these inputs; None where it was not measured.
+        peak_bytes: tensors of a pass at their most, beside the model; None where it was not measured.
         probes: name -> what a probe of quality said of the model; empty where none was asked.
         heads: path of the same -> what each head adds to that, and the share of pairs that each computes.
         layer_options: path of a layer -> what it has beside `options`.
@@ -48,6 +49,7 @@ class Trial:
     dense_layers: tuple[int | str, ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
     decode_rate: float | None = None
+    peak_bytes: int | None = None
     probes: Mapping[str, float] = field(default_factory=dict)
     heads: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = field(default_factory=dict)
     layer_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -80,6 +82,7 @@ class Advice:
         perplexity: with dense attention; None where the model is no causal language model.
         quality: what the tolerance is of: "deviation", or "perplexity", its rise as a share of the dense one.
         decode_rate: tokens per second with dense attention; None where the model does not decode.
+        peak_bytes: with dense attention, as of a trial; None where it was not measured.
         probes: name -> what a probe of quality said of the model with dense attention.
         keep_probes: whether only what falls in no probe is recommended.
         waited: of the time of measuring, the share in the queue for a processor; None where not known.
@@ -97,6 +100,7 @@ class Advice:
     perplexity: float | None = None
     quality: str = "deviation"
     decode_rate: float | None = None
+    peak_bytes: int | None = None
     probes: dict[str, float] = field(default_factory=dict)
     keep_probes: bool = False
     waited: float | None = None
@@ -165,7 +169,9 @@ class Advice:
         best = self.best
         if best is None or not self.on_model:
             raise ValueError("there are no settings to save: nothing is recommended for a model")
-        said = {name: getattr(best, name) for name in ("speedup", "deviation", "perplexity", "decode_rate")}
+        said = {
+            name: getattr(best, name) for name in ("speedup", "deviation", "perplexity", "decode_rate", "peak_bytes")
+        }
         said["probes"] = dict(best.probes)
         found: dict[str, Any] = {
             "mechanism": best.slug,
@@ -196,6 +202,10 @@ class Advice:
             columns.append("decoding")
             for row, trial in zip(rows, shown):
                 row.append("" if trial.decode_rate is None else f"{trial.decode_rate:.1f} tokens/s")
+        if self.peak_bytes is not None:
+            columns.append("memory")
+            for row, trial in zip(rows, shown):
+                row.append("" if trial.peak_bytes is None else f"{trial.peak_bytes / 2**20:.1f} MiB")
         for name in self.probes:
             columns.append(name)
             for row, trial in zip(rows, shown):
@@ -212,6 +222,7 @@ class Advice:
             lines.append(f"perplexity of dense attention on this text: {self.perplexity:.3f}")
         said = [f"{name} {value:.0%}" for name, value in self.probes.items()]
         said += [] if self.decode_rate is None else [f"decoding {self.decode_rate:.1f} tokens/s"]
+        said += [] if self.peak_bytes is None else [f"memory {self.peak_bytes / 2**20:.1f} MiB"]
         if said:
             lines.append(f"with dense attention: {', '.join(said)}")
         best = self.best

@@ -178,23 +178,21 @@ def _look_closely(
     new: int,
     on_trial: Callable[[str], None] | None,
 ) -> None:
-    """Decoding and the probes: with dense attention, of the frontier, and of what is recommended until that stays."""
-    if not probes and not (new and bench.decodes):
-        return
+    """What takes longer: with dense attention, of the frontier, and of what is recommended until that stays."""
     seen: set[str] = set()
 
-    def look(trial: Trial | None) -> tuple[float | None, dict[str, float]]:
+    def look(trial: Trial | None) -> dict[str, Any]:
         if on_trial is not None:
             on_trial(f"{'dense attention' if trial is None else trial.name}, more closely")
         return bench.closely(trial, probes, new)
 
     def replaced(trial: Trial) -> None:
-        rate, said = look(trial)
-        seen.add(trial.name)
         place = advice.trials.index(trial)
-        advice.trials[place] = replace(trial, decode_rate=rate, probes=said)
+        advice.trials[place] = replace(trial, **look(trial))
+        seen.add(trial.name)
 
-    advice.decode_rate, advice.probes = look(None)
+    for name, value in look(None).items():
+        setattr(advice, name, value)
     for trial in advice.frontier:
         replaced(trial)
     while (best := advice.best) is not None and best.name not in seen:

@@ -25,7 +25,7 @@ from saccade.layers.attention_interface import attention_layers
 from saccade.layers.watching import evaluating
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.measure import fastest, seconds
+from saccade.ops.measure import fastest, peak_bytes, seconds
 
 #: a figure of a model's quality, higher is better
 Probe = Callable[[nn.Module], float]
@@ -177,10 +177,8 @@ class ModelBench(Bench):
         return decoding(self.model, model_inputs(self.model, self.inputs, tokens, torch.Generator()), new).rate
 
     @torch.no_grad()
-    def closely(
-        self, trial: Trial | None, probes: Mapping[str, Probe], new: int
-    ) -> tuple[float | None, dict[str, float]]:
-        """Tokens per second after the inputs (None where the model does not decode), and what the probes say.
+    def closely(self, trial: Trial | None, probes: Mapping[str, Probe], new: int) -> dict[str, Any]:
+        """What takes longer, by field of `Trial`: decoding after the inputs, memory of a pass, what the probes say.
 
         Args:
             trial: a setting; dense attention where None.
@@ -191,8 +189,11 @@ class ModelBench(Bench):
         with evaluating(self.model), ExitStack() as stack:
             if trial is not None:
                 stack.enter_context(_switched(self.model, trial.slug, **kept, **trial.options))
-            rate = self._decoding(new) if new and self.decodes else None
-            return rate, {name: probe(self.model) for name, probe in probes.items()}
+            return {
+                "decode_rate": self._decoding(new) if new and self.decodes else None,
+                "peak_bytes": peak_bytes(lambda: self.model(**self.prefill)),
+                "probes": {name: probe(self.model) for name, probe in probes.items()},
+            }
 
     @torch.no_grad()
     def loss(self, entry: Mechanism, blend: Blend, quality: str) -> float:
