@@ -29,7 +29,9 @@ from saccade.ops.attend import attend
 from saccade.ops.merge import add_sink
 from saccade.ops.ragged import attend_pages, received_weights
 
-SCORED: list[Policy] = [Window(sinks=2), HeavyHitters(), HeavyHitters(observe=4), KeyNorm(), Random(seed=3)]
+SCORED: list[Policy] = [
+    Window(sinks=2), HeavyHitters(), HeavyHitters(observe=4, spread=2), KeyNorm(), Random(seed=3)
+]  # fmt: skip
 
 
 def qkv(N: int, *, B: int = 2, H: int = 4, K: int = 2, D: int = 8, seed: int = 0) -> list[Tensor]:
@@ -126,6 +128,18 @@ def test_heavy_hitters_are_the_most_looked_at() -> None:
         step = (q[b, 2 * h : 2 * h + 2, 39] @ k[b, h, sorted(old) + [39]].T / 8**0.5).softmax(-1).sum(0)
         total = {j: float(given[b, h, j] + step[i]) for i, j in enumerate(sorted(old)) if j < 35}
         assert gone == min(total, key=total.__getitem__) and new - old == {39}
+
+
+def test_what_stands_around_a_heavy_hitter_stays_with_it() -> None:
+    """The last query looks at token 20 and, less, at 4: with neighbours 20's stay, without them 4 and any others."""
+    k = torch.zeros(1, 1, 40, 8)
+    k[..., 20, 0], k[..., 4, 0] = 30.0, 20.0
+    q = torch.zeros(1, 2, 40, 8)
+    q[..., 39, 0] = 1.0
+    for spread, expected in ((0, {4, 20}), (2, {18, 19, 20, 21, 22})):
+        cache = PolicyCache(HeavyHitters(sinks=0, recent=0.0, observe=1, spread=spread), 5)
+        cache.attend(q, k, k)
+        assert expected <= set(cache.positions.flatten().tolist())
 
 
 def test_short_keys_and_lots() -> None:
@@ -244,6 +258,7 @@ def test_refusals() -> None:
         (lambda: Window(sinks=-1), "sinks"),
         (lambda: KeyNorm(recent=1.5), "recent"),
         (lambda: HeavyHitters(observe=0), "observe"),
+        (lambda: HeavyHitters(spread=-1), "spread"),
         (lambda: PolicyCache(Window(), 3).lengths, "seen no token"),
     ):
         with pytest.raises(ValueError, match=words):

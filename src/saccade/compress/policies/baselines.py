@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.compress.policies.policy import Entering, Held, Policy
@@ -49,6 +50,9 @@ class HeavyHitters(Policy):
         sinks: first tokens that stay.
         recent: share of the budget for the latest tokens.
         observe: of a call's queries only so many last ones count (Li et al., "SnapKV", arXiv 2404.14469); None, all.
+            A prompt that ends with a question is so compressed by what the question looks at.
+        spread: w, in tokens: what each token of a call is given counts for those up to w before and after it alike, so
+            that what stands around a token that is looked at stays with it (the pooling of the same paper).
 
     Raises:
         ValueError: if an option is out of its range.
@@ -57,6 +61,7 @@ class HeavyHitters(Policy):
     sinks: int = 0
     recent: float = 0.5
     observe: int | None = None
+    spread: int = 0
 
     numbers = 1
     accumulates = True
@@ -65,6 +70,8 @@ class HeavyHitters(Policy):
         super().__post_init__()
         if self.observe is not None and self.observe < 1:
             raise ValueError(f"observe must be at least 1, or None, got {self.observe}")
+        if self.spread < 0:
+            raise ValueError(f"spread must be a number of tokens, 0 or more, got {self.spread}")
 
     def enter(self, new: Entering, held: Held | None) -> Tensor:
         return new.k_BKND.new_zeros(*new.k_BKND.shape[:3], 1, dtype=torch.float32)
@@ -74,6 +81,11 @@ class HeavyHitters(Policy):
 
     def watched(self, queries: int) -> int:
         return queries if self.observe is None else min(self.observe, queries)
+
+    def counted(self, given_BKN: Tensor) -> Tensor:
+        if not self.spread or given_BKN.shape[-1] == 1:
+            return given_BKN
+        return F.avg_pool1d(given_BKN, 2 * self.spread + 1, stride=1, padding=self.spread)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,14 @@ class Policy:
         """
         return queries
 
+    def counted(self, given_BKN: Tensor) -> Tensor:
+        """What the tokens of a call are held to have been given: that by which their first numbers rise, (B, K, N).
+
+        Args:
+            given_BKN: the weights that they were given by the queries of their own call that are `watched`.
+        """
+        return given_BKN
+
     def shorten(self, new: Entering) -> tuple[Tensor, Tensor] | None:
         """Keys and values (B, K, m, ...) to store of a prompt, for what does not choose tokens by score; else None.
 

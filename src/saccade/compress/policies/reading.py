@@ -137,7 +137,7 @@ class Reader:
                 asks_BKM = real_BN.any(1)[:, None, None].expand(B, K, tokens.width)
                 page_Pp = page_Pp * tokens.paged(asks_BKM)
             tokens.numbers_PpF[..., 0] += page_Pp
-            numbers[..., 0] += found.new_Rm.view(B, K, N)
+            numbers[..., 0] += self.policy.counted(found.new_Rm.view(B, K, N))
         return found.out_RnE.view(B, H, N, -1)
 
     def _many(
@@ -180,7 +180,7 @@ class Reader:
                 given = received_weights(q, k, lse, last_BKA, real_BN=real_BN, start=start, **scores)
                 if M:
                     tokens.numbers_PpF[..., 0] += tokens.paged(given[..., :M])
-                numbers[..., 0] += given[..., M:]
+                numbers[..., 0] += self.policy.counted(given[..., M:])
         return out
 
     def _last_numbers(self, new: Entering, numbers: Tensor, position_BN: Tensor) -> Tensor:
