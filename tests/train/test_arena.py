@@ -104,6 +104,20 @@ def test_the_whole(pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         arena({"half": "window"}, pair, out=tmp_path / "run", progress=False, **SIZES)
 
 
+def test_without_prompts(pair: Any, tmp_path: Path) -> None:
+    """Perplexity, bytes and speed alone."""
+    asked = {name: value for name, value in SIZES.items() if name != "shares"}
+    result = arena(["window"], pair, "long:each=0,texts=1,shares=(0.5,)", out=tmp_path, progress=False, **asked)
+    assert [row.passkey for row in result.rows] == [None, None] and result.config["budget"] == "long"
+    assert result.config["settings"]["texts"] == 1 and ArenaResult.load(tmp_path).rows == result.rows
+    said = result.table(width=200)
+    assert "passkey" not in said + result.markdown() and "prompts" not in said + " ".join(result.answer())
+    assert len(result.plot().subfigs) == 3
+    for wrong, words in (("long:each=some", "each must be an int"), ("long:of=3", "no setting of task compress is")):
+        with pytest.raises(ValueError, match=words):
+            arena(["window"], pair, wrong, progress=False)
+
+
 def test_who_was_interrupted_goes_on_at_the_next_piece(
     pair: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from saccade import __version__
 from saccade.report.document import document, picture, png
 from saccade.report.html import SORT, machine_line, settings_of, sortable
-from saccade.train.arena.curves import PANELS, panel
+from saccade.train.arena.curves import PANELS, panel, panels
 from saccade.train.arena.result import ArenaResult
 from saccade.train.files import write_bytes
 from saccade.train.labels import labels
@@ -30,8 +30,8 @@ def write_arena(result: ArenaResult, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     shown = []
-    for name, (title, _, _) in PANELS.items():
-        figure = panel(result, name)
+    for name in panels(result):
+        title, figure = PANELS[name][0], panel(result, name)
         light = png(figure, colors=256)
         write_bytes(folder / f"{name}.png", light)
         shown.append(picture(light, title, png(darken(figure), colors=256)))

@@ -129,7 +129,11 @@ def compare(
         ),
     ] = "text",
     budget: Annotated[
-        str, typer.Option(help="quick (minutes), standard, long, or seconds a mechanism, on the mean.")
+        str,
+        typer.Option(
+            help="quick (minutes), standard, long, or seconds a mechanism, on the mean; of compress with sizes, as in "
+            "long:texts=1,each=0."
+        ),
     ] = "quick",
     seed: Seed = 0,
     seeds: Annotated[int, typer.Option(help="How many seeds, from --seed on; several give a spread.")] = 1,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from saccade.train.arena.result import ArenaResult
 
-__all__ = ["PANELS", "panel", "summary"]
+__all__ = ["PANELS", "panel", "panels", "summary"]
 
 #: name -> title, axis, and the figure of `Row` that is drawn
 PANELS: dict[str, tuple[str, str, str]] = {
@@ -27,6 +27,15 @@ PANELS: dict[str, tuple[str, str, str]] = {
     "decoding": ("Decoding against bytes held", "tokens per second", "decode_rate"),
     "first-token": ("Time to the first token", "seconds", "first"),
 }
+
+
+def panels(result: ArenaResult) -> list[str]:
+    """Those of `PANELS` of which a result has figures.
+
+    Args:
+        result: what is drawn.
+    """
+    return [name for name in PANELS if name not in RETRIEVAL or name in result.retrieval]
 
 
 def panel(result: ArenaResult, name: str, width: float = 5.6, height: float = 4.0) -> Figure:
@@ -54,9 +63,11 @@ def summary(result: ArenaResult) -> Figure:
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    figure = new_figure(16, 8.5)
-    places = figure.subfigures(2, 3)
-    for name, place in zip(PANELS, places.flat, strict=True):
+    shown = panels(result)
+    rows = len(shown) // 3
+    figure = new_figure(16, 4.25 * rows)
+    places = figure.subfigures(rows, 3)
+    for name, place in zip(shown, places.flat, strict=True):
         _draw(result, name, place)
     figure.suptitle(result.title)
     return figure

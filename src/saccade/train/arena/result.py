@@ -64,11 +64,16 @@ class ArenaResult:
         """The full cache's row."""
         return next(row for row in self.rows if row.name == FULL)
 
+    @property
+    def retrieval(self) -> dict[str, str]:
+        """Kinds of prompts that were asked, in words; `RETRIEVAL` or nothing."""
+        return RETRIEVAL if self.config["settings"]["each"] else {}
+
     def headings(self) -> list[str]:
         """Of the table's columns."""
         told = self.config["settings"]
         return [
-            "cache", "share", "MiB held ↓", "perplexity ↓", *(f"{words} ↑" for words in RETRIEVAL.values()),
+            "cache", "share", "MiB held ↓", "perplexity ↓", *(f"{words} ↑" for words in self.retrieval.values()),
             "decoding, tokens/s ↑", f"first token of {told['length'] - told['new'] + 1:,}, s ↓",
         ]  # fmt: skip
 
@@ -84,7 +89,7 @@ class ArenaResult:
                 "-" if row.share is None else f"{row.share:.4g}",
                 f"{row.bytes / 2**20:.2f}",
                 f"{row.perplexity:.3f}" if row.perplexity < 1e4 else f"{row.perplexity:.2e}",
-                *(f"{getattr(row, kind):.0%}" for kind in RETRIEVAL),
+                *(f"{getattr(row, kind):.0%}" for kind in self.retrieval),
                 f"{row.decode_rate:.1f}",
                 f"{row.first:.3f}",
             ]
@@ -120,10 +125,12 @@ class ArenaResult:
         said = self.config["settings"]
         prompts, places = said["each"] * len(said["depths"]), ", ".join(f"{depth:g}" for depth in said["depths"])
         found = [
-            f"Perplexity is of {said['texts'] * said['new']} tokens of English, each after all before it. Retrieval is "
-            f"of {prompts} prompts a kind, whose answers stand at {places} of the text, "
+            f"Perplexity is of {said['texts'] * said['new']} tokens of English, each after all before it.",
+            f"Retrieval is of {prompts} prompts a kind, whose answers stand at {places} of the text, "
             f"by whether every token of the answer is the likeliest: what greedy decoding says. "
-            f"'asked later' is multi-key with the question after the compression.",
+            f"'asked later' is multi-key with the question after the compression."
+            if prompts
+            else "",
             busy(max((row.waited for row in self.rows if row.waited is not None), default=None)),
         ]
         return [note for note in found if note] + [f"{name}: {why}" for name, why in self.failed.items()]
@@ -136,14 +143,12 @@ class ArenaResult:
             best = min(rows, key=lambda row: row.perplexity)
             rise = f"{best.perplexity / self.full.perplexity - 1:+.1%}"
             told = []
-            for kind, words in RETRIEVAL.items():
+            for kind, words in self.retrieval.items():
                 top = max(getattr(row, kind) for row in rows)
                 who = [row.name for row in rows if getattr(row, kind) == top]
                 told.append(f"{words} {top:.0%} ({'all' if len(who) == len(rows) else ', '.join(who)})")
-            sentences.append(
-                f"At {share:.4g} of the tokens {best.name} costs least perplexity ({rise}); most prompts are answered "
-                f"by: {', '.join(told)}."
-            )
+            most = f"; most prompts are answered by: {', '.join(told)}" if told else ""
+            sentences.append(f"At {share:.4g} of the tokens {best.name} costs least perplexity ({rise}){most}.")
         return sentences
 
     def plot(self, path: str | Path | None = None) -> Figure:

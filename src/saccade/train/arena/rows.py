@@ -23,7 +23,8 @@ class Row:
         bytes: held after reading a text.
         bytes_after: held after the tokens that followed.
         perplexity: of these tokens.
-        passkey, multi_key: share of the prompts that were answered, the question being read with the text.
+        passkey, multi_key: share of the prompts that were answered, the question being read with the text; None, here
+            and below, where there were none.
         later: of the `multi-key` prompts whose question was asked after the text had been read and compressed.
         decode_rate: tokens per second after reading.
         first: seconds to the first token, the fastest of the texts.
@@ -35,9 +36,9 @@ class Row:
     bytes: float
     bytes_after: float
     perplexity: float
-    passkey: float
-    multi_key: float
-    later: float
+    passkey: float | None
+    multi_key: float | None
+    later: float | None
     decode_rate: float
     first: float
     waited: float | None = None
@@ -54,15 +55,18 @@ def row_of(name: str, share: float | None, pieces: Mapping[str, Mapping[str, flo
     def of(kind: str, figure: str) -> list[float]:
         return [said[figure] for piece, said in pieces.items() if piece.rpartition(" ")[0] == kind and figure in said]
 
+    def right(kind: str) -> float | None:
+        return statistics.fmean(told) if (told := of(kind, "right")) else None
+
     return Row(
         name,
         share,
         bytes=statistics.fmean(of("text", "bytes")),
         bytes_after=statistics.fmean(of("text", "bytes_after")),
         perplexity=math.exp(statistics.fmean(of("text", "loss"))),
-        passkey=statistics.fmean(of("passkey", "right")),
-        multi_key=statistics.fmean(of("multi-key", "right")),
-        later=statistics.fmean(of("later", "right")),
+        passkey=right("passkey"),
+        multi_key=right("multi-key"),
+        later=right("later"),
         decode_rate=statistics.harmonic_mean(of("text", "rate")),
         first=min(of("text", "first")),
         waited=max(of("text", "waited"), default=None),

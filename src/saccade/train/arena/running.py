@@ -38,7 +38,7 @@ from saccade.train.arena.contestants import FULL, Contestant, parse
 from saccade.train.arena.measuring import measure_prompt, measure_text
 from saccade.train.arena.result import ArenaResult
 from saccade.train.arena.rows import Row, row_of
-from saccade.train.arena.sizes import BUDGETS, Sizes
+from saccade.train.arena.sizes import BUDGETS, Sizes, read
 from saccade.train.arguments import place_of
 from saccade.train.data import english_tokens, retrieval
 from saccade.train.files import append_line, folder_name, locked, make_folder, read_json, write_text
@@ -73,7 +73,8 @@ def arena(
             `saccade.compress.policies.Policy` or to presses in kvpress' sense. The full cache is compared too.
         model: a name of `saccade.train.models` or its beginning, a folder of transformers, or a pair of a causal
             language model of transformers and its tokenizer.
-        budget: "quick" (512 tokens), "standard" (2,048) or "long" (8,192).
+        budget: "quick" (512 tokens), "standard" (2,048) or "long" (8,192), fields of `Sizes` after a colon:
+            "long:texts=1,each=0".
         out: run folder; what is there already is not measured again. Where None, nothing is kept.
         data: a text file in place of Python's language reference, for perplexity.
         seed: of the prompts.
@@ -88,9 +89,8 @@ def arena(
         ImportError: if transformers, or the package of a named model, is not installed.
     """
     contestants = parse(caches)
-    if budget not in BUDGETS:
-        raise ValueError(f"budget of task compress must be {', '.join(BUDGETS)}, got {budget!r}")
-    sizes = BUDGETS[budget].changed(settings)
+    budget, given = read(budget)
+    sizes = BUDGETS[budget].changed({**given, **settings})
     place = place_of(device)
     name, network, tokenizer = _loaded(model)
     with ExitStack() as stack:
@@ -190,6 +190,8 @@ class _Job:
         texts = english_tokens(tokenizer, sizes.texts * sizes.length, data).split(sizes.length)
         self.pieces = {f"text {i}": partial(measure_text, ids_N=ids_N, new=sizes.new) for i, ids_N in enumerate(texts)}
         for kind, keys, later in (("passkey", 1, False), ("multi-key", sizes.keys, False), ("later", sizes.keys, True)):
+            if not sizes.each:
+                break
             asked = retrieval(tokenizer, sizes.length, keys=keys, depths=sizes.depths, each=sizes.each, seed=seed)
             for i, prompt in enumerate(asked.prompts):
                 self.pieces[f"{kind} {i}"] = partial(measure_prompt, prompt=prompt, later=later)
