@@ -50,7 +50,12 @@ def _claim(lab: Lab) -> ClaimResult:
         measured[f"dot_product_time_over_efficient_at_{n}_positions"] = ratios[-1]
     efficient, dense, none = (measured[f"{name}_accuracy"] for name in blocks)
     holds = efficient > 0.9 * dense and efficient > none + 0.3 and ratios[-1] > 2.5 * ratios[0]
-    return ClaimResult(measured, holds=holds, note="chance is 0.25; four times the positions in the last two figures")
+    return ClaimResult(
+        measured,
+        holds=holds,
+        note="chance is 0.25; four times the positions in the last two figures; after 1000 steps instead of 2000 the "
+        "accuracy is 0.85, where dot-product attention has learned the task already",
+    )
 
 
 def _learn(lab: Lab, blocks: Mapping[str, Callable[[], nn.Module]]) -> dict[str, float]:
@@ -71,7 +76,7 @@ def _learn(lab: Lab, blocks: Mapping[str, Callable[[], nn.Module]]) -> dict[str,
 
     forms = {name: partial(network, block) for name, block in blocks.items()}
     draw = partial(_far_lookup, batch, side)
-    return lab.forms(forms, draw, measure, 1000, loss=loss, lr=1e-2).means()
+    return lab.forms(forms, draw, measure, 2000, loss=loss, lr=1e-2).means()
 
 
 CLAIM = Claim(

@@ -85,7 +85,7 @@ def _claim(lab: Lab) -> ClaimResult:
             found["most_lost_without_another"] = max(lost)
         return found
 
-    measured = lab.forms(forms, draw, measure, 500, loss=task.loss, lr=5e-3).means()
+    measured = lab.forms(forms, draw, measure, 1000, loss=task.loss, lr=5e-3).means()
     measured |= _searched(lab, task, build)
     return ClaimResult(
         measured,
@@ -95,7 +95,9 @@ def _claim(lab: Lab) -> ClaimResult:
         and measured["pep_auc"] > measured["full_auc"] - 0.01
         and measured["pep_numbers"] < 0.4 * measured["full_numbers"]
         and measured["quotient_remainder_auc"] > measured["hash_auc"],
-        note="10 fields have a say, 10 are noise; one seed; the ceiling is the AUC of the logit that drew the clicks",
+        note="10 fields have a say, 10 are noise; one seed; the ceiling is the AUC of the logit that drew the clicks. "
+        "After 500 steps instead of 1000 PEP has lost 0.014 of AUC. AutoField's gates share one sum: a search of 800 "
+        "steps instead of 400 keeps 4 fields with a say instead of 7, and of noise none either",
     )
 
 

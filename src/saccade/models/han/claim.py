@@ -49,7 +49,7 @@ def _claim(lab: Lab) -> ClaimResult:
         forms,
         lambda generator: lab.data.crops(learn, lab.size(8, 2), lab.size(24, 8), generator),
         measure,
-        200, loss=loss, lr=2e-3, seeds=2,
+        400, loss=loss, lr=2e-3, seeds=2,
     )  # fmt: skip
     measured = {
         "bicubic_psnr_db": quality(F.interpolate(small, scale_factor=2, mode="bicubic")),
@@ -61,6 +61,8 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         {**measured, "gain_over_trunk_db": gain},
         holds=gain > 0 and measured["han_psnr_db"] > measured["bicubic_psnr_db"],
+        note="means of 2 seeds; after 200 steps instead of 400 it is 0.24 dB above its trunk and still 0.36 dB below "
+        "bicubic",
     )
 
 

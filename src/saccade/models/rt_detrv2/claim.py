@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _LITTLE = 0.05
 #: AP50 below which there is nothing to lose
 _FOUND = 0.4
+#: steps of training; whole pixels are tuned for 0.3 of them at the rate of training, as the paper tunes S (36 epochs of
+#: 120)
+_STEPS, _TUNING, _LR = 400, 120, 2e-3
 
 
 def _targets(labels_BG: Tensor, boxes_BG4: Tensor) -> list[dict[str, Tensor]]:
@@ -56,7 +59,7 @@ def _claim(lab: Lab) -> ClaimResult:
             discrete = copy.deepcopy(trial.model).sample("discrete")
             figures |= {f"{name}_discrete_untuned": value for name, value in quality(discrete).items()}
             with torch.enable_grad():
-                lab.train(discrete, trial.batches, loss, 80, lr=3e-4, description="discrete")
+                lab.train(discrete, trial.batches, loss, _TUNING, lr=_LR, description="discrete")
             figures |= {f"{name}_discrete": value for name, value in quality(discrete).items()}
         return figures
 
@@ -70,14 +73,20 @@ def _claim(lab: Lab) -> ClaimResult:
         {name: partial(RTDETRv2, **sizes, num_points=points) for name, points in (("four", 4), ("one", 1))},
         lambda generator: lab.data.rows(lab.size(8, 2), generator, *learn),
         measure,
-        400, loss=loss, lr=2e-3, task="detect",
+        _STEPS, loss=loss, lr=_LR, seeds=2, task="detect",
     )  # fmt: skip
     measured = trials.means("{form}_{figure}")
     lost = {
         "one_point_lost_ap": measured["four_ap"] - measured["one_ap"],
         "discrete_lost_ap": measured["four_ap"] - measured["four_ap_discrete"],
     }
-    return ClaimResult({**measured, **lost}, holds=measured["four_ap50"] > _FOUND and max(lost.values()) < _LITTLE)
+    return ClaimResult(
+        {**measured, **trials.spreads("{form}_ap_spread", "ap"), **lost},
+        holds=measured["four_ap50"] > _FOUND and max(lost.values()) < _LITTLE,
+        note="means of 2 seeds. Runs differ by more than is asked for: with other numbers for the denoising alone, AP "
+        "of one point is 0.46 to 0.70 in four runs and that of four points 0.51 to 0.64, the means 0.62 and 0.60. "
+        "Whole pixels are tuned as the paper tunes them; for 80 steps at 0.15 of the rate they lost 0.07",
+    )
 
 
 CLAIM = Claim(
