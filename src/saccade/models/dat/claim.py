@@ -41,7 +41,7 @@ class Corner(nn.Module):
         self.near = nn.Conv2d(3, dim, 3, padding=1)
         self.norm = nn.LayerNorm(dim)
         self.attention = DeformableAttention(
-            dim, 4, _SIZE, groups=1, stride=4, kernel_size=9, offset_range=4.0, offsets=offsets, reference="symmetric"
+            dim, 4, _SIZE, groups=1, stride=4, kernel_size=9, offsets=offsets, reference="symmetric"
         )
         self.head = nn.Linear(dim, 3)
 
@@ -88,7 +88,10 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         measured,
         holds=measured["error_deformable_mse"] < measured["error_fixed_points_mse"] and measured[end] < measured[start],
-        note="means and standard deviations of 3 seeds; the variance of the colours is 1/3",
+        note="means and standard deviations of 3 seeds; the variance of the colours is 1/3. Offsets are DAT++'s, "
+        "without a bound but for the map's edge. With DAT's, bounded by 4 or 2 over the points, the error is below "
+        "that of points that stay as well (0.017, 0.013), and the points go away on the whole (1.27 to 1.28, 1.16 to "
+        "1.23)",
     )
 
 

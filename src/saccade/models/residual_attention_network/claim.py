@@ -57,7 +57,9 @@ def _claim(lab: Lab) -> ClaimResult:
             measured[f"{other}_error_percent"] - error > max(spread, measured[f"{other}_spread_of_error_percent"])
             for other in ("naive", "trunk_alone", "longer_trunk")
         ),
-        note="holds if the error is below all others' by more than the spread between seeds",
+        note="holds if the error is below all others' by more than the spread between seeds. The mask is ahead early "
+        "only: after twice the steps 5.2 % of errors, and so has the trunk alone; the longer trunk has 4.5 %, M T 5.6 "
+        "%. The paper's networks are 56 layers deep and more; these digits ask for less",
     )
 
 

@@ -70,7 +70,9 @@ def _claim(lab: Lab) -> ClaimResult:
             measured[f"fused_dice_after_{steps}_steps_percent"] > measured[f"plain_dice_after_{steps}_steps_percent"]
             for steps in (30, 90)
         ),
-        note="means of 2 seeds; equal width, so the fused form has more parameters",
+        note="means of 2 seeds; equal width, so the fused form has more parameters. So few steps teach hardly any run "
+        "to find the discs, and more do not turn the verdict: of one seed the plain form has 64 % after 90 steps and "
+        "79 % after 180, the fused one 0 and 48 %",
     )
 
 

@@ -117,7 +117,10 @@ def _claim(lab: Lab) -> ClaimResult:
         holds=chosen > measured["shared_accuracy_percent"] > measured["head_alone_accuracy_percent"]
         and measured["chosen_diversity"] > measured["shared_diversity"],
         note="means of two seeds; what differs by less than the spreads is not told apart. In a minute prompts hardly "
-        "teach a frozen transformer a factor that it does not know; the paper tunes one that knows ImageNet-21k",
+        "teach a frozen transformer a factor that it does not know; the paper tunes one that knows ImageNet-21k. "
+        "Tried: a transformer that was taught other colours and other stripes; there the head alone says all right "
+        "(100 % with noise of 0.4 and 1, as with prompts), and with noise of 1.5 all know as little (31 % the head "
+        "alone, 30 shared, 29 chosen): it knows both factors or it does not",
     )
 
 

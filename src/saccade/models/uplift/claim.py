@@ -66,7 +66,10 @@ def _claim(lab: Lab) -> ClaimResult:
     closer = all(measured[f"uplift_mse_step{n}"] < measured[f"bilinear_mse_step{n}"] for n in range(1, steps + 1))
     stays = measured[f"uplift_mse_step{steps}"] < measured[f"no_attender_mse_step{steps}"]
     note = (
-        "Closer than bilinear at each step, but closer still without attender: these features follow from the pixels."
+        "Closer than bilinear at each step, but closer still without attender: these features follow from the pixels. "
+        "Tried with features that do not, of a ViT-S/14 of DINOv2's layout (150 steps on 48 crops, one seed): after "
+        "one and two steps 1.83 and 2.31 with attender, 2.20 and 2.38 without, but bilinear 1.71 and 2.20; the "
+        "paper learns from ImageNet."
     )
     return ClaimResult(measured, holds=closer and stays, note=note if closer and not stays else "")
 
