@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from saccade import switch
+from saccade import attend, masks, switch
 from saccade.integrations.advise import Advice, Trial, advise, advising, benches, blending, trials
 from saccade.integrations.mechanisms import MECHANISMS
 from saccade.ops.measure import processor_time
@@ -114,7 +114,23 @@ def test_on_shapes() -> None:
     given = advise((1,), inputs=(q, q, q), causal=False, mechanisms=["moba", "window"], repeats=1)
     assert "not defined" in given.skipped["moba"] and not given.warning
     best = Advice("shapes", 32, 9.0, 1.0, on_model=False, trials=[trial(2, 0.1, left=3)])
-    assert best.code().endswith("window_attend(q, k, v, left=3)")
+    assert best.code().endswith("window_attend(q, k, v, left=3, sinks=4, causal=True)")
+
+
+@pytest.mark.parametrize(
+    ("slug", "causal"),
+    [("window", True), ("window", False), ("moba", True), ("spargeattn", True), ("prism", True), ("mra", False)],
+)
+def test_the_line_for_shapes_computes_what_was_measured(slug: str, causal: bool) -> None:
+    q, k, v = torch.randn(1, 4, 300, 16), torch.randn(1, 2, 300, 16), torch.randn(1, 2, 300, 16)
+    advice = advise((1,), inputs=(q, k, v), causal=causal, mechanisms=[slug], repeats=1, tolerance=9.0)
+    exact = attend(q, k, v, mask=masks.causal() if causal else None)
+    assert advice.trials
+    for each in advice.trials:
+        line = replace(advice, trials=[replace(each, speedup=2.0)]).code()
+        names: dict[str, torch.Tensor] = {"q": q, "k": k, "v": v}
+        exec(line.replace("; ", "; out = "), names)
+        assert float((names["out"] - exact).abs().sum() / exact.abs().sum()) == pytest.approx(each.deviation, abs=1e-6)
 
 
 def test_refusals() -> None:
@@ -210,6 +226,9 @@ def test_settings_for_each_layer_or_head_within_the_tolerance(slug: str, per_hea
         rivals = [t for t in plain.trials if t.density <= blended.density]
         assert all(t.deviation > blended.deviation for t in rivals)
     fast.save(tmp_path / "settings.json")
+    with torch.no_grad(), switch(model, settings=tmp_path / "settings.json", dense_layers=[0], report=True) as report:
+        model(ids)
+    assert report.layers and all(layer.layer for layer in report.layers)
     with torch.no_grad(), switch(model, settings=tmp_path / "settings.json", report=True) as report:
         out = model(ids).logits
     dense = model(ids).logits

@@ -97,6 +97,15 @@ class Mechanism(Replacement):
         said = "sinks" in options or options.get("attention_sink")
         return options if said or not causal or "sinks" not in self.options else {**options, "sinks": SINKS}
 
+    def called(self, options: Mapping[str, Any], causal: bool) -> dict[str, Any]:
+        """What its function is given beside q, k and v: the options `completed`, and the direction where it asks.
+
+        Args:
+            options: the user's.
+            causal: of the layer.
+        """
+        return {**self.completed(options, causal), **({"causal": causal} if "causal" in self._arguments else {})}
+
     def check(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError if there is no such option, or one is missing; the nearest names are in the message."""
         for name in options:
@@ -136,9 +145,9 @@ class Mechanism(Replacement):
                 raise ValueError(f"{self.slug}: this model has {_OF_SCORES[name]}, which only {', '.join(able)} can do")
         if dropout and "dropout" not in self._arguments:
             raise ValueError(f"{self.slug} drops no attention weights: set the model's attention dropout to 0")
-        filled: dict[str, Any] = {"mask": mask, "causal": causal, "offset": offset, "scale": scale, "dropout": dropout}
+        filled: dict[str, Any] = {"mask": mask, "offset": offset, "scale": scale, "dropout": dropout}
         filled = {name: value for name, value in filled.items() if name in self._arguments} | of_scores
-        return self.function(q_BHND, k_BKMD, v_BKME, **filled, **self.completed(options, causal))
+        return self.function(q_BHND, k_BKMD, v_BKME, **filled, **self.called(options, causal))
 
     def work(
         self,

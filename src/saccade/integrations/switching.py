@@ -119,8 +119,10 @@ def choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) ->
     for want in wanted:
         if isinstance(want, str):
             met = set(fnmatch.filter(places, want))
-        else:
+        elif isinstance(want, int):
             met = {place for place, number in places.items() if number == (want + count if want < 0 else want)}
+        else:
+            met = set()
         if not met:
             example = next(iter(places))
             raise ValueError(f"{name}: no layer is {want!r}; there are layers 0 to {count - 1}, such as {example!r}")

@@ -43,7 +43,7 @@ from saccade.ops.sharding import in_force, whole
 AttentionInterface = need("transformers").AttentionInterface
 AttentionMaskInterface = need("transformers").AttentionMaskInterface
 
-__all__ = ["LayerReport", "Report", "register", "switch"]
+__all__ = ["LayerReport", "Report", "is_switched", "register", "switch"]
 
 #: what a layer may ask of its attention function that would change the result, and that no mechanism here knows
 _UNKNOWN = ("position_bias", "head_mask", "indices", "block_indices", "cache")
@@ -94,7 +94,8 @@ def switch(
         model: a model that uses transformers' attention interface.
         slug: a training-free mechanism: "softmax", "window", "moba", "spargeattn", "prism" (causal), "mra",
             "block-sparse-vggt", "rectified-spaattn" (bidirectional).
-        settings: instead of a name and options, the file in which `Advice.save` wrote them.
+        settings: instead of a name and options, the file in which `Advice.save` wrote them; `layers` and
+            `dense_layers` may leave some of its layers out.
         layers: the layers to switch, by number (negative from the end) or by pattern of module path
             ("vision_model.*"); all where None.
         dense_layers: layers to leave as they are, in the same words.
@@ -135,9 +136,9 @@ def switch(
     for name, own in (layer_options or {}).items():
         entry.check({**options, **own})
         named = choose(places, [name], "layer_options")
-        if missing := named - chosen:
+        if settings is None and (missing := named - chosen):
             raise ValueError(f"layer_options: {min(missing)!r} is not among the layers that are switched")
-        for place in named:
+        for place in named & chosen:
             by_place[place].options = {**by_place[place].options, **own}
     if layers is None:
         # attention that goes by another name is switched too
@@ -200,6 +201,15 @@ def _warn_without_effect(entry: Mechanism, settings: Iterable[_Setting]) -> None
         warnings.warn(
             f"switch(model, {entry.slug!r}) had no effect, dense attention ran in every layer: {why}", stacklevel=4
         )
+
+
+def is_switched(model: nn.Module) -> bool:
+    """Whether a `switch` of the model is in force.
+
+    Args:
+        model: any, or a part of one.
+    """
+    return any("_saccade" in module.__dict__ for module in model.modules())
 
 
 def _current(module: nn.Module) -> _Setting:

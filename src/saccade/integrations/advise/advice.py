@@ -79,6 +79,7 @@ class Advice:
         skipped: mechanism -> why it could not run here.
         warning: what the figures do not say, "" where there is nothing to warn of.
         on_model: whether it is of a model, not of shapes.
+        causal: of shapes, whether the attention is.
         perplexity: with dense attention; None where the model is no causal language model.
         quality: what the tolerance is of: "deviation", or "perplexity", its rise as a share of the dense one.
         decode_rate: tokens per second with dense attention; None where the model does not decode.
@@ -105,6 +106,7 @@ class Advice:
     keep_probes: bool = False
     waited: float | None = None
     clock: str = "wall"
+    causal: bool = True
 
     def loss(self, trial: Trial) -> float:
         """What a setting costs in `quality`.
@@ -146,15 +148,14 @@ class Advice:
         best = self.best
         if best is None:
             return "# keep dense attention"
-        arguments = "".join(f", {name}={value!r}" for name, value in best.options.items())
-        if self.on_model:
-            if best.layer_options:
-                return "with saccade.switch(model, settings=path):  # after advice.save(path)"
-            arguments += f", dense_layers={list(best.dense_layers)!r}" if best.dense_layers else ""
-            return f'with saccade.switch(model, "{best.slug}"{arguments}):'
-        entry = MECHANISMS[best.slug]
-        name = entry.function.__name__
-        return f"from {entry.place} import {name}; {name}(q, k, v{arguments})"
+        if not self.on_model:
+            entry = MECHANISMS[best.slug]
+            name, given = entry.function.__name__, entry.called(best.options, self.causal)
+            return f"from {entry.place} import {name}; {name}(q, k, v{_arguments(given)})"
+        if best.layer_options:
+            return "with saccade.switch(model, settings=path):  # after advice.save(path)"
+        dense = {"dense_layers": list(best.dense_layers)} if best.dense_layers else {}
+        return f'with saccade.switch(model, "{best.slug}"{_arguments({**best.options, **dense})}):'
 
     def save(self, path: str | Path) -> None:
         """Write the recommendation as a settings file, which `saccade.switch(model, settings=path)` applies.
@@ -248,3 +249,7 @@ class Advice:
             "machine": machine(),
             "date": date.today().isoformat(),
         }
+
+
+def _arguments(given: Mapping[str, Any]) -> str:
+    return "".join(f", {name}={value!r}" for name, value in given.items())

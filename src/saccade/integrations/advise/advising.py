@@ -126,7 +126,8 @@ def advise(
     watch = Watch()
     watch.start()
     bench.measure_dense()
-    advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds, on_model=isinstance(model, nn.Module))
+    advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds)
+    advice.on_model, advice.causal = isinstance(model, nn.Module), bench.causal
     advice.perplexity = bench.perplexity
     if quality == "perplexity" and bench.perplexity is None:
         raise ValueError(f"perplexity is of causal language models on tokens, got {bench.subject}")
