@@ -226,6 +226,11 @@ def test_budgets() -> None:
         cache = PolicyCache(KeyNorm(), "40 KiB", least=least, layers=2)
         cache.attend(q, k, v)
         assert 0.6 * 20 * 1024 < cache.nbytes <= 20 * 1024
+    for much in (2**70, "999999999999999 GiB"):
+        for least in (None, 0.5):
+            cache = PolicyCache(Random(seed=2**40 + 2), much, least=least)
+            cache.attend(q[:, :, :9], k[:, :, :9], v[:, :, :9])
+            assert (cache.lengths == 9).all()
     for bad, words in (
         (0, "at least 1"),
         (1.5, "at most 1"),
@@ -259,7 +264,13 @@ def test_refusals() -> None:
         (lambda: KeyNorm(recent=1.5), "recent"),
         (lambda: HeavyHitters(observe=0), "observe"),
         (lambda: HeavyHitters(spread=-1), "spread"),
+        (lambda: HeavyHitters(spread=1.5), "spread"),  # type: ignore[arg-type]
+        (lambda: PolicyCache(Window(), 3, least="a"), "least"),  # type: ignore[arg-type]
+        (lambda: KeyNorm(recent="half"), "recent"),  # type: ignore[arg-type]
+        (lambda: HeavyHitters(observe=2.5), "observe"),  # type: ignore[arg-type]
+        (lambda: Random(seed=None), "seed"),  # type: ignore[arg-type]
         (lambda: PolicyCache(Window(), 3).lengths, "seen no token"),
+        (lambda: PolicyCache(Window(), 3).positions, "seen no token"),
     ):
         with pytest.raises(ValueError, match=words):
             make()

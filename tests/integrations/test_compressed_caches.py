@@ -376,3 +376,36 @@ def test_a_vl_on_text_alone_takes_a_budget() -> None:
             pass
     with pytest.raises(ValueError, match="full attention, got"), saccade.compressed(built("gemma3"), "a-vl"):
         pass
+
+
+@torch.no_grad()
+def test_a_cache_that_would_store_nothing_is_refused() -> None:
+    model, ids = built("llama"), tokens(1, 12)
+    for policy, budget in (("window", 64), ("a-vl", None)):
+        with saccade.compressed(model, policy, budget) as cache:
+            model(ids, past_key_values=cache)
+            with saccade.switch(model, "window", left=64), pytest.raises(ValueError, match="no switch"):
+                model(ids, past_key_values=cache)
+            with pytest.raises(ValueError, match="runs inside"):
+                built("llama")(ids, past_key_values=cache)
+            cache.reset()
+        with pytest.raises(ValueError, match="runs inside"):
+            model(ids, past_key_values=cache)
+        refused = pytest.raises(ValueError, match="undo the switch")
+        with refused, saccade.switch(model, "window", left=64), saccade.compressed(model, policy, budget):
+            pass
+    assert model(ids).logits.shape == (1, 12, 50)
+    with saccade.compressed(model, "window", 64) as cache:
+        for _ in range(2):
+            model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False, eos_token_id=-1)
+            with pytest.raises(ValueError, match="ready for another prompt"):
+                model.generate(ids[:, :7], past_key_values=cache, max_new_tokens=3)
+            cache.reset()
+
+
+def test_gradients_are_of_no_matter_to_what_is_kept() -> None:
+    model, ids = built("llama"), tokens(1, 12)
+    with saccade.compressed(model, "heavy-hitters", 9) as cache:
+        found = [model(ids[:, i : i + 3], past_key_values=cache).logits for i in range(0, 12, 3)]
+    with torch.no_grad(), saccade.compressed(model, "heavy-hitters", 9) as cache:
+        close(torch.cat(found, 1), logits_of(model, ids, [3, 3, 3, 3], cache))

@@ -68,10 +68,10 @@ class HeavyHitters(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observe is not None and self.observe < 1:
-            raise ValueError(f"observe must be at least 1, or None, got {self.observe}")
-        if self.spread < 0:
-            raise ValueError(f"spread must be a number of tokens, 0 or more, got {self.spread}")
+        if self.observe is not None and (not isinstance(self.observe, int) or self.observe < 1):
+            raise ValueError(f"observe must be a number of queries, at least 1, or None, got {self.observe!r}")
+        if not isinstance(self.spread, int) or self.spread < 0:
+            raise ValueError(f"spread must be a number of tokens, 0 or more, got {self.spread!r}")
 
     def enter(self, new: Entering, held: Held | None) -> Tensor:
         return new.k_BKND.new_zeros(*new.k_BKND.shape[:3], 1, dtype=torch.float32)
@@ -116,13 +116,21 @@ class Random(Policy):
         sinks: first tokens that stay.
         recent: share of the budget for the latest tokens.
         seed: of the lots.
+
+    Raises:
+        ValueError: if an option is out of its range.
     """
 
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+
     def score(self, held: Held) -> Tensor:
         head_K1 = torch.arange(held.position_BKM.shape[1], device=held.position_BKM.device)[:, None]
-        return _lot(held.position_BKM.long() + 0x9E3779B1 * (1 + head_K1) + 0x7FEB352D * self.seed)
+        return _lot(held.position_BKM.long() + 0x9E3779B1 * (1 + head_K1) + 0x7FEB352D * (self.seed & 0xFFFFFFFF))
 
 
 def _lot(x: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from saccade.ops.masks import FOREVER
+
 __all__ = ["Budget", "share_out"]
 
 _UNITS = {"": 1, "k": 1000, "m": 1000**2, "g": 1000**3, "ki": 1024, "mi": 1024**2, "gi": 1024**3}
@@ -84,12 +86,12 @@ class Budget:
             ValueError: if not one token fits into the bytes.
         """
         if self.tokens is not None:
-            return self.tokens
+            return min(self.tokens, FOREVER)
         if self.share is not None:
             return (self.share * seen_B).round().long().clamp(min=1)
         if self.bytes is None:
             return None
-        fit = fitting(self.bytes)
+        fit = min(fitting(self.bytes), FOREVER)
         if fit < 1:
             raise ValueError(f"a budget of {self.bytes} bytes holds no page of tokens in each key head of each layer")
         return fit

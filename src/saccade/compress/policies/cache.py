@@ -67,8 +67,8 @@ class PolicyCache(Reader):
         number: int = 0,
         layers: int = 1,
     ) -> None:
-        if least is not None and not 0 <= least <= 1:
-            raise ValueError(f"least must be between 0 and 1, or None, got {least}")
+        if least is not None and not (isinstance(least, (int, float)) and 0 <= least <= 1):
+            raise ValueError(f"least must be between 0 and 1, or None, got {least!r}")
         super().__init__(policy, window)
         self.budget, self.least = Budget.of(budget), least
         bound, name = self.budget != Budget(), type(policy).__name__
@@ -263,6 +263,8 @@ class PolicyCache(Reader):
     def positions(self) -> Tensor:
         """Positions of the tokens held, (B, K, M), in their order within the row; -1 where it has fewer, or where they
         are not known."""
+        if self.tokens is None:
+            raise ValueError("the cache has seen no token")
         held = self._held()
         return torch.where(held.filled_BKM, held.position_BKM, -1)
 

@@ -6,15 +6,19 @@ A policy holds no tokens and no state: what it must remember of a token it says 
 key and value. A policy of one's own is a subclass with `score`, and, if it is to remember something, `numbers` and
 `enter`:
 
-    @dataclass(frozen=True)
-    class LoudValues(Policy):                       # keeps what has large values
-        numbers = 1
-
-        def enter(self, new):
-            return new.v_BKNE.float().norm(dim=-1)[..., None]
-
-        def score(self, held):
-            return held.numbers_BKMF[..., 0]
+    >>> @dataclass(frozen=True)
+    ... class LoudValues(Policy):                   # keeps what has large values
+    ...     numbers = 1
+    ...
+    ...     def enter(self, new, held):
+    ...         return new.v_BKNE.float().norm(dim=-1)[..., None]
+    ...
+    ...     def score(self, held):
+    ...         return held.numbers_BKMF[..., 0]
+    >>> import torch; from saccade.compress.policies import PolicyCache
+    >>> cache, x = PolicyCache(LoudValues(sinks=0, recent=0.0), 2), torch.tensor([1.0, 4.0, 2.0, 3.0]).view(1, 1, 4, 1)
+    >>> cache.attend(x, x, x).shape, cache.positions[0, 0, :2].tolist()
+    (torch.Size([1, 1, 4, 1]), [1, 3])
 
 Shape letters: B batch, H query heads, K key heads, N tokens that come, M tokens held (places of them), C channels,
 D head dim, E width of values, F numbers of a token.
@@ -96,8 +100,8 @@ class Policy:
     def __post_init__(self) -> None:
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ValueError(f"sinks must be a number of tokens, 0 or more, got {self.sinks!r}")
-        if not 0 <= self.recent <= 1:
-            raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
+        if not isinstance(self.recent, (int, float)) or not 0 <= self.recent <= 1:
+            raise ValueError(f"recent must be between 0 and 1, got {self.recent!r}")
 
     def enter(self, new: Entering, held: Held | None) -> Tensor | None:
         """The numbers (B, K, N, F) of tokens that come, None if F is 0; those of tokens held may be changed in place.

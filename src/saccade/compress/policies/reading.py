@@ -136,8 +136,9 @@ class Reader:
             if real_BN is not None:
                 asks_BKM = real_BN.any(1)[:, None, None].expand(B, K, tokens.width)
                 page_Pp = page_Pp * tokens.paged(asks_BKM)
-            tokens.numbers_PpF[..., 0] += page_Pp
-            numbers[..., 0] += self.policy.counted(found.new_Rm.view(B, K, N))
+            with torch.no_grad():
+                tokens.numbers_PpF[..., 0] += page_Pp
+                numbers[..., 0] += self.policy.counted(found.new_Rm.view(B, K, N))
         return found.out_RnE.view(B, H, N, -1)
 
     def _many(

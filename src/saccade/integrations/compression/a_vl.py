@@ -64,6 +64,7 @@ class TransformersAVLCache(AVLCache, CompressedCache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Nothing is stored before the layer's weights are known: the keys are marked with their layer."""
+        self.check_inside()
         key_states._saccade_cache = _Layer(self, layer_idx)  # type: ignore[attr-defined]
         return key_states, value_states
 

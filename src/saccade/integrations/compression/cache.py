@@ -18,6 +18,7 @@ from saccade.extras import need
 from saccade.integrations.compression.layer import IMPLEMENTATION, PolicyLayer
 from saccade.integrations.compression.press import Press, PressPolicy
 from saccade.integrations.switching import choose
+from saccade.integrations.transformers import is_switched
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.layers.vision_language import decoder_of, named
 from saccade.layers.wrapping import Report, changing
@@ -40,6 +41,32 @@ class CompressedCache(Cache):
     def __init__(self, layers: list[Any], policy: Policy | AVLOptions, budget: Budget) -> None:
         Cache.__init__(self, layers=layers)
         self.policy, self.budget = policy, budget
+        #: tokens that the layer which runs had seen before; None between layers
+        self.before: int | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As transformers' own; a layer under a policy, inside `running` alone: nothing else would store what comes.
+
+        Raises:
+            ValueError: outside of it.
+        """
+        if isinstance(self.layers[layer_idx], PolicyLayer):
+            self.check_inside()
+        return Cache.update(self, key_states, value_states, layer_idx, *args, **kwargs)
+
+    def check_inside(self) -> None:
+        """Refuse a layer that does not attend through this cache.
+
+        Raises:
+            ValueError: if a layer runs that was not told to.
+        """
+        if self.before is None:
+            raise ValueError(
+                "a compressed cache is for a model that runs inside `with saccade.compressed(model, ...)`: this one "
+                "would store nothing"
+            )
 
     @property
     def bytes(self) -> int:
@@ -121,7 +148,8 @@ def cache_for(
     if any(isinstance(layer, theirs.DummyLayer) for number, layer in enumerate(inside) if number in places.values()):
         raise ValueError(f"{type(model).__name__} has layers that share the keys of others: no policy is defined there")
     if layers is None:
-        chosen = {number for number, layer in enumerate(inside) if type(layer) is theirs.DynamicLayer}
+        # attention alone: what stands in the place of a layer (`saccade.convert`) keeps tokens in its own way
+        chosen = {number for number in places.values() if type(inside[number]) is theirs.DynamicLayer}
     else:
         chosen = {places[place] for place in choose(places, layers, "layers")}
     if not chosen:
@@ -151,28 +179,61 @@ def running(model: nn.Module) -> Iterator[None]:
         model: as in `cache_for`.
 
     Raises:
-        ValueError: if it does not use transformers' attention interface.
+        ValueError: if it does not use transformers' attention interface, or is switched; in a call, if another
+            attention runs.
     """
     decoder = decoder_of(model)
     modules = dict(decoder.named_modules())
     places = attention_layers(decoder)
+    if is_switched(decoder):
+        raise ValueError(
+            "compressed(...) has an attention of its own, and would undo the switch(...) that it is inside of"
+        )
     with changing(decoder, Report("compressed")) as changes, attended(decoder, IMPLEMENTATION):
         for place, number in places.items():
             changes.before(modules[place], _told(number))
+            changes.after(modules[place], _seen(number))
         yield
+
+
+def _cache_of(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CompressedCache:
+    """The cache that an attention module is called with."""
+    cache = kwargs.get("past_key_values")
+    if cache is None and args:
+        cache = named(module, args, kwargs).get("past_key_values")
+    if not isinstance(cache, CompressedCache):
+        raise ValueError("inside compressed(...) the model must be given its cache: past_key_values=cache")
+    return cache
 
 
 def _told(number: int) -> Any:
     """A hook before an attention module that tells its part of the cache what it is called with."""
 
     def tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        if cache is None and args:
-            cache = named(module, args, kwargs).get("past_key_values")
-        if not isinstance(cache, CompressedCache):
-            raise ValueError("inside compressed(...) the model must be given its cache: past_key_values=cache")
+        cache = _cache_of(module, args, kwargs)
+        cache.before = cache.get_seq_length(number)
+        if (args[0] if args else kwargs["hidden_states"]).shape[1] == 0:
+            raise ValueError(
+                f"there are no new tokens: the cache has seen {cache.before}, which a prompt has to begin with; "
+                "cache.reset() makes it ready for another prompt"
+            )
         layer = cache.layers[number]
         if isinstance(layer, PolicyLayer) and layer.policy.needs_hidden:
             layer.call = {**named(module, args, kwargs), "module": module}
 
     return tell
+
+
+def _seen(number: int) -> Any:
+    """A hook after an attention module: whether its part of the cache has seen the tokens."""
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = _cache_of(module, args, kwargs)
+        before, cache.before = cache.before, None
+        if cache.get_seq_length(number) == before:
+            raise ValueError(
+                "another attention than the cache's has run, so that nothing was stored: inside compressed(...) "
+                "there can be no switch(...) and no other attn_implementation"
+            )
+
+    return see
