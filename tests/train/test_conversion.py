@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +187,16 @@ def test_minutes_end_and_bad_arguments_are_named() -> None:
     for words, slug, options in (
         ("either minutes or steps", "moba", {}),
         ("either minutes or steps", "moba", {"steps": 1, "minutes": 1.0}),
-        ("whole must be", "moba", {"steps": 1, "whole": 2.0}),
+        ("whole of 0 to 1", "moba", {"steps": 1, "whole": 2.0}),
+        ("must be integers", "moba", {"steps": 1.5}),
+        ("must be integers", "moba", {"steps": 1, "length": 8.5}),
+        ("lr and lr_whole not negative", "moba", {"steps": 1, "lr": -1.0}),
+        ("model's positions", "moba", {"steps": 1, "length": 3000, "data": LONG}),
+        ("data must be a tensor of tokens", "moba", {"steps": 1, "data": TOKENS.tolist()}),
+        ("held_out must be a tensor of tokens", "moba", {"steps": 1, "length": 8, "held_out": TOKENS.float()}),
+        ("tokens from 0 to 12, and the model knows 0 to 11", "moba", {"steps": 1, "data": (TOKENS * 2).clamp(max=12)}),
+        ("layers must name one", "moba", {"steps": 1, "length": 8, "layers": []}),
+        ("layers must name one", "moba", {"steps": 1, "length": 8, "layers": None}),
         ("data must be at least 700 tokens", "moba", {"steps": 1, "length": 700}),
         ("data must be at least 900 tokens", "moba", {"steps": 1, "length": 8, "context": 900}),
         ("layers must be a share", "moba", {"steps": 1, "layers": 1.5}),
@@ -201,6 +212,8 @@ def test_minutes_end_and_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             convert(model(), slug, **{"data": TOKENS, **options})
+    with pytest.raises(ValueError, match="float16 do not train"):
+        convert(model().half(), "moba", TOKENS, steps=1, length=8)
     with pytest.raises(ValueError, match="BertModel is no language model"):
         bert = transformers.BertConfig(vocab_size=12, hidden_size=16, num_attention_heads=2, intermediate_size=8)
         convert(transformers.BertModel(bert), "softmax", TOKENS, steps=1, length=8)
@@ -209,3 +222,38 @@ def test_minutes_end_and_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="padding alone"):
         network(TOKENS[None, :4], attention_mask=torch.ones(1, 1, 4, 4).tril().bool())
     assert perplexity(network, TOKENS, 16, 2) > 1
+
+
+def test_who_was_interrupted_has_the_model_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: dict[str, Any] = FEW | {"folder": tmp_path}
+    straight = model()
+    convert(straight, "moba", TOKENS, block_size=4, **FEW)
+    network, said = model(), model()(TOKENS[None, :8]).logits
+    hooks = dict(network.model._forward_pre_hooks)
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "logits_loss", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(network, "moba", TOKENS, block_size=4, **sizes)
+    assert torch.equal(network(TOKENS[None, :8]).logits, said) and dict(network.model._forward_pre_hooks) == hooks
+    convert(network, "moba", TOKENS, block_size=4, **sizes)  # the same call on the same model goes on
+    assert torch.equal(network(TOKENS[None, :8]).logits, straight(TOKENS[None, :8]).logits)
+
+
+def test_a_converted_model_is_copied_pickled_switched_and_compressed(tmp_path: Path) -> None:
+    network, ids = model().double(), TOKENS[None, :20]
+    report = convert(network, "lightning", TOKENS, **FEW)
+    assert list(attention_layers(network)) == ["model.layers.0.self_attn", "model.layers.2.self_attn"]
+    with torch.no_grad():
+        said = network.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            assert torch.equal(again.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), said)
+        with saccade.compressed(network, "window", 64) as cache:
+            out = network.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert torch.equal(out, said) and [x is None for x in cache.lengths] == [False, True, False, True]
+        with saccade.switch(network, "window", left=64, report=True) as told:
+            network(ids)
+        assert [layer.calls for layer in told.layers] == [1, 1]
+    report.save(tmp_path)
+    (tmp_path / "saccade_convert.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        saccade.load_converted(model(), tmp_path)

@@ -34,10 +34,12 @@ __all__ = [
     "Nothing",
     "cache_bytes",
     "check",
+    "check_part",
     "chosen_layers",
     "load_converted",
     "part_for",
     "put_in",
+    "put_in_or_back",
     "save",
     "standing",
 ]
@@ -54,7 +56,7 @@ class Masks:
 
     def __init__(self, decoder: nn.Module) -> None:
         self.real_BM: Tensor | None = None
-        decoder.register_forward_pre_hook(self._called, with_kwargs=True)
+        self.hook = decoder.register_forward_pre_hook(self._called, with_kwargs=True)
 
     def _called(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         mask = kwargs.get("attention_mask")
@@ -76,6 +78,14 @@ class Converted(nn.Module):
         super().__init__()
         self.part, self.layer_idx, self.masks = part, layer_idx, masks
         self._caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what was kept of others' caches is theirs, and weak references cannot be written
+        return {name: value for name, value in self.__dict__.items() if name != "_caches"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._caches = weakref.WeakKeyDictionary()
 
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
@@ -131,9 +141,8 @@ def part_for(slug: str, layer: nn.Module, **arguments: Any) -> tuple[nn.Module, 
         ValueError: if there is no such causal part, the layer is no softmax attention, or none of its projections has
             a place in the part.
     """
+    check_part(slug)
     entry = catalogue.part(slug)
-    if entry.kind != "sequence" or not {"causal", "decoding"} <= set(entry.supports):
-        raise ValueError(f"{slug} cannot take the place of a language model's layer: it must be causal and decode")
     build: Any = entry.build
     if "from-softmax" in entry.supports:
         return build.from_softmax(layer, **({"causal": True} | arguments)), []
@@ -188,6 +197,20 @@ def _copied(place: Affine | None, source: Affine, known: SoftmaxLayer) -> bool:
     return True
 
 
+def check_part(slug: str) -> None:
+    """Whether a part can take the place of a language model's layer.
+
+    Args:
+        slug: any.
+
+    Raises:
+        ValueError: if there is no such part, or it is not causal or does not decode.
+    """
+    entry = catalogue.part(slug)
+    if entry.kind != "sequence" or not {"causal", "decoding"} <= set(entry.supports):
+        raise ValueError(f"{slug} cannot take the place of a language model's layer: it must be causal and decode")
+
+
 def check(model: nn.Module) -> None:
     """Whether layers of a model can be converted.
 
@@ -201,8 +224,8 @@ def check(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is no language model of transformers that writes text")
 
 
-def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
-    """Parts in the places of attention layers.
+def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> Masks:
+    """Parts in the places of attention layers; what tells them of padding, whose `hook` takes it off again.
 
     Args:
         model: of transformers, whose cache numbers its layers.
@@ -216,6 +239,7 @@ def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> None:
     for path, part in parts.items():
         layer: Any = model.get_submodule(path)
         model.set_submodule(path, Converted(part, int(layer.layer_idx), masks))
+    return masks
 
 
 def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str, Any]) -> None:
@@ -259,6 +283,7 @@ def load_converted(model: nn.Module, folder: str | Path) -> list[str]:
         OSError: if the folder cannot be read.
         ValueError: if it holds nothing of the kind, or it is of another model.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -267,7 +292,10 @@ def load_converted(model: nn.Module, folder: str | Path) -> list[str]:
         slug, arguments, paths = str(record["mechanism"]), dict(record["arguments"]), list(record["layers"])
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{folder} holds no converted layers") from None
-    state = load_file(folder / _WEIGHTS)
+    try:
+        state = load_file(folder / _WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / _WEIGHTS} is damaged ({error})") from None
     places = attention_layers(model)
     if strange := sorted(set(paths) - set(places)):
         raise ValueError(f"{folder} is of another model: there is no attention layer {strange[0]}")
@@ -307,6 +335,24 @@ def chosen_layers(model: nn.Module, layers: Sequence[int | str]) -> dict[str, nn
     places = attention_layers(model)
     chosen = choose(places, layers, "layers")
     return {path: model.get_submodule(path) for path in places if path in chosen}
+
+
+@contextmanager
+def put_in_or_back(model: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`put_in`; where what follows fails or is interrupted, the former layers come back.
+
+    Args:
+        model, parts: as there.
+    """
+    former = {path: model.get_submodule(path) for path in parts}
+    masks = put_in(model, parts)
+    try:
+        yield
+    except BaseException:
+        masks.hook.remove()
+        for path, module in former.items():
+            model.set_submodule(path, module)
+        raise
 
 
 @contextmanager

@@ -70,13 +70,18 @@ def configs(model: nn.Module) -> list[Any]:
 
 
 def attention_layers(model: nn.Module) -> dict[str, int]:
-    """Module path -> number of every attention layer: the innermost modules that are called so.
+    """Module path -> number of every attention layer: the innermost modules that are called so, but for parts of ours
+    that stand in a layer's place, which do not attend by transformers' interface.
 
     Raises:
         ValueError: if there are none, or it is no model of transformers.
     """
     _check(model)
-    named = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if "Attention" in type(module).__name__ and not type(module).__module__.startswith("saccade.")
+    }
     outer = {name.rsplit(".", depth)[0] for name in named for depth in range(1, name.count(".") + 1)}
     found = {name: module for name, module in named.items() if name not in outer}
     if not found:

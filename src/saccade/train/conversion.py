@@ -162,7 +162,7 @@ def convert(
     """Replace attention layers of a causal language model, and teach the new ones what the old ones did.
 
     Args:
-        model: of transformers; is changed. Its other weights stay as they are.
+        model: of transformers; is changed, unless this fails or is interrupted. Its other weights stay as they are.
         slug: of a causal part that decodes.
         data: tokens (L,) of a text to learn from, at least `length`.
         layers: by number or pattern, as of `saccade.switch`; or a share of them, of those that the model misses least.
@@ -189,17 +189,37 @@ def convert(
     """
     if (minutes is None) == (steps is None) or not (minutes or steps or 0) > 0:
         raise ValueError(f"give either minutes or steps, above 0, got {minutes} and {steps}")
-    if not 0 <= whole <= 1 or min(length, batch) < 1 or length < 2:
-        raise ValueError(f"whole must be of 0 to 1, length at least 2 and batch 1, got {whole}, {length} and {batch}")
-    for name, tokens, least in (("data", data, max(length, context or 0)), ("held_out", held_out, length)):
-        if tokens is not None and (tokens.ndim != 1 or len(tokens) < least):
-            raise ValueError(f"{name} must be at least {least} tokens in a row, got {tuple(tokens.shape)}")
+    if not all(isinstance(n, int) for n in (length, batch, steps or 1)) or not (
+        0 <= whole <= 1 and min(lr, lr_whole) >= 0
+    ):
+        raise ValueError(
+            "length, batch and steps must be integers, whole of 0 to 1, lr and lr_whole not negative, "
+            f"got {length}, {batch}, {steps}, {whole}, {lr} and {lr_whole}"
+        )
+    if batch < 1 or length < 2:
+        raise ValueError(f"length must be at least 2 and batch 1, got {length} and {batch}")
     converted.check(model)
     limit = positions(model.config)
+    if limit is not None and length > limit:
+        raise ValueError(f"length must be at most the model's positions ({limit}), got {length}")
+    words = model.get_input_embeddings().num_embeddings
+    for name, tokens, least in (("data", data, max(length, context or 0)), ("held_out", held_out, length)):
+        if tokens is None and name == "held_out":
+            continue
+        if not isinstance(tokens, Tensor) or tokens.is_floating_point():
+            raise ValueError(f"{name} must be a tensor of tokens, integers, got {type(tokens).__name__}")
+        if tokens.ndim != 1 or len(tokens) < least:
+            raise ValueError(f"{name} must be at least {least} tokens in a row, got {tuple(tokens.shape)}")
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < words:
+            raise ValueError(
+                f"{name} has tokens from {tokens.min()} to {tokens.max()}, and the model knows 0 to {words - 1}"
+            )
+    if model.dtype == torch.float16:
+        raise ValueError("weights of float16 do not train: give the model in bfloat16 or float32")
     if context is not None and not _SAID < context <= (limit or context):
         raise ValueError(f"context must be above {_SAID} and at most the model's positions, {limit}, got {context}")
     model.requires_grad_(False).eval()
-    wanted = layers if isinstance(layers, (float, int, str)) else list(layers)
+    wanted = layers if isinstance(layers, (float, int, str)) else list(layers or ())
     setting = {
         "mechanism": slug, "arguments": arguments, "layers": wanted,
         "minutes": minutes, "steps": steps, "whole": whole, "length": length, "batch": batch, "lr": lr,
@@ -209,6 +229,8 @@ def convert(
     }  # fmt: skip
     state = Resumable(None if folder is None else Path(folder) / "state.safetensors", setting)
     with torch.random.fork_rng(devices=[]), showing(shown):
+        if isinstance(layers, float):  # what no layer can become is refused before each is left out
+            converted.part_for(slug, model.get_submodule(next(iter(attention_layers(model)))), **arguments)
         torch.manual_seed(seed)
         paths = state.once("layers", lambda: _chosen(model, layers, data, length))
         old = converted.chosen_layers(model, paths)
@@ -226,25 +248,27 @@ def convert(
         measured("before")
         measured("dropped", {path: converted.Nothing() for path in old})
         teacher = Teacher(model, old, data, length, memory, seed)
-        converted.put_in(model, parts)
-        measured("started")
-        training = _Distillation(teacher, parts, steps, minutes, (lr, lr_whole), whole, batch, seed, clock, state)
-        training.run(1 - whole)
-        measured("imitated")
-        teacher.forget_layers()
-        training.run(1.0)
-        model.eval()
-        measured("after")
-        report.steps, report.seconds, report.losses = training.training.step, training.seconds, training.losses
-        if context is not None:
-            for layers_then in (old, {}):
-                with converted.standing(model, layers_then):
-                    report.decoding.append(_spent(model, data[:context], clock))
+        with converted.put_in_or_back(model, parts):
+            measured("started")
+            training = _Distillation(teacher, parts, steps, minutes, (lr, lr_whole), whole, batch, seed, clock, state)
+            training.run(1 - whole)
+            measured("imitated")
+            teacher.forget_layers()
+            training.run(1.0)
+            model.eval()
+            measured("after")
+            report.steps, report.seconds, report.losses = training.training.step, training.seconds, training.losses
+            if context is not None:
+                for layers_then in (old, {}):
+                    with converted.standing(model, layers_then):
+                        report.decoding.append(_spent(model, data[:context], clock))
     return report
 
 
 def _chosen(model: nn.Module, layers: Sequence[int | str] | float, data: Tensor, length: int) -> list[str]:
     if not isinstance(layers, float):
+        if not layers and not isinstance(layers, int):
+            raise ValueError("layers must name one at least, or be a share, got none")
         return list(converted.chosen_layers(model, layers))
     if not 0 < layers <= 1:
         raise ValueError(f"layers must be a share above 0 and at most 1, or a list of layers, got {layers}")

@@ -94,7 +94,7 @@ class Teacher:
             self._see(new, layers=False)
         hidden_BNC = torch.stack([self._hidden[w] for w in windows])
         with torch.no_grad(), quick():
-            return self.model.get_output_embeddings()(hidden_BNC[:, at_S])
+            return self.model.get_output_embeddings()(hidden_BNC[:, at_S].to(self.model.dtype))
 
     def logits_now(self, windows: Sequence[int], at_S: Tensor) -> Tensor:
         """What the model says with the layers that it has now, (B, S, V)."""

@@ -71,12 +71,14 @@ def convert(
     import time
 
     from saccade import catalogue
+    from saccade.integrations.converted import check_part
     from saccade.report.conversion import language_model, layers_of, write_conversion
     from saccade.train.conversion import convert as converted
     from saccade.train.entries import parse
     from saccade.train.files import make_folder
 
     (wanted,) = parse([mechanism])
+    check_part(str(wanted.slug))
     catalogue.check_options(str(wanted.slug), **wanted.options)
     chosen = layers_of(layers)
     make_folder(out)  # before minutes of training
