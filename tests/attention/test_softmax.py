@@ -72,6 +72,9 @@ def test_bad_arguments() -> None:
         SoftmaxAttention(9, 3)
     layer = SoftmaxAttention(16, 4, causal=True)
     x = torch.randn(2, 5, 16)
+    for wrong in (x.numpy(), x.tolist()):
+        with pytest.raises(ValueError, match="x must be a tensor, got"):
+            layer(wrong)
     with pytest.raises(ValueError, match="causal layer takes no context"):
         layer(x, x)
     with pytest.raises(ValueError, match="padding mask must be"):

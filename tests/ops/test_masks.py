@@ -364,6 +364,9 @@ def test_bad_arguments(match: str, make) -> None:
 def test_masks_compose_with_masks_only() -> None:
     with pytest.raises(TypeError, match="wrap a bool tensor in dense"):
         masks.causal() & torch.ones(3, 3).bool()
+    for wrong in (lambda: masks.causal() and masks.window(3), lambda: not masks.causal()):
+        with pytest.raises(TypeError, match="combine masks by &"):
+            wrong()
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 9])

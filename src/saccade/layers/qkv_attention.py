@@ -169,6 +169,8 @@ class QKVAttention(nn.Module):
     def check(self, x_BNC: Tensor, context_BMC: Tensor | None, cache: Any) -> None:
         """Raise ValueError if tokens, context and cache do not fit together, or not the layer."""
         for name, tokens in (("x", x_BNC), ("context", context_BMC)):
+            if tokens is not None and not isinstance(tokens, Tensor):
+                raise ValueError(f"{name} must be a tensor, got {type(tokens).__name__}")
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[-1] != self.dim):
                 raise ValueError(f"{name} must be (batch, tokens, {self.dim}), got {tuple(tokens.shape)}")
             if tokens is not None:

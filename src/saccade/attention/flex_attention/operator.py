@@ -313,7 +313,9 @@ class PagedCache:
         B = self.page_table.shape[0]
         if q_BHND.shape[0] != B:
             raise ValueError(f"the cache holds {B} sequences, got queries of {q_BHND.shape[0]}")
-        paged = PagedMask(mask or masks.prefix(self.keys.shape[2]), self.logical_page, self.lengths, self.page_size)
+        paged = PagedMask(
+            masks.prefix(self.keys.shape[2]) if mask is None else mask, self.logical_page, self.lengths, self.page_size
+        )
         mod = None
         if score_mod is not None:
             mod = lambda s, b, h, i, j: score_mod(s, b, h, i, paged.logical(b, j).clamp(min=0))  # noqa: E731

@@ -157,6 +157,10 @@ class Mask:
     def __invert__(self) -> Mask:
         return Not(self)
 
+    def __bool__(self) -> bool:
+        # `causal() and window(3)` would be window(3), and nobody would see it
+        raise TypeError("a mask is neither true nor false: combine masks by &, | and ~, not by and, or and not")
+
 
 def _as_operand(other: Any) -> Mask:
     if not isinstance(other, Mask):
