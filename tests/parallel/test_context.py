@@ -179,11 +179,27 @@ def refusing(mesh: DeviceMesh) -> None:
         pass
     with parallel(mesh), pytest.raises(ValueError, match="this rank's part alone"):
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    for layer in (torch.nn.MultiheadAttention(8, 2, batch_first=True), torch.nn.TransformerEncoderLayer(8, 2, 8)):
+        inputs = [torch.randn(1, 4, 8)] * (3 if isinstance(layer, torch.nn.MultiheadAttention) else 1)
+        for grad in (True, False):  # torch has other functions where no gradients are wanted
+            alone = pytest.raises(ValueError, match="this rank's part alone")
+            with torch.set_grad_enabled(grad), parallel(mesh), alone:
+                layer.train(grad)(*inputs)
+            with parallel(mesh), parallel.replicated():
+                layer(*inputs)
+    for wrong in ({"length": -1}, {"length": 2.5}, {"length": "x"}, {"unit": 2.5}, {"timeout": float("inf")}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"), parallel(mesh, **wrong):  # type: ignore[arg-type]
+            pass
     with parallel(mesh), parallel.replicated():
         torch.nn.functional.scaled_dot_product_attention(x, x, x)
         torch.testing.assert_close(saccade.attend(x, x, x), saccade.attend(x, x, x, backend="reference"))
     with pytest.raises(ValueError, match="shared along one dimension"):
         parallel.shard(x, torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))
+
+
+def test_without_a_group_of_processes_it_says_what_is_missing() -> None:
+    with pytest.raises(ValueError, match="none was initialised"), parallel(torch.distributed.group.WORLD):
+        pass
 
 
 def test_what_cannot_be_done_is_refused(ranks: Ranks) -> None:

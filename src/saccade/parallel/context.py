@@ -128,13 +128,22 @@ Mesh: TypeAlias = DeviceMesh | dist.ProcessGroup | Shards
 _last: Traffic | None = None
 
 
+#: torch's attention, in every form in which it can be seen to be called; a module's own calls hide what is inside
+_TORCHS = {
+    F.scaled_dot_product_attention,
+    F.multi_head_attention_forward,
+    torch._native_multi_head_attention,
+    torch._transformer_encoder_layer_fwd,
+}
+
+
 class _Watching(TorchFunctionMode):
     """Refuses torch's attention on a part of a sequence, which would be of that part alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention and in_force() is not None:
+        if func in _TORCHS and in_force() is not None:
             raise ValueError(
-                "scaled_dot_product_attention would attend to this rank's part alone: use saccade.attend, in a model "
+                f"{func.__name__} would attend to this rank's part alone: use saccade.attend, in a model "
                 'of transformers saccade.switch(model, "softmax"), or saccade.parallel.replicated() for what is whole'
             )
         return func(*args, **(kwargs or {}))
@@ -171,11 +180,13 @@ def parallel(
         RuntimeError: inside, if another rank fails or does not answer in time.
     """
     global _last
-    lengths = () if length is None else (length,) if isinstance(length, int) else tuple(length)
+    lengths = () if length is None else tuple(length) if isinstance(length, Sequence) else (length,)
+    if not all(isinstance(n, int) and n >= 0 for n in lengths):
+        raise ValueError(f"length must be a number of tokens, or several such numbers, got {length!r}")
     shards = Shards(*_group(mesh), balance, unit, lengths)
     if timeout is not None:
-        if timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {timeout}")
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout must be positive and finite, got {timeout}")
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), shards.group)
     _last = shards.traffic
     with put_in_force(shards), _Watching():
@@ -221,7 +232,10 @@ def _group(mesh: Any) -> tuple[dist.ProcessGroup, torch.device]:
     elif isinstance(mesh, dist.ProcessGroup):
         group, kind = mesh, "cuda" if "nccl" in dist.get_backend(mesh) else "cpu"
     else:
-        raise ValueError(f"mesh must be a dimension of a DeviceMesh or a group of processes, got {type(mesh).__name__}")
+        hint = "" if dist.is_initialized() else "; none was initialised (torch.distributed.init_process_group)"
+        raise ValueError(
+            f"mesh must be a dimension of a DeviceMesh or a group of processes, got {type(mesh).__name__}{hint}"
+        )
     if kind == "cpu":
         return group, torch.device("cpu")
     return group, torch.device(kind, torch.get_device_module(kind).current_device())

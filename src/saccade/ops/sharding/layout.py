@@ -38,8 +38,8 @@ class Layout:
     def __post_init__(self) -> None:
         if self.balance not in BALANCES:
             raise ValueError(f"balance must be {' or '.join(map(repr, BALANCES))}, got {self.balance!r}")
-        if self.unit < 1:
-            raise ValueError(f"unit must be at least 1 token, got {self.unit}")
+        if not isinstance(self.unit, int) or self.unit < 1:
+            raise ValueError(f"unit must be at least 1 token, got {self.unit!r}")
 
     def pieces(self, rank: int) -> tuple[range, ...]:
         """What a rank holds, in the order in which it holds it; empty pieces are left out."""
