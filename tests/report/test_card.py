@@ -34,6 +34,11 @@ def test_copied_lines_run() -> None:
         exec(next(line for line in card("twins", measure=False)["to copy"] if "from_config" in line))
 
 
+def test_what_has_no_parameters_has_a_cost() -> None:
+    (line,) = card("token-compression", measure=True)["cost here"]
+    assert "ms forward, " in line
+
+
 def test_published_sizes_are_shown() -> None:
     sizes = card("twins", measure=False)["published sizes"]
     assert any(size == "Twins-SVT-S: 24.06 M parameters, 2.8 G multiply-adds at 224 x 224" for size in sizes)

@@ -598,6 +598,7 @@ def test_what_was_measured_is_returned_where_it_cannot_be_kept(tmp_path, monkeyp
         (["slay:variant=ancor"], {}, "slay: variant must be 'anchor', .*, got 'ancor'; did you mean 'anchor'"),
         (["none:x=1"], {"task": "digits-cnn"}, "'none' leaves the mechanism out and has no options"),
         (["softmax"], {"task": "txt"}, "task must be one of text, recall"),
+        (["heavy-hitters"], {"task": "compress"}, "compares caches, not parts"),
         (["softmax"], {"budget": "fast"}, "budget must be quick, standard, long or a positive number"),
         (["softmax"], {"budget": -3}, "budget must be"),
         (["softmax"], {"seed": -1}, "seed must be"),

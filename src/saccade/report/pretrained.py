@@ -105,8 +105,9 @@ def load(name: str, *, image: bool, text: bool = False, fresh: bool = False) -> 
         ValueError: if it takes no such input.
         ImportError: if transformers, or the package of a named model, is not installed.
     """
-    if name in models.MODELS:
-        found = models.load(name, fresh=fresh)
+    named = models.named(name)
+    if named is not None:
+        found = models.load(named, fresh=fresh)
         model, tokenizer = found if isinstance(found, tuple) else (found, None)
         if not hasattr(model, "config") or image != (tokenizer is None) or (image and text):
             kind = "images" if tokenizer is None else "texts"

@@ -109,7 +109,6 @@ def compare(
         if not on_ray.is_address(on):
             raise ValueError(f"on must be 'ray' or the address of a Ray cluster such as 'ray://head:10001', got {on!r}")
         need("ray", "a comparison on a cluster")
-    entries = parse(mechanisms)
     seeds = seeds_of(seed)
     place = place_of(device)
     preset, seconds = budget_of(budget)
@@ -119,13 +118,14 @@ def compare(
     if own:
         sizes = Own.budgets[preset].changed(settings)
         job: Task = Own(sizes, place, data, model, loss, held_out, quality, metric)
+        entries = parse(mechanisms)
     else:
         given = {"held_out": held_out, "model": model, "loss": loss, "quality": quality, "metric": metric}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} needs data= with the caller's own batches beside it")
         job = task_of(task, preset, settings, place, data)
-        entries = with_baseline(job, entries)
+        entries = with_baseline(job, parse(mechanisms))
         for entry in entries:
             job.check(entry)
     with ExitStack() as stack:

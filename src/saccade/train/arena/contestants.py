@@ -86,7 +86,7 @@ def parse(names: Sequence[str] | Mapping[str, Any] | str) -> list[Contestant]:
         names: policies, each with options after a colon; or a mapping from names to such, to policies or to presses.
 
     Raises:
-        ValueError: if a name is unknown or comes twice, or an option is unknown or of another type.
+        ValueError: if a name is unknown or comes twice, or an option is unknown, of another type or out of range.
     """
     if isinstance(names, str):
         names = [names]
@@ -121,4 +121,5 @@ def _parsed(name: str, what: Any) -> Contestant:
         if option not in types:
             raise ValueError(f"{policy} has the options {', '.join(types)}, not {option!r}")
         options[option] = read_value(text, types[option], f"{policy}: {option}")
+    kind(**{option: value for option, value in options.items() if option not in _CACHE})  # refuses what is out of range
     return Contestant(name, policy, options)
