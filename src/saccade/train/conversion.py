@@ -202,7 +202,7 @@ def convert(
     limit = positions(model.config)
     if limit is not None and length > limit:
         raise ValueError(f"length must be at most the model's positions ({limit}), got {length}")
-    words = model.get_input_embeddings().num_embeddings
+    words = int(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     for name, tokens, least in (("data", data, max(length, context or 0)), ("held_out", held_out, length)):
         if tokens is None and name == "held_out":
             continue
