@@ -29,6 +29,20 @@ class _Attention(nn.Module):
         return self.attention(x_BNC, x_BNC, x_BNC, need_weights=False)[0]
 
 
+def _kernels(channels: int, size: int, num_heads: int = 1) -> LKCA:
+    """LKCA whose start has the scale of the attention's beside it: the kernel keeps the variance of what it mixes, and
+    linear layers start as torch's do. With the 0.02 of the small-data setting, whose width is 192, a mixer of width 32
+    gives two thousandths of its input.
+    """
+    layer = LKCA(channels, size, num_heads=num_heads)
+    nn.init.trunc_normal_(layer.kernel, std=1 / size)
+    for linear in (layer.v_proj, layer.out_proj):
+        assert linear is not None
+        linear.reset_parameters()
+        nn.init.zeros_(linear.bias)
+    return layer
+
+
 class _Transformer(nn.Module):
     """Images (B, 1, S, S), a token a pixel -> logits (B, 10); pre-norm blocks, mean pooling."""
 
@@ -77,11 +91,11 @@ def _claim(lab: Lab) -> ClaimResult:
 
     kinds: dict[str, Callable[[], nn.Module]] = {
         "msa": lambda: _Attention(channels, size),
-        "lkca_one_kernel": lambda: LKCA(channels, size),
-        "lkca_kernel_a_head": lambda: LKCA(channels, size, num_heads=4),
+        "lkca_one_kernel": lambda: _kernels(channels, size),
+        "lkca_kernel_a_head": lambda: _kernels(channels, size, num_heads=4),
     }
     forms = {name: partial(network, mixer) for name, mixer in kinds.items()}
-    trials = lab.forms(forms, draw, measure, 300, lr=2e-3, seeds=2)
+    trials = lab.forms(forms, draw, measure, 300, lr=6e-3, seeds=4)
 
     curves: dict[str, list[float]] = {}
 
@@ -103,8 +117,11 @@ def _claim(lab: Lab) -> ClaimResult:
             "largest_difference_of_the_views_losses": apart,
         },
         holds=error["error_lkca_one_kernel_percent"] < error["error_msa_percent"] and apart < 1e-3,
-        note="means of 2 seeds; views compared over 10 steps; the verdict hangs on attention's position "
-        "embedding: with a standard deviation of 0.02 instead of 1 it learns too slowly for these steps and is behind",
+        note="means of 4 seeds, which differ by more than the forms do; views compared over 10 steps. The learning "
+        "rate is attention's best of three: at 2e-3 and 4e-3 it has 13.5 and 12.5 % of errors, one kernel 11.0 and "
+        "9.1; higher ones were not tried. Attention's position embedding has a standard deviation of 1: with 0.02 it "
+        "learns too slowly for these steps. So does LKCA where kernel and layers start at 0.02, the card's inferred "
+        "start (26 % at 2e-3, 13 % at 6e-3): here it starts at the scale of its input, as attention does",
     )
 
 
