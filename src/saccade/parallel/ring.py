@@ -12,7 +12,7 @@ Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.merge import merge
-from saccade.ops.sharding import suspended
+from saccade.ops.sharding import Tile, suspended
 from saccade.parallel.exchange import finish, start
 from saccade.parallel.parts import Call, Held, elements, unpacked
 
@@ -70,19 +70,8 @@ class _Ring(torch.autograd.Function):
                 for tile, seen, one in call.tiles(held):
                     rows = call.rows(tile.queries)
                     inputs = q[:, :, rows], one.keys[:, :, seen], one.values[:, :, seen]
-                    leaves = [x.detach().requires_grad_() for x in inputs]
-                    with torch.enable_grad():
-                        part, part_lse = call.run(leaves[0], leaves[1], leaves[2], tile, True)
-                    weight = (part_lse.detach().to(lse.dtype) - lse[:, :, rows]).exp().nan_to_num(nan=0.0)
-                    above = grad_out[:, :, rows]
-                    to_lse = weight * ((above * (part.detach() - out[:, :, rows])).sum(-1) + grad_lse[:, :, rows])
-                    to_part = weight[..., None] * above
-                    of_q, of_k, of_v, *more = torch.autograd.grad(
-                        [part, part_lse],
-                        [*leaves, *needing],
-                        [to_part.to(part.dtype), to_lse.to(part_lse.dtype)],
-                        allow_unused=True,
-                    )
+                    of_rows = (x[:, :, rows] for x in (out, lse, grad_out, grad_lse))
+                    of_q, of_k, of_v, *more = _of_tile(call, tile, inputs, needing, *of_rows)
                     grad_q[:, :, rows] += of_q
                     by_run[one.run].keys[:, :, seen] += of_k
                     by_run[one.run].values[:, :, seen] += of_v
@@ -102,6 +91,35 @@ class _Ring(torch.autograd.Function):
         in_order = iter(grads)
         of_all = [next(in_order) if x.requires_grad else None for x in captured]
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype), None, *of_all
+
+
+def _of_tile(
+    call: Call,
+    tile: Tile,
+    inputs: Sequence[Tensor],
+    needing: Sequence[Tensor],
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor,
+    grad_lse: Tensor,
+) -> Sequence[Any]:
+    """Gradients of a tile's queries, keys and values, and of tensors that are in nobody's part.
+
+    Args:
+        call: what is attended.
+        tile: which part of it.
+        inputs: its queries, keys and values.
+        needing: the others.
+        out, lse, grad_out, grad_lse: of its queries, of all that they attend to.
+    """
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        part, part_lse = call.run(leaves[0], leaves[1], leaves[2], tile, True)
+    weight = (part_lse.detach().to(lse.dtype) - lse).exp().nan_to_num(nan=0.0)
+    to_lse = weight * ((grad_out * (part.detach() - out)).sum(-1) + grad_lse)
+    to_part = weight[..., None] * grad_out
+    to_both = [to_part.to(part.dtype), to_lse.to(part_lse.dtype)]
+    return torch.autograd.grad([part, part_lse], [*leaves, *needing], to_both, allow_unused=True)
 
 
 def _steps(call: Call, k: Tensor, v: Tensor, direction: str) -> Iterator[tuple[int, list[Held]]]:
