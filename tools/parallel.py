@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import saccade
 from saccade import masks
-from saccade.ops.masks import Mask
+from saccade.attention.moba import moba_attend
 
 PAGE = Path(__file__).parent.parent / "docs" / "parallel.md"
 
@@ -18,13 +20,17 @@ HEADS, KEY_HEADS, WIDTH = 32, 8, 128
 TOKENS = {"1 M": 2**20, "10 M": 10 * 2**20}
 RANKS = (8, 64, 1024)
 
-#: what is attended -> its mask, and how the sequence is dealt
-CASES: dict[str, tuple[Mask | None, str]] = {
-    "dense, causal": (masks.causal(), "contiguous"),
-    "dense, causal, head-tail": (masks.causal(), "head-tail"),
-    "dense, both ways": (None, "contiguous"),
-    "window of 4,096": (masks.window(4095), "contiguous"),
-    "window of 4,096 and 4 sinks": (masks.window(4095, sinks=4), "contiguous"),
+MOBA = {"block_size": 512, "top_k": 8}
+
+#: what is attended -> the function, its options, and how the sequence is dealt
+CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]] = {
+    "dense, causal": (saccade.attend, {"mask": masks.causal()}, {}),
+    "dense, causal, head-tail": (saccade.attend, {"mask": masks.causal()}, {"balance": "head-tail"}),
+    "dense, both ways": (saccade.attend, {}, {}),
+    "window of 4,096": (saccade.attend, {"mask": masks.window(4095)}, {}),
+    "window of 4,096 and 4 sinks": (saccade.attend, {"mask": masks.window(4095, sinks=4)}, {}),
+    "linear, a decay a head": (saccade.linear_attend, {"decay": 0.99}, {}),
+    "MoBA, 8 blocks of 512, at most": (moba_attend, MOBA, {"unit": MOBA["block_size"]}),
 }
 
 
@@ -34,14 +40,13 @@ def rows() -> list[str]:
         "| attention | tokens | ranks | path | TFLOPs a rank | sent | received | balance |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, (mask, balance) in CASES.items():
+    for name, (function, options, dealt) in CASES.items():
         for said, n in TOKENS.items():
             q, k = (
                 torch.empty(1, heads, n, WIDTH, dtype=torch.bfloat16, device="meta") for heads in (HEADS, KEY_HEADS)
             )
             for ranks in RANKS:
-                parts = saccade.plan(q, k, k, mask=mask, mesh=ranks, balance=balance).parts
-                assert parts is not None
+                parts = saccade.parallel.plan(function, q, k, k, mesh=ranks, **dealt, **options)
                 work, sent, received = (
                     max(getattr(share, what) for share in parts.shares) for what in ("flops", "sent", "received")
                 )

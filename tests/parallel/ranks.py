@@ -22,7 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
+
+from saccade import parallel
+from saccade.ops.planning import Parts
+from saccade.ops.sharding import suspended
 
 WORLD = 4
 
@@ -84,6 +89,28 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         self.processes, self.pipes = [], []
+
+
+class Foreseen:
+    """Put in force in one process: what is called is computed whole, and `plans` has what it would cost each rank."""
+
+    def __init__(self, **dealt: Any) -> None:
+        self.dealt = dealt
+        self.plans: list[Parts] = []
+
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """What `function` gives."""
+        self.plans.append(parallel.plan(function, *arguments, **self.dealt, **options))
+        with suspended():
+            return function(*arguments, **options)
+
+    def whole(self, n: int) -> int:
+        """Tokens of the whole sequence."""
+        return n
+
+    def places(self, n: int, device: torch.device | str) -> Tensor:
+        """Where they stand."""
+        return torch.arange(n, device=device)
 
 
 def _serve(rank: int, store: str, pipe: Connection, path: list[str]) -> None:

@@ -83,7 +83,7 @@ def _both(mesh: DeviceMesh, n: int, m: int, balance: str, **options: Any) -> tup
 def case(mesh: DeviceMesh, name: str, n: int, m: int, balance: str, length: Any = None) -> None:
     length = length or tuple({n, m})
     alone, together, traffic = _both(mesh, n, m, balance, mask=MASKS[name](n, m), length=length)
-    shapes = (torch.empty(B, H, n, D, requires_grad=True), torch.empty(B, K, m, D), torch.empty(B, K, m, E))
+    shapes = [torch.empty(shape, requires_grad=True) for shape in ((B, H, n, D), (B, K, m, D), (B, K, m, E))]
     plan = saccade.plan(*shapes, mask=MASKS[name](n, m), return_lse=True, mesh=mesh, balance=balance)
     assert plan.parts is not None
     share, path = plan.parts.shares[mesh.get_local_rank()], plan.parts.path
@@ -249,14 +249,20 @@ def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], sh
     leaf = qkv.clone().requires_grad_()
     out = packed_window_attend(leaf, grid, window, shift, bias)
     alone = [out, *torch.autograd.grad(out, [leaf, bias], to_out)]
+    share = parallel.plan(
+        packed_window_attend, leaf, grid, window, shift, bias, mesh=mesh, unit=prod(grid[1:]), balance=balance
+    ).shares[mesh.get_local_rank()]
     with parallel(mesh, unit=prod(grid[1:]), balance=balance, length=n) as shards:
         leaf = parallel.shard(qkv, shards).requires_grad_()
         out = packed_window_attend(leaf, grid, window, shift, bias)
-        dqkv, share = torch.autograd.grad(out, [leaf, bias], parallel.shard(to_out, shards, dim=2))
+        dqkv, of_bias = torch.autograd.grad(out, [leaf, bias], parallel.shard(to_out, shards, dim=2))
     torch.testing.assert_close(out, parallel.shard(alone[0], shards, dim=2), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(dqkv, parallel.shard(alone[1], shards), atol=1e-5, rtol=1e-5)
-    torch.distributed.all_reduce(share, group=shards.group)
-    torch.testing.assert_close(share, alone[2], atol=1e-4, rtol=1e-4)
+    torch.distributed.all_reduce(of_bias, group=shards.group)
+    torch.testing.assert_close(of_bias, alone[2], atol=1e-4, rtol=1e-4)
+    counts = {"forward": (share.sent, share.received), "backward": (share.sent_backward, share.received_backward)}
+    assert all(counts[way] == count[:2] for (_, way), count in shards.traffic.counts.items())
+    assert shards.traffic.sent == share.sent + share.sent_backward
 
 
 @pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
@@ -266,6 +272,15 @@ def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], sh
 )
 def test_shifted_windows(ranks: Ranks, grid: Any, window: Any, shift: Any, balance: str) -> None:
     ranks(windows, grid, window, shift, balance)
+
+
+def test_nothing_goes_home_that_has_no_gradient() -> None:
+    q, k = torch.empty(1, 2, 64, 8, requires_grad=True), torch.empty(1, 2, 64, 8)
+    halo, ring = (saccade.plan(q, k, k, mask=mask, mesh=4).parts for mask in (masks.window(3), masks.causal()))
+    assert halo is not None and ring is not None
+    assert [halo.path, ring.path] == ["halo", "ring"]
+    assert halo.shares[1].sent and not halo.shares[1].sent_backward
+    assert ring.shares[1].sent_backward == ring.shares[1].sent + ring.shares[1].received
 
 
 def test_the_work_of_a_thin_mask_is_forecast() -> None:

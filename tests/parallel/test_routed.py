@@ -45,6 +45,25 @@ CASES: dict[str, tuple[Any, int, dict[str, Any]]] = {
 }
 
 
+def _map(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda q, k, v, options: function(q, k, v, return_map=True, **options)[1]
+
+
+def _routes(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Tensor:
+    size = options["block_size"]
+    q, k = (torch.nn.functional.pad(x, (0, 0, 0, -x.shape[2] % size)) for x in (q, k))
+    sinks = -(-options.get("sinks", 0) // size)
+    return moba_route(q, k, block_size=size, top_k=options["top_k"], first_blocks=sinks)
+
+
+#: the blocks that one process chooses
+CHOICES: dict[Any, Callable[..., Tensor]] = {
+    moba_attend: _routes,
+    prism_attend: _map(prism_attend),
+    spargeattn_attend: _map(spargeattn_attend),
+}
+
+
 def _inputs(n: int) -> list[Tensor]:
     torch.manual_seed(2)
     q, k, v, to_out = (torch.randn(s) for s in ((B, H, n, D), (B, K, n, D), (B, K, n, E), (B, H, n, E)))
@@ -64,7 +83,22 @@ def case(mesh: DeviceMesh, name: str, n: int) -> dict[str, tuple[int, int]]:
     for what, one, other in zip(("out", "dq", "dk", "dv"), alone, together):
         expected = parallel.shard(one, shards, dim=2)
         torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
-    return {f"{kind} {way}": count[:2] for (kind, way), count in shards.traffic.counts.items()}
+    traffic, rank = shards.traffic, shards.rank
+    given = {"mesh": mesh, "unit": unit, "chosen": CHOICES[function](q, k, v, options)}
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    predicted = parallel.plan(function, *whole, **given, **options)
+    share = predicted.shares[rank]
+    assert predicted.exact
+    for way, sent, received in (
+        ("forward", share.sent, share.received),
+        ("backward", share.sent_backward, share.received_backward),
+    ):
+        counted = [count for (_, direction), count in traffic.counts.items() if direction == way]
+        assert (sum(count.sent for count in counted), sum(count.received for count in counted)) == (sent, received)
+    bound = parallel.plan(function, *whole, mesh=mesh, unit=unit, **options)
+    for what in ("flops", "sent", "received", "sent_backward", "received_backward"):
+        assert getattr(share, what) <= getattr(bound.shares[rank], what)
+    return {f"{kind} {way}": count[:2] for (kind, way), count in traffic.counts.items()}
 
 
 @pytest.mark.parametrize("n", [64, 53])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import WORLD, Ranks
+from ranks import WORLD, Foreseen, Ranks
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,6 +17,7 @@ from saccade.ops.ema import ema
 from saccade.ops.expansion import Polynomial, expanded_attend
 from saccade.ops.linear import LinearState, elu_plus_one, linear_attend
 from saccade.ops.selective_scan import selective_scan
+from saccade.ops.sharding import put_in_force
 from saccade.ops.wkv import wkv
 
 B, H, K, D, E, C, S = 2, 4, 2, 3, 5, 4, 3
@@ -125,7 +126,9 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
     inputs = make(n)
     axis = next(iter(axes.values()))
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    alone = function(**leaves) if "decay" in leaves else function(*leaves.values())
+    foreseen = Foreseen(mesh=mesh, balance=balance)
+    with put_in_force(foreseen):
+        alone = function(**leaves) if "decay" in leaves else function(*leaves.values())
     to_out = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
     expected = _gradients([alone], leaves, [to_out])
     with parallel(mesh, balance=balance, length=length) as shards:
@@ -143,6 +146,11 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
             torch.testing.assert_close(
                 gradient, wanted, atol=2e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
+    (predicted,) = foreseen.plans
+    share = predicted.shares[shards.rank]
+    assert shards.traffic.counts["states", "forward"][:2] == (share.sent, share.received)
+    assert shards.traffic.counts["states", "backward"][:2] == (share.sent_backward, share.received_backward)
+    assert predicted.exact and predicted.path == "states" and sum(one.flops for one in predicted.shares) > 0
 
 
 @pytest.mark.parametrize("name", CASES)

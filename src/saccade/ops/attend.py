@@ -29,7 +29,7 @@ from saccade.ops.nan import is_suspect, only_where_attended
 from saccade.ops.normalizers import check_normalizer
 from saccade.ops.planning import Plan, Problem, ScoreFunction, nothing
 from saccade.ops.score_mods import Modification, ScoreMod
-from saccade.ops.sharding import Layout, in_force, parts_of
+from saccade.ops.sharding import dealing, in_parts, parts_of
 
 __all__ = ["attend", "plan"]
 
@@ -70,6 +70,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@in_parts
 def attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,
@@ -121,22 +122,6 @@ def attend(
     >>> saccade.attend(q, k, v, mask=saccade.masks.causal()).shape
     torch.Size([1, 2, 8, 4])
     """
-    if (sharding := in_force()) is not None:
-        return sharding.call(
-            attend,
-            q_BHND,
-            k_BKMD,
-            v_BKME,
-            mask=mask,
-            score=score,
-            score_mod=score_mod,
-            normalize=normalize,
-            scale=scale,
-            dropout=dropout,
-            return_lse=return_lse,
-            backend=backend,
-            memory_mb=memory_mb,
-        )
     if score is None and score_mod is None and not (dropout or return_lse) and backend is None and memory_mb > 0:
         if normalize == "softmax" and (out := at_once(q_BHND, k_BKMD, v_BKME, mask, scale)) is not None:
             return out
@@ -193,7 +178,8 @@ def plan(
     Args:
         q_BHND, k_BKMD, v_BKME, mask, score, score_mod, normalize, scale, dropout: as in `attend`.
         return_lse, backend, memory_mb: as in `attend`.
-        mesh: ranks that share the sequence: how many, or one dimension of a `DeviceMesh`.
+        mesh: ranks that share the sequence: how many, one dimension of a `DeviceMesh`, or what `saccade.parallel`
+            yields, which knows its own balance and unit.
         balance, unit: how it is dealt to them, as in `saccade.parallel`.
 
     Raises:
@@ -205,13 +191,10 @@ def plan(
     made = make_plan(problem, backend)
     if mesh is None:
         return made
-    ranks = mesh if isinstance(mesh, int) else mesh.size()
-    if ranks < 1:
-        raise ValueError(f"mesh must have at least 1 rank, got {ranks}")
-    (B, H, N, _), M = q_BHND.shape, k_BKMD.shape[2]
+    ranks, (B, H, N, _), M = dealing(mesh, balance, unit), q_BHND.shape, k_BKMD.shape[2]
     whole = None if mask is None else as_mask(mask, B, H, N, M, q_BHND.device).simplified(N, M)
-    queries, keys = (Layout(length, ranks, balance, unit) for length in (N, M))
-    return replace(made, parts=parts_of(problem, whole, queries, keys))
+    parts = parts_of(problem, whole, ranks.layout(N), ranks.layout(M), needs_grad(k_BKMD, v_BKME))
+    return replace(made, parts=parts)
 
 
 def problem_of(

@@ -27,11 +27,8 @@ ScoreFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(eq=False)
-class Problem:
-    """One call of `attend`, without the tensors' contents.
-
-    `M` counts the keys from `first_key` on that some query may see; `unseen_keys` more are left out.
-    """
+class Shapes:
+    """Sizes, type and device of the queries, keys and values of a call: the letters at the top of this file."""
 
     B: int
     H: int
@@ -42,6 +39,21 @@ class Problem:
     E: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def io_bytes(self) -> int:
+        """Inputs and outputs."""
+        elements = self.B * self.H * self.N * (self.D + self.E) + self.B * self.K * self.M * (self.D + self.E)
+        return elements * self.dtype.itemsize
+
+
+@dataclass(eq=False)
+class Problem(Shapes):
+    """One call of `attend`, without the tensors' contents.
+
+    `M` counts the keys from `first_key` on that some query may see; `unseen_keys` more are left out.
+    """
+
     needs_grad: bool
     mask: Mask | None = None
     score: ScoreFunction | None = None
@@ -122,12 +134,6 @@ class Problem:
         pairs = self.B * self.H * self.N * self.M
         return pairs * 2 * (self.D + self.E) / (60e9 * torch.get_num_threads()) + 2e-5
 
-    @property
-    def io_bytes(self) -> int:
-        """Inputs and outputs."""
-        elements = self.B * self.H * self.N * (self.D + self.E) + self.B * self.K * self.M * (self.D + self.E)
-        return elements * self.dtype.itemsize
-
 
 def nothing(q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *others: Tensor) -> tuple[Tensor, Tensor]:
     """No query, or none that has a key: zeros, and -inf as the LSE, which all inputs have a gradient of."""
@@ -173,12 +179,14 @@ class Parts:
     """What falls to each rank.
 
     Attributes:
-        path: "ring", "halo", or "alone" where nobody needs anything of another.
+        path: of keys "ring" or "halo"; "states"; "blocks"; or "alone" where nobody needs anything of another.
         shares: by rank.
+        exact: False where what is sent hangs on a choice that was not given: the most that the settings allow.
     """
 
     path: str
     shares: tuple[Share, ...]
+    exact: bool = True
 
     @property
     def balance(self) -> float:
@@ -192,20 +200,19 @@ class Parts:
         return (
             f"{len(self.shares)} ranks, {self.path}: at most {most['flops']:.3g} FLOPs, {most['sent']:.3g} bytes sent "
             f"and {most['received']:.3g} received{back if most['sent_backward'] else ''}; balance {self.balance:.0%}"
+            f"{'' if self.exact else '; the most that the settings allow'}"
         )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Which path `attend` takes for the same arguments, why, and what it costs.
+@dataclass(frozen=True, kw_only=True)
+class AnyPlan:
+    """Which path a call takes, why, and what it costs.
 
     Attributes:
         backend: name of the path.
         reason: why this one.
         flops: floating-point operations of the forward pass.
         bytes: inputs, outputs and extra memory, in bytes.
-        density: share of the query-key pairs that are computed.
-        relative_time: expected time as a share of dense SDPA's on the same shapes.
         refused: what the other paths answered, by name.
         parts: what falls to each rank, where the sequence is in parts.
     """
@@ -214,19 +221,35 @@ class Plan:
     reason: str
     flops: int
     bytes: int
-    density: float
-    relative_time: float
     refused: dict[str, str] = field(default_factory=dict)
     parts: Parts | None = None
 
+    def figures(self) -> dict[str, str]:
+        """What it costs, as it is shown, by name."""
+        return {"FLOPs": f"{self.flops:.3g}", "bytes": f"{self.bytes:.3g}"}
+
     def __str__(self) -> str:
-        lines = [
-            f"backend   {self.backend}: {self.reason}",
-            f"FLOPs     {self.flops:.3g}",
-            f"bytes     {self.bytes:.3g}",
-            f"density   {self.density:.1%}",
-            f"time      {self.relative_time:.0%} of dense SDPA's (expected)",
-        ]
-        lines += [] if self.parts is None else [f"parts     {self.parts}"]
-        lines += [f"not {name:<12}{why}" for name, why in self.refused.items()]
-        return "\n".join(lines)
+        said = {"backend": f"{self.backend}: {self.reason}", **self.figures()}
+        if self.parts is not None:
+            said["parts"] = str(self.parts)
+        lines = [f"{name:<10}{text}" for name, text in said.items()]
+        return "\n".join(lines + [f"not {name:<12}{why}" for name, why in self.refused.items()])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(AnyPlan):
+    """Which path `attend` takes for the same arguments, why, and what it costs.
+
+    Attributes:
+        backend, reason, flops, bytes, refused, parts: as in `AnyPlan`.
+        density: share of the query-key pairs that are computed.
+        relative_time: expected time as a share of dense SDPA's on the same shapes.
+    """
+
+    density: float
+    relative_time: float
+
+    def figures(self) -> dict[str, str]:
+        """What it costs, as it is shown, by name."""
+        time = f"{self.relative_time:.0%} of dense SDPA's (expected)"
+        return {**super().figures(), "density": f"{self.density:.1%}", "time": time}

@@ -12,12 +12,14 @@ is refused. A gradient of a parameter is this rank's share: summed over the rank
     parallel.shard(x, mesh, ...), unshard(...)      this rank's part of a tensor or of a batch, and the whole again
     parallel.replicated()                           inside: tensors are whole after all
     parallel.traffic()                              every byte that was sent and received, forward and backward
+    parallel.plan(function, ..., mesh=)             the same of one call before it runs, and the work of each rank
 
 How it goes on: `saccade.ops.sharding` says who holds which tokens (`Layout`) and who needs which (`Needs`), without a
 tensor. A function is marked `saccade.ops.sharding.in_parts`; a row of its name in `saccade.parallel.rows.ROWS` computes
 it, called `row(shards, function, *arguments, **options)` with the context suspended, so that `function` in it is the
-plain one. Rows move tensors by `exchange`, `gather`, `gather_parts` and `from_previous` of `saccade.parallel.exchange`
-alone, which have gradients and count every byte in `shards.traffic` under the name that they are given.
+plain one; a forecast of its name in `saccade.parallel.forecasts` says what that costs. Rows move tensors by `exchange`,
+`gather`, `gather_parts` and `from_previous` of `saccade.parallel.exchange` alone, which have gradients and count every
+byte in `shards.traffic` under the name that they are given.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from saccade.callable_package import callable_package
 _LAZY = {
     "Shards": "context",
     "Traffic": "counted",
+    "plan": "forecasts",
     "replicated": "context",
     "shard": "batches",
     "traffic": "context",

@@ -22,6 +22,24 @@ ROWS = {
 }
 
 
+def name_of(function: Callable[..., Any]) -> str:
+    """The name of a function that knows how to go in parts.
+
+    Args:
+        function: one that is marked.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    name = getattr(function, "__name__", repr(function))
+    if name not in ROWS:
+        raise ValueError(
+            f"{name} does not take a sequence in parts: saccade.parallel knows {', '.join(sorted(ROWS))}; "
+            "what is the same on every rank goes under saccade.parallel.replicated()"
+        )
+    return name
+
+
 def row(function: Callable[..., Any]) -> Callable[..., Any]:
     """What computes a function for a sequence in parts: `row(shards, function, *arguments, **options)`.
 
@@ -31,10 +49,5 @@ def row(function: Callable[..., Any]) -> Callable[..., Any]:
     Raises:
         ValueError: if there is none.
     """
-    name = function.__name__
-    if name not in ROWS:
-        raise ValueError(
-            f"{name} does not take a sequence in parts: saccade.parallel knows {', '.join(sorted(ROWS))}; "
-            "what is the same on every rank goes under saccade.parallel.replicated()"
-        )
+    name = name_of(function)
     return getattr(importlib.import_module(f"saccade.parallel.{ROWS[name]}"), name)

@@ -52,14 +52,10 @@ def window_attend(
         ValueError: as there, or if rows are parted, or for a mask.
     """
     grid, windows, shifts = grid_of(size, window, shift)
-    layout, row = shards.layouts(q_BHND.shape[2])[0], prod(grid[1:])
     if mask is not None:
         raise ValueError("windows of a grid in parts take no mask")
-    if layout.length != prod(grid):
-        raise ValueError(f"a grid of {grid} has {prod(grid)} tokens, got {layout.length}")
-    if layout.unit % row:
-        raise ValueError(f"a grid is cut by rows: parallel(mesh, unit={row}), got unit={layout.unit}")
-    call = Call(shards, function, _needs(grid[0], row, windows[0], shifts[0], layout), {})
+    needs, row = rows_needed(shards.layouts(q_BHND.shape[2])[0], grid, windows[0], shifts[0]), prod(grid[1:])
+    call = Call(shards, function, needs, {})
     held, got = halo(call, k_BKND, v_BKNE)
     found = []
     for tile, seen, one in sorted(call.tiles(held), key=lambda found: call.rows(found[0].queries).start):
@@ -87,8 +83,22 @@ def window_attend(
 
 
 @lru_cache(maxsize=64)
-def _needs(rows: int, row: int, window: int, shift: int, layout: Layout) -> Needs:
-    """Whole rows of the windows that a rank has a row of."""
+def rows_needed(layout: Layout, grid: tuple[int, ...], window: int, shift: int) -> Needs:
+    """Whole rows of the windows that a rank has a row of.
+
+    Args:
+        layout: who holds which tokens.
+        grid: of the whole.
+        window, shift: on its first axis.
+
+    Raises:
+        ValueError: if the grid has another number of tokens, or rows are parted.
+    """
+    rows, row = grid[0], prod(grid[1:])
+    if layout.length != prod(grid):
+        raise ValueError(f"a grid of {grid} has {prod(grid)} tokens, got {layout.length}")
+    if layout.unit % row:
+        raise ValueError(f"a grid is cut by rows: parallel(mesh, unit={row}), got unit={layout.unit}")
     places = torch.arange(rows) + window - shift if rows > window else torch.zeros(rows, dtype=torch.long)
     same = masks.documents((places // window).repeat_interleave(row))
     return needs_of(same, layout, layout, side_by_side=True)

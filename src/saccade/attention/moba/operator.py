@@ -105,9 +105,12 @@ def moba_pairs(n: int, m: int, causal: bool, offset: int, options: Mapping[str, 
         n: tokens; m, causal, offset: not read, as MoBA is causal self-attention.
         options: `block_size` and `top_k`.
     """
-    size, top_k = options["block_size"], options["top_k"]
-    t_N = torch.arange(n, dtype=torch.float64)
-    return float((t_N % size + 1 + (t_N // size).clamp(max=top_k - 1) * size).sum())
+    size, most = options["block_size"], options["top_k"] - 1
+    whole, rest = divmod(n, size)
+    few = min(whole, most)  # blocks whose tokens have fewer before them than they may choose
+    own = whole * (size * (size + 1) // 2) + rest * (rest + 1) // 2
+    chosen = size * (few * (few - 1) // 2 + (whole - few) * most) + rest * few
+    return float(own + size * chosen)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ wider inside where normalised: a column of ones carries the denominator).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -32,9 +33,9 @@ from saccade.ops.linear.inputs import (
     leave_state,
 )
 from saccade.ops.linear.pieces import divide
-from saccade.ops.linear.planning import LinearPlan, LinearProblem, form_of
+from saccade.ops.linear.planning import LinearPlan, LinearProblem, form_of, linear_parts
 from saccade.ops.memory import HUGE_FROM, large_empty
-from saccade.ops.sharding import in_parts
+from saccade.ops.sharding import dealing, in_parts
 
 
 @in_parts
@@ -86,15 +87,12 @@ def linear_attend(
     >>> linear_attend(q, k, v, decay=0.5).flatten().tolist()
     [1.0, 1.5, 1.75, 1.875]
     """
-    q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
-    check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
     if eps and (causal or not normalize):
         raise ValueError(f"eps needs normalize=True and causal=False, got eps={eps}")
-    if feature_map is not None:
-        q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)
-    (B, H, N, D), E = q_BHND.shape, v_BKME.shape[3]
-    factors = as_factors(decay, (B, H, N, D), q_BHND)
-    problem = _problem(q_BHND, k_BKMD, v_BKME, factors, causal, normalize, scale, chunk_size)
+    problem, factors, q_BHND, k_BKMD, v_BKME = _asked(
+        q_BHND, k_BKMD, v_BKME, feature_map, decay, causal, normalize, scale, chunk_size
+    )
+    B, H, D, E = problem.B, problem.H, problem.D, problem.E
     name = choose(problem, backend)
     if not causal:
         sums = None if state is None else enter_state(state, (B, H, D, E), normalize, q_BHND)
@@ -119,60 +117,70 @@ def linear_plan(
     scale: float | None = None,
     chunk_size: int | None = None,
     backend: str | None = None,
+    mesh: Any = None,
+    balance: str = "contiguous",
+    unit: int = 1,
 ) -> LinearPlan:
     """What `linear_attend` would do with the same arguments: path, reason, FLOPs, bytes, and why not the others.
 
-    Only the feature map is computed.
+    Only the feature map is computed, and the tensors may lie on the "meta" device.
 
     Args:
         q_BHND, k_BKMD, v_BKME, feature_map, decay, causal, normalize, scale: as in `linear_attend`.
         chunk_size, backend: as in `linear_attend`.
+        mesh, balance, unit: ranks that share the sequence, as in `saccade.plan`.
 
     Raises:
-        ValueError: where `linear_attend` would.
+        ValueError: where `linear_attend` would, or if there is no rank.
 
     >>> import torch
     >>> x = torch.ones(1, 1, 4, 1)
     >>> linear_plan(x, x, x, decay=0.5).backend
     'torch'
     """
-    q_BHND, k_BKMD, v_BKME = one_type(q_BHND, k_BKMD, v_BKME)
-    check(q_BHND, k_BKMD, v_BKME, causal, decay, chunk_size)
-    if feature_map is not None:
-        q_BHND, k_BKMD = apply_features(feature_map, q_BHND, k_BKMD)
-    B, H, N, D = q_BHND.shape
-    factors = as_factors(decay, (B, H, N, D), q_BHND)
-    return make_plan(_problem(q_BHND, k_BKMD, v_BKME, factors, causal, normalize, scale, chunk_size), backend)
+    problem, factors, _, k, v = _asked(q_BHND, k_BKMD, v_BKME, feature_map, decay, causal, normalize, scale, chunk_size)
+    made = make_plan(problem, backend)
+    if mesh is None:
+        return made
+    return replace(made, parts=linear_parts(problem, factors, dealing(mesh, balance, unit), needs_grad(k, v, factors)))
 
 
-def _problem(
+def _asked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    factors: Tensor | None,
+    feature_map: FeatureMap | None,
+    decay: float | Tensor | None,
     causal: bool,
     normalize: bool,
     scale: float | None,
     chunk_size: int | None,
-) -> LinearProblem:
-    if chunk_size is None:
-        chunk_size = 128 if factors is None or factors.shape[2:] == (1, 1) else 64
-    return LinearProblem(
-        B=q.shape[0],
-        H=q.shape[1],
-        K=k.shape[1],
-        N=q.shape[2],
-        M=k.shape[2],
-        D=q.shape[3],
-        E=v.shape[3],
+) -> tuple[LinearProblem, Tensor | None, Tensor, Tensor, Tensor]:
+    """What `linear_attend` was asked, checked: the problem, the decays as factors, and the features and values."""
+    q, k, v = one_type(q, k, v)
+    check(q, k, v, causal, decay, chunk_size)
+    if feature_map is not None:
+        q, k = apply_features(feature_map, q, k)
+    (B, H, N, D), (K, M), E = q.shape, k.shape[1:3], v.shape[3]
+    factors = as_factors(decay, (B, H, N, D), q)
+    form = form_of(factors)
+    problem = LinearProblem(
+        B=B,
+        H=H,
+        K=K,
+        N=N,
+        M=M,
+        D=D,
+        E=E,
         dtype=q.dtype,
         device=q.device,
         causal=causal,
         normalize=normalize,
-        form=form_of(factors),
+        form=form,
         scale=1.0 if scale is None else float(scale),
-        chunk_size=chunk_size,
+        chunk_size=chunk_size or (64 if form in ("token", "channel") else 128),
     )
+    return problem, factors, q, k, v
 
 
 def linear_step(

@@ -5,30 +5,24 @@ Shape letters: B batch, H query heads, K key heads, N queries, M keys, D feature
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from saccade.ops.linear.inputs import accumulator
 from saccade.ops.linear.pieces import varies
+from saccade.ops.planning import AnyPlan, Parts, Shapes
+from saccade.ops.sharding import Dealing, parts_of_states
 
 
-@dataclass(frozen=True)
-class LinearProblem:
+@dataclass(eq=False)
+class LinearProblem(Shapes):
     """One call of `linear_attend`, without the tensors' contents.
 
     `form` is what decays vary by: "none", "head", "token" or "channel". `chunk_size` is the call's, or the default.
+    The decays' own bytes are not in `io_bytes`.
     """
 
-    B: int
-    H: int
-    K: int
-    N: int
-    M: int
-    D: int
-    E: int
-    dtype: torch.dtype
-    device: torch.device
     causal: bool
     normalize: bool
     form: str
@@ -43,38 +37,9 @@ class LinearProblem:
         pairs = self.N * min(self.chunk_size, self.N) if self.causal else 0
         return 2 * self.B * (self.H * (self.N * D * E + pairs * (D + E)) + self.K * self.M * D * E)
 
-    @property
-    def io_bytes(self) -> int:
-        """Inputs and outputs, but for the decays."""
-        elements = self.B * self.H * self.N * (self.D + self.E) + self.B * self.K * self.M * (self.D + self.E)
-        return elements * self.dtype.itemsize
 
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """Which path `linear_attend` takes for the same arguments, why, and what it costs.
-
-    Attributes:
-        backend: name of the path.
-        reason: why this one.
-        flops: floating-point operations of the forward pass.
-        bytes: inputs, outputs and extra memory, in bytes.
-        refused: what the other paths answered, by name.
-    """
-
-    backend: str
-    reason: str
-    flops: int
-    bytes: int
-    refused: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [
-            f"backend   {self.backend}: {self.reason}",
-            f"FLOPs     {self.flops:.3g}",
-            f"bytes     {self.bytes:.3g}",
-        ]
-        return "\n".join(lines + [f"not {name:<12}{why}" for name, why in self.refused.items()])
+class LinearPlan(AnyPlan):
+    """Which path `linear_attend` takes for the same arguments, why, and what it costs; attributes as in `AnyPlan`."""
 
 
 def form_of(factors: Tensor | None) -> str:
@@ -84,3 +49,31 @@ def form_of(factors: Tensor | None) -> str:
     if factors.shape[3] > 1:
         return "channel"
     return "token" if varies(factors) else "head"
+
+
+def linear_parts(problem: LinearProblem, factors: Tensor | None, ranks: Dealing, needs_grad: bool) -> Parts:
+    """What falls to each rank: the state that its tokens leave behind, and their rows behind the others' states.
+
+    Where decays are there, a state is of a query head, not of a key head, and its product of decays comes along; where
+    not causal the states of a rank's pieces are one.
+
+    Args:
+        problem: the call on the whole sequence.
+        factors: its decays, of `as_factors`.
+        ranks: who share it.
+        needs_grad: keys, values or decays have a gradient.
+    """
+    B, H, K, D, E = problem.B, problem.H, problem.K, problem.D, problem.E + problem.normalize
+    heads = K if factors is None else H
+    decays = 0 if factors is None else factors.shape[0] * H * factors.shape[3]
+    state = (B * heads * D * E + decays) * accumulator(problem.dtype).itemsize
+    queries, keys = ranks.layout(problem.N), ranks.layout(problem.M)
+
+    def flops(n: int, m: int) -> int:
+        return 2 * B * heads * m * D * E + replace(problem, N=n, M=m).flops
+
+    if not problem.causal:
+        of_ranks = [flops(n, m) for n, m in zip(queries.shares, keys.shares)]
+        return parts_of_states(state, of_ranks, needs_grad)
+    of_ranks = [sum(flops(len(x), len(x)) for x in queries.pieces(rank)) for rank in range(ranks.ranks)]
+    return parts_of_states(queries.slots * state, of_ranks, needs_grad)

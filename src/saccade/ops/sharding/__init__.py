@@ -16,22 +16,27 @@ from saccade.ops.sharding.active import (
     suspended,
     whole,
 )
-from saccade.ops.sharding.forecast import goes_round, is_softmax, parts_of
-from saccade.ops.sharding.layout import BALANCES, Layout
+from saccade.ops.sharding.forecast import goes_round, is_softmax, parts_of, parts_of_keys, parts_of_states
+from saccade.ops.sharding.layout import BALANCES, Dealing, Dealt, Layout, dealing
 from saccade.ops.sharding.needs import Needs, Tile, needs_of
 
 __all__ = [
     "BALANCES",
+    "Dealing",
+    "Dealt",
     "Layout",
     "Needs",
     "Sharding",
     "Tile",
+    "dealing",
     "goes_round",
     "in_force",
     "in_parts",
     "is_softmax",
     "needs_of",
     "parts_of",
+    "parts_of_keys",
+    "parts_of_states",
     "places",
     "put_in_force",
     "refuse_parts",

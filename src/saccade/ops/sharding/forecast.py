@@ -1,10 +1,11 @@
-"""What `attend` on a sequence in parts costs each rank, worked out without a rank.
+"""What a sequence in parts costs each rank, worked out without a rank: keys that are needed, states that are left.
 
 Shape letters: B batch, H query heads, K key heads, D head dim of q and k, E head dim of v.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
@@ -45,27 +46,55 @@ def is_softmax(normalize: Any) -> bool:
     return isinstance(normalize, str) and normalize == "softmax"
 
 
-def parts_of(problem: Problem, mask: Mask | None, queries: Layout, keys: Layout) -> Parts:
-    """The forecast of a call.
+def parts_of(problem: Problem, mask: Mask | None, queries: Layout, keys: Layout, keys_have_grad: bool) -> Parts:
+    """The forecast of a call of `attend`.
 
     Args:
         problem: the call on whole sequences.
         mask: of the whole, as an object; None where all see all.
         queries, keys: who holds them.
+        keys_have_grad: keys or values have a gradient. Round a ring they come again for any gradient.
     """
     softmax = is_softmax(problem.normalize)
     needs = needs_of(mask, queries, keys, side_by_side=not softmax)
     ring = goes_round(needs, problem.score, problem.score_mod, problem.normalize)
     token = problem.B * problem.K * (problem.D + problem.E) * problem.dtype.itemsize
     pair = 2 * problem.B * problem.H * (problem.D + problem.E)
+    flops = [int(pair * _pairs(needs, rank)) for rank in range(needs.ranks)]
+    return parts_of_keys(needs, token, flops, problem.needs_grad if ring else keys_have_grad, ring=ring)
+
+
+def parts_of_keys(needs: Needs, token: int, flops: Sequence[int], needs_grad: bool, *, ring: bool = False) -> Parts:
+    """The forecast where each rank is sent the keys that it needs.
+
+    Args:
+        needs: who needs what.
+        token: bytes of a token's keys and values.
+        flops: of each rank.
+        needs_grad: there is a backward pass.
+        ring: part after part, and once more in the backward pass.
+    """
     shares = []
     for rank in range(needs.ranks):
         sent, received = needs.sent(rank) * token, needs.received(rank) * token
         back = (0, 0)
-        if problem.needs_grad:  # gradients go home; round the ring, keys and values come once more
+        if needs_grad:  # gradients go home; round the ring, keys and values come once more
             back = (sent + received, received + sent) if ring else (received, sent)
-        shares.append(Share(int(pair * _pairs(needs, rank)), sent, received, *back))
+        shares.append(Share(flops[rank], sent, received, *back))
     return Parts("ring" if ring else "halo" if needs.steps else "alone", tuple(shares))
+
+
+def parts_of_states(left: int, flops: Sequence[int], needs_grad: bool) -> Parts:
+    """The forecast of a recurrence: every rank is sent the states that the others leave behind.
+
+    Args:
+        left: bytes of what a rank leaves behind, of all its pieces.
+        flops: of each rank.
+        needs_grad: states have a gradient.
+    """
+    moved = (len(flops) - 1) * left
+    back = moved if needs_grad else 0
+    return Parts("states" if moved else "alone", tuple(Share(work, moved, moved, back, back) for work in flops))
 
 
 def _pairs(needs: Needs, rank: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 #: how a sequence is dealt to ranks
 BALANCES = ("contiguous", "head-tail")
@@ -41,6 +42,11 @@ class Layout:
         if not isinstance(self.unit, int) or self.unit < 1:
             raise ValueError(f"unit must be at least 1 token, got {self.unit!r}")
 
+    @property
+    def slots(self) -> int:
+        """Pieces of every rank, empty ones counted."""
+        return 1 if self.balance == "contiguous" else 2
+
     def pieces(self, rank: int) -> tuple[range, ...]:
         """What a rank holds, in the order in which it holds it; empty pieces are left out."""
         if self.balance == "contiguous":
@@ -72,3 +78,47 @@ class Layout:
         first = number * size + min(number, longer)
         begin, end = (min(x * self.unit, self.length) for x in (first, first + size + (number < longer)))
         return range(begin, end)
+
+
+class Dealing(Protocol):
+    """How sequences of any length are dealt to ranks: `Shards` of `saccade.parallel`, or `Dealt`."""
+
+    ranks: int
+
+    def layout(self, length: int) -> Layout:
+        """Who holds which of `length` tokens."""
+
+
+@dataclass
+class Dealt:
+    """Ranks that share sequences, where there are none yet.
+
+    Attributes:
+        ranks, balance, unit: as in `Layout`.
+    """
+
+    ranks: int
+    balance: str = "contiguous"
+    unit: int = 1
+
+    def layout(self, length: int) -> Layout:
+        """Who holds which of `length` tokens."""
+        return Layout(length, self.ranks, self.balance, self.unit)
+
+
+def dealing(mesh: Any, balance: str = "contiguous", unit: int = 1) -> Dealing:
+    """How a forecast's `mesh` shares sequences.
+
+    Args:
+        mesh: how many ranks, one dimension of a `DeviceMesh`, or what knows its own balance and unit: a `Dealing`.
+        balance, unit: as in `Layout`.
+
+    Raises:
+        ValueError: if there is no rank.
+    """
+    if hasattr(mesh, "layout"):
+        return mesh
+    ranks = mesh if isinstance(mesh, int) else mesh.size()
+    if ranks < 1:
+        raise ValueError(f"mesh must have at least 1 rank, got {ranks}")
+    return Dealt(ranks, balance, unit)
