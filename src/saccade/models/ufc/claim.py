@@ -87,7 +87,12 @@ def _claim(lab: Lab) -> ClaimResult:
     measured = {"no_motion_epe_pixels": still, **trials.means("{form}_{figure}_pixels")}
     measured |= trials.spreads("{form}_{figure}_spread_pixels")
     alone = min(measured[f"{name}_epe_pixels"] for name in ("features", "cost"))
-    return ClaimResult(measured, holds=measured["both_epe_pixels"] < alone < still)
+    return ClaimResult(
+        measured,
+        holds=measured["both_epe_pixels"] < alone < still,
+        note="means of 2 seeds. After 200 steps more than half of the motion is left to all three (6.0 to 7.4 pixels "
+        "of 10.6), and the forms lie within the seeds: what the paths add is not measured before they match at all",
+    )
 
 
 def _network(sizes: dict[str, Any]) -> UFCNet:

@@ -78,7 +78,9 @@ def _claim(lab: Lab) -> ClaimResult:
     return ClaimResult(
         measured,
         holds=measured["cross_epe"] < 0.5 and measured["cross_epe"] < 0.7 * measured["alone_epe"],
-        note="mean end-point error in pixels, of pixels whose target is in the image; motions of up to 8 pixels",
+        note="mean end-point error in pixels, of pixels whose target is in the image; motions of up to 8 pixels, one "
+        "cell of the features. Neither form is below a pixel after 300 steps; the paper trains 100,000 at a fifth of "
+        "the learning rate. One seed",
     )
 
 
