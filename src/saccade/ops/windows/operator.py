@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native
-from saccade.ops.biased_windows import biased_window_attend
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.masks import Neighborhood
 from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
 from saccade.ops.native.grid import attend_grid, grid_gradients
 from saccade.ops.planning import Problem
 from saccade.ops.score_mods import GridBias
+from saccade.ops.windows.biased import biased_window_attend
 from saccade.ops.windows.forecast import pattern_of
 from saccade.ops.windows.layout import cut_grids
 from saccade.ops.windows.passes import Backward, Forward, run_parts
