@@ -51,11 +51,16 @@ def rows() -> list[str]:
                     max(getattr(share, what) for share in parts.shares) for what in ("flops", "sent", "received")
                 )
                 found.append(
-                    f"| {name} | {said} | {ranks:,} | {parts.path} | {work / 1e12:,.1f} | {_bytes(sent)} | "
+                    f"| {name} | {said} | {ranks:,} | {parts.path} | {_teras(work)} | {_bytes(sent)} | "
                     f"{_bytes(received)} | {parts.balance:.0%} |"
                 )
                 print(found[-1], flush=True)
     return found
+
+
+def _teras(work: int) -> str:
+    count = work / 1e12
+    return f"{count:,.1f}" if count >= 0.1 else f"{count:.1g}"
 
 
 def _bytes(count: int) -> str:
