@@ -46,6 +46,15 @@ def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(kind) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums, states and coordinates: single precision at least, double for double.
+
+    Args:
+        dtype: of the inputs.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def exact(function: Callable[P, R]) -> Callable[P, R]:
     """Run without autocast: the types that the function names are those in which it computes.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops import masks
+from saccade.ops.autocast import working_dtype
 from saccade.ops.masks import EMPTY, FULL, Mask
 from saccade.ops.score_mods import ScoreMod
 
@@ -140,7 +141,7 @@ def nothing(q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, *others: Tensor) -> 
     joined = q_BHND[..., :0].sum() + k_BKMD[..., :0].sum() + v_BKME[..., :0].sum()
     for x in others:
         joined = joined + x[..., :0].sum().to(joined.dtype)
-    rows, dtype = q_BHND.shape[:3], torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    rows, dtype = q_BHND.shape[:3], working_dtype(q_BHND.dtype)
     out = q_BHND.new_zeros(*rows, v_BKME.shape[3]) + joined
     return out, q_BHND.new_full(rows, float("-inf"), dtype=dtype) + joined
 

@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops.deformable.points import Size, sample, working_dtype
+from saccade.ops.autocast import working_dtype
+from saccade.ops.deformable.points import Size, sample
 from saccade.ops.export import exporting
 
 #: a point nearer to the plane of the camera than this is taken for behind it

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.export import exporting
 
 __all__ = ["PerHead", "block_causal", "block_sparsity", "one_per_head", "own_blocks", "pool_blocks", "top_blocks"]
@@ -57,7 +58,7 @@ def pool_blocks(
     if mode not in ("mean", "max") or tail not in ("real", "zeros"):
         raise ValueError(f"mode must be 'mean' or 'max' and tail 'real' or 'zeros', got {mode!r} and {tail!r}")
     N = x_BHND.shape[2]
-    wide = torch.float64 if x_BHND.dtype == torch.float64 else torch.float32
+    wide = working_dtype(x_BHND.dtype)
     empty = 0.0 if mode == "mean" else float("-inf")
     if valid_BN is not None:
         x_BHND = x_BHND.masked_fill(~valid_BN[:, None, :, None], empty)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.ops.deformable.points import working_dtype
+from saccade.ops.autocast import working_dtype
 
 Bounds = Sequence[Sequence[float]]
 

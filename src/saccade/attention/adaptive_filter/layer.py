@@ -28,6 +28,7 @@ from saccade.attention.adaptive_filter.operator import (
 from saccade.layers.cache import KVCache
 from saccade.layers.pretrained import read_softmax
 from saccade.layers.qkv_attention import QKVAttention
+from saccade.ops.autocast import working_dtype
 from saccade.ops.pattern import GivenMask, Pattern
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ class AdaptiveFilterAttention(QKVAttention):
         """z before its norm and the prediction, e (B, H, N, E; halves real and imaginary), log P; as `forward`."""
         self.check(x_BNC, context_BMC, cache)
         pattern = self.pattern(mask, x_BNC, None, cache)
-        wide = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
+        wide = working_dtype(x_BNC.dtype)
         start = 0 if cache is None else cache.length
         v_BHNE = self._split(self.v_proj(x_BNC)).to(wide)
         q, k, times_BN = self._in_common_frame(x_BNC, start, times)
@@ -307,7 +308,7 @@ class AdaptiveFilterAttention(QKVAttention):
 
     def _in_common_frame(self, x_BNC: Tensor, start: int, times: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised, turned queries and keys that carry their times, and the times."""
-        wide = torch.float64 if x_BNC.dtype == torch.float64 else torch.float32
+        wide = working_dtype(x_BNC.dtype)
         q, k = (self._split(projection(x_BNC)).to(wide) for projection in (self.q_proj, self.k_proj))
         frequency = (self.dynamics if self.key_dynamics is None else self.key_dynamics)().frequency
         times_BN = check_times(times, x_BNC.shape[0], start, x_BNC.shape[1], q)

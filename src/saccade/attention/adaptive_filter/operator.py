@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.autocast import off
+from saccade.ops.autocast import off, working_dtype
 from saccade.ops.masks import Mask
 
 Bias = Literal["none", "precision", "linear"]
@@ -153,7 +153,7 @@ def adaptive_filter_attend(
     if not causal and q_BHND.shape[2] != k_BHMD.shape[2]:
         raise ValueError(f"without causality queries must be the keys' tokens, got {q_BHND.shape[2]}")
     given, values = v_BHME.dtype, value_dynamics or dynamics
-    wide = torch.float64 if given == torch.float64 else torch.float32
+    wide = working_dtype(given)
     q, k, v = (x.to(wide) for x in (q_BHND, k_BHMD, v_BHME))
     times_BM = check_times(times, k_BHMD.shape[0], 0, k_BHMD.shape[2], q)
     times_BN = times_BM[:, : q.shape[2]]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.attend import attend
-from saccade.ops.autocast import off
+from saccade.ops.autocast import off, working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
@@ -83,7 +83,7 @@ def comateformer_attend(
     rest = slice(similarity_dim, None)
 
     def distance(q: Tensor, k: Tensor) -> Tensor:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = working_dtype(q.dtype)
         q, k = q[..., rest].to(wide), k[..., rest].to(wide)
         if exporting():  # no runtime knows cdist of absolute values
             return (q[..., :, None, :] - k[..., None, :, :]).abs().sum(-1)
@@ -118,7 +118,7 @@ def _mean(
     distance: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor, mask: Mask | None, backend: str | None
 ) -> Tensor:
     """Mean distance (B, H, 1, 1) over the pairs allowed: sums over keys by one more pass, then over queries."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q.dtype)
     q, k = q.to(wide), k.to(wide)
     ones = k.new_ones(*k.shape[:3], 1)
 

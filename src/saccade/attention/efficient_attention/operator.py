@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
 from saccade.ops.linear import linear_attend
@@ -98,7 +99,7 @@ def _fits_pieces(length: int, *inputs: Tensor) -> bool:
 def _in_pieces(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, normalization: Normalization) -> Tensor:
     """The same without causality, in pieces whose maps stay in cache and take no memory that grows."""
     (B, H, N, D), (K, M), E = q.shape, k.shape[1:3], v.shape[3]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q.dtype)
     lowest = torch.finfo(wide).min
 
     def keys(piece: slice) -> Tensor:
@@ -151,7 +152,7 @@ def _causal_softmax(
     q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, state: EfficientState | None
 ) -> tuple[Tensor, EfficientState]:
     H, dtype = q.shape[1], q.dtype
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = working_dtype(dtype)
     nothing = torch.finfo(wide).min / 2  # as a logarithm: far below any key, and still finite
     q, k, v = q.to(wide).softmax(-1), k.to(wide), v.to(wide)
     if valid is not None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops.attend import attend
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import FOREVER, Lifetimes, Mask
@@ -236,7 +237,7 @@ class _WithRoles(torch.autograd.Function):
         B, H, N, _ = q.shape
         K = k.shape[1]
         group, size = H // K, job.chunk_size
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = working_dtype(q.dtype)
         q_, k_, v_, grad_ = (x.to(wide) for x in (q, k, v, grad_out))
         # rows of one key head side by side: no copy of the keys
         q_, grad_, out_, lse_ = (x.unflatten(1, (K, group)) for x in (q_, grad_, out.to(wide), lse.to(wide)))

@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.attention.spargeattn.prediction import LOG2E, cover, int8, sparge_block_map
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.autocast import working_dtype
 from saccade.ops.heads import check_qkv
 from saccade.ops.masks import Mask
 from saccade.ops.selection import PerHead, one_per_head
@@ -128,7 +129,7 @@ def _two_stages(
 ) -> Tensor:
     """The online softmax over key blocks with the softmax-aware skip; all query blocks at once."""
     (B, H, N, _), M, E = q_BHND.shape, k_BKMD.shape[2], v_BKME.shape[3]
-    wide = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q_BHND.dtype)
     group = H // k_BKMD.shape[1]
     q = F.pad(q_BHND.to(wide) * (scale * LOG2E), (0, 0, 0, -N % block_q))
     L = q.shape[2]

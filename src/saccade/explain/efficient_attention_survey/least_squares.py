@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.linear import linear_attend
 from saccade.ops.sharding import in_parts
 
@@ -75,7 +76,7 @@ def mesa_attend(
         raise ValueError(f"ridge must be ({H}, {D}) or ({H}, 1), got {tuple(ridge_HD.shape)}")
     if chunk_size < 1 or (steps is not None and steps < 1):
         raise ValueError(f"chunk_size and steps must be at least 1, got {chunk_size} and {steps}")
-    kind = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    kind = working_dtype(q_BHND.dtype)
     q, k, v, beta = (x.to(kind) for x in (q_BHND, k_BHND, v_BHNE, beta_BHN))
     gate = torch.zeros_like(beta) if log_decay_BHN is None else log_decay_BHN.to(kind)
     ridge = ridge_HD.to(kind)[:, None].expand(H, 1, D)

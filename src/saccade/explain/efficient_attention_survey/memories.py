@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.sharding import in_parts
 
 
@@ -89,7 +90,7 @@ def memory_attend(
         raise ValueError(f"matrices must lead from width {widths[0]} to {v_BHNE.shape[-1]}, got {shapes}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    kind = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    kind = working_dtype(q_BHND.dtype)
     moving = log_momentum_BHN is not None
     if state is None:
         weights = tuple(each.to(kind).expand(B, H, -1, -1) for each in matrices)

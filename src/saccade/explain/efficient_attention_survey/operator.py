@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saccade import catalogue
 from saccade.catalogue import Summary
+from saccade.ops.autocast import working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.sharding import in_parts
 
@@ -196,7 +197,7 @@ def delta_attend(
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    kind = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    kind = working_dtype(q_BHND.dtype)
     chunk = max(1, min(chunk_size, N))
     log_decay = torch.zeros_like(beta_BHN) if log_decay_BHN is None else log_decay_BHN
     short = -N % chunk
@@ -269,7 +270,7 @@ def generalised_delta_attend(
         raise ValueError(f"q, k, read, write and log_decay must be alike, and (B, H, N) as of v, got {shapes}")
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    kind = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    kind = working_dtype(q_BHND.dtype)
     chunk = max(1, min(chunk_size, N))
     short = -N % chunk
     q, v, k, read, write, gate = (

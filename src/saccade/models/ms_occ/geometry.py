@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.layers.convolution import conv_norm_relu
-from saccade.ops.deformable.points import Size, working_dtype
+from saccade.ops.autocast import working_dtype
+from saccade.ops.deformable.points import Size
 from saccade.ops.rays import inside
 
 KERNELS = ("scaled", "nearest")

@@ -19,8 +19,9 @@ from saccade.layers.deformable_attention import MSDeformableAttention
 from saccade.layers.mlp import MLP
 from saccade.layers.placed_attention import PlacedAttention
 from saccade.models.rt_detrv2.denoising import Noised, Target, contrastive_queries
+from saccade.ops.autocast import working_dtype
 from saccade.ops.boxes import inverse_sigmoid
-from saccade.ops.deformable.points import Size, working_dtype
+from saccade.ops.deformable.points import Size
 
 SELECTION = ("default", "one2many", "agnostic")
 #: the probability that scores start at

@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.constants import numbers
 from saccade.ops.deformable import level_pixels, samples
-from saccade.ops.deformable.points import Size, working_dtype
+from saccade.ops.deformable.points import Size
 
 
 def sine_embedding(x_NK: Tensor, dim: int = 128, temperature: float = 10.0) -> Tensor:

@@ -19,8 +19,9 @@ from saccade.layers.resnet import ResNetTrunk
 from saccade.models.backbone import maps_of
 from saccade.models.taptrv2.decoder import DecoderLayer, TrackDecoder, _mlp
 from saccade.models.tracking import Tracker, TrackOutput, check_video
+from saccade.ops.autocast import working_dtype
 from saccade.ops.deformable import sample
-from saccade.ops.deformable.points import Size, working_dtype
+from saccade.ops.deformable.points import Size
 
 #: frames whose maps are made at once, and beyond which the content of some windows is not handed on
 CLIP = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.heads import repeat_heads
 from saccade.ops.normalizers import Normalizer
 from saccade.ops.pairs import for_pairs, has_to_be_mapped
@@ -26,7 +27,7 @@ def extra_bytes(problem: Problem) -> int:
 
 def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     out_dtype = q.dtype
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(q.dtype)
     k, v = (repeat_heads(x, problem.H) for x in (k, v))
     v = v.to(dtype)
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from saccade.ops.deformable.points import sample, working_dtype
+from saccade.ops.autocast import working_dtype
+from saccade.ops.deformable.points import sample
 
 
 def deformable_conv(

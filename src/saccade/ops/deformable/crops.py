@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.constants import numbers
-from saccade.ops.deformable.points import Size, working_dtype
+from saccade.ops.deformable.points import Size
 from saccade.ops.export import exporting
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.native import gather

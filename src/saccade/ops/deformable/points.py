@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.constants import numbers
 from saccade.ops.deformable.sums import gather_dot, gather_sum, plain_dot
 from saccade.ops.export import exporting
@@ -43,11 +44,6 @@ def pixels(points: Tensor, size: Size, align_corners: bool = False) -> Tensor:
     """
     extent = points.new_tensor([size[1], size[0]])
     return (points + 1) / 2 * (extent - 1) if align_corners else ((points + 1) * extent - 1) / 2
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Coordinates and sums are kept in single precision at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

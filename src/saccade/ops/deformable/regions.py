@@ -18,9 +18,10 @@ from math import log2
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.boxes import area
 from saccade.ops.constants import numbers
-from saccade.ops.deformable.points import Samples, working_dtype
+from saccade.ops.deformable.points import Samples
 
 #: a box of this side belongs to the level of this stride
 _SIDE, _STRIDE = 224, 16

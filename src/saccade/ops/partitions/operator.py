@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import first_derivatives_only
-from saccade.ops.partitions.pieces import LOG2_E, Call, loaded, piece_of, store, target, unpacked, working_dtype
+from saccade.ops.partitions.pieces import LOG2_E, Call, loaded, piece_of, store, target, unpacked
 from saccade.ops.scratch import scratch
 
 #: sums of exp2(scores) in which neither the weights nor their products with values leave the range of floats

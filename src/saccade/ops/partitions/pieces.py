@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.partitions.boxes import Boxes, cuts_of, kinds_of_boxes
 from saccade.ops.scratch import Scratch
 
@@ -18,11 +19,6 @@ from saccade.ops.scratch import Scratch
 _PIECE_BYTES = 2**20
 
 LOG2_E = 1.4426950408889634
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and sums are kept in single precision at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def loaded(room: Scratch, name: str, x: Tensor, *shape: int) -> Tensor:

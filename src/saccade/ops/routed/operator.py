@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from saccade.ops import native
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.heads import repeat_heads
 from saccade.ops.native.routes import attend_routes, route_gradients
@@ -41,7 +42,7 @@ def attend_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sc
     if runs_in_triton(q):
         return attend_routes_in_triton(q, k, v, chosen, size, scale, own)
     rows, k_blocks, v_blocks = q.reshape(B * H * N, D), _blocks(k, size), _blocks(v, size)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q.dtype)
     if own:
         out, lse = attend_own(rows.view(-1, size, D), *_own_blocks(q, k, v, size), scale)
         out, lse = out.reshape(B * H, N, D).to(wide), lse.reshape(B * H, N)
@@ -83,7 +84,7 @@ def attend_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, sc
 
 @attend_chosen.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float, own: bool) -> Any:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q.dtype)
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
 
 
@@ -123,7 +124,7 @@ def _routed_backward(
     K, n = k.shape[1], k.shape[2] // size
     q_rows, k_blocks, v_blocks = q.reshape(-1, D), _blocks(k, size), _blocks(v, size)
     out_rows, grad_rows, lse_rows = out.reshape(-1, D), grad.reshape(-1, D), lse.reshape(-1)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = working_dtype(dtype)
     if own:
         grad_own, q_own, out_own = (x.view(-1, size, D) for x in (grad_rows, q_rows, out_rows))
         dq, dk, dv = tiles_backward(

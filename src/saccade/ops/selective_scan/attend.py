@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.selective_scan.operator import forward
@@ -46,7 +47,7 @@ def selective_scan(
     [1.0, 3.0, 6.0]
     """
     groups = _check(u_BTC, delta_BTC, a_CN, b_BTGN, c_BTGN, skip_C)
-    wide = torch.float64 if u_BTC.dtype == torch.float64 else torch.float32
+    wide = working_dtype(u_BTC.dtype)
     u, delta, a, b, c = (x.to(wide) for x in (u_BTC, delta_BTC, a_CN, b_BTGN, c_BTGN))
     B, T, C = u.shape
     if not u.numel():

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from saccade.ops import native
+from saccade.ops.autocast import working_dtype
 from saccade.ops.masks import Neighborhood
 from saccade.ops.native.grid import attend_grid, grid_gradients
 
@@ -122,10 +123,6 @@ def _grid(spec: Sequence[int]) -> Neighborhood:
     return Neighborhood(size, kernel, dilation, stride, tuple(map(bool, causal)))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _scores(tile: _Tile, q: Tensor, k: Tensor, table: Tensor, scale: float) -> Tensor:
     """(B, K, G, X, T, L)."""
     K = k.shape[1]
@@ -140,7 +137,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, spec: list[int], sc
     if native.refusal(q.device, q.dtype) is None:
         out, lse = attend_grid(q.float(), k.float(), v.float(), _grid(spec), scale, table.float())
         return out.to(q.dtype).contiguous(), lse
-    wide = _wide(q.dtype)
+    wide = working_dtype(q.dtype)
     q_, k_, v_ = (_on_grid(x, spec, wide) for x in (q, k, v))
     out_, lse_ = q_.new_zeros(*q_.shape[:5], v.shape[3]), q_.new_full((*q_.shape[:5], 1), float("-inf"))
     for tile in _tiles(spec, q.device):
@@ -154,7 +151,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, spec: list[int], sc
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, spec: list[int], scale: float) -> Any:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_wide(q.dtype))
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=working_dtype(q.dtype))
 
 
 @torch.library.custom_op("saccade::biased_window_attend_backward", mutates_args=())
@@ -175,7 +172,7 @@ def _backward(
         grads = grid_gradients(a, b, c, _grid(spec), scale, bias, o, lse, g, grad_lse)
         assert grads[3] is not None
         return (*(x.to(q.dtype).contiguous() for x in grads[:3]), grads[3].to(table.dtype))  # type: ignore[return-value]
-    wide, K = _wide(q.dtype), k.shape[1]
+    wide, K = working_dtype(q.dtype), k.shape[1]
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1, keepdim=True)
     if grad_lse is not None:
         delta = delta - grad_lse.to(wide)[..., None]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.masks import Neighborhood
 from saccade.ops.native.blocks import attend_ranges, band_ranges, range_gradients
@@ -43,11 +44,6 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     wants_lse = problem.return_lse or problem.needs_grad
     out, lse = _window_forward(q, k, v, list(pattern_of(problem)), problem.scale, wants_lse, problem.memory_mb)
     return out, (lse if problem.return_lse else None)
-
-
-def _working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Scores and sums are kept in single precision at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def axis_lengths(spec: Sequence[int], N: int, M: int) -> dict[str, tuple[int, int, int]]:
@@ -96,7 +92,7 @@ def _window_forward(
     if native.refusal(q.device, q.dtype) is None:
         wide, lse = _in_c(q.float(), k.float(), v.float(), spec, scale)
         return wide.to(q.dtype).contiguous(), lse if return_lse else lse.new_empty(0)
-    dtype = _working_dtype(q.dtype)
+    dtype = working_dtype(q.dtype)
     out = q.new_empty(B, H, N, E)
     lse = q.new_empty((B, H, N) if return_lse else (0,), dtype=dtype)
     tensors = {
@@ -120,7 +116,7 @@ def _window_forward(
 
 @_window_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, spec: list[int], scale: float, return_lse: bool, memory_mb: float) -> Any:
-    dtype = _working_dtype(q.dtype)
+    dtype = working_dtype(q.dtype)
     lse = q.new_empty(q.shape[:3] if return_lse else (0,), dtype=dtype)
     return q.new_empty(*q.shape[:3], v.shape[3]), lse
 
@@ -149,7 +145,7 @@ def _window_backward(
         else:
             grads = range_gradients(a, b, c, *seen, None, scale, o, lse, g, grad_lse)
         return tuple(x.to(q.dtype).contiguous() for x in grads if x is not None)  # type: ignore[return-value]
-    dtype = _working_dtype(q.dtype)
+    dtype = working_dtype(q.dtype)
     layout = (tuple(spec), N, M, H // K)
     empty = cut_grids(*layout, True)[0].empty
     if empty is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.sharding import in_parts
@@ -56,7 +57,7 @@ def wkv(
     [3.0, 3.0, 3.0]
     """
     chunk, shift = _check(k_BTC, v_BTC, decay_C, bonus_C, distance, chunks)
-    wide = torch.float64 if v_BTC.dtype == torch.float64 else torch.float32
+    wide = working_dtype(v_BTC.dtype)
     k, v, w, u = (x.to(wide) for x in (k_BTC, v_BTC, decay_C, bonus_C))
     if not k.numel():
         return v_BTC

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
+
 IMPLEMENTATIONS = ("conv", "attention", "fft")
 
 
@@ -89,7 +91,7 @@ def cheapest(v_BNC: Tensor, kernel_hkl: Tensor, H: int, W: int) -> str:
 
 def _fourier(v_BNC: Tensor, kernel_hkl: Tensor, H: int, W: int) -> Tensor:
     """Cross-correlation as a product of spectra, in single precision at least; padded so that nothing wraps around."""
-    dtype = v_BNC.dtype if v_BNC.dtype == torch.float64 else torch.float32
+    dtype = working_dtype(v_BNC.dtype)
     full_hkl = fit(kernel_hkl, H, W).to(dtype)
     size = (3 * H - 2, 3 * W - 2)
     v_BhdHW = v_BNC.to(dtype).unflatten(1, (H, W)).unflatten(3, (kernel_hkl.shape[0], -1)).permute(0, 3, 4, 1, 2)

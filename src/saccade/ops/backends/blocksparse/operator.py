@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native
-from saccade.ops.autocast import off
+from saccade.ops.autocast import off, working_dtype
 from saccade.ops.backends.blocksparse.buffers import PieceBuffers, from_blocks, to_blocks
 from saccade.ops.blocks import BlockStructure, Piece, WorkList
 from saccade.ops.grad import first_derivatives_only, needs_grad
@@ -60,7 +60,7 @@ def attend_blocks_of(
     steps: tuple[Added | SoftCap, ...] = (),
 ) -> tuple[Tensor, Tensor | None]:
     dtype = q.dtype
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = working_dtype(dtype)
     B, H, N, D = q.shape
     M, E = k.shape[2], v.shape[3]
     values = added_values(steps, N, M)

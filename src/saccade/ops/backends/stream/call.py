@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from saccade.ops import native
-from saccade.ops.autocast import is_on
+from saccade.ops.autocast import is_on, working_dtype
 from saccade.ops.backends.stream.captured import ReadsAsSlices
-from saccade.ops.backends.stream.forecast import tile_budget, working_dtype
+from saccade.ops.backends.stream.forecast import tile_budget
 from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import EMPTY, FULL
 from saccade.ops.normalizers import Normalizer, Softmax, named
@@ -59,7 +59,7 @@ class Call:
 
     def __post_init__(self) -> None:
         self.normalizer = named(self.problem.normalize)
-        self.dtype = working_dtype(self.problem)
+        self.dtype = working_dtype(self.problem.dtype)
         device = self.problem.device.type
         self.autocast = is_on(device)
         self.autocast_dtype = torch.get_autocast_dtype(device) if self.autocast else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.masks import EMPTY
 from saccade.ops.planning import Problem
 from saccade.ops.tiles import tuned
@@ -78,15 +79,11 @@ def extra_bytes(problem: Problem) -> int:
         problem: one call of `attend`.
     """
     pairs = problem.B * problem.H * problem.N * problem.M
-    tile = min(tile_budget(problem), pairs * ARRAYS * working_dtype(problem).itemsize)
+    tile = min(tile_budget(problem), pairs * ARRAYS * working_dtype(problem.dtype).itemsize)
     rows = problem.B * problem.H * problem.N * (problem.E + 4)
     if problem.needs_grad:
         rows += problem.B * (problem.H * problem.N * problem.D + problem.K * problem.M * (problem.D + problem.E))
-    return int(tile) + rows * working_dtype(problem).itemsize
-
-
-def working_dtype(problem: Problem) -> torch.dtype:
-    return torch.float64 if problem.dtype == torch.float64 else torch.float32
+    return int(tile) + rows * working_dtype(problem.dtype).itemsize
 
 
 def tile_budget(problem: Problem) -> int:
@@ -98,7 +95,7 @@ def tile_budget(problem: Problem) -> int:
 def whole_bytes(problem: Problem) -> int:
     """What all N x M pairs in one tile would take, guessed from the shapes."""
     arrays = ARRAYS if problem.score is None else 8 * (problem.D + problem.E)
-    return problem.B * problem.H * problem.N * problem.M * arrays * working_dtype(problem).itemsize
+    return problem.B * problem.H * problem.N * problem.M * arrays * working_dtype(problem.dtype).itemsize
 
 
 def _union_density(problem: Problem) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.autocast import off
+from saccade.ops.autocast import off, working_dtype
 from saccade.ops.backends import reference
 from saccade.ops.backends.stream.backward import Gradients, closed_row, recursive_row
 from saccade.ops.backends.stream.call import Call
-from saccade.ops.backends.stream.forecast import ARRAYS, whole_bytes, working_dtype
+from saccade.ops.backends.stream.forecast import ARRAYS, whole_bytes
 from saccade.ops.backends.stream.forward import forward
 from saccade.ops.backends.stream.probe import learn
 from saccade.ops.grad import first_derivatives_only
@@ -37,7 +37,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 @torch.compiler.disable
 def _run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     call = Call(problem)
-    bytes_per_pair: float = ARRAYS * working_dtype(problem).itemsize
+    bytes_per_pair: float = ARRAYS * working_dtype(problem.dtype).itemsize
     if 0 not in (problem.B, problem.H, problem.N, problem.M):
         with off(q.device.type):
             bytes_per_pair = learn(call, q, k)
