@@ -26,6 +26,7 @@ EXTRAS = {
     "kornia": "geometry",
     "triton": "triton",
     "ray": "ray",
+    "fla": "fla",
 }
 
 
@@ -53,16 +54,17 @@ def need(module: str, what: str = "this") -> ModuleType:
 
 
 @cache
-def lacking(distribution: str, oldest: tuple[int, ...]) -> str | None:
-    """Why a package that no extra brings cannot be used, or None: it is not installed, or too old.
+def lacking(distribution: str, module: str, oldest: tuple[int, ...]) -> str | None:
+    """Why an optional package cannot be used, or None: it is not installed, too old, or fails when it is imported.
 
     Args:
         distribution: its name, as pip knows it.
+        module: what is used of it.
         oldest: the first version that will do, e.g. (0, 3).
 
-    >>> lacking("torch", (99,))  # doctest: +ELLIPSIS
+    >>> lacking("torch", "torch", (99,))  # doctest: +ELLIPSIS
     'torch ... is older than 99'
-    >>> lacking("no-such-package", (0,))
+    >>> lacking("no-such-package", "no_such_package", (0,))
     'no-such-package is not installed'
     """
     try:
@@ -70,7 +72,13 @@ def lacking(distribution: str, oldest: tuple[int, ...]) -> str | None:
     except PackageNotFoundError:
         return f"{distribution} is not installed"
     numbers = tuple(int(part) for part in found.split(".")[: len(oldest)] if part.isdigit())
-    return None if numbers >= oldest else f"{distribution} {found} is older than {'.'.join(map(str, oldest))}"
+    if numbers < oldest:
+        return f"{distribution} {found} is older than {'.'.join(map(str, oldest))}"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a package does that was built for another torch or another device
+        return f"{module} of {distribution} {found} cannot be imported: {str(error).strip().partition(chr(10))[0]}"
+    return None
 
 
 def new_figure(width: float, height: float) -> Any:

@@ -38,8 +38,6 @@ def refusal(problem: Problem) -> str | None:
         return f"no kernels for {problem.device.type}"
     if torch.compiler.is_compiling():
         return "it breaks compiled graphs"
-    if (why_not := lacking("natten", OLDEST)) is not None:
-        return why_not
     if problem.score is not None or problem.score_mod is not None:
         return "scores are dot products here, and not modified"
     if problem.normalize != "softmax" and type(problem.normalize) is not Softmax:
@@ -47,12 +45,19 @@ def refusal(problem: Problem) -> str | None:
     if problem.dropout:
         return "NATTEN has no dropout"
     if problem.return_lse:
-        return "its functions give no LSE"
+        return "an LSE, which its versions before 0.21.5 do not give, is not asked of it"
     if problem.dtype == torch.float64:
         return "its kernels have no double precision"
     if problem.D != problem.E or problem.D % STEP:
         return f"keys and values of one width, a multiple of {STEP}, not {problem.D} and {problem.E}"
-    return None
+    return lacking("natten", "natten", OLDEST) or _lacks_kernels()
+
+
+def _lacks_kernels() -> str | None:
+    import natten
+
+    # what is left then is FlexAttention, which is here already
+    return None if natten.HAS_LIBNATTEN else "natten was installed without its kernels: see natten.org/install"
 
 
 def relative_time(problem: Problem) -> float:
@@ -73,7 +78,7 @@ def run(problem: Problem, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
 
     mask = problem.mask
     assert isinstance(mask, Neighborhood)
-    function = (natten.na1d, natten.na2d, natten.na3d)[len(mask.size) - 1]
+    function = getattr(natten, f"na{len(mask.size)}d")
     k, v = (repeat_heads(x, problem.H) for x in (k, v))
     on_grid = (x.transpose(1, 2).unflatten(1, mask.size).contiguous() for x in (q, k, v))
     out = function(

@@ -1,6 +1,6 @@
 """flash-linear-attention (`fla`), where it is installed: Triton kernels tuned for CUDA devices.
 
-Our arguments, in its words (version 0.3 and newer, tokens before heads):
+Our arguments, in the words of its operators (`fla-core` 0.3.2 and newer, tokens before heads):
 
     decay None, (H,), (B, H, N)        fla.ops.simple_gla.chunk_simple_gla(q, k, v, g=log decay (B, N, H), ...)
     decay (H, D), (B, H, N, D)         fla.ops.gla.chunk_gla(q, k, v, g=log decay (B, N, H, D), ...)
@@ -24,8 +24,8 @@ from saccade.ops.linear.planning import LinearProblem
 #: features that its kernels take
 MOST_FEATURES = 256
 
-#: the first version whose tensors have tokens before heads and no option about that
-OLDEST = (0, 3)
+#: the first version of `fla-core`, the part of flash-linear-attention that holds its operators
+OLDEST = (0, 3, 2)
 
 
 def refusal(problem: LinearProblem) -> str | None:
@@ -33,8 +33,6 @@ def refusal(problem: LinearProblem) -> str | None:
         return f"no kernels for {problem.device.type}"
     if torch.compiler.is_compiling():
         return "it breaks compiled graphs"
-    if (why_not := lacking("flash-linear-attention", OLDEST)) is not None:
-        return why_not
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return "half precision only: its products are at best tf32"
     if not problem.causal:
@@ -43,7 +41,7 @@ def refusal(problem: LinearProblem) -> str | None:
         return "its outputs are rounded before they could be divided by the sum of the weights"
     if problem.D > MOST_FEATURES:
         return f"up to {MOST_FEATURES} features, not {problem.D}"
-    return None
+    return lacking("fla-core", "fla.ops.gla", OLDEST)
 
 
 def extra_bytes(problem: LinearProblem) -> int:
