@@ -67,7 +67,8 @@ def _claim(lab: Lab) -> ClaimResult:
             "added_parameters_triplet_percent": 100 * (parameters["triplet"] / parameters["plain"] - 1),
         },
         holds=error["error_triplet_percent"] < error["error_plain_percent"],
-        note="means of 3 seeds and their spread (largest less smallest)",
+        note="means of 3 seeds and their spread (largest less smallest), within which the forms lie. With twice the "
+        "steps it is the other way round, within the spread too: 9.5 % of errors with the gates, 10.5 without",
     )
 
 
