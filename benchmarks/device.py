@@ -11,24 +11,32 @@ k, v and the output read or written once, and of their gradients. Both over the 
 the card's peak the shares: the peak that its maker prints, or, where the card is not in the list, what a product of
 two matrices and a copy reach here.
 
-Figures are kept in speed-DEVICE.json of the folder `--out` after each case, the page is speed-DEVICE.md beside it, and
-what the tests said is in tests-DEVICE.txt. Without an accelerator the same runs at any size with `--device cpu`.
+Figures are kept in speed-DEVICE.json of the folder `--out` after each measurement, the page is speed-DEVICE.md beside
+it, what the tests said is in tests-DEVICE.txt and what failed in a measurement in table-DEVICE.txt. Measurements run in
+a process of their own: one that hangs, crashes or leaves the device in ruins costs itself alone. All lengths are done
+without FlexAttention first, which compiles for half a minute a mask. Needs torch, triton, numpy, safetensors, typer and
+rich, pytest for the tests, and no installation of this package. Without an accelerator the same runs at any size with
+`--device cpu`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import isqrt
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 import saccade
 from saccade import masks
@@ -46,6 +56,15 @@ from saccade.ops.measure import seconds
 
 ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (16384, 32768, 65536, 131072)
+
+#: seconds that one measurement may take, the start of its process and compilation with it
+LONGEST = 90.0
+
+#: seconds between two lines about the tests
+PAUSE = 20.0
+
+#: what is measured of a case: in the first round, and then
+ROUNDS = (("saccade", "flash"), ("flex",))
 
 #: part of a card's name -> TFLOP/s of dense bfloat16 products, TB/s of memory, where its maker prints them
 PEAKS: dict[str, tuple[float, float, str]] = {
@@ -214,41 +233,109 @@ def dense(causal: bool) -> Attention:
     return run
 
 
-def measure(name: str, size: Size) -> dict[str, Any]:
-    """The figures of one mechanism and its rivals at one length: seconds, or what they refused with."""
+def measure(name: str, size: Size, way: str, figures: dict[str, Any]) -> None:
+    """A mechanism or one of its rivals at one length: fills in, as soon as it is known, what goes into the row, and
+    under the way's name seconds, or what it refused with."""
     case = CASES[name](size)
     torch.manual_seed(0)
     shape = (1, size.heads, size.tokens, size.width)
     leaves = [torch.randn(shape, device=size.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     grad = torch.randn(shape, device=size.device, dtype=torch.bfloat16)
-    ways: dict[str, Attention] = {"saccade": case.run, "flash": dense(case.causal)}
-    figures: dict[str, Any] = {"tokens": size.tokens, "heads": size.heads, "width": size.width}
-    if case.flex is not None and size.device.type == "cuda":
-        ways["flex"] = lambda q, k, v: saccade.attend(q, k, v, mask=case.flex, backend="flex")
+    taken = figures[way] = {}
+    if way == "flex":
+        if case.flex is None or size.device.type != "cuda":
+            taken["refused"] = NO_FLEX.get(name, "on the CPU it has no backward pass")
+            return
+        mask = case.flex
+        attention: Attention = lambda q, k, v: saccade.attend(q, k, v, mask=mask, backend="flex")  # noqa: E731
     else:
-        figures["flex"] = {"refused": NO_FLEX.get(name, "on the CPU it has no backward pass")}
-    if case.flex is not None:
-        figures["backend"] = saccade.plan(*leaves, mask=case.flex).backend
-    itemsize, elements = leaves[0].itemsize, leaves[0].numel()
-    for way, attention in ways.items():
+        attention = case.run if way == "saccade" else dense(case.causal)
+        if way == "saccade" and case.flex is not None:
+            figures["backend"] = saccade.plan(*leaves, mask=case.flex).backend
 
-        def forward(attention: Attention = attention) -> object:
-            with torch.no_grad():
-                return attention(*leaves)
+    def forward() -> object:
+        with torch.no_grad():
+            return attention(*leaves)
 
-        def both(attention: Attention = attention) -> object:
-            return torch.autograd.grad(attention(*leaves), leaves, grad)
+    def both() -> object:
+        return torch.autograd.grad(attention(*leaves), leaves, grad)
 
+    moved = leaves[0].itemsize * leaves[0].numel()
+    for figure, run, flops, tensors in (
+        ("forward", forward, case.flops, 4),
+        ("both", both, case.flops * (1 + case.backward), 4 + 8),
+    ):
+        taken[figure] = seconds(run, budget=2.0)
+        if way == "saccade":
+            figures[f"{figure}_flops"] = flops / taken[figure]
+            figures[f"{figure}_bytes"] = tensors * moved / taken[figure]
+
+
+class Bench:
+    """A process that measures; another takes its place after an error, which may have left the device in ruins.
+
+    Args:
+        log: the file that what went wrong is written to.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.process: subprocess.Popen[bytes] | None = None
+        log.write_text("", encoding="utf-8")
+
+    def measure(self, name: str, size: Size, way: str, limit: float) -> dict[str, Any]:
+        """What `measure` finds within so many seconds, and why there is no more."""
+        if self.process is None or self.process.poll() is not None:
+            self._start()
+        assert self.process is not None
+        row: dict[str, Any] = {"tokens": size.tokens, "heads": size.heads, "width": size.width, way: {}}
+        why: str | None
         try:
-            figures[way] = {"forward": seconds(forward, budget=2.0), "both": seconds(both, budget=2.0)}
-        except (RuntimeError, ValueError, NotImplementedError) as error:  # of which out of memory is one
-            figures[way] = {"refused": str(error).strip().split("\n")[0]}
-    if "forward" in figures["saccade"]:
-        for figure, flops, tensors in (("forward", case.flops, 4), ("both", case.flops * (1 + case.backward), 4 + 8)):
-            taken = figures["saccade"][figure]
-            figures[f"{figure}_flops"] = flops / taken
-            figures[f"{figure}_bytes"] = tensors * elements * itemsize / taken
-    return figures
+            self.pipe.send((name, size.tokens, size.heads, size.width, str(size.device), way))
+            if self.pipe.poll(limit):
+                found, why = self.pipe.recv()
+                row |= found
+            else:
+                why = f"stopped after {limit:.0f} s"
+        except (EOFError, OSError):
+            why = f"its process ended with {self.process.wait()}"
+        if why is not None:
+            row[way]["refused"] = why
+            self.close()
+        return row
+
+    def _start(self) -> None:
+        self.pipe, there = multiprocessing.Pipe()
+        command = [sys.executable, __file__, "--serve", str(there.fileno())]
+        with self.log.open("ab") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[there.fileno()])
+        there.close()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+            self.pipe.close()
+
+
+def serve(pipe: Connection) -> None:
+    """Measure what is asked for until nobody asks any more."""
+    while True:
+        try:
+            name, tokens, heads, width, device, way = pipe.recv()
+        except EOFError:
+            return
+        found: dict[str, Any] = {}
+        why = None
+        try:
+            measure(name, Size(tokens, heads, width, torch.device(device)), way, found)
+        except Exception as error:  # of a compiler or a driver, of which out of memory is one
+            print(f"{name}, {tokens}, {way}", flush=True)
+            traceback.print_exc()
+            why = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        pipe.send((found, why))
 
 
 def run_tests(device: str, log: Path, limit: float, chosen: Sequence[str] = ("tests",)) -> dict[str, Any]:
@@ -262,17 +349,33 @@ def run_tests(device: str, log: Path, limit: float, chosen: Sequence[str] = ("te
         command += ["-n", str(workers), "--dist", "worksteal"]
     start, whole = time.perf_counter(), True
     with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, start_new_session=True)
+        places = filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too, which would disturb what is measured next
-            process.wait()
-            whole = False
-    return outcome(log.read_text(encoding="utf-8", errors="replace")) | {
+            while process.poll() is None and whole:
+                left = limit - (time.perf_counter() - start)
+                try:
+                    process.wait(max(0.0, min(PAUSE, left)))
+                except subprocess.TimeoutExpired:
+                    whole = left > PAUSE
+                    print(_told(_counted(log)), flush=True)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # its workers too, which would disturb what is measured next
+                process.wait()
+    return _counted(log) | {
         "seconds": time.perf_counter() - start,
         "whole": whole,
     }
+
+
+def _counted(log: Path) -> dict[str, Any]:
+    return outcome(log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _told(counts: Mapping[str, Any]) -> str:
+    return "tests: " + ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
 
 
 def outcome(said: str) -> dict[str, Any]:
@@ -296,8 +399,8 @@ def verdicts(kept: Kept) -> list[Verdict]:
         failed = kept["tests"]["failed"]
         found.append(Verdict("tests that fail on the device", 0, failed, failed == 0, ceiling=True))
     for name in CASES:
-        rows = [row for case, row in kept.items() if case.startswith(f"{name}, ") and "both" in row["saccade"]]
-        if rows and "both" in (row := max(rows, key=lambda row: row["tokens"]))["flash"]:
+        rows = [row for case, row in kept.items() if case.startswith(f"{name}, ") and "both" in row.get("saccade", {})]
+        if rows and "both" in (row := max(rows, key=lambda row: row["tokens"])).get("flash", {}):
             gain = row["flash"]["both"] / row["saccade"]["both"]
             found.append(Verdict(f"{name} over flash at {row['tokens']}, both ways", 1.0, gain, gain >= 1.0))
     return found
@@ -328,21 +431,22 @@ def sections(kept: Kept) -> dict[str, list[str]]:
             if "tokens" not in row:
                 continue
             cells = [case.split(",")[0], row.get("backend", ""), f"{row['tokens']}"]
-            own = row["saccade"].get(figure)
+            own = row.get("saccade", {}).get(figure)
             if own is None:
-                cells += [row["saccade"]["refused"], *[""] * 4]
+                cells += [""] * 5
             else:
                 flops, moved = row[f"{figure}_flops"], row[f"{figure}_bytes"]
                 cells += [f"{own * 1e3:.2f}", f"{flops / 1e12:.2f}", f"{flops / most['flops']:.0%}"]
                 cells += [f"{moved / 1e12:.3f}", f"{moved / most['bytes']:.0%}"]
             for rival in ("flash", "flex"):
-                taken = row[rival].get(figure)
+                taken = row.get(rival, {}).get(figure)
                 cells += [f"{taken * 1e3:.2f}" if taken else "", f"{taken / own:.2f}" if taken and own else ""]
             lines.append(cells)
         found[heading] = records.table(columns, lines, left=2)
     if why := sorted(
-        {f"- {case.split(',')[0]}, {way}: {row[way]['refused']}"
-         for case, row in kept.items() if "tokens" in row for way in ("flash", "flex") if "refused" in row[way]}
+        {f"- {case if way == 'saccade' else case.split(',')[0]}, {way}: {row[way]['refused']}"
+         for case, row in kept.items() if "tokens" in row
+         for way in ("saccade", "flash", "flex") if "refused" in row.get(way, {})}
     ):  # fmt: skip
         found["Left out"] = why
     return found
@@ -358,7 +462,11 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=128, help="of a head")
     parser.add_argument("--only", choices=("tests", "table"), help="leave the other out")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the figures and the page")
+    parser.add_argument("--serve", type=int, metavar="PIPE", help=argparse.SUPPRESS)
     asked = parser.parse_args(given)
+    if asked.serve is not None:
+        serve(Connection(asked.serve))
+        return 0
     if unknown := set(asked.cases) - set(CASES):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there is {', '.join(CASES)}")
     device = torch.device(asked.device)
@@ -383,24 +491,38 @@ def main(given: Sequence[str] | None = None) -> int:
         )
 
     lengths = sorted(map(int, asked.lengths.split(",")))
+    print(f"{asked.minutes:g} minutes on {records.describe()}; figures in {path}", flush=True)
     keep("peak", peak(device))
     if asked.only != "table":
         print("tests ...", flush=True)
         keep("tests", run_tests(asked.device, asked.out / f"tests-{device.type}.txt", clock.left / 2))
         print({name: value for name, value in kept["tests"].items() if name != "failures"}, flush=True)
-    for tokens in lengths if asked.only != "tests" else ():
-        for name in asked.cases or CASES:
-            if clock.left <= 0:
-                print(f"{name}, {tokens}: no time left", flush=True)
-                continue
-            keep(f"{name}, {tokens}", measure(name, Size(tokens, asked.heads, asked.width, device)))
-            row = kept[f"{name}, {tokens}"]
-            said = {way: row[way].get("both", row[way].get("refused")) for way in ("saccade", "flash", "flex")}
-            print(f"{name}, {tokens}, seconds forward and backward: {said}", flush=True)
+    bench = Bench(asked.out / f"table-{device.type}.txt")
+    try:
+        for ways, tokens, name in product(ROUNDS, lengths if asked.only != "tests" else (), asked.cases or CASES):
+            case, size = f"{name}, {tokens}", Size(tokens, asked.heads, asked.width, device)
+            for way in ways:
+                if clock.left <= 0:
+                    print(f"{case}, {way}: no time left", flush=True)
+                    continue
+                found = bench.measure(name, size, way, min(LONGEST, clock.left))
+                before = {} if way == ROUNDS[0][0] else kept.get(case, {})
+                keep(case, before | found)
+                said = found[way].get("both")
+                print(
+                    f"{case}, {way}: {found[way]['refused'] if said is None else f'{said:.4g} s both ways'}", flush=True
+                )
+    finally:
+        bench.close()
     for verdict in sorted(verdicts(kept), key=lambda each: each.met):
         print(verdict)
     return 0
 
 
+def _stopped(*_: object) -> None:
+    sys.exit(143)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stopped)  # so that no process is left behind
     sys.exit(main())

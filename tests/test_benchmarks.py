@@ -149,8 +149,28 @@ def test_a_spent_clock_leaves_the_table_out_and_says_so(tmp_path: Path, capsys: 
         )
         == 0
     )
-    assert "window, 8: no time left" in capsys.readouterr().out
+    assert "window, 8, saccade: no time left" in capsys.readouterr().out
     assert "Not measured in this record: block-sparse, 8; window, 8" in (tmp_path / "speed-cpu.md").read_text("utf-8")
+
+
+def test_a_measurement_that_fails_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("device")
+    size, log = bench.Size(8, 1, 16, torch.device("cpu")), tmp_path / "table.txt"
+    apart = bench.Bench(log)
+    try:
+        found = apart.measure("no such case", size, "flash", 100)
+        assert found == {"tokens": 8, "heads": 1, "width": 16, "flash": {"refused": "KeyError: 'no such case'"}}
+        assert "Traceback" in log.read_text("utf-8") and apart.process is None
+        assert apart.measure("window", size, "flash", 0.0)["flash"] == {"refused": "stopped after 0 s"}
+        assert apart.measure("window", size, "flash", 100)["flash"]["both"] > 0
+        first = apart.process
+        assert apart.measure("moba", size, "saccade", 100)["both_flops"] > 0 and apart.process is first
+        apart.close()
+        (tmp_path / "dies.py").write_text("raise SystemExit(3)")
+        monkeypatch.setattr(bench, "__file__", str(tmp_path / "dies.py"))
+        assert apart.measure("window", size, "flash", 100)["flash"] == {"refused": "its process ended with 3"}
+    finally:
+        apart.close()
 
 
 def test_how_the_tests_on_a_device_went(tmp_path: Path) -> None:
