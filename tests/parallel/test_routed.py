@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,11 +13,14 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from saccade import parallel
+from saccade import masks, parallel
 from saccade.attention.moba import MoBA, moba_attend, moba_route
 from saccade.attention.prism import PrismAttention, prism_attend
 from saccade.attention.spargeattn import SpargeAttention, spargeattn_attend
 from saccade.layers.softmax_attention import SoftmaxAttention
+from saccade.ops.pattern import Pattern
+from saccade.ops.routed import block_layout
+from saccade.ops.sequences import attend_apart
 from saccade.ops.sharding import Layout
 
 B, H, K, D, E = 2, 4, 2, 8, 6
@@ -64,47 +68,106 @@ CHOICES: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+def _padding(n: int) -> masks.Mask:
+    """On the left of one row, on the right of the other."""
+    return masks.padding(
+        (torch.arange(n) >= torch.tensor([[5], [0]])) & (torch.arange(n) < torch.tensor([[n], [n - 9]]))
+    )
+
+
+def _documents(n: int) -> masks.Mask:
+    return masks.documents(torch.stack([torch.arange(n) // 11, (torch.arange(n) > n // 3).long()]))
+
+
+#: name -> a case of the above, and the mask of n tokens
+MASKED: dict[str, tuple[str, Callable[[int], masks.Mask]]] = {
+    "moba, padding": ("moba", _padding),
+    "moba with sinks, documents": ("moba with sinks", _documents),
+    "moba, documents": ("moba", _documents),
+    "moba, documents and padding": ("moba", lambda n: _documents(n) & _padding(n)),
+    "moba of all, documents": ("moba of all", _documents),
+    "prism, padding": ("prism", _padding),
+    "prism, uncalibrated, padding": ("prism, uncalibrated", _padding),
+}
+
+
 def _inputs(n: int) -> list[Tensor]:
     torch.manual_seed(2)
     q, k, v, to_out = (torch.randn(s) for s in ((B, H, n, D), (B, K, n, D), (B, K, n, E), (B, H, n, E)))
     return [q, k, v, to_out]
 
 
-def case(mesh: DeviceMesh, name: str, n: int) -> dict[str, tuple[int, int]]:
-    function, unit, options = CASES[name]
+def case(
+    mesh: DeviceMesh, name: str, n: int, unit: int | None = None, balance: str = "contiguous"
+) -> dict[str, tuple[int, int]]:
+    name, mask = MASKED.get(name, (name, None))
+    function, own_unit, options = CASES[name]
+    options = options if mask is None else {**options, "mask": mask(n)}
     q, k, v, to_out = _inputs(n)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = function(*leaves, **options)
     alone = [out, *torch.autograd.grad(out, leaves, to_out)]
-    with parallel(mesh, unit=unit, length=n) as shards:
+    with parallel(mesh, unit=own_unit if unit is None else unit, length=n, balance=balance) as shards:
         leaves = [parallel.shard(x, shards, dim=2).requires_grad_() for x in (q, k, v)]
         out = function(*leaves, **options)
         together = [out, *torch.autograd.grad(out, leaves, parallel.shard(to_out, shards, dim=2))]
     for what, one, other in zip(("out", "dq", "dk", "dv"), alone, together):
         expected = parallel.shard(one, shards, dim=2)
         torch.testing.assert_close(other, expected, atol=1e-5, rtol=1e-5, msg=lambda text, what=what: f"{what}: {text}")
-    traffic, rank = shards.traffic, shards.rank
-    given = {"mesh": mesh, "unit": unit, "chosen": CHOICES[function](q, k, v, options)}
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    if mask is None and unit is None:
+        _foreseen(mesh, name, [q, k, v], shards)
+    return {f"{kind} {way}": count[:2] for (kind, way), count in shards.traffic.counts.items()}
+
+
+def _foreseen(mesh: DeviceMesh, name: str, qkv: list[Tensor], shards: Any) -> None:
+    """What was counted is the forecast."""
+    function, unit, options = CASES[name]
+    given = {"mesh": mesh, "unit": unit, "chosen": CHOICES[function](*qkv, options)}
+    whole = [x.clone().requires_grad_() for x in qkv]
     predicted = parallel.plan(function, *whole, **given, **options)
-    share = predicted.shares[rank]
+    share = predicted.shares[shards.rank]
     assert predicted.exact
     for way, sent, received in (
         ("forward", share.sent, share.received),
         ("backward", share.sent_backward, share.received_backward),
     ):
-        counted = [count for (_, direction), count in traffic.counts.items() if direction == way]
+        counted = [count for (_, direction), count in shards.traffic.counts.items() if direction == way]
         assert (sum(count.sent for count in counted), sum(count.received for count in counted)) == (sent, received)
     bound = parallel.plan(function, *whole, mesh=mesh, unit=unit, **options)
     for what in ("flops", "sent", "received", "sent_backward", "received_backward"):
-        assert getattr(share, what) <= getattr(bound.shares[rank], what)
-    return {f"{kind} {way}": count[:2] for (kind, way), count in traffic.counts.items()}
+        assert getattr(share, what) <= getattr(bound.shares[shards.rank], what)
 
 
 @pytest.mark.parametrize("n", [64, 53])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *MASKED])
 def test_parts_equal_the_whole(ranks: Ranks, name: str, n: int) -> None:
     ranks(case, name, n)
+
+
+@pytest.mark.parametrize("name", ["moba", "prism", "spargeattn", "moba, documents", "prism, padding"])
+def test_blocks_that_parts_would_cut_are_made_whole(ranks: Ranks, name: str) -> None:
+    ranks(case, name, 53, 1)
+    ranks(case, name, 53, 1, "head-tail")
+    ranks(case, name, 37, 3, size=2)
+
+
+def test_tokens_that_get_another_rank_are_sent_and_no_others(ranks: Ranks) -> None:
+    n, size = 64, 4
+    _, unit, options = CASES["moba"]
+    ids_BM = Pattern.of(_documents(n), B, n, n, causal=True).sequence_ids(B, n)
+    assert ids_BM is not None and size == options["block_size"]
+    place_BM = block_layout(ids_BM, size).place_BN
+    before = torch.arange(n) // (n // 4)
+    cut = Layout(len(block_layout(ids_BM, size).source_BL[0]), 4, unit=unit)
+    after_BM = torch.cat([torch.full((cut.share(rank),), rank) for rank in range(4)])[place_BM]
+    ranks_of = [(before == rank, after_BM == rank) for rank in range(4)]
+    found = ranks(case, "moba, documents", n)
+    for (was, will_be), one in zip(ranks_of, found):
+        left, came = int((was & ~will_be).sum()), int((will_be & ~was).sum())
+        # queries, keys and values there, outputs back
+        there, back = 4 * (H * D + K * (D + E)), 4 * H * E
+        sent, received = left * there + came * back, came * there + left * back
+        assert one["tokens forward"] == (sent, received) and one["tokens backward"] == (received, sent)
 
 
 def _blocks_sent(wanted: list[Tensor], layout: Layout, size: int) -> list[tuple[int, int]]:
@@ -137,6 +200,29 @@ def test_chosen_blocks_are_sent_and_no_others(ranks: Ranks, name: str) -> None:
     assert [one["blocks backward"] for one in found] == [(received, sent) for sent, received in expected]
     # a byte for each block and key head that another rank holds, and has
     assert [one["choice forward"] for one in found] == [(B * K * 12, B * K * 12)] * 4
+
+
+def apart(mesh: DeviceMesh, name: str, n: int, packed: bool) -> None:
+    function, unit, options = CASES[name]
+    q, k, v, to_out = _inputs(n)
+    pattern = Pattern.of(_documents(n) & _padding(n) if packed else _padding(n), B, n, n)
+    given = pattern.valid_BM, pattern.ids_BM
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attend_apart(partial(function, **options), *leaves, *given)
+    alone = [out, *torch.autograd.grad(out, leaves, to_out)]
+    with parallel(mesh, unit=unit, length=n) as shards:
+        leaves = [parallel.shard(x, shards, dim=2).requires_grad_() for x in (q, k, v)]
+        out = attend_apart(partial(function, **options), *leaves, *given)
+        together = [out, *torch.autograd.grad(out, leaves, parallel.shard(to_out, shards, dim=2))]
+    for one, other in zip(alone, together):
+        torch.testing.assert_close(other, parallel.shard(one, shards, dim=2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["prism", "spargeattn"])
+def test_sequences_each_for_itself(ranks: Ranks, name: str, packed: bool) -> None:
+    ranks(apart, name, 71, packed)
+    ranks(apart, name, 40, packed, size=2)
 
 
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -188,12 +274,12 @@ def test_layers(ranks: Ranks, name: str) -> None:
 
 def refusing(mesh: DeviceMesh) -> None:
     x = torch.randn(1, 2, 8, 4)
-    with parallel(mesh, length=32), pytest.raises(ValueError, match=r"MoBA takes parts in whole blocks: .*unit=4"):
-        moba_attend(x, x, x, block_size=4)
-    with parallel(mesh, length=32, unit=4, balance="head-tail"), pytest.raises(ValueError, match="contiguous parts"):
-        prism_attend(x, x, x, block_size=4)
-    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match=r"takes no mask .* got padding"):
-        moba_attend(x, x, x, block_size=4, mask=torch.arange(32)[None] > 3)
+    with parallel(mesh, length=32), pytest.raises(ValueError, match="MoBA needs a block of 16 tokens for every rank"):
+        moba_attend(x, x, x, block_size=16, top_k=1)
+    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match=r"MoBA takes padding .* got a window"):
+        moba_attend(x, x, x, block_size=4, mask=masks.window(3))
+    with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match=r"Prism takes padding .* got packed"):
+        prism_attend(x, x, x, block_size=4, mask=masks.documents(torch.arange(32) // 9))
     with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match="takes no return_map"):
         spargeattn_attend(x, x, x, block_q=4, block_k=4, return_map=True)
     with parallel(mesh, length=32, unit=4), pytest.raises(ValueError, match="top_k must be an integer of at least 1"):

@@ -112,6 +112,9 @@ CASES: dict[str, tuple[Callable[[int], Inputs], Callable[..., Any], dict[str, in
         {"q": 2, "k": 2, "v": 2},
     ),
     "ema": (_averaged, ema, {"x": 1}),
+    "ema, two channels backwards": (_averaged, partial(ema, backwards=2), {"x": 1}),
+    "ema, cut": (_averaged, partial(ema, taps=12), {"x": 1}),
+    "ema, cut, one channel backwards": (_averaged, partial(ema, taps=4, backwards=1), {"x": 1}),
     "selective scan": (_scanned, selective_scan, {"u": 1, "delta": 1, "b": 1, "c": 1}),
     "wkv": (_keyed, wkv, {"k": 1, "v": 1}),
 }
@@ -238,8 +241,10 @@ def refused(mesh: DeviceMesh) -> None:
     x, decay, weight, mix = _averaged(16).values()
     k, v, w, u = _keyed(16).values()
     with parallel(mesh):
-        with pytest.raises(ValueError, match="leaves no state"):
-            ema(x[:, :4], decay, weight, mix, taps=3)
+        with pytest.raises(ValueError, match="cut to taps has no state"):
+            ema(x[:, :4], decay, weight, mix, taps=3, return_state=True)
+        with pytest.raises(ValueError, match="runs backwards has no state"):
+            ema(x[:, :4], decay, weight, mix, backwards=1, return_state=True)
         with pytest.raises(ValueError, match="chunks of"):
             wkv(k[:, :4], v[:, :4], w, u, distance="kernel")
         with pytest.raises(ValueError, match="decay must be in"):

@@ -16,6 +16,9 @@ import saccade
 from saccade import parallel
 
 transformers = pytest.importorskip("transformers")
+masking_utils = pytest.importorskip("transformers.masking_utils")
+
+from saccade.integrations.handed_masks import hand_over  # noqa: E402
 
 SIZES = {
     "vocab_size": 31,
@@ -39,10 +42,13 @@ def _model(name: str) -> nn.Module:
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 
 
-def _batch(rows: int, n: int, padded: bool) -> dict[str, Tensor]:
+def _batch(rows: int, n: int, rows_are: str = "whole") -> dict[str, Tensor]:
     tokens = torch.randint(31, (rows, n), generator=torch.Generator().manual_seed(1))
-    if not padded:
+    if rows_are == "whole":
         return {"input_ids": tokens, "labels": tokens}
+    if rows_are == "packed":  # the second row's begin where ranks' parts do too
+        positions = torch.stack([torch.arange(n) % 13, torch.cat([torch.arange(8), torch.arange(n - 8)])])
+        return {"input_ids": tokens, "labels": tokens, "position_ids": positions[:rows]}
     real = torch.arange(n) < n - 3 * torch.arange(rows)[:, None]
     return {"input_ids": tokens, "labels": tokens.masked_fill(~real, -100), "attention_mask": real.long()}
 
@@ -51,10 +57,10 @@ def _gradients(model: nn.Module) -> list[Tensor]:
     return [x.grad for x in model.parameters() if x.grad is not None]
 
 
-def trains(mesh: DeviceMesh, name: str, slug: str, options: dict[str, Any], padded: bool, balance: str) -> None:
-    model, batch = _model(name), _batch(2, 30, padded)
+def trains(mesh: DeviceMesh, name: str, slug: str, options: dict[str, Any], rows: str, balance: str) -> None:
+    model, batch = _model(name), _batch(2, 30, rows)
     with saccade.switch(model, slug, **options):
-        loss = model(**batch).loss
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
         alone = [x.clone() for x in _gradients(model)]
         model.zero_grad()
@@ -67,29 +73,37 @@ def trains(mesh: DeviceMesh, name: str, slug: str, options: dict[str, Any], padd
     for grad, one in zip(_gradients(model), alone, strict=True):
         torch.distributed.all_reduce(grad, group=shards.group)
         torch.testing.assert_close(grad, one, atol=1e-5, rtol=1e-4)
-    assert shards.traffic.counts.keys() == {
-        ("halo" if name == "Mistral" else "ring", x) for x in ("forward", "backward")
-    }
+    if slug == "softmax":
+        kind = "halo" if name == "Mistral" else "ring"
+        told = set() if rows == "padded" else {("positions", "forward")}
+        assert shards.traffic.counts.keys() == {(kind, "forward"), (kind, "backward")} | told
 
 
 @pytest.mark.parametrize(
-    ("name", "slug", "options", "padded", "balance"),
+    ("name", "slug", "options", "rows", "balance"),
     [
-        ("Llama", "softmax", {}, False, "contiguous"),
-        ("Llama", "softmax", {}, True, "head-tail"),
-        ("Qwen2", "softmax", {}, False, "head-tail"),
-        ("Mistral", "softmax", {}, True, "contiguous"),
+        ("Llama", "softmax", {}, "whole", "contiguous"),
+        ("Llama", "softmax", {}, "padded", "head-tail"),
+        ("Llama", "softmax", {}, "packed", "contiguous"),
+        ("Qwen2", "softmax", {}, "whole", "head-tail"),
+        ("Qwen2", "softmax", {}, "packed", "head-tail"),
+        ("Mistral", "softmax", {}, "padded", "contiguous"),
+        ("Mistral", "softmax", {}, "packed", "contiguous"),
+        ("Llama", "moba", {"block_size": 4, "top_k": 2}, "padded", "contiguous"),
+        ("Llama", "moba", {"block_size": 4, "top_k": 2}, "packed", "head-tail"),
+        ("Llama", "prism", {"block_size": 4, "low_freq_threshold": 0.3}, "padded", "contiguous"),
+        ("Llama", "spargeattn", {"block_q": 4, "block_k": 4, "top_k": 0.3}, "packed", "contiguous"),
     ],
 )
 def test_a_switched_model_trains_with_the_loss_of_one_process(
-    ranks: Ranks, name: str, slug: str, options: Any, padded: bool, balance: str
+    ranks: Ranks, name: str, slug: str, options: Any, rows: str, balance: str
 ) -> None:
-    ranks(trains, name, slug, options, padded, balance)
+    ranks(trains, name, slug, options, rows, balance)
 
 
 def beside(mesh: DeviceMesh, how: str) -> None:
     """Two rows of a batch on two groups of ranks, each row on two ranks."""
-    model, batch = _model("Llama"), _batch(2, 30, False)
+    model, batch = _model("Llama"), _batch(2, 30)
     own = mesh["data"].get_local_rank()
     with saccade.switch(model, "window", left=7):
         model(**batch).loss.backward()
@@ -120,15 +134,16 @@ def test_data_parallelism_along_the_other_dimension(ranks: Ranks, how: str) -> N
 
 def refusing(mesh: DeviceMesh) -> None:
     model = _model("Llama")
-    batch = _batch(2, 32, True)
+    batch = _batch(2, 32, "padded")
     with saccade.switch(model, "softmax"), parallel(mesh, length=32) as shards:
         part = parallel.shard(batch, shards)
         with pytest.raises(ValueError, match="attention_mask describes the whole sequence of 32 tokens"):
             model(**{**part, "attention_mask": part["attention_mask"][:, :8]}, use_cache=False)
-        del part["attention_mask"]
-        part["position_ids"] = torch.arange(8).remainder(5).expand(2, -1)
-        with pytest.raises(ValueError, match="packed sequences are not known"):
-            model(**part, use_cache=False)
+        ids = torch.arange(8)[None] // 5
+        packed = masking_utils.packed_sequence_compatibility_function(masking_utils.causal_mask_function, ids, ids)
+        handed = hand_over(batch_size=1, q_length=8, kv_length=8, mask_function=packed)
+        with pytest.raises(ValueError, match="position_ids, which this model does not hand"):
+            handed.settle(None)
 
 
 def test_what_a_model_cannot_be_given(ranks: Ranks) -> None:

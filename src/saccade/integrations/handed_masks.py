@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from saccade.extras import need
 from saccade.ops import masks
 from saccade.ops.pattern import Pattern
+from saccade.ops.sequences import documents_of
 from saccade.ops.sharding import in_force, places, whole
 
 masking_utils = need("transformers.masking_utils", "saccade inside transformers")
@@ -30,15 +31,43 @@ __all__ = ["HandedMask", "hand_over", "read"]
 
 
 class HandedMask(torch.Tensor):
-    """A `Pattern` as a tensor: shape (B, 1, N, M), bool, no memory; any computation sees the dense mask."""
+    """A `Pattern` as a tensor: shape (B, 1, N, M), bool, no memory; any computation sees the dense mask.
+
+    Attributes:
+        pattern: that.
+        open: of a sequence in parts; the layers' positions are still to say which sequences are packed into a row.
+        packed: this rank's part alone shows that there are some.
+    """
 
     pattern: Pattern
+    open: bool = False
+    packed: bool = False
 
     @staticmethod
     def of(pattern: Pattern, batch: int, n: int, m: int, device: torch.device | str) -> HandedMask:
         handed = torch.zeros((), dtype=torch.bool, device=device).expand(batch, 1, n, m).as_subclass(HandedMask)
         handed.pattern = pattern
         return handed
+
+    def settle(self, positions: Tensor | None) -> None:
+        """Take up the packed sequences that the positions of a sequence in parts tell of; once a mask.
+
+        Args:
+            positions: of this rank's tokens, (B, N) or (1, N); None where a model does not hand them to its attention.
+
+        Raises:
+            ValueError: if there are packed sequences, and no positions.
+        """
+        if not self.open:
+            return
+        if positions is not None and positions.ndim == 2:
+            self.pattern = replace(self.pattern, ids_BM=documents_of(positions))
+        elif self.packed:
+            raise ValueError(
+                "packed sequences are known by position_ids, which this model does not hand to its attention: under "
+                "saccade.parallel pad them, one a row"
+            )
+        self.open = False
 
     def dense(self) -> Tensor:
         """The bool tensor (B, 1, N, M) that this mask stands for."""
@@ -119,18 +148,20 @@ def _of_parts(known: Pattern, request: dict[str, Any]) -> Tensor:
     local, first = _queries(request)
     if first or request.get("kv_offset"):
         raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
-    n, valid = whole(local), request.get("attention_mask")
+    n, valid, packed = whole(local), request.get("attention_mask"), False
     if known.ids_BM is not None:
         # where this rank's tokens are two pieces of one sequence, their positions jump
         jumps = places(local, known.ids_BM.device).diff() != 1
-        if not bool((known.ids_BM.diff() == jumps).all()):
-            raise ValueError("packed sequences are not known by positions under saccade.parallel: pad them, one a row")
+        packed = not bool((known.ids_BM.diff() == jumps).all())
         known = replace(known, ids_BM=None)
     if valid is not None and valid.shape[-1] != n:
         raise ValueError(f"attention_mask describes the whole sequence of {n} tokens, got {tuple(valid.shape)}")
-    valid = None if valid is None else valid.to(torch.bool)
-    pattern = replace(known, offset=0, valid_BM=valid).simplify(n, n)
-    return HandedMask.of(pattern, request["batch_size"], n, n, request.get("device", "cpu"))
+    real = None if valid is None else valid.to(torch.bool)
+    pattern = replace(known, offset=0, valid_BM=real).simplify(n, n)
+    handed = HandedMask.of(pattern, request["batch_size"], n, n, request.get("device", "cpu"))
+    # as transformers has it: where there is a mask of tokens, positions say nothing
+    handed.open, handed.packed = valid is None, packed
+    return handed
 
 
 def read(mask: Tensor | None, *, causal: bool, n: int, m: int) -> tuple[Pattern, int]:

@@ -1,13 +1,12 @@
-"""What `switch` does alike in transformers and in diffusers: names its layers, takes sequences apart, and reports.
+"""What `switch` does alike in transformers and in diffusers: names its layers, and reports.
 
-Shape letters: B batch, H heads, N tokens of a row, M the same as keys, D head dim, E width of values, S sequences,
-L their length, T tokens of all rows.
+Shape letters: B batch, H heads, N tokens, E width of values.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from saccade.tables import table
 
-__all__ = ["LayerReport", "Report", "choose", "sequences", "take"]
+__all__ = ["LayerReport", "Report", "choose"]
 
 
 @dataclass
@@ -128,38 +127,3 @@ def choose(places: Mapping[str, int], wanted: Sequence[int | str], name: str) ->
             raise ValueError(f"{name}: no layer is {want!r}; there are layers 0 to {count - 1}, such as {example!r}")
         chosen |= met
     return chosen
-
-
-def sequences(
-    batch: int, tokens: int, valid_BM: Tensor | None = None, ids_BN: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Token indices (S, L), into all rows laid end to end, of the sequences of each length L that occurs.
-
-    Args:
-        batch, tokens: B rows of N tokens.
-        valid_BM: which of them are real; all where None.
-        ids_BN: the sequences that are packed into a row, by number; one sequence per row where None.
-
-    >>> [index.tolist() for index in sequences(2, 3, torch.tensor([[True, True, True], [False, True, True]]))]
-    [[[4, 5]], [[0, 1, 2]]]
-    """
-    given = valid_BM if valid_BM is not None else ids_BN
-    device = None if given is None else given.device
-    row_B1 = torch.arange(batch, device=device)[:, None]
-    if ids_BN is None:
-        ids_BN = torch.zeros(batch, tokens, dtype=torch.long, device=device)
-    ids_BN = ids_BN.long() + row_B1 * (ids_BN.max().long() + 1)
-    token_T = torch.arange(batch * tokens, device=device)
-    if valid_BM is not None:
-        token_T = token_T[valid_BM.expand(batch, tokens).flatten()]
-    id_T, order_T = ids_BN.flatten()[token_T].sort(stable=True)
-    length_s = id_T.unique_consecutive(return_counts=True)[1]
-    start_s = length_s.cumsum(0) - length_s
-    for length in length_s.unique().tolist():
-        position_SL = start_s[length_s == length][:, None] + torch.arange(length, device=device)
-        yield token_T[order_T[position_SL]]
-
-
-def take(x_BHND: Tensor, index_SL: Tensor) -> Tensor:
-    """The tokens of `sequences`, (S, H, L, D)."""
-    return x_BHND.transpose(1, 2).flatten(0, 1)[index_SL].transpose(1, 2)

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +34,12 @@ import torch
 from torch import Tensor, nn
 
 from saccade.extras import need
-from saccade.integrations.handed_masks import hand_over, read
+from saccade.integrations.handed_masks import HandedMask, hand_over, read
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, implementation, mechanism, softmax_attend
-from saccade.integrations.switching import LayerReport, Report, choose, sequences, take
+from saccade.integrations.switching import LayerReport, Report, choose
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.ops.pattern import Pattern
+from saccade.ops.sequences import attend_apart, sequences, take
 from saccade.ops.sharding import in_force, whole
 
 AttentionInterface = need("transformers").AttentionInterface
@@ -248,6 +250,8 @@ def _attention_function(slug: str) -> Any:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         n, m = whole(query.shape[2]), whole(key.shape[2])
+        if isinstance(attention_mask, HandedMask):
+            attention_mask.settle(extra.get("position_ids"))
         pattern, keys = read(attention_mask, causal=bool(is_causal), n=n, m=m)
         if keys < m:
             key, value = key[:, :, :keys], value[:, :, :keys]
@@ -342,16 +346,8 @@ def _run(
         out = entry.run(q_BHND, k_BKMD, v_BKME, **call)
     elif entry.masks == "sequences":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=replace(pattern, causal=False, offset=0).mask, **call)
-    elif in_force() is not None:
-        raise ValueError(f"{entry.slug} takes no padding of a sequence in parts (saccade.parallel)")
     else:
-        B, H, N, _ = q_BHND.shape
-        out_THE = q_BHND.new_zeros(B * N, H, v_BKME.shape[3])
-        for index_SL in sequences(B, N, pattern.valid_BM, pattern.ids_BM):
-            q_SHLD, k_SKLD, v_SKLE = (take(x, index_SL) for x in (q_BHND, k_BKMD, v_BKME))
-            out_SHLE = entry.run(q_SHLD, k_SKLD, v_SKLE, **call)
-            out_THE[index_SL] = out_SHLE.transpose(1, 2)
-        out = out_THE.unflatten(0, (B, N)).transpose(1, 2)
+        out = attend_apart(partial(entry.run, **call), q_BHND, k_BKMD, v_BKME, pattern.valid_BM, pattern.ids_BM)
     if setting.report is not None:
         _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, out, scores)
     return out

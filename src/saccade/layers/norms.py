@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from saccade.ops.sharding import refuse_parts
+
 
 class FrozenBatchNorm(nn.Module):
     """Batch norm of maps by numbers that stay as they are, in training too: (x - mean) / sqrt(var + eps) weight + bias.
@@ -63,6 +65,8 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """Batch norm of tokens (B, N, C), over batch and tokens."""
 
     def forward(self, x_BNC: Tensor) -> Tensor:
+        if self.training:
+            refuse_parts("a batch norm that learns")
         return super().forward(x_BNC.transpose(1, 2)).transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from saccade.layers.cache import StateCache
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.pattern import Pattern, Said
+from saccade.ops.sharding import in_force, places, whole
 
 
 class StateAttention(QKVAttention):
@@ -43,7 +44,10 @@ class StateAttention(QKVAttention):
 
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
         batch, n = q_BHND.shape[0], q_BHND.shape[2]
-        queries, keys = pattern.real_queries(batch, n), pattern.real_keys(batch)
+        queries, keys = pattern.real_queries(batch, whole(n)), pattern.real_keys(batch)
+        if in_force() is not None:  # a mask is of the whole
+            queries = None if queries is None else queries[:, places(n, q_BHND.device)]
+            keys = None if keys is None else keys[:, places(k_BKMD.shape[2], q_BHND.device)]
         return self.aggregate(q_BHND, k_BKMD, v_BKME, query_mask_BN=queries, mask_BM=keys, causal=self.causal)
 
     @torch.no_grad()

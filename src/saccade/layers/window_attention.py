@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from saccade.ops.heads import check_heads
-from saccade.ops.partitions import packed_window_attend, window_attend, window_bias
+from saccade.ops.partitions import cropped, filled, on_filled, packed_window_attend, window_attend, window_bias
+from saccade.ops.sharding import in_force, refuse_parts, whole
 
 
 class WindowAttention(nn.Module):
@@ -82,6 +83,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, size: int | Sequence[int] | None = None, *, mask: Tensor | None = None) -> Tensor:
         """Attend inside the windows of a map, or inside windows that are cut out already.
 
+        Under `saccade.parallel` a rank holds whole rows of the map, whose `size` is that of the whole.
+
         Args:
             x: a map (B, *size, C); or its tokens in row-major order (B, N, C) with `size`; or windows (W, T, C), as
                 Swin's layer takes them, without (a window of one axis takes any N tokens as a map of one axis).
@@ -97,12 +100,15 @@ class WindowAttention(nn.Module):
         grid = self.grid(x, size)
         if mask is not None and grid != self.window_size:
             raise ValueError(f"mask is for windows of {prod(self.window_size)} tokens; a map's shift has its own")
-        y, full = self.fill(x.reshape(x.shape[0], *grid, self.dim))
-        qkv = self.qkv(y.flatten(1, -2)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        out = packed_window_attend(
-            qkv, full, self.window_size, self.shift, self.position_bias(), mask=mask, scale=self.scale
-        )
-        out = self.crop(out.transpose(1, 2).flatten(2), full, grid)
+        full = self.full(grid)
+
+        def attend(y_BNC: Tensor) -> Tensor:
+            qkv = self.qkv(y_BNC).unflatten(-1, (3, self.num_heads, self.head_dim))
+            options: dict[str, Any] = {"mask": mask, "scale": self.scale}
+            out = packed_window_attend(qkv, full, self.window_size, self.shift, self.position_bias(), **options)
+            return out.transpose(1, 2).flatten(2)
+
+        out = on_filled(attend, x.flatten(1, -2), grid, full)
         return self.proj_drop(self.proj(out)).view(x.shape)
 
     def mix(
@@ -116,9 +122,9 @@ class WindowAttention(nn.Module):
         """This layer's weights on `x`, applied to given values (B, H, N, E); what `attention_map` calls. Zero tokens
         at the border have a share of the weights and no values."""
         grid = self.grid(x, size)
-        y, full = self.fill(x.reshape(x.shape[0], *grid, self.dim))
+        y, full = self.fill(x, grid)
         q, k, _ = self.qkv(y.flatten(1, -2)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        values, _ = self.fill(values_BHNE.flatten(0, 1).unflatten(1, grid))
+        values, _ = self.fill(values_BHNE.flatten(0, 1), grid)
         values = values.flatten(1, -2).unflatten(0, values_BHNE.shape[:2])
         out: Tensor = window_attend(
             q.transpose(1, 2),
@@ -147,20 +153,21 @@ class WindowAttention(nn.Module):
             raise ValueError(
                 f"x must be (batch, tokens, {self.dim}) or (batch, {axes} axes, {self.dim}), got {tuple(x.shape)}"
             )
+        tokens = whole(prod(x.shape[1:-1]))
         if x.ndim == axes + 2 and (axes > 1 or size is None):
-            grid = tuple(x.shape[1:-1])
+            grid = (tokens // max(1, prod(x.shape[2:-1])), *x.shape[2:-1]) if in_force() else tuple(x.shape[1:-1])
             if size is not None:
                 raise ValueError(f"size is for tokens in a row, x is a map of {grid} already")
             return grid
         if size is None:
-            if x.shape[1] != prod(self.window_size):
+            if tokens != prod(self.window_size):
                 raise ValueError(
-                    f"size must be given for {x.shape[1]} tokens in a row, which are no window of {self.window_size}"
+                    f"size must be given for {tokens} tokens in a row, which are no window of {self.window_size}"
                 )
             return self.window_size
         grid = (size,) if isinstance(size, int) else tuple(size)
-        if len(grid) != axes or prod(grid) != x.shape[1]:
-            raise ValueError(f"size must be {axes} lengths with a product of {x.shape[1]} tokens, got {size}")
+        if len(grid) != axes or prod(grid) != tokens:
+            raise ValueError(f"size must be {axes} lengths with a product of {tokens} tokens, got {size}")
         return grid
 
     def position_bias(self) -> Tensor | None:
@@ -172,16 +179,20 @@ class WindowAttention(nn.Module):
         # key minus query is the other way round
         return window_bias(table.T.flip(1).unflatten(1, widths), self.window_size)
 
-    def fill(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The map (B, *grid, C) with zero tokens at its end, and its lengths."""
-        grid = tuple(x.shape[1:-1])
-        pad = [-n % w if self.border == "zeros" else 0 for n, w in zip(grid, self.window_size)]
-        if any(pad):
-            x = F.pad(x, (0, 0, *(side for p in reversed(pad) for side in (0, p))))
-        return x, tuple(n + p for n, p in zip(grid, pad))
+    def full(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The lengths of a map with the zero tokens at its end."""
+        return tuple(n + (-n % w if self.border == "zeros" else 0) for n, w in zip(grid, self.window_size))
+
+    def fill(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """A map, or its tokens, with zero tokens at its end, (B, *lengths, C), and its lengths.
+
+        Raises:
+            ValueError: on a map in parts.
+        """
+        refuse_parts(type(self).__name__)
+        full = self.full(tuple(grid))
+        return filled(x.reshape(x.shape[0], *grid, x.shape[-1]), full), full
 
     def crop(self, x_BNC: Tensor, full: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
         """Tokens of the `grid` alone, out of those of the filled map."""
-        if full == grid:
-            return x_BNC
-        return x_BNC.unflatten(1, full)[(slice(None), *(slice(n) for n in grid))].flatten(1, -2)
+        return cropped(x_BNC, full, grid)

@@ -42,6 +42,7 @@ def ema(
     return_state: bool = False,
     taps: int | None = None,
     chunk_size: int | None = None,
+    backwards: int = 0,
 ) -> Any:
     """y of the equations at the top of this file, in float32 (float64 for float64 inputs) inside.
 
@@ -51,12 +52,13 @@ def ema(
         state: s before these tokens, (B, C, E); return_state: also return s after the last.
         taps: cut the kernel to its first taps; there is no state then.
         chunk_size: T; the result does not depend on it.
+        backwards: so many of the last channels run from the last token to the first.
 
     Returns:
         y (B, N, C) in the dtype of x, or (y, state).
 
     Raises:
-        ValueError: if shapes do not fit, or a state meets a cut kernel.
+        ValueError: if shapes do not fit, or a state meets a cut kernel or channels that run backwards.
 
     >>> import torch
     >>> one = torch.ones(1, 1)
@@ -70,13 +72,25 @@ def ema(
         raise ValueError(f"taps must be at least 1, got {taps}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    dtype = _wide(x_BNC)
+    if not 0 <= backwards <= x_BNC.shape[2]:
+        raise ValueError(f"backwards must be a number of channels, 0 to {x_BNC.shape[2]}, got {backwards}")
+    if backwards and (state is not None or return_state):
+        raise ValueError("what runs backwards has no state of the tokens before it")
+    x_BNC, dtype = turned(x_BNC, backwards), _wide(x_BNC)
     q, w, c = (p.to(dtype) for p in (decay_CE, weight_CE, mix_CE))
     if taps is not None:
-        return fft_convolve(x_BNC, ema_kernel(q, w, c, min(taps, max(1, x_BNC.shape[1]))))
+        return turned(fft_convolve(x_BNC, ema_kernel(q, w, c, min(taps, max(1, x_BNC.shape[1])))), backwards)
     y, after = _chunked(x_BNC.to(dtype), q, w, c, state, chunk_size or _CHUNK, return_state)
-    y = y.to(x_BNC.dtype)
+    y = turned(y.to(x_BNC.dtype), backwards)
     return (y, after) if return_state else y
+
+
+def turned(x_BNC: Tensor, backwards: int) -> Tensor:
+    """The tokens in which the last channels run backwards."""
+    if not backwards:
+        return x_BNC
+    forwards = x_BNC.shape[2] - backwards
+    return torch.cat([x_BNC[..., :forwards], x_BNC[..., forwards:].flip(1)], -1)
 
 
 def ema_step(

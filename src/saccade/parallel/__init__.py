@@ -18,8 +18,9 @@ How it goes on: `saccade.ops.sharding` says who holds which tokens (`Layout`) an
 tensor. A function is marked `saccade.ops.sharding.in_parts`; a row of its name in `saccade.parallel.rows.ROWS` computes
 it, called `row(shards, function, *arguments, **options)` with the context suspended, so that `function` in it is the
 plain one; a forecast of its name in `saccade.parallel.forecasts` says what that costs. Rows move tensors by `exchange`,
-`gather`, `gather_parts` and `from_previous` of `saccade.parallel.exchange` alone, which have gradients and count every
-byte in `shards.traffic` under the name that they are given.
+`gather` and `gather_parts` of `saccade.parallel.exchange` alone, which have gradients and count every byte in
+`shards.traffic` under the name that they are given; by those `deals` cuts a batch in another way, and `dense.halo`
+fetches what a mask asks for.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Blocks of keys and values that were chosen, fetched from the ranks that hold them: no others are sent.
 
 Each rank tells each other which of its blocks it wants, a bit (a byte on the way) for each block and key head, and gets
-those alone. Blocks are never parted: the context is given `unit`, a multiple of the block.
+those alone. A block is on one rank: where the parts would cut some, or where sequences begin inside of one, tokens are
+cut anew before (`in_blocks`).
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n
-blocks of queries, m of keys, of the whole; S tokens per block, F blocks fetched for a key head, at most.
+blocks of queries, m of keys, of the whole; L places of a row that is laid out anew, S tokens per block, F blocks
+fetched for a key head, at most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from saccade.ops.sharding import Layout
 from saccade.parallel.context import Shards
+from saccade.parallel.deals import Recut
 from saccade.parallel.exchange import exchange, gather_parts, tied
 
 
@@ -41,22 +44,38 @@ def blocks_of(layout: Layout, size: int, who: str) -> Blocks:
     """Which blocks each rank holds.
 
     Args:
-        layout: who holds which tokens.
+        layout: who holds which tokens, in whole blocks that follow one another.
         size: S.
         who: what has the blocks.
 
     Raises:
-        ValueError: if blocks are parted, a rank has none, or ranks hold tokens that do not lie side by side.
+        ValueError: if a rank has none.
     """
-    if layout.balance != "contiguous":
-        raise ValueError(f"{who} takes a sequence in contiguous parts, got balance={layout.balance!r}")
-    if layout.unit % size and layout.ranks > 1:
-        raise ValueError(f"{who} takes parts in whole blocks: parallel(mesh, unit={size}), got unit={layout.unit}")
     counts = [-(-share // size) for share in layout.shares]
     if not all(counts):
         raise ValueError(f"{who} needs a block of {size} tokens for every rank, got {layout.length} on {layout.ranks}")
     firsts = [sum(counts[:rank]) for rank in range(layout.ranks)]
     return Blocks(firsts, counts, sum(counts))
+
+
+def in_blocks(
+    shards: Shards, layout: Layout, size: int, q_BHND: Tensor, source_BL: Tensor | None = None
+) -> tuple[Layout, Recut | None]:
+    """A cut into whole blocks that follow one another, and how to get there; None where tokens lie so.
+
+    Args:
+        shards: the ranks.
+        layout: who holds which tokens.
+        size: S.
+        q_BHND: of the batch, on its device.
+        source_BL: the token in each place of L, where rows are laid out anew; N in an empty one.
+    """
+    fits = layout.unit % size == 0 or layout.ranks == 1
+    if source_BL is None and fits and layout.balance == "contiguous":
+        return layout, None
+    length = layout.length if source_BL is None else source_BL.shape[1]
+    cut = Layout(length, layout.ranks, unit=layout.unit if fits else size)
+    return cut, Recut(shards, q_BHND.shape[0], layout, cut, source_BL, q_BHND.device)
 
 
 def of_all_blocks(shards: Shards, x_BKnD: Tensor, blocks: Blocks, kind: str = "means") -> Tensor:
@@ -78,17 +97,25 @@ class Fetched(NamedTuple):
     Attributes:
         keys, values: (B, K, F S, D or E); zeros where a key head has fewer.
         slot_BKm: where each block is among them.
+        real_BKM: bool (B, K, F S), which of them are tokens and no padding; None where all are.
         most: F.
     """
 
     keys: Tensor
     values: Tensor
     slot_BKm: Tensor
+    real_BKM: Tensor | None
     most: int
 
 
 def fetch(
-    shards: Shards, blocks: Blocks, k_BKMD: Tensor, v_BKME: Tensor, wanted_BKm: Tensor, size: int, *, last: bool = False
+    shards: Shards,
+    blocks: Blocks,
+    k_BKMD: Tensor,
+    v_BKME: Tensor,
+    wanted_BKm: Tensor,
+    size: int,
+    real_BM: Tensor | None = None,
 ) -> Fetched:
     """The wanted blocks, with their gradients.
 
@@ -98,7 +125,7 @@ def fetch(
         k_BKMD, v_BKME: this rank's keys and values.
         wanted_BKm: bool; none of this rank's own.
         size: S.
-        last: put the sequence's last block in the last place, for all key heads.
+        real_BM: which tokens of all blocks are no padding; all where None.
     """
     B, K, _ = wanted_BKm.shape
     ranks, own = range(shards.ranks), shards.rank
@@ -114,8 +141,6 @@ def fetch(
         wanted_counts = [int(ask.sum()) for ask in asks]
         slot_BKm = wanted_BKm.cumsum(-1) - 1
         count = int(wanted_BKm.sum(-1).max()) if wanted_BKm.numel() else 0
-        if last and count:
-            slot_BKm[..., -1] = count - 1
 
     width = k_BKMD.shape[3] + v_BKME.shape[3]
     tokens = torch.cat([k_BKMD, v_BKME], 3)
@@ -132,7 +157,13 @@ def fetch(
     room = tokens.new_zeros(B * K * count, size * width).index_copy(0, torch.cat(places), got)
     both = room.view(B, K, count * size, width)
     both = both if count else tied(both, got)
-    return Fetched(both[..., : k_BKMD.shape[3]], both[..., k_BKMD.shape[3] :], slot_BKm, count)
+    real_BKM = None
+    if real_BM is not None:
+        b, head, block = wanted_BKm.nonzero(as_tuple=True)
+        real_BKFS = real_BM.new_zeros(B, K, count, size)
+        real_BKFS[b, head, slot_BKm[b, head, block]] = real_BM.unflatten(1, (-1, size))[b, block]
+        real_BKM = real_BKFS.flatten(2)
+    return Fetched(both[..., : k_BKMD.shape[3]], both[..., k_BKMD.shape[3] :], slot_BKm, real_BKM, count)
 
 
 def wanted_of(keep_BHnm: Tensor, K: int, own: slice) -> Tensor:

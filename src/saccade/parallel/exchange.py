@@ -2,7 +2,7 @@
 
     exchange    each rank sends each other rank what that needs; backward, the gradients go the same way back
     gather      every rank gets every rank's tensor, in their order
-    from_previous    each rank gets the tensor of the rank before it; zeros where there is none
+    gather_parts    every rank gets every rank's rows, one after the other
 
 All are torch's functional all-to-all with sizes, which sends nothing where there is nothing to send. They are called by
 all ranks of the group in the same order, and backward too: an output that a rank does not use still has to be part of
@@ -120,22 +120,6 @@ def gather_parts(shards: Shards, x: Tensor, lengths: Sequence[int], kind: str) -
     parts = [part.view(-1, *x.shape[1:]) if part.numel() else x[:0] for part in got.split(receive)]
     parts[own] = x
     return torch.cat(parts)
-
-
-def from_previous(shards: Shards, x: Tensor, kind: str) -> Tensor:
-    """The tensor of the rank before this one, of the same shape; zeros on the first.
-
-    Args:
-        shards: whose group.
-        x: this rank's.
-        kind: under which it is counted.
-    """
-    own, count = shards.rank, prod(x.shape)
-    send = [count if rank == own + 1 else 0 for rank in range(shards.ranks)]
-    receive = [count if rank == own - 1 else 0 for rank in range(shards.ranks)]
-    sent = x.reshape(-1) if own + 1 < shards.ranks else x.reshape(-1)[:0]
-    got = exchange(shards, sent, send, receive, kind)
-    return got.view(x.shape) if own else tied(torch.zeros_like(x), got)
 
 
 def tied(out: Tensor, *others: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ def plan(
         call["chosen"] = chosen
     elif chosen is not None:
         raise ValueError(f"{name} chooses no blocks: chosen is for {', '.join(sorted(_CHOOSING))}")
+    if name not in _FORECASTS:
+        raise ValueError(f"{name} is not forecast: {', '.join(sorted(_FORECASTS))} are")
     with suspended():
         return _FORECASTS[name](dealing(mesh, balance, unit), function, **call)
 
@@ -247,7 +249,9 @@ def _call(ranks: Dealing, function: Any, q: Tensor, k: Tensor, v: Tensor, size: 
     if said:
         raise ValueError(f"{who} is not forecast under a mask, got {' and '.join(said)}")
     layout = ranks.layout(N)
-    blocks_of(layout, unit, who)
+    if layout.ranks > 1 and (layout.unit % unit or layout.balance != "contiguous"):
+        got = f"unit={layout.unit}, balance={layout.balance!r}"
+        raise ValueError(f"{who} is not forecast where parts cut blocks: unit={unit} leaves them whole, got {got}")
     return _Call(q, k, v, layout, blocks_of(layout, size, who), size)
 
 

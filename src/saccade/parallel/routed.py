@@ -5,7 +5,7 @@ tells the others which of their blocks it wants (`choice`) and gets those (`bloc
 keys behind the ones that it fetched, which are of the past where there is one.
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim, E width of values; n, m blocks of
-queries and keys, j blocks chosen for a query, S tokens per block.
+queries and keys, j blocks chosen for a query, S tokens per block; L places of a row that is laid out anew.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from saccade.attention.prism.operator import band_temperature, frequency_bands, 
 from saccade.attention.spargeattn.prediction import block_statistics, cover, map_of_statistics
 from saccade.ops import masks
 from saccade.ops.attend import attend
+from saccade.ops.autocast import one_type
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
-from saccade.ops.routed import routed_attend
+from saccade.ops.routed import block_layout, routed_attend
 from saccade.ops.selection import block_causal, leading_blocks, pool_blocks
 from saccade.ops.sharding import Layout
 from saccade.parallel import dense
-from saccade.parallel.chosen import Blocks, blocks_of, fetch, kept_here, of_all_blocks, wanted_of
-from saccade.parallel.context import Shards
+from saccade.parallel.chosen import Blocks, blocks_of, fetch, in_blocks, kept_here, of_all_blocks, wanted_of
+from saccade.parallel.context import Shards, places_of
 from saccade.parallel.exchange import gather
 
 
@@ -54,19 +55,28 @@ def moba_attend(
         function: that, which says what is wrong with the options.
         q_BHND, k_BKMD, v_BKME: this rank's part.
         block_size, top_k, sinks, scale: as there.
-        mask: none but causality.
+        mask: as there, of the whole sequence.
 
     Raises:
-        ValueError: as there, or for a mask, parted blocks or parts that are not contiguous.
+        ValueError: as there, or if a rank would have no block.
     """
     function(*_one_token(q_BHND, k_BKMD, v_BKME), block_size=block_size, top_k=top_k, sinks=sinks)
-    layout = _layout(shards, q_BHND, k_BKMD, mask, "MoBA")
-    blocks = blocks_of(layout, block_size, "MoBA")
-    if top_k >= blocks.total:
+    layout, (B, H), K = _layout(shards, q_BHND, k_BKMD, "MoBA"), q_BHND.shape[:2], k_BKMD.shape[1]
+    n = -(-layout.length // block_size)
+    pattern = Pattern.of(mask, B, layout.length, layout.length, causal=True).only(("padding", "documents"), "MoBA")
+    ids_BM = pattern.sequence_ids(B, layout.length)
+    if ids_BM is None and top_k >= n:
         options: dict[str, Any] = {"mask": masks.causal(), "scale": scale}
         return dense.attend(shards, attend, q_BHND, k_BKMD, v_BKME, **options)
-    own, K, N = blocks.of(shards.rank), k_BKMD.shape[1], q_BHND.shape[2]
-    q, k, v = (F.pad(x, (0, 0, 0, -N % block_size)) for x in (q_BHND, k_BKMD, v_BKME))
+    of_rows = None if ids_BM is None else block_layout(ids_BM, block_size, blocks=n if pattern.ids_BM is None else None)
+    source_BL = None if of_rows is None else of_rows.source_BL
+    q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
+    layout, recut = in_blocks(shards, layout, block_size, q, source_BL)
+    blocks = blocks_of(layout, block_size, "MoBA")
+    if recut is not None:
+        q, k, v = recut.there(q, k, v)
+    own, N = blocks.of(shards.rank), q.shape[2]
+    q, k, v = (F.pad(x, (0, 0, 0, -N % block_size)) for x in (q, k, v))
     with torch.no_grad():
         means = k.unflatten(2, (-1, block_size)).mean(3, dtype=torch.float32)
         means_BKmD = of_all_blocks(shards, means, blocks)
@@ -77,17 +87,21 @@ def moba_attend(
             top_k=top_k,
             first_block=own.start,
             first_blocks=leading_blocks(sinks, block_size),
+            start_Bn=None if of_rows is None else of_rows.start_Bn,
         )
         chosen[:, :, N:] = -1
+        if recut is not None:
+            chosen[:, :, :N].masked_fill_(~recut.real_BL[:, None, :, None], -1)
         wanted = _wanted(chosen, K, blocks, own)
     fetched = fetch(shards, blocks, k, v, wanted, block_size)
     with torch.no_grad():
-        slots = repeat_heads(fetched.slot_BKm, q.shape[1])
+        slots = repeat_heads(fetched.slot_BKm, H)
         there = slots.gather(2, chosen.clamp(min=0).flatten(2)).view_as(chosen)
         here = torch.where(chosen < own.start, there, chosen - own.start + fetched.most)
         here = torch.where(chosen < 0, -1, here)
     keys, values = torch.cat([fetched.keys, k], 2), torch.cat([fetched.values, v], 2)
-    return routed_attend(q, keys, values, here, block_size, scale=scale)[0][:, :, :N]
+    out = routed_attend(q, keys, values, here, block_size, scale=scale)[0][:, :, :N]
+    return out if recut is None else recut.back(out)
 
 
 def prism_attend(
@@ -106,7 +120,7 @@ def prism_attend(
     """This rank's rows of `saccade.attention.prism.prism_attend`.
 
     Args:
-        shards, function, q_BHND, k_BKMD, v_BKME, mask, scale: as in `moba_attend`.
+        shards, function, q_BHND, k_BKMD, v_BKME, mask, scale: as in `moba_attend`; of masks padding alone.
         causal, return_map: must be True, and False.
         options: of the choice, as there.
 
@@ -115,21 +129,28 @@ def prism_attend(
     """
     function(*_one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
     _none_of({"return_map": return_map}, "Prism")
-    size = options.pop("block_size", 128)
-    layout = _layout(shards, q_BHND, k_BKMD, mask, "Prism")
+    size, layout = options.pop("block_size", 128), _layout(shards, q_BHND, k_BKMD, "Prism")
+    B, M = q_BHND.shape[0], layout.length
+    real_BM = Pattern.of(mask, B, M, M, causal=True).only(("padding",), "Prism").real_keys(B)
+    q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
+    layout, recut = in_blocks(shards, layout, size, q)
     blocks = blocks_of(layout, size, "Prism")
+    if recut is not None:
+        q, k, v = recut.there(q, k, v)
     with torch.no_grad():
-        q_BHnD, k_BKnD = (pool_blocks(x, size, tail="zeros") for x in (q_BHND, k_BKMD))
+        own = None if real_BM is None else real_BM[:, places_of(layout, shards.rank, q.device)]
+        q_BHnD, k_BKnD = (pool_blocks(x, size, tail="zeros", valid_BN=own) for x in (q, k))
         k_BKmD = of_all_blocks(shards, k_BKnD, blocks)
         if options.pop("calibrate", True):
             bands = options.get("low_freq_dim"), options.get("high_freq_dim")
-            high, low = _temperatures(shards, q_BHnD, k_BKmD, blocks.total, *bands)
+            high, low = _temperatures(shards, q_BHnD, k_BKmD, _blocks_with_tokens(real_BM, blocks, size), *bands)
             options |= {"low_freq_temperature": low, "high_freq_temperature": high}
         options["sinks"] = leading_blocks(options.get("sinks", 0), size)
         # what is chosen of means as tokens is what would be chosen of the tokens
         means = q_BHnD, k_BKmD[:, :, : blocks.of(shards.rank).stop]
         keep = prism_blocks(*means, block_size=1, calibrate=False, scale=scale, **options)
-    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, blocks, (size, size), True, scale, layout)
+    out = _attend_kept(shards, q, k, v, keep, blocks, (size, size), True, scale, layout, real_BM)
+    return out if recut is None else recut.back(out)
 
 
 def spargeattn_attend(
@@ -162,31 +183,33 @@ def spargeattn_attend(
     function(*_one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
     _none_of({"pv_threshold": pv_threshold, "quantize": quantize, "return_map": return_map}, "SpargeAttn")
     size_q, size_k = options.pop("block_q", 128), options.pop("block_k", 64)
-    layout = _layout(shards, q_BHND, k_BKMD, None, "SpargeAttn")
-    blocks_of(layout, lcm(size_q, size_k), "SpargeAttn")
+    q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
+    layout, recut = in_blocks(shards, _layout(shards, q, k, "SpargeAttn"), lcm(size_q, size_k), q)
     rows, blocks = blocks_of(layout, size_q, "SpargeAttn"), blocks_of(layout, size_k, "SpargeAttn")
-    first = rows.firsts[shards.rank]
+    if recut is not None:
+        q, k, v = recut.there(q, k, v)
+    first, H = rows.firsts[shards.rank], q.shape[1]
     with torch.no_grad():
-        k = k_BKMD
+        smoothed = k
         if smooth_k:
             total = gather(shards, k.sum(2, keepdim=True, dtype=torch.float32), "means").sum(0)
-            k = k - (total / max(1, layout.length)).to(k.dtype)
-        q_BHnD, similarity_BHn = block_statistics(q_BHND, size_q)
-        k_BKnD, similarity_BKn = block_statistics(k, size_k)
+            smoothed = k - (total / max(1, layout.length)).to(k.dtype)
+        q_BHnD, similarity_BHn = block_statistics(q, size_q)
+        k_BKnD, similarity_BKn = block_statistics(smoothed, size_k)
         of_keys = of_all_blocks(shards, torch.cat([k_BKnD, similarity_BKn[..., None]], -1), blocks)
-        of_heads = repeat_heads(of_keys, q_BHND.shape[1])
+        of_heads = repeat_heads(of_keys, H)
         k_BHmD, similarity_BHm = of_heads[..., :-1], of_heads[..., -1]
         n, m = q_BHnD.shape[2], blocks.total
         past = block_causal(n, m, size_q, size_k, offset=first * size_q, device=k.device) if causal else None
         short = layout.length // size_q - first, layout.length // size_k
         keep = map_of_statistics(
             q_BHnD, similarity_BHn, k_BHmD, similarity_BHm, past, short, block_k=size_k,
-            scale=q_BHND.shape[3] ** -0.5 if scale is None else scale, **options,
+            scale=q.shape[3] ** -0.5 if scale is None else scale, **options,
         )  # fmt: skip
         if causal:
             keep = cover(keep, size_q, size_k, first)
-    sizes = size_q, size_k
-    return _attend_kept(shards, q_BHND, k_BKMD, v_BKME, keep, blocks, sizes, causal, scale, layout)
+    out = _attend_kept(shards, q, k, v, keep, blocks, (size_q, size_k), causal, scale, layout)
+    return out if recut is None else recut.back(out)
 
 
 def _attend_kept(
@@ -200,24 +223,40 @@ def _attend_kept(
     causal: bool,
     scale: float | None,
     layout: Layout,
+    real_BM: Tensor | None = None,
 ) -> Tensor:
-    """Attention over the blocks that this rank's queries keep."""
-    size, own, K = sizes[1], blocks.of(shards.rank), k.shape[1]
+    """Attention over the blocks that this rank's queries keep, of `real_BM` tokens."""
+    size, own, (B, K) = sizes[1], blocks.of(shards.rank), k.shape[:2]
     missing = blocks.total * size - layout.length
     with torch.no_grad():
         keep_BHnm = F.pad(keep_BHnm, (0, blocks.total - keep_BHnm.shape[3]))
         wanted = wanted_of(keep_BHnm, K, own)
-        last = bool(missing and wanted[..., -1:].any())
-    fetched = fetch(shards, blocks, k, v, wanted, size, last=last)
-    mask: masks.Mask = masks.blocks(kept_here(keep_BHnm, fetched, wanted, own), sizes)
+        if real_BM is None and missing:
+            real_BM = wanted.new_ones(B, layout.length)
+        filled_BM = None if real_BM is None else F.pad(real_BM, (0, missing))
+    fetched = fetch(shards, blocks, k, v, wanted, size, filled_BM)
     behind = fetched.most * size
-    if causal:
-        mask = mask & masks.causal(behind)
-    if last:  # the end of the sequence's last block, which is in the last place
-        place = torch.arange(behind + k.shape[2], device=k.device)
-        mask = mask & masks.padding(((place < behind - missing) | (place >= behind))[None])
     keys, values = torch.cat([fetched.keys, k], 2), torch.cat([fetched.values, v], 2)
-    return attend(q, keys, values, mask=mask, scale=scale)
+    # each key head has blocks of its own: it is a row of the batch, with its queries
+    q, keys, values = q.unflatten(1, (K, -1)).flatten(0, 1), keys.flatten(0, 1)[:, None], values.flatten(0, 1)[:, None]
+    with torch.no_grad():
+        keep = kept_here(keep_BHnm, fetched, wanted, own).unflatten(1, (K, -1)).flatten(0, 1)
+        mask: masks.Mask = masks.blocks(keep, sizes)
+        if causal:
+            mask = mask & masks.causal(behind)
+        if real_BM is not None and fetched.real_BKM is not None:
+            own_BN = real_BM[:, places_of(layout, shards.rank, k.device)]
+            real_BKM = torch.cat([fetched.real_BKM, own_BN[:, None].expand(-1, K, -1)], 2)
+            mask = mask & masks.padding(real_BKM.flatten(0, 1))
+    return attend(q, keys, values, mask=mask, scale=scale).unflatten(0, (B, K)).flatten(1, 2)
+
+
+def _blocks_with_tokens(real_BM: Tensor | None, blocks: Blocks, size: int) -> Any:
+    """How many blocks of each row hold a token, (B, 1)."""
+    if real_BM is None:
+        return blocks.total
+    filled_BM = F.pad(real_BM, (0, -real_BM.shape[1] % size))
+    return filled_BM.unflatten(1, (-1, size)).any(2).sum(1, keepdim=True).clamp(min=1)
 
 
 def _wanted(chosen_BHNj: Tensor, K: int, blocks: Blocks, own: slice) -> Tensor:
@@ -229,16 +268,21 @@ def _wanted(chosen_BHNj: Tensor, K: int, blocks: Blocks, own: slice) -> Tensor:
 
 
 def _temperatures(
-    shards: Shards, q_BHnD: Tensor, k_BKmD: Tensor, total: int, low_dim: int | None, high_dim: int | None
+    shards: Shards, q_BHnD: Tensor, k_BKmD: Tensor, count: Any, low_dim: int | None, high_dim: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Of the high and of the low band, from the energy of all blocks."""
+    """Of the high and of the low band, from the energy of all blocks, of which `count` hold a token."""
     D, device = q_BHnD.shape[3], q_BHnD.device
     bands = [torch.arange(D, device=device), *frequency_bands(D, low_dim, high_dim, device=device)]
-    squares = torch.stack([q_BHnD[..., band].square().sum((2, 3)) for band in bands])
-    squares = gather(shards, squares, "means").sum(0)
-    k_BHmD = repeat_heads(k_BKmD, q_BHnD.shape[1])
-    q_rms = [(x / (total * len(band))).sqrt()[..., None, None] for x, band in zip(squares, bands)]
-    k_rms = [k_BHmD[..., band].square().mean((2, 3), keepdim=True).sqrt() for band in bands]
+
+    def energy(x_BHnD: Tensor) -> Tensor:
+        return torch.stack([x_BHnD[..., band].square().sum((2, 3)) for band in bands])
+
+    of_queries = gather(shards, energy(q_BHnD), "means").sum(0)
+    of_keys = repeat_heads(energy(k_BKmD).movedim(0, 2), q_BHnD.shape[1]).movedim(2, 0)
+    q_rms, k_rms = (
+        [(x / (count * len(band))).sqrt()[..., None, None] for x, band in zip(of_all, bands)]
+        for of_all in (of_queries, of_keys)
+    )
     high, low = (
         band_temperature(len(band), D, (q_rms[i], q_rms[0]), (k_rms[i], k_rms[0])) for i, band in enumerate(bands) if i
     )
@@ -250,14 +294,11 @@ def _one_token(*tensors: Tensor) -> list[Tensor]:
     return [x.detach().new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) for x in tensors]
 
 
-def _layout(shards: Shards, q: Tensor, k: Tensor, mask: GivenMask, who: str) -> Layout:
+def _layout(shards: Shards, q: Tensor, k: Tensor, who: str) -> Layout:
     check_qkv(q, k, k)
     queries, keys = shards.layouts(q.shape[2], k.shape[2])
     if queries != keys:
         raise ValueError(f"{who} takes as many queries as keys, got {queries.length} and {keys.length}")
-    n = queries.length
-    if mask is not None and (said := [x for x in Pattern.of(mask, q.shape[0], n, n).says if x != "causal"]):
-        raise ValueError(f"{who} takes no mask on a sequence in parts, got {' and '.join(said)}")
     return queries
 
 

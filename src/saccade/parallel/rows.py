@@ -9,16 +9,21 @@ from typing import Any
 #: function marked `saccade.ops.sharding.in_parts` -> the module of this package whose function of that name computes it
 ROWS = {
     "attend": "dense",
+    "attend_apart": "apart",
+    "attend_in_chunks": "apart",
+    "with_neighbours": "halos",
     "window_attend": "windows",
+    "on_filled": "windows",
     "packed_window_attend": "windows",
     "moba_attend": "routed",
     "prism_attend": "routed",
     "spargeattn_attend": "routed",
-    "ema": "states",
+    "documents_of": "packed",
+    "ema": "scans",
     "expanded_attend": "states",
     "linear_attend": "states",
-    "selective_scan": "states",
-    "wkv": "states",
+    "selective_scan": "scans",
+    "wkv": "scans",
 }
 
 

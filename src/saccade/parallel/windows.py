@@ -1,11 +1,13 @@
 """Windows of a grid that is cut by rows, shifted or not: the rows of windows that lie across ranks are fetched.
 
-Shape letters: B batch, H query heads, K key heads, N tokens, D head dim of q and k, E of v, T tokens of a window.
+Shape letters: B batch, H query heads, K key heads, N tokens, C channels, D head dim of q and k, E of v, T tokens of a
+window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -16,8 +18,10 @@ from torch import Tensor
 
 from saccade.ops import masks, partitions
 from saccade.ops.partitions.attend import grid_of
-from saccade.ops.sharding import Layout, Needs, needs_of
+from saccade.ops.partitions.filled import cropped, filled
+from saccade.ops.sharding import Layout, Needs, needs_of, put_in_force
 from saccade.parallel.context import Shards
+from saccade.parallel.deals import Recut
 from saccade.parallel.dense import halo
 from saccade.parallel.exchange import tied
 from saccade.parallel.parts import Call
@@ -102,6 +106,46 @@ def rows_needed(layout: Layout, grid: tuple[int, ...], window: int, shift: int) 
     places = torch.arange(rows) + window - shift if rows > window else torch.zeros(rows, dtype=torch.long)
     same = masks.documents((places // window).repeat_interleave(row))
     return needs_of(same, layout, layout, side_by_side=True)
+
+
+@torch.compiler.disable
+def on_filled(
+    shards: Shards,
+    function: Callable[..., Any],
+    compute: Callable[[Tensor], Tensor],
+    x_BNC: Tensor,
+    grid: Sequence[int],
+    full: Sequence[int],
+) -> Tensor:
+    """This rank's tokens of `saccade.ops.partitions.on_filled`; rows of zeros are dealt as if they were the map's.
+
+    Args:
+        shards: the ranks.
+        function: that; it is not called.
+        compute: as there, of this rank's rows of the filled map.
+        x_BNC: this rank's rows of the map.
+        grid, full: lengths of the whole map, and of the filled one.
+
+    Raises:
+        ValueError: if rows are parted.
+    """
+    layout, (row, wide) = shards.layouts(x_BNC.shape[1])[0], (prod(size[1:]) for size in (grid, full))
+    if layout.unit % row:
+        raise ValueError(f"a grid is cut by rows: parallel(mesh, unit={row}), got unit={layout.unit}")
+    by = replace(shards, unit=layout.unit // row * wide, lengths=(prod(full),))
+    rows = x_BNC.shape[1] // row
+    recut: Recut | None = None
+    y_BNC = filled(x_BNC.unflatten(1, (rows, *grid[1:])), (rows, *full[1:])).flatten(1, -2)
+    if grid[0] < full[0]:
+        before, after = by.layout(grid[0] * wide), by.layout(prod(full))
+        source_N = torch.arange(after.length, device=x_BNC.device).clamp(max=before.length)
+        recut = Recut(shards, len(x_BNC), before, after, source_N.expand(len(x_BNC), -1), x_BNC.device)
+        y_BNC = recut.there(y_BNC[:, None])[0][:, 0]
+    with put_in_force(by):
+        out_BNC = compute(y_BNC)
+    if recut is not None:
+        out_BNC = recut.back(out_BNC[:, None])[:, 0]
+    return cropped(out_BNC, (rows, *full[1:]), (rows, *grid[1:]))
 
 
 def packed_window_attend(

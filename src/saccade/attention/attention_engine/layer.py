@@ -40,6 +40,8 @@ class EngineAttention(Constants, QKVAttention):
         ValueError: if the variant is unknown.
     """
 
+    takes_parts = True
+
     def __init__(
         self,
         dim: int,

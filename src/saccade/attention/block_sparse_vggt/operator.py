@@ -19,8 +19,10 @@ from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.selection import PerHead, one_per_head, pool_blocks, top_blocks
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def block_sparse_vggt_attend(
     q_BHND: Tensor,
     k_BKND: Tensor,

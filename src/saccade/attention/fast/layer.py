@@ -61,6 +61,9 @@ class FastmaxAttention(StateAttention):
                 f"coefficients need a2 > 0 and a1^2 <= 4 a0 a2 to keep weights positive, got {coefficients}"
             )
         self.dropout, self.normalization = dropout, normalization
+        # where no statistics are taken over tokens, and no features are drawn
+        of_each_token = normalization in ("plain", "standardized") or (normalization == "limited" and norm_bound)
+        self.takes_parts = bool(of_each_token) and not dropout
         self.options: dict[str, Any] = {
             "degree": degree,
             "normalization": normalization,

@@ -16,6 +16,7 @@ from saccade.ops.attend import attend
 from saccade.ops.masks import Mask
 from saccade.ops.pattern import Pattern
 from saccade.ops.score_mods import ScoreMod
+from saccade.ops.sharding import whole
 
 
 class FlexAttention(QKVAttention):
@@ -34,6 +35,8 @@ class FlexAttention(QKVAttention):
     Raises:
         ValueError: if a number is out of range.
     """
+
+    takes_parts = True
 
     def __init__(
         self,
@@ -63,7 +66,7 @@ class FlexAttention(QKVAttention):
         self.use_alibi, self.cap = use_alibi, None if cap is None else score_mods.soft_cap(cap)
 
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern) -> Tensor:
-        N, M, offset = q_BHND.shape[2], k_BKMD.shape[2], pattern.offset
+        N, M, offset = whole(q_BHND.shape[2]), whole(k_BKMD.shape[2]), pattern.offset
         if self.window is not None:
             near = masks.window(self.window, 0 if self.causal else self.window, offset=offset)
             pattern = pattern.also(masks.prefix(self.global_tokens) | near if self.global_tokens else near, N, M)

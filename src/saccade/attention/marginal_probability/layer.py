@@ -59,6 +59,7 @@ class MarginalAttention(QKVAttention):
         if self.mechanism.prior.mask is not None:
             raise ValueError(f"the mask belongs into the call, got {self.mechanism.prior.mask!r} in the prior")
         self.plain = self.mechanism == Mechanism()
+        self.takes_parts = self.plain
         # a potential that learns is a part of the layer
         self.potential = self.mechanism.potential if isinstance(self.mechanism.potential, nn.Module) else None
         self.hops = tuple(map(float, hops))

@@ -19,8 +19,10 @@ from saccade.attention.mega.operator import NORMALIZERS, Attention, laplace, meg
 from saccade.layers.cache import KVCache
 from saccade.layers.initialization import start_language_model
 from saccade.ops import masks
+from saccade.ops.chunks import attend_in_chunks
 from saccade.ops.masks import Mask
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import in_force, places, whole
 
 Norm = Literal["layer", "scale", "rms", "batch"]
 
@@ -151,6 +153,8 @@ class MegaAttention(nn.Module):
             return self._layer(x_BNC, valid_BN, self.causal, pairs)
         if not self.causal:
             raise ValueError("only a causal layer decodes with a cache")
+        if in_force() is not None:
+            raise ValueError("a cache holds a whole sequence: decode outside of saccade.parallel")
         with torch.no_grad():
             return self._decode(x_BNC, mask, cache)
 
@@ -172,20 +176,26 @@ class MegaAttention(nn.Module):
         self, x_BNC: Tensor, values_BHME: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None
     ) -> Tensor:
         normed = self.norm(x_BNC) if self.prenorm else x_BNC
-        z_BNZ = F.silu(self._split(self.mx_proj(self.ema(normed, valid_BN)))[1])
+        z_BNZ = F.silu(self._split(self.mx_proj(self._average(normed, valid_BN)))[1])
         return self._chunks(*self._queries_and_keys(z_BNZ), values_BHME, valid_BN, causal, pairs)
 
     def _layer(self, x_BNC: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None) -> Tensor:
         normed = self.norm(x_BNC) if self.prenorm else x_BNC
-        average_BNC = self.ema(normed, valid_BN)
+        average_BNC = self._average(normed, valid_BN)
 
         def weighted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return self._chunks(q, k, v, valid_BN, causal, pairs)
 
         return self._gated(x_BNC, normed, average_BNC, weighted)
 
+    def _average(self, normed: Tensor, valid_BN: Tensor | None) -> Tensor:
+        """The average of these tokens, which are some of those that the mask speaks of under `saccade.parallel`."""
+        if valid_BN is not None and in_force() is not None:
+            valid_BN = valid_BN[:, places(normed.shape[1], normed.device)]
+        return self.ema(normed, valid_BN)
+
     def _can_stream(self, x_BNC: Tensor) -> bool:
-        if self.chunk_size is None or not self.causal or self.training or torch.is_grad_enabled():
+        if self.chunk_size is None or not self.causal or self.training or torch.is_grad_enabled() or in_force():
             return False
         return not torch.compiler.is_compiling() and x_BNC.shape[1] > max(_STREAM, self.chunk_size)
 
@@ -257,24 +267,15 @@ class MegaAttention(nn.Module):
     def _chunks(
         self, q: Tensor, k: Tensor, v: Tensor, valid_BN: Tensor | None, causal: bool, pairs: Mask | None = None
     ) -> Tensor:
-        """Attention inside each chunk: the whole ones as one batch, and what is left."""
-        (B, _, N, _), size = q.shape, self.chunk_size
-        if size is None or size >= N:
+        """Attention inside each chunk."""
+        size = self.chunk_size
+        if size is None or size >= whole(q.shape[2]):
             return self._attend(q, k, v, valid_BN, causal, pairs, 0)
-        whole = N // size * size
 
-        def fold(x: Tensor) -> Tensor:
-            """(B, H, n size, D) -> (B n, H, size, D)"""
-            return x[:, :, :whole].unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+        def attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None) -> Tensor:
+            return self._attend(q, k, v, valid, causal, pairs, 0)
 
-        valid = None if valid_BN is None else valid_BN[:, :whole].reshape(-1, size)
-        out = self._attend(fold(q), fold(k), fold(v), valid, causal, pairs, 0)
-        out = out.unflatten(0, (B, whole // size)).transpose(1, 2).flatten(2, 3)
-        if whole == N:
-            return out
-        valid = None if valid_BN is None else valid_BN[:, whole:]
-        rest = self._attend(q[:, :, whole:], k[:, :, whole:], v[:, :, whole:], valid, causal, pairs, 0)
-        return torch.cat([out, rest], 2)
+        return attend_in_chunks(attend, size, q, k, v, valid_BN)
 
     def _attend(
         self,
@@ -311,12 +312,12 @@ class MegaAttention(nn.Module):
 
     def _split_mask(self, mask: GivenMask, x_BNC: Tensor, start: int) -> tuple[Tensor | None, Mask | None]:
         """A caller's mask as padding (B, M), or as pairs."""
-        B, N = x_BNC.shape[:2]
+        B, N = x_BNC.shape[0], whole(x_BNC.shape[1])
         pattern = Pattern.of(mask, B, N, start + N, heads=self.num_heads, causal=self.causal, offset=start)
         pairs = (
             None if mask is None else replace(pattern, causal=pattern.causal and not self.causal, valid_BM=None).mask
         )
-        if pairs is not None and self.chunk_size is not None and x_BNC.shape[1] > self.chunk_size:
+        if pairs is not None and self.chunk_size is not None and self.chunk_size < N:
             raise ValueError(f"a mask of pairs needs all tokens in one chunk of {self.chunk_size}")
         return pattern.real_keys(B), pairs
 

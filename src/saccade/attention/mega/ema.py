@@ -53,8 +53,8 @@ class DampedEMA(nn.Module):
         """
         given = x_BNC if valid_BN is None else x_BNC * valid_BN[..., None]
         if self.bidirectional:
-            both = ema(torch.cat([given, given.flip(1)], -1), *self.coefficients(), taps=self.truncation)
-            y = both[..., : self.dim] + both[..., self.dim :].flip(1)
+            both = ema(torch.cat([given, given], -1), *self.coefficients(), taps=self.truncation, backwards=self.dim)
+            y = both[..., : self.dim] + both[..., self.dim :]
         else:
             y = ema(given, *self.coefficients(), taps=self.truncation)
         return F.silu(y + self.omega * x_BNC)

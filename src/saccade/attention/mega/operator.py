@@ -15,6 +15,7 @@ from saccade.ops.attend import attend
 from saccade.ops.normalizers import Normalizer, State
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.rope import rotate
+from saccade.ops.sharding import places, whole
 
 Attention = Literal["softmax", "laplace", "relu2"]
 
@@ -130,7 +131,7 @@ def mega_attend(
     """
     if attention not in NORMALIZERS:
         raise ValueError(f"attention must be one of {', '.join(NORMALIZERS)}, got {attention!r}")
-    (N, Z), M = q_BHNZ.shape[2:], k_BHMZ.shape[2]
+    N, M, Z = whole(q_BHNZ.shape[2]), whole(k_BHMZ.shape[2]), q_BHNZ.shape[3]
     pattern = Pattern.of(mask, q_BHNZ.shape[0], N, M, heads=q_BHNZ.shape[1], causal=causal, offset=offset)
     if attention == "softmax":
         q_BHNZ = q_BHNZ * Z**-0.5
@@ -158,22 +159,23 @@ def mega_attend(
 def _with_channels(x_BHNZ: Tensor, vector_1Z: Tensor, start: int) -> Tensor:
     """x with the rotated vector as further channels: their product is the rotary bias, added to the scores."""
     B, H, N, _ = x_BHNZ.shape
-    positions_N = torch.arange(start, start + N, device=x_BHNZ.device)
+    positions_N = places(N, x_BHNZ.device) + start
     rotated_HNZ = rotate(vector_1Z.view(H, 1, -1).expand(H, N, -1), positions_N)
     return torch.cat([x_BHNZ, rotated_HNZ.to(x_BHNZ.dtype).expand(B, -1, -1, -1)], -1)
 
 
 def _keys_seen(pattern: Pattern, q_BHNZ: Tensor, M: int) -> Tensor:
     """n of each query, at least 1; broadcasts to (B, H, N, 1)."""
-    N, device = q_BHNZ.shape[2], q_BHNZ.device
+    place_N = places(q_BHNZ.shape[2], q_BHNZ.device)
     if pattern.mask is not None and {*pattern.says} - {"causal", "padding"}:
-        return pattern.mask.keys_seen(N, M, device).clamp(min=1)[..., None]
-    last_N = torch.arange(pattern.offset, pattern.offset + N, device=device).clamp(max=M - 1)
+        seen_BHN = pattern.mask.keys_seen(whole(len(place_N)), M, q_BHNZ.device)
+        return seen_BHN[..., place_N].clamp(min=1)[..., None]
+    last_N = (pattern.offset + place_N).clamp(max=M - 1)
     if pattern.valid_BM is None:
         count = last_N + 1 if pattern.causal else torch.full_like(last_N, M)
         return count.clamp(min=1)[:, None]
     running_BM = pattern.valid_BM.cumsum(1)
-    count_BN = running_BM[:, last_N] if pattern.causal else running_BM[:, -1:].expand(-1, N)
+    count_BN = running_BM[:, last_N] if pattern.causal else running_BM[:, -1:].expand(-1, len(last_N))
     return count_BN.clamp(min=1)[:, None, :, None]
 
 

@@ -24,6 +24,7 @@ from saccade.attention.moh.operator import (
 )
 from saccade.layers.qkv_attention import QKVAttention
 from saccade.ops.pattern import Pattern
+from saccade.ops.sharding import refuse_parts
 
 
 class MoH(KeepsLoss, QKVAttention):
@@ -44,6 +45,8 @@ class MoH(KeepsLoss, QKVAttention):
     Raises:
         ValueError: if the numbers of heads do not fit, or an option is unknown.
     """
+
+    takes_parts = True
 
     def __init__(
         self,
@@ -125,6 +128,7 @@ class MoH(KeepsLoss, QKVAttention):
     def attend(self, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, pattern: Pattern, routing: Routing) -> Tensor:
         self.aux_loss = None
         if self.training and self.shared_heads < self.num_heads:
+            refuse_parts("the balance of heads, which is of all tokens,")
             real_BN = pattern.real_queries(q_BHND.shape[0], q_BHND.shape[2])
             self.aux_loss = load_balance_loss(routing.chances, routing.active, real_BN)
         options: dict[str, Any] = {"shared_heads": self.shared_heads, "form": self.form, "offset": pattern.offset}

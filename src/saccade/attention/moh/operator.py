@@ -18,6 +18,7 @@ from saccade.ops.attend import attend
 from saccade.ops.heads import repeat_heads
 from saccade.ops.merge import merge
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import in_force
 
 Router = Literal["trained", "query-norm"]
 Form = Literal["auto", "masked", "gathered"]
@@ -159,7 +160,7 @@ def gated_attend(
         raise ValueError(f"form must be 'auto', 'masked' or 'gathered', got {form!r}")
     gates_BHN = gates_BNH.transpose(1, 2).to(q_BHND.dtype)
     active_BRN = gates_BHN[:, shared_heads:] != 0
-    if form == "auto" and not (plain and _pays(active_BRN, H, causal)):
+    if in_force() is not None or (form == "auto" and not (plain and _pays(active_BRN, H, causal))):
         form = "masked"
     if form == "masked" or 0 in (*q_BHND.shape, M) or shared_heads == H:
         out = attend(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, scale=scale)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from saccade.attention.mosa.other_heads import OtherHeads
 from saccade.attention.mosa.sparse_heads import MoSACache, SparseHeads, budget
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import refuse_parts
 
 
 class MoSA(nn.Module):
@@ -115,6 +116,7 @@ class MoSA(nn.Module):
         Raises:
             ValueError: if the arguments do not fit; a context is not supported.
         """
+        refuse_parts("MoSA")
         if context_BMC is not None:
             raise ValueError("MoSA attends within one sequence: context must be None")
         real_BM = self._real_tokens(x_BNC, mask, 0 if cache is None else cache.length)

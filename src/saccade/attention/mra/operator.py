@@ -21,8 +21,10 @@ from saccade.ops.constants import at_home
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks
+from saccade.ops.sharding import in_parts
 
 
+@in_parts
 def mra_attend(
     q_BHND: Tensor,
     k_BKMD: Tensor,

@@ -95,6 +95,8 @@ class NeuralAttention(QKVAttention):
         ValueError: if an argument is out of range.
     """
 
+    takes_parts = True
+
     def __init__(
         self,
         dim: int,

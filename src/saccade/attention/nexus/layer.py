@@ -19,6 +19,7 @@ from saccade.ops.heads import repeat_heads
 from saccade.ops.masks import Mask
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.rope import rotate
+from saccade.ops.sharding import places
 
 
 class Nexus(QKVAttention):
@@ -41,6 +42,8 @@ class Nexus(QKVAttention):
     Raises:
         ValueError: if an argument is out of range, or in R if num_heads * head_dim is not dim.
     """
+
+    takes_parts = True
 
     def __init__(
         self,
@@ -153,7 +156,7 @@ class Nexus(QKVAttention):
         def place(x: Tensor, first: int, really: bool = positioned) -> Tensor:
             if not really:
                 return x
-            positions = torch.arange(first, first + x.shape[2], device=x.device)
+            positions = first + places(x.shape[2], x.device)
             return rotate(x, positions, base=self.rope_base, channels=self.rope_channels)
 
         inside = positioned and self.inner_positions

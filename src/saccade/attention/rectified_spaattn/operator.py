@@ -21,6 +21,7 @@ from saccade.ops.masks import Mask
 from saccade.ops.masks.kept_blocks import KeptBlocks
 from saccade.ops.pattern import GivenMask, Pattern
 from saccade.ops.selection import pool_blocks, top_blocks
+from saccade.ops.sharding import in_parts
 
 Tail = Literal["zeros", "real"]
 
@@ -49,6 +50,7 @@ class RectifiedMap:
         return (self.share_BHnm * self.kept(gapr)).sum(-1)
 
 
+@in_parts
 def rectified_spaattn_attend(
     q_BHND: Tensor,
     k_BKND: Tensor,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from saccade.ops.attend import attend
 from saccade.ops.pattern import GivenMask, Pattern
+from saccade.ops.sharding import refuse_parts, whole
 
 Scale = Literal["width", "head"]
 
@@ -63,7 +64,7 @@ class MAB(nn.Module):
         for name, tokens, width in (("x", x_BNC, self.query_dim), ("y", y_BMC, self.key_dim)):
             if tokens.ndim != 3 or tokens.shape[-1] != width:
                 raise ValueError(f"{name} must be (batch, elements, {width}), got {tuple(tokens.shape)}")
-        (B, N), M = x_BNC.shape[:2], y_BMC.shape[1]
+        B, N, M = x_BNC.shape[0], whole(x_BNC.shape[1]), whole(y_BMC.shape[1])
         real = Pattern.of(mask, B, N, M, crosses=True).only(("padding",), "a set").mask
         q, k, v = (
             p(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -118,6 +119,7 @@ class ISAB(nn.Module):
         self.mab1 = MAB(in_dim, dim, dim, num_heads, **block)
 
     def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
+        refuse_parts("ISAB")
         return self.mab1(x_BNC, self.mab0(self.I.expand(x_BNC.shape[0], -1, -1), x_BNC, mask=mask))
 
 
@@ -142,6 +144,7 @@ class PMA(nn.Module):
         self.mab = MAB(dim, dim, dim, num_heads, **block)
 
     def forward(self, x_BNC: Tensor, *, mask: GivenMask = None) -> Tensor:
+        refuse_parts("PMA")
         return self.mab(self.S.expand(x_BNC.shape[0], -1, -1), x_BNC, mask=mask)
 
 
@@ -221,6 +224,7 @@ class DeepSet(nn.Module):
         self.dec = _mlp(dim, dim, num_outputs * out_dim)
 
     def forward(self, x_BNC: Tensor) -> Tensor:
+        refuse_parts("DeepSet")
         z_BNC = self.enc(x_BNC)
         pooled = z_BNC.amax(1) if self.pool == "max" else z_BNC.sum(1) if self.pool == "sum" else z_BNC.mean(1)
         return self.dec(pooled).unflatten(-1, (self.num_outputs, -1))

@@ -86,6 +86,8 @@ class SLAYAttention(StateAttention):
         ValueError: if an option is unknown or out of range.
     """
 
+    takes_parts = True
+
     def __init__(
         self,
         dim: int,

@@ -1,7 +1,6 @@
 """One switched layer: its processor runs as it is, with the mechanism in the place of dense attention.
 
-Shape letters: B batch, H heads, N tokens, V visual tokens, D head dim, E width of values, S sequences, L their length,
-T tokens of all sequences.
+Shape letters: B batch, H heads, N tokens, V visual tokens, D head dim, E width of values.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 from saccade.integrations.diffusers.models import Side
 from saccade.integrations.diffusers.run import Run
 from saccade.integrations.mechanisms import Mechanism
-from saccade.integrations.switching import LayerReport, sequences, take
+from saccade.integrations.switching import LayerReport
 from saccade.ops import masks
+from saccade.ops.sequences import attend_apart
 
 
 @dataclass
@@ -105,22 +105,23 @@ class Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The mechanism's output, and with a report the pairs that it computed and those of dense attention, (H,)."""
         entry = self.mechanism
-        B, H, N, _ = q.shape
+        H, N = q.shape[1:3]
         if valid is None or entry.masks == "any":
             mask = None if valid is None else masks.padding(valid)
             options = self._options(N, q.device)
             out = entry.run(q, k, v, mask=mask, dropout=dropout, scale=scale, options=options)
             return out, *self._work(q, k, v, mask, scale, options)
-        out_THE = q.new_zeros(B * N, H, v.shape[3])
         kept = pairs = torch.zeros(H, dtype=torch.double, device=q.device)
-        for index_SL in sequences(B, N, valid):
-            q_SHLD, k_SHLD, v_SHLD = (take(x, index_SL) for x in (q, k, v))
-            options = self._options(index_SL.shape[1], q.device)
-            out = entry.run(q_SHLD, k_SHLD, v_SHLD, dropout=dropout, scale=scale, options=options)
-            out_THE[index_SL] = out.transpose(1, 2)
-            work = self._work(q_SHLD, k_SHLD, v_SHLD, None, scale, options)
+
+        def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            nonlocal kept, pairs
+            options = self._options(q.shape[2], q.device)
+            work = self._work(q, k, v, None, scale, options)
             kept, pairs = kept + work[0], pairs + work[1]
-        return out_THE.unflatten(0, (B, N)).transpose(1, 2), kept, pairs
+            return entry.run(q, k, v, dropout=dropout, scale=scale, options=options)
+
+        out = attend_apart(alone, q, k, v, valid)
+        return out, kept, pairs
 
     def _options(self, tokens: int, device: torch.device) -> dict[str, Any]:
         """The user's options, and those that follow from the call."""

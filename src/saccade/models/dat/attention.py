@@ -275,14 +275,14 @@ class ShiftedWindowAttention(WindowAttention):
     def mix(self, x_BHWC: Tensor, values_BhNE: Tensor, **unused: None) -> Tensor:  # type: ignore[override]
         """This layer's weights on `x`, applied to given values (B, h, N, E); what `attention_map` calls."""
         q, k, _ = self._filled_heads(x_BHWC)
-        values, _ = self.fill(values_BhNE.flatten(0, 1).unflatten(1, x_BHWC.shape[1:3]))
+        values, _ = self.fill(values_BhNE.flatten(0, 1), x_BHWC.shape[1:3])
         v = values.unflatten(0, values_BhNE.shape[:2]).permute(0, 2, 3, 1, 4)
         return self._attend(q, k, v, x_BHWC.shape).flatten(1, 2).transpose(1, 2)
 
     def _filled_heads(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, W, h, D) of a map filled up to whole windows."""
         self.grid(x_BHWC, None)
-        y_BHWC, _ = self.fill(x_BHWC)
+        y_BHWC, _ = self.fill(x_BHWC, x_BHWC.shape[1:3])
         return self.qkv(y_BHWC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
 
     def _attend(self, q_BHWhD: Tensor, k_BHWhD: Tensor, v_BHWhE: Tensor, size: torch.Size) -> Tensor:

@@ -69,13 +69,13 @@ class TaskAdaptedAttention(WindowAttention):
         grid, images = self.grid(x, size), len(omega_BD)
         if not images or len(x) % images:
             raise ValueError(f"omega must be one for each image, got {images} for {len(x)} maps or windows")
-        y, full = self.fill(x.reshape(x.shape[0], *grid, self.dim))
+        y, full = self.fill(x, grid)
         q, k, v = (
             part.transpose(1, 2)
             for part in self.qkv(y.flatten(1, -2)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         )
         if values_BHNE is not None:
-            v = self.fill(values_BHNE.flatten(0, 1).unflatten(1, grid))[0].flatten(1, -2).unflatten(0, v.shape[:2])
+            v = self.fill(values_BHNE.flatten(0, 1), grid)[0].flatten(1, -2).unflatten(0, v.shape[:2])
         place_N = self._places(full, x.device)
         rows_BNT = self.task_bias(omega_BD)[:, place_N].repeat_interleave(len(x) // images, 0)
         keys_NT = F.one_hot(place_N, prod(self.window_size)).to(k)

@@ -18,7 +18,7 @@ from saccade.ops.expansion.operator import cut_tokens
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.memory import large_empty
-from saccade.ops.sharding import in_parts
+from saccade.ops.sharding import in_force, in_parts
 
 
 @in_parts
@@ -102,7 +102,12 @@ def in_segments(
     """
     (B, H, N, D), E = q_BHND.shape, v_BKNE.shape[3]
     size = max(512, _SEGMENT_ELEMENTS // max(1, B * H * D))
-    if size >= N or needs_grad(q_BHND, k_BKND, v_BKNE, state) or torch.compiler.is_compiling():
+    if (
+        size >= N
+        or in_force() is not None
+        or needs_grad(q_BHND, k_BKND, v_BKNE, state)
+        or torch.compiler.is_compiling()
+    ):
         return attend(q_BHND, k_BKND, v_BKNE, mask_BN, state, return_state)
     out = large_empty((B, H, N, E), q_BHND.dtype, q_BHND.device)
     for at in cut_tokens(N, size):

@@ -17,5 +17,6 @@ costs more than the arithmetic on it.
 """
 
 from saccade.ops.partitions.attend import packed_window_attend, window_attend, window_bias
+from saccade.ops.partitions.filled import cropped, filled, on_filled
 
-__all__ = ["packed_window_attend", "window_attend", "window_bias"]
+__all__ = ["cropped", "filled", "on_filled", "packed_window_attend", "window_attend", "window_bias"]

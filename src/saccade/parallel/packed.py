@@ -1,0 +1,65 @@
+"""Sequences that are packed into a row, read off the positions of tokens: one begins where they do not go on by one.
+
+Shape letters: B batch, N tokens of this rank, M of the whole row, T of all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saccade.parallel.context import Shards
+from saccade.parallel.exchange import ask, gather_parts
+
+KIND = "positions"
+
+
+@torch.no_grad()
+def documents_of(shards: Shards, function: Callable[..., Any], positions_BN: Tensor) -> Tensor | None:
+    """What `saccade.ops.sequences.documents_of` says of the whole rows, (B, M).
+
+    Every rank says how its pieces begin and end, and how many sequences begin inside of them; where some do, which.
+
+    Args:
+        shards: the ranks.
+        function: that; it is not called.
+        positions_BN: of this rank's tokens.
+    """
+    layout, B = shards.layouts(positions_BN.shape[1])[0], positions_BN.shape[0]
+    row_B1 = torch.arange(B, device=positions_BN.device)[:, None] * layout.length
+    begins: list[Tensor] = []
+    edges: list[int] = []
+    first = 0
+    for piece in layout.pieces(shards.rank):
+        of_piece = positions_BN[:, first : first + len(piece)]
+        row, place = (of_piece.diff() != 1).nonzero(as_tuple=True)
+        begins.append(row_B1[row, 0] + piece.start + place + 1)
+        edges += [*of_piece[:, 0].tolist(), *of_piece[:, -1].tolist()]
+        first += len(piece)
+    inside = torch.cat(begins) if begins else row_B1[:0, 0]
+    room = 2 * B * (1 if layout.balance == "contiguous" else 2)
+    answers = ask(shards, [len(inside), *edges, *[0] * (room - len(edges))], KIND)
+
+    in_order = []
+    for rank, (_, *ends) in enumerate(answers):
+        for number, piece in enumerate(layout.pieces(rank)):
+            at = 2 * B * number
+            in_order.append((piece.start, ends[at : at + B], ends[at + B : at + 2 * B]))
+    in_order.sort()
+    between = [
+        row * layout.length + start
+        for (_, _, before), (start, after, _) in zip(in_order, in_order[1:])
+        for row in range(B)
+        if after[row] != before[row] + 1
+    ]
+    counts = [count for count, *_ in answers]
+    if not between and not any(counts):
+        return None
+    found = gather_parts(shards, inside, counts, KIND) if any(counts) else inside
+    new_T = torch.zeros(B * layout.length, dtype=torch.long, device=positions_BN.device)
+    new_T[found] = 1
+    new_T[torch.tensor(between, dtype=torch.long, device=new_T.device)] = 1
+    return new_T.view(B, -1).cumsum(1)
