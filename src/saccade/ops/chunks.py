@@ -44,5 +44,5 @@ def attend_in_chunks(
     out = out.unflatten(0, (B, whole // size)).transpose(1, 2).flatten(2, 3)
     if whole == N:
         return out
-    rest = (x[:, :, whole:] for x in (q_BHND, k_BHND, v_BHNE))
-    return torch.cat([out, attend(*rest, None if valid_BN is None else valid_BN[:, whole:])], 2)
+    q, k, v = (x[:, :, whole:] for x in (q_BHND, k_BHND, v_BHNE))
+    return torch.cat([out, attend(q, k, v, None if valid_BN is None else valid_BN[:, whole:])], 2)

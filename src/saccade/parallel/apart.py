@@ -80,8 +80,8 @@ def attend_apart(
     tensors = deal.dealt(q, k, v)
     pieces = zip(*(x_WHD.split([S * L for (S, L), _ in here]) for x_WHD in tensors))
     outs = [tensors[0].new_zeros(0, q.shape[1], v.shape[3])]
-    for ((S, _), by), piece in zip(here, pieces):
-        with put_in_force(by):
+    for ((S, _), sharers), piece in zip(here, pieces):
+        with put_in_force(sharers):
             out_SHLE = attend(*(x_WHD.unflatten(0, (S, -1)).transpose(1, 2) for x_WHD in piece))
         outs.append(out_SHLE.transpose(1, 2).flatten(0, 1))
     out_WHE = tied(torch.cat(outs), *tensors)
