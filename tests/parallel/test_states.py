@@ -119,6 +119,9 @@ CASES: dict[str, tuple[Callable[[int], Inputs], Callable[..., Any], dict[str, in
     "wkv": (_keyed, wkv, {"k": 1, "v": 1}),
 }
 
+#: those that send neighbours and no states
+UNFORESEEN = ("ema, cut", "ema, cut, one channel backwards")
+
 
 def _gradients(outs: list[Tensor], leaves: Inputs, to_outs: list[Tensor]) -> Inputs:
     return dict(zip(leaves, torch.autograd.grad(outs, list(leaves.values()), to_outs), strict=True))
@@ -130,7 +133,7 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
     axis = next(iter(axes.values()))
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     foreseen = Foreseen(mesh=mesh, balance=balance)
-    with put_in_force(foreseen):
+    with put_in_force(None if name in UNFORESEEN else foreseen):
         alone = function(**leaves) if "decay" in leaves else function(*leaves.values())
     to_out = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
     expected = _gradients([alone], leaves, [to_out])
@@ -149,6 +152,8 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
             torch.testing.assert_close(
                 gradient, wanted, atol=2e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
+    if name in UNFORESEEN:
+        return
     (predicted,) = foreseen.plans
     share = predicted.shares[shards.rank]
     assert shards.traffic.counts["states", "forward"][:2] == (share.sent, share.received)
