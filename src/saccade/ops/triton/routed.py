@@ -144,7 +144,7 @@ def route_gradients_in_triton(
             OWN=own,
         )
     listed = _list(chosen_BHNj.contiguous(), K, M // size, cut["ROWS"])
-    rows = min(32, constants["KEYS"])  # two sums are kept here
+    rows = min(32, constants["ROWS"], constants["KEYS"])  # two sums are kept here
     constants |= {"ROWS": rows, "KEYS": rows}
     launch(
         kernels.key_gradients,
@@ -160,12 +160,12 @@ def _cut(q: Tensor) -> dict[str, Any]:
     """How work is cut into programs: the width of rows in registers, rows of queries and of keys, warps; how they
     multiply.
 
-    Up to 128 columns of bfloat16 fit into the registers of every target of `compiling`; 256, and float32 as it is,
-    spill some (`--every` says how much).
+    Up to 128 columns fit into the registers of every target of `compiling`, but for 8 bytes of 64 columns in float32 on
+    sm_80; 256 spill some (`--every` says how much).
     """
     width = block(q.shape[3], WIDEST)
     if work_type(q.dtype) == torch.float32:
-        rows, keys, warps = (32, 32, 8) if width <= 128 else (16, 16, 8)
+        rows, keys, warps = (32, 32, 8) if width <= 64 else (16, 32, 8) if width <= 128 else (16, 16, 8)
     else:
         rows, keys, warps = (64, 64, 4) if width <= 64 else (64, 32, 4) if width <= 128 else (32, 32, 8)
     return {"WIDTH": width, "ROWS": rows, "KEYS": keys, "warps": warps, **products(q.device, q.dtype)}
