@@ -140,12 +140,14 @@ def cache_for(
         **options: the policy's own.
 
     Raises:
-        ValueError: if there is no such policy, option or layer, or the budget is out of its range.
+        ValueError: if there is no such policy, option or layer, the budget is out of its range, or a press does not
+            work by `compress` alone.
     """
     decoder, rule = decoder_of(model), policy_of(policy, options)
     bound, places = Budget.of(budget), attention_layers(decoder_of(model))
     inside = theirs.DynamicCache(config=decoder.config).layers
-    if any(isinstance(layer, theirs.DummyLayer) for number, layer in enumerate(inside) if number in places.values()):
+    dummy = getattr(theirs, "DummyLayer", ())  # of versions that have such layers
+    if any(isinstance(layer, dummy) for number, layer in enumerate(inside) if number in places.values()):
         raise ValueError(f"{type(model).__name__} has layers that share the keys of others: no policy is defined there")
     if layers is None:
         # attention alone: what stands in the place of a layer (`saccade.convert`) keeps tokens in its own way
@@ -154,6 +156,8 @@ def cache_for(
         chosen = {places[place] for place in choose(places, layers, "layers")}
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no layer of full attention: name some in layers=[...]")
+    if isinstance(rule, PressPolicy):
+        rule = rule.prepared(model, getattr(decoder, "rotary_emb", None))
     how: dict[str, Any] = {"least": least, "layers": len(chosen)}
     for number in chosen:
         window = _window(inside[number], number, decoder.config)

@@ -2,7 +2,8 @@
 
 A press is an object with `compress(module, hidden_states, keys, values, attentions, kwargs)`, which is called once
 after a layer has read the prompt, and gives back fewer keys and values; and with `compression_ratio`, the share
-that goes.
+that goes. Read from kvpress 0.5.5, whose presses are more than that: some begin with `post_init_from_model(model)`,
+some work by hooks of their own, and some only hide keys from kvpress' own attention; the last two are refused.
 
 Shape letters: B batch, H query heads, K key heads, N tokens of the prompt, M those that stay, D head dim,
 E width of values, C channels.
@@ -10,7 +11,11 @@ E width of values, C channels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -49,12 +54,14 @@ class PressPolicy(Policy):
     Attributes:
         sinks, recent: of no effect.
         press: the press, whose `compression_ratio` is the budget.
+        rotary: the module of the model that makes rotary positions, which some presses look for in the layer.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it does not work by `compress` alone.
     """
 
     press: Press | None = None
+    rotary: nn.Module | None = field(default=None, repr=False, compare=False)
 
     budget_is = "refused"
     needs_hidden = True
@@ -63,6 +70,23 @@ class PressPolicy(Policy):
         super().__post_init__()
         if self.press is None:
             raise ValueError("a policy of a press needs one: press=")
+        base = getattr(sys.modules.get("kvpress"), "BasePress", None)
+        if base is not None and isinstance(self.press, base):
+            for name in ("forward_hook", "__call__"):
+                if getattr(type(self.press), name) is not getattr(base, name):
+                    raise ValueError(f"{type(self.press).__name__} works by a {name} of its own, not by compress alone")
+
+    def prepared(self, model: nn.Module, rotary: nn.Module | None) -> PressPolicy:
+        """This for a model, which the press is told, as kvpress does.
+
+        Args:
+            model: the whole of it.
+            rotary: see above.
+        """
+        tell = getattr(self.press, "post_init_from_model", None)
+        if tell is not None:
+            tell(model)
+        return replace(self, rotary=rotary)
 
     def score(self, held: Held) -> Tensor:
         return held.position_BKM
@@ -71,13 +95,31 @@ class PressPolicy(Policy):
         if bool((new.position_BN < 0).any()):
             raise ValueError(f"{type(self.press).__name__} takes no padding: run prompts of one length, or one by one")
         assert self.press is not None and new.hidden_BNC is not None
-        given = {name: value for name, value in new.call.items() if name != "module"}
-        return self.press.compress(new.call["module"], new.hidden_BNC, new.k_BKND, new.v_BKNE, None, given)
+        module, given = new.call["module"], {name: value for name, value in new.call.items() if name != "module"}
+        with _rotary(module, self.rotary):
+            kept = self.press.compress(module, new.hidden_BNC, new.k_BKND, new.v_BKNE, None, given)
+        if getattr(module, "masked_key_indices", None) is not None:
+            module.masked_key_indices = None  # type: ignore[assignment]
+            raise ValueError(f"{type(self.press).__name__} drops no keys, it hides them from kvpress' own attention")
+        return kept
+
+
+@contextmanager
+def _rotary(module: Any, rotary: nn.Module | None) -> Iterator[None]:
+    """The layer with `rotary_emb`, where kvpress' presses look for it; afterwards as before."""
+    lent = rotary is not None and not hasattr(module, "rotary_emb")
+    if lent:
+        module.rotary_emb = rotary
+    try:
+        yield
+    finally:
+        if lent:
+            del module.rotary_emb
 
 
 @dataclass
 class PolicyPress:
-    """A policy as a press, for kvpress or whatever else knows that interface.
+    """A policy as a press, for whatever knows that interface; `as_press` makes one that kvpress itself takes.
 
     Attributes:
         policy: one that scores tokens.
@@ -187,6 +229,9 @@ def _queries(module: Any, hidden_BNC: Tensor, width: int, kwargs: dict[str, Any]
 def as_press(policy: Policy, compression_ratio: float = 0.5) -> PolicyPress:
     """A policy as an object with kvpress' interface.
 
+    Where kvpress was imported before, it is a `ScorerPress` of it too: `with as_press(policy)(model):` and kvpress'
+    pipeline and wrappers take it.
+
     Args:
         policy: one that scores tokens.
         compression_ratio: share of the prompt's tokens that goes.
@@ -200,4 +245,12 @@ def as_press(policy: Policy, compression_ratio: float = 0.5) -> PolicyPress:
     >>> press.compress(torch.nn.Module(), torch.zeros(1, 4, 1), keys, keys, None, {})[0].flatten().tolist()
     [1.0, 2.0]
     """
-    return PolicyPress(policy, compression_ratio)
+    kvpress = sys.modules.get("kvpress")
+    kind = PolicyPress if kvpress is None else _scorer(kvpress.ScorerPress)
+    return kind(policy, compression_ratio)
+
+
+@cache
+def _scorer(base: type) -> type[PolicyPress]:
+    """`PolicyPress` with what kvpress' scorers inherit: the context manager and its hooks."""
+    return type("PolicyPress", (PolicyPress, base), {})
