@@ -1,14 +1,15 @@
 """Half of a model's attention layers to another mechanism, in minutes: `python benchmarks/convert.py [CASE ...]`.
 
 The model is SmolLM2-135M-Instruct. The half is those layers that it misses least one by one, found once, on the text
-to learn from (Python's language reference, without the tenth that is judged on). Each mechanism has five minutes of
-processor time, all threads together, so at most half of what five minutes on two cores are: first the layers imitate
-the old ones, then the whole model learns from its former logits; nothing but the new layers changes, and no label of
-the text is learned from.
+to learn from (Python's language reference, without a tenth). Each mechanism has five minutes on two cores, counted as
+ten minutes of processor time, all threads together: first the layers imitate the old ones, then the whole model learns
+from its former logits; nothing but the new layers changes, and no label of the text is learned from.
 
-Perplexity is of 4,096 held-out tokens in windows of 512, the length of training, and of 2,048. Milliseconds and
-prefill are of the processor, for 8,192 tokens of which the model says the last 16; the cache is all that is kept.
-What is regained is the share of the rise of log-perplexity by leaving the layers out that the new layers undo.
+Perplexity is of 4,096 tokens of the other tenth in windows of 512, the length of training, and of 2,048. What the
+mechanisms are told was chosen on 4,096 tokens before these, on which nothing is judged; rates of learning, by how
+layers are imitated on windows of the text to learn from that were not learned from. Milliseconds and prefill are
+of the processor, for 8,192 tokens of which the model says the last 16; the cache is all that is kept. What is regained
+is the share of the rise of log-perplexity by leaving the layers out that the new layers undo.
 
 Figures are kept with `--json FILE`, to which a later run of other cases adds; `--markdown FILE` writes them as a page.
 Checkpoints lie in the cache folder: a run that was stopped goes on.
@@ -37,13 +38,24 @@ from saccade.report.conversion import language_model
 from saccade.train.conversion import convert, cost_of_leaving_out, perplexity
 from saccade.train.data import text_bytes
 
-MINUTES = 5.0
-LENGTH, LONG, CONTEXT, JUDGED = 512, 2048, 8192, 4096
-#: what each mechanism is told, of the part and of the training
+MINUTES, THREADS = 5.0, 2
+LENGTH, LONG, CONTEXT = 512, 2048, 8192
+#: tokens of the text that is not learned from: the first, on which ways are chosen, and those behind them
+CHOSEN, JUDGED = 4096, 4096
+#: what each mechanism is told, of the part and of the training; NAtS' window and MoH's router are their papers' for
+#: pretrained language models
 WAYS: dict[str, dict[str, Any]] = {
     "moba": {"block_size": 64, "top_k": 4, "sinks": 4},
-    "lightning": {"bias": True},
-    "slay": {"variant": "hadamard", "lr": 3e-4},
+    "lightning": {"bias": True, "lr": 3e-3},
+    "slay": {"variant": "hadamard", "lr": 1e-2},
+    "nats": {"window": 256, "chunk_size": 1},
+    "moh": {"router": "query-norm", "shared_heads": 4, "routed_heads": 3},
+}
+#: of a tiny model's parts
+QUICK: dict[str, dict[str, Any]] = {
+    "moba": {"block_size": 8},
+    "nats": {"window": 8},
+    "moh": {"shared_heads": 2, "routed_heads": 1},
 }
 #: of the loss by leaving the layers out
 GOAL = 0.8
@@ -60,8 +72,8 @@ STATES = {
 def subject(quick: bool) -> tuple[Any, Tensor, Tensor]:
     """The model, the text to learn from and the text to be judged on; a quick run's is tiny and has not learned."""
     if not quick:
-        model, text, held_out = language_model("smollm2-135m", [], JUDGED)
-        return model, text, held_out[:JUDGED]
+        model, text, held_out = language_model("smollm2-135m", [], CHOSEN + JUDGED)
+        return model, text, held_out[CHOSEN : CHOSEN + JUDGED]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -108,11 +120,12 @@ def layers_row(quick: bool) -> dict[str, Any]:
 def mechanism_row(slug: str, quick: bool) -> dict[str, Any]:
     model, tokens, held_out = subject(quick)
     layers = order(quick)[: len(order(quick)) // 2]
-    sizes: dict[str, Any] = {"length": LENGTH, "context": CONTEXT, "minutes": MINUTES, "clock": time.process_time}
+    sizes: dict[str, Any] = {"length": LENGTH, "context": CONTEXT, "minutes": THREADS * MINUTES}
+    sizes["clock"] = time.process_time
     options = dict(WAYS[slug])
     if quick:
         sizes = {"length": 32, "context": 64, "steps": 4, "shown": False}
-        options |= {"block_size": 8} if slug == "moba" else {}
+        options |= QUICK.get(slug, {})
     long = 64 if quick else LONG
     row: dict[str, Any] = {"long_before": perplexity(model, held_out, long)}
     with kept_in(slug, quick) as folder:

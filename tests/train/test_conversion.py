@@ -148,6 +148,8 @@ def test_projections_that_find_no_place_are_named() -> None:
     fused = part.qkvu_proj.weight  # type: ignore[union-attr]
     assert not anew and torch.equal(fused[:16], layer.q_proj.weight) and torch.equal(fused[16:32], twice)
     assert (part.qkvu_proj.bias == torch.arange(64).div(48).floor()).all()  # type: ignore[union-attr]  # an open gate
+    theta = part.lrpe.theta  # type: ignore[union-attr]  # turned as the layer's rotary positions are
+    assert torch.equal(theta, torch.tensor([1.0, 0.01, 1.0, 0.01]).expand(4, 1, 4))
     biased = saccade.create("softmax", dim=16, num_heads=4, causal=True, qkv_bias=True)
     part, anew = converted.part_for("lightning", biased)
     assert anew == ["q_proj", "k_proj", "v_proj"]  # which have biases, and there is no place for these

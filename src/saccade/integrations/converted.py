@@ -127,7 +127,8 @@ def part_for(slug: str, layer: nn.Module, **arguments: Any) -> tuple[nn.Module, 
     """A part that begins with a trained layer's projections, and the names of those that it begins without.
 
     A part with `from_softmax` begins as its paper says. Of another, the projections that it has too are copied, those
-    of shared key heads once for each head where it shares none; the rest begins as ever.
+    of shared key heads once for each head where it shares none; learned positions begin as the layer's rotary ones,
+    the rest as ever.
 
     Args:
         slug: of the part.
@@ -154,6 +155,8 @@ def part_for(slug: str, layer: nn.Module, **arguments: Any) -> tuple[nn.Module, 
         raise ValueError(f"{slug} has no place for any projection of a softmax layer: it would begin from nothing")
     if hasattr(new, "start_as_softmax"):
         new.start_as_softmax()
+    if known.rope and hasattr(new, "take_rotary"):
+        new.take_rotary(known.rope_base)
     return new.to(device=known.q[0].device, dtype=known.q[0].dtype), anew
 
 

@@ -189,6 +189,17 @@ class LightningAttention(nn.Module):
             self.qkvu_proj.weight[-self.hidden_dim :] = 0
             self.qkvu_proj.bias[-self.hidden_dim :] = 1
 
+    @torch.no_grad()
+    def take_rotary(self, base: float) -> None:
+        """Begin LRPE, where there is one, as rotary positions: channels c and c + D/2 turn by base^(-2 c / D).
+
+        Args:
+            base: of the rotary positions.
+        """
+        if self.lrpe is not None:
+            theta_H1D, D = self.lrpe.theta, self.lrpe.theta.shape[-1]
+            theta_H1D.copy_(base ** (-2.0 * (torch.arange(D, device=theta_H1D.device) % max(1, D // 2)) / D))
+
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, form={self.form!r}, hidden_dim={self.hidden_dim}"
 
@@ -342,19 +353,11 @@ class TransNormerLM(nn.Module):
         self.embedding = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(
             TransNormerBlock(
-                dim,
-                num_heads,
-                glu_dim,
-                norm=norm,
-                bias=bias,
-                hidden_dim=hidden_dim,
-                layer_index=layer,
-                num_layers=num_layers,
-                lrpe=layer == 0 if lrpe is None else bool(lrpe[layer]),
-                slopes=slopes,
+                dim, num_heads, glu_dim, norm=norm, bias=bias, hidden_dim=hidden_dim, layer_index=layer,
+                num_layers=num_layers, lrpe=layer == 0 if lrpe is None else bool(lrpe[layer]), slopes=slopes,
             )
             for layer in range(num_layers)
-        )
+        )  # fmt: skip
         self.norm = _norm(norm, dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         for module in (self.embedding, self.head):
