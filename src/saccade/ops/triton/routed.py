@@ -160,8 +160,8 @@ def _cut(q: Tensor) -> dict[str, Any]:
     """How work is cut into programs: the width of rows in registers, rows of queries and of keys, warps; how they
     multiply.
 
-    Up to 128 columns fit into the registers of every target of `compiling`, but for 8 bytes of 64 columns in float32 on
-    sm_80; 256 spill some (`--every` says how much).
+    Up to 128 columns fit into the registers of every target of `compiling`, but for 64 in float32, whose gradients
+    spill up to 24 bytes on NVIDIA's; 256 spill some (`--every` says how much).
     """
     width = block(q.shape[3], WIDEST)
     if work_type(q.dtype) == torch.float32:
