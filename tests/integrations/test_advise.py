@@ -136,6 +136,8 @@ def test_the_line_for_shapes_computes_what_was_measured(slug: str, causal: bool)
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="tolerance"):
         advise((1, 1, 8, 4), tolerance=-1)
+    with pytest.raises(ValueError, match="mechanisms must be a list of names, got 'moba'"):
+        advise((1, 1, 8, 4), mechanisms="moba")
     with pytest.raises(ValueError, match="shapes must be"):
         advise((1, 8, 4))
     with pytest.raises(ValueError, match="cannot replace"):

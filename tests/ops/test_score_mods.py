@@ -196,6 +196,8 @@ def test_refusals_at_use(mod: ScoreMod, message: str) -> None:
     for call in (saccade.attend, saccade.plan):
         with pytest.raises(ValueError, match=message):
             call(*inputs(), score_mod=mod)
+        with pytest.raises(TypeError, match="score_mod must be one of saccade.score_mods, or a function, got 'alibi'"):
+            call(*inputs(), score_mod="alibi")
 
 
 def test_a_sink_is_one_more_key() -> None:

@@ -607,6 +607,7 @@ def test_what_was_measured_is_returned_where_it_cannot_be_kept(tmp_path, monkeyp
         (["softmax"], {"width": 3}, "no setting is called 'width'"),
         (["softmax"], {"dim": 0}, "dim must be an integer of at least 1"),
         (["softmax"], {"lengths": (8, 4)}, "ascending"),
+        (["softmax"], {"lengths": 64}, "lengths must be positive integers in ascending order, got 64"),
         (["softmax"], {"lr": 0}, "lr must be a number above 0"),
         (["softmax"], {"task": "recall", "data": ["x"]}, "data files are for task 'text' or 'click'"),
         (["softmax"], {"task": "recall", "pairs": 50}, "length must be at least"),

@@ -116,6 +116,7 @@ def attend(
 
     Raises:
         ValueError: if shapes, dtypes or options do not fit, or the backend asked for cannot do this.
+        TypeError: if an argument is of another type.
 
     >>> import torch, saccade
     >>> q = k = v = torch.randn(1, 2, 8, 4)
@@ -277,6 +278,8 @@ def problem_of(
 def _checked(score_mod: ScoreMod | None, B: int, H: int, N: int, M: int, device: torch.device) -> list[Tensor]:
     """The tensors of a modification that has a name, once it is known to fit."""
     if not isinstance(score_mod, Modification):
+        if score_mod is not None and not callable(score_mod):
+            raise TypeError(f"score_mod must be one of saccade.score_mods, or a function, got {score_mod!r}")
         return []
     why_not = score_mod.refusal(B, H, N, M)
     if why_not:

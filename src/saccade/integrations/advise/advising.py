@@ -227,7 +227,7 @@ def check(
         tolerance, repeats, context, mechanisms, quality: as in `advise`.
 
     Raises:
-        ValueError: if a number is out of range or a mechanism unknown.
+        ValueError: if a number is out of range, a mechanism unknown, or a name stands where a list should.
     """
     if not tolerance >= 0 or repeats < 1:
         raise ValueError(f"tolerance must not be negative and repeats at least 1, got {tolerance} and {repeats}")
@@ -235,5 +235,7 @@ def check(
         raise ValueError(f"quality must be deviation or perplexity, got {quality!r}")
     if context is not None and context < 1:
         raise ValueError(f"context must be positive, got {context}")
+    if isinstance(mechanisms, str):
+        raise ValueError(f"mechanisms must be a list of names, got {mechanisms!r}")
     for slug in mechanisms or ():
         mechanism(slug)

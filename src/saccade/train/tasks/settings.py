@@ -60,7 +60,8 @@ class Settings:
             if name not in known:
                 raise ValueError(f"no setting is called {name!r}; there is {', '.join(sorted(known))}")
             if name == "lengths":
-                if any(not isinstance(n, int) or n < 1 for n in value) or list(value) != sorted(set(value)):
+                row = list(value) if isinstance(value, (tuple, list, range)) else [None]
+                if any(not isinstance(n, int) or n < 1 for n in row) or row != sorted(set(row)):
                     raise ValueError(f"lengths must be positive integers in ascending order, got {value}")
                 continue
             lowest = 0 if name in ("decode_tokens", "map_length", "checkpoint_seconds", "weight_decay") else 1
