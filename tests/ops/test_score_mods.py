@@ -196,7 +196,7 @@ def test_refusals_at_use(mod: ScoreMod, message: str) -> None:
     for call in (saccade.attend, saccade.plan):
         with pytest.raises(ValueError, match=message):
             call(*inputs(), score_mod=mod)
-        with pytest.raises(TypeError, match="score_mod must be one of saccade.score_mods, or a function, got 'alibi'"):
+        with pytest.raises(TypeError, match="or a function, got 'alibi'"):
             call(*inputs(), score_mod="alibi")
 
 
