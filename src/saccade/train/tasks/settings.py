@@ -60,7 +60,7 @@ class Settings:
             if name not in known:
                 raise ValueError(f"no setting is called {name!r}; there is {', '.join(sorted(known))}")
             if name == "lengths":
-                row = list(value) if isinstance(value, (tuple, list, range)) else [None]
+                row: list[Any] = list(value) if isinstance(value, (tuple, list, range)) else [None]
                 if any(not isinstance(n, int) or n < 1 for n in row) or row != sorted(set(row)):
                     raise ValueError(f"lengths must be positive integers in ascending order, got {value}")
                 continue
