@@ -32,10 +32,6 @@ def fits() -> bool:
 
 
 beside_theirs = pytest.mark.skipif(not fits(), reason=f"kvpress does not take transformers {transformers.__version__}")
-in_ours = pytest.mark.skipif(
-    not hasattr(transformers.cache_utils, "DummyLayer"),
-    reason=f"our caches do not take transformers {transformers.__version__}",
-)
 PRESSES = [
     kvpress.KnormPress(0.6),
     kvpress.SnapKVPress(0.5, window_size=4),
@@ -89,7 +85,6 @@ def test_the_interface_is_what_ours_takes_and_is() -> None:
     assert isinstance(press, kvpress.ScorerPress) and press.compression_ratio == 0.25
 
 
-@in_ours
 @pytest.mark.parametrize("press", PRESSES, ids=lambda press: type(press).__name__)
 @torch.no_grad()
 def test_theirs_in_our_caches(press: Any) -> None:
@@ -122,7 +117,6 @@ def test_ours_in_their_wrappers() -> None:
         close(by_kvpress(wrap(ours), model, ids)[0], by_kvpress(wrap(theirs), model, ids)[0])
 
 
-@in_ours
 @torch.no_grad()
 def test_what_drops_nothing_is_refused() -> None:
     model, ids = built()

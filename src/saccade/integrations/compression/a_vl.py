@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saccade.compress.a_vl import AVLCache, AVLOptions, image_span
 from saccade.compress.policies import Budget
 from saccade.integrations.compression.cache import CompressedCache, running
+from saccade.integrations.compression.layer import queries_of
 from saccade.layers.vision_language import decoder_of, image_token
 from saccade.layers.wrapping import Report, changing
 
@@ -72,8 +73,8 @@ class TransformersAVLCache(AVLCache, CompressedCache):
         """Tokens seen: positions stay true ones."""
         return self.layers[layer_idx].length
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self.layers[layer_idx].length + query_length, 0
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int) -> tuple[int, int]:
+        return self.layers[layer_idx].length + queries_of(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1

@@ -146,7 +146,8 @@ def cache_for(
     decoder, rule = decoder_of(model), policy_of(policy, options)
     bound, places = Budget.of(budget), attention_layers(decoder_of(model))
     inside = theirs.DynamicCache(config=decoder.config).layers
-    if any(isinstance(layer, theirs.DummyLayer) for number, layer in enumerate(inside) if number in places.values()):
+    shares = getattr(theirs, "DummyLayer", ())  # before transformers 5.3 such layers have none
+    if any(number >= len(inside) or isinstance(inside[number], shares) for number in places.values()):
         raise ValueError(f"{type(model).__name__} has layers that share the keys of others: no policy is defined there")
     if layers is None:
         # attention alone: what stands in the place of a layer (`saccade.convert`) keeps tokens in its own way

@@ -27,6 +27,15 @@ __all__ = ["IMPLEMENTATION", "PolicyLayer"]
 IMPLEMENTATION = "saccade_compressed"
 
 
+def queries_of(said: int | Tensor) -> int:
+    """How many queries a mask is asked for; transformers before 5.3 tells their positions.
+
+    Args:
+        said: as transformers says it.
+    """
+    return len(said) if isinstance(said, Tensor) else said
+
+
 class _Attending(Protocol):
     """What a cache marks keys with."""
 
@@ -68,15 +77,20 @@ class PolicyLayer(PolicyCache, CacheLayerMixin):
         """Tokens seen, padding counted: positions stay true ones."""
         return self.length
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        queries = queries_of(query_length)
         if self.window is None:
-            return self.length + query_length, 0
+            return self.length + queries, 0
         # as transformers' own sliding layers have it, which share their mask with this one
         within = min(self.length, self.window - 1)
-        return within + query_length, self.length - within
+        return within + queries, self.length - within
 
     def get_max_length(self) -> int:
         return -1 if self.window is None else self.window
+
+    def get_max_cache_shape(self) -> int:
+        """The same before transformers 5.3."""
+        return self.get_max_length()
 
     def offload(self) -> None:
         raise NotImplementedError("a compressed cache stays where it is: it is small")
