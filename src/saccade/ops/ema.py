@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.sharding import in_parts
 
 __all__ = ["ema", "ema_kernel", "ema_reference", "ema_step", "fft_convolve"]
@@ -76,7 +77,7 @@ def ema(
         raise ValueError(f"backwards must be a number of channels, 0 to {x_BNC.shape[2]}, got {backwards}")
     if backwards and (state is not None or return_state):
         raise ValueError("what runs backwards has no state of the tokens before it")
-    x_BNC, dtype = turned(x_BNC, backwards), _wide(x_BNC)
+    x_BNC, dtype = turned(x_BNC, backwards), working_dtype(x_BNC.dtype)
     q, w, c = (p.to(dtype) for p in (decay_CE, weight_CE, mix_CE))
     if taps is not None:
         return turned(fft_convolve(x_BNC, ema_kernel(q, w, c, min(taps, max(1, x_BNC.shape[1])))), backwards)
@@ -104,7 +105,7 @@ def ema_step(
     _check(x_B1C, decay_CE, weight_CE, mix_CE, state_BCE)
     if x_B1C.shape[1] != 1:
         raise ValueError(f"ema_step takes one token, got {x_B1C.shape[1]}")
-    dtype = _wide(x_B1C)
+    dtype = working_dtype(x_B1C.dtype)
     state = x_B1C.to(dtype).transpose(1, 2) * weight_CE.to(dtype)
     if state_BCE is not None:
         state = torch.addcmul(state, decay_CE.to(dtype), state_BCE.to(dtype))
@@ -126,7 +127,7 @@ def fft_convolve(x_BNC: Tensor, kernel_CL: Tensor) -> Tensor:
     N, size = x_BNC.shape[1], x_BNC.shape[1] + kernel_CL.shape[1]
     if not x_BNC.numel():
         return x_BNC
-    x_BCN = x_BNC.to(_wide(x_BNC)).transpose(1, 2)
+    x_BCN = x_BNC.to(working_dtype(x_BNC.dtype)).transpose(1, 2)
     product = torch.fft.rfft(x_BCN, size) * torch.fft.rfft(kernel_CL.to(x_BCN.dtype), size)
     return torch.fft.irfft(product, size)[..., :N].transpose(1, 2).to(x_BNC.dtype)
 
@@ -152,10 +153,6 @@ def _check(x: Tensor, decay: Tensor, weight: Tensor, mix: Tensor, state: Tensor 
             raise ValueError(f"{name} must be (channels, dimensions) = ({x.shape[2]}, E), got {tuple(p.shape)}")
     if state is not None and state.shape != (x.shape[0], *decay.shape):
         raise ValueError(f"state must be (B, C, E) = {(x.shape[0], *decay.shape)}, got {tuple(state.shape)}")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _powers(q: Tensor, count: int, first: int = 0) -> Tensor:

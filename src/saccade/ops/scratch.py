@@ -51,9 +51,9 @@ class Scratch:
                 buffer = self._buffers[name] = large_empty((need,), self.dtype, self.device)
         return buffer[:need].view(shape)
 
-    def trim(self) -> int:
-        """Let go of what is too large to be kept; the bytes that remain."""
-        large = [name for name, buffer in self._buffers.items() if buffer.nbytes > KEPT_BYTES]
+    def trim(self, kept_bytes: int = KEPT_BYTES) -> int:
+        """Let go of buffers that are larger than that; the bytes that remain."""
+        large = [name for name, buffer in self._buffers.items() if buffer.nbytes > kept_bytes]
         for name in large:
             del self._buffers[name]
         if large or len(self.bound) > _BOUND:
@@ -72,13 +72,16 @@ _free = _Free()
 
 
 @contextmanager
-def scratch(purpose: Hashable, dtype: torch.dtype, device: torch.device) -> Iterator[Scratch]:
+def scratch(
+    purpose: Hashable, dtype: torch.dtype, device: torch.device, kept_bytes: int = KEPT_BYTES
+) -> Iterator[Scratch]:
     """Memory for the time of a `with`, where there is some that served the same purpose before.
 
     Args:
         purpose: who asks; what is found in `bound` was left there by the same.
         dtype: of all its buffers.
         device: only a CPU's memory is kept, as an accelerator's allocator does that by itself.
+        kept_bytes: of a buffer that outlives the lease, at most.
     """
     if device.type != "cpu":
         yield Scratch(dtype, device)
@@ -89,6 +92,6 @@ def scratch(purpose: Hashable, dtype: torch.dtype, device: torch.device) -> Iter
     try:
         yield room
     finally:
-        rooms.append((key, room.trim(), room))
+        rooms.append((key, room.trim(kept_bytes), room))
         while sum(size for _, size, _ in rooms) > _ALL_BYTES:
             del rooms[0]

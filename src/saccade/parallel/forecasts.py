@@ -23,10 +23,10 @@ from saccade.attention.moba.operator import moba_pairs
 from saccade.attention.prism.operator import frequency_bands
 from saccade.ops import masks
 from saccade.ops.attend import plan as plan_attend
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import check_qkv
 from saccade.ops.linear import linear_plan
-from saccade.ops.linear.inputs import accumulator
 from saccade.ops.partitions.attend import grid_of
 from saccade.ops.pattern import Pattern
 from saccade.ops.planning import Parts, Share
@@ -133,7 +133,7 @@ def _expanded_attend(
         + (sum(flops(len(x)) for x in queries.pieces(rank)) if causal else flops(queries.share(rank)))
         for rank in range(ranks.ranks)
     ]
-    left = keys.slots * B * H * F * E * accumulator(q_BHND.dtype).itemsize
+    left = keys.slots * B * H * F * E * working_dtype(q_BHND.dtype).itemsize
     return parts_of_states(left, of_ranks, needs_grad(k_BHMD, v_BHME))
 
 
@@ -188,7 +188,7 @@ def _scan(ranks: Dealing, tokens: int, numbers: int, products: int, dtype: torch
     """A recurrence of some numbers: tokens are gone through for what they leave behind, and again for their rows."""
     layout = ranks.layout(tokens)
     of_ranks = [2 * 2 * products * share for share in layout.shares]
-    return parts_of_states(layout.slots * numbers * accumulator(dtype).itemsize, of_ranks, of_state)
+    return parts_of_states(layout.slots * numbers * working_dtype(dtype).itemsize, of_ranks, of_state)
 
 
 def _options_fit(function: Callable[..., Any], *tensors: Tensor, **options: Any) -> None:
@@ -301,7 +301,7 @@ def _prism_attend(
     _options_fit(function, q_BHND, k_BKMD, v_BKME, block_size=block_size, **bands, **options)
     call = _call(ranks, function, q_BHND, k_BKMD, v_BKME, block_size, block_size, mask)
     B, H, _, D = q_BHND.shape
-    itemsize = accumulator(k_BKMD.dtype).itemsize
+    itemsize = working_dtype(k_BKMD.dtype).itemsize
     row, fixed = B * k_BKMD.shape[1] * D * itemsize, 3 * B * H * itemsize * calibrate  # energies: of all, of two bands
     scored = sum(map(len, frequency_bands(D, low_freq_dim, high_freq_dim)))
     return _of_map(call, chosen, block_size, True, row, fixed, scored)

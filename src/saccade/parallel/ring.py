@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.grad import first_derivatives_only
 from saccade.ops.merge import merge
 from saccade.ops.sharding import Tile, suspended
@@ -40,7 +41,7 @@ def ring(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: Call, *captured: Tensor) -> Any:
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        wide = working_dtype(q.dtype)
         out = torch.zeros(*q.shape[:3], v.shape[3], dtype=wide, device=q.device)
         lse = torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
         for _, held in _steps(call, k, v, "forward"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.ema import turned
 from saccade.ops.neighbours import with_neighbours
 from saccade.parallel import halos
@@ -114,7 +115,7 @@ def selective_scan(
     Raises:
         ValueError: where `selective_scan` does.
     """
-    wide = torch.float64 if u_BTC.dtype == torch.float64 else torch.float32
+    wide = working_dtype(u_BTC.dtype)
     u, delta, a, b, c = (x.to(wide) for x in (u_BTC, delta_BTC, a_CS, b_BTGS, c_BTGS))
     if b.ndim == 3:
         b, c = b[:, :, None], c[:, :, None]
@@ -173,7 +174,7 @@ def wkv(
     """
     if options.get("distance", "published") != "published":
         raise ValueError('wkv in parts takes distance="published" alone: the chunks of "kernel" are of the whole')
-    wide = torch.float64 if v_BTC.dtype == torch.float64 else torch.float32
+    wide = working_dtype(v_BTC.dtype)
     k, v, w, bonus = (x.to(wide) for x in (k_BTC, v_BTC, decay_C, bonus_C))
     pieces = Pieces(shards, k.shape[1])
     summaries = []

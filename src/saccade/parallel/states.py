@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from saccade.ops.autocast import one_type
+from saccade.ops.autocast import one_type, working_dtype
 from saccade.ops.heads import repeat_heads
-from saccade.ops.linear.inputs import accumulator, apply_features, as_factors, check, enter_state, leave_state
+from saccade.ops.linear.inputs import apply_features, as_factors, check, enter_state, leave_state
 from saccade.parallel.context import Shards
 from saccade.parallel.exchange import gather
 
@@ -188,7 +188,7 @@ def _remains(factors: Tensor | None, n: int) -> tuple[Tensor | None, Tensor | No
 
 def _left(k: Tensor, v: Tensor, remains: Tensor | None, normalize: bool) -> Tensor:
     """The state that tokens leave behind, (B, K, D, E); one column more where normalised."""
-    dtype = accumulator(k.dtype)
+    dtype = working_dtype(k.dtype)
     k, v = k.to(dtype), v.to(dtype)
     if remains is not None:
         k, v = k * remains.to(dtype), repeat_heads(v, k.shape[1])

@@ -19,6 +19,7 @@ from saccade.attention.lightning.operator import Form, Norm, TransNormerOutput, 
 from saccade.layers.initialization import start_language_model
 from saccade.layers.mlp import GatedMLP
 from saccade.layers.norms import SimpleRMSNorm
+from saccade.ops.autocast import working_dtype
 from saccade.ops.constants import numbers
 from saccade.ops.linear import linear_attend, linear_step
 from saccade.ops.pattern import GivenMask, Pattern
@@ -175,7 +176,7 @@ class LightningAttention(nn.Module):
     ) -> LightningCache:
         """An empty state, in float32 (float64 for a float64 layer) whatever `dtype` is: it sums over time."""
         weight = self.out_proj.weight
-        wide = torch.float64 if (dtype or weight.dtype) == torch.float64 else torch.float32
+        wide = working_dtype(dtype or weight.dtype)
         width = self.hidden_dim // self.num_heads
         shape = (batch_size, self.num_heads, width * (1 if self.lrpe is None else 2), width)
         return LightningCache(torch.zeros(shape, dtype=wide, device=weight.device if device is None else device))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -191,26 +191,22 @@ class Advice:
             [t.name, f"{t.speedup:.2f} x", f"{t.deviation:.2e}", f"{t.worst_layer:.2e}", f"{t.density:.1%}"]
             for t in shown
         ]
+
+        def add(column: str, values: Iterable[float | None], said: Callable[[float], str]) -> None:
+            columns.append(column)
+            for row, value in zip(rows, values, strict=True):
+                row.append("" if value is None else said(value))
+
         if any(trial.agreement is not None for trial in shown):
-            columns.append("same next token")
-            for row, trial in zip(rows, shown):
-                row.append("" if trial.agreement is None else f"{trial.agreement:.1%}")
-        if self.perplexity is not None:
-            columns.append("perplexity")
-            for row, trial in zip(rows, shown):
-                row.append("" if trial.perplexity is None else f"{trial.perplexity / self.perplexity - 1:+.2%}")
+            add("same next token", (trial.agreement for trial in shown), "{:.1%}".format)
+        if (dense := self.perplexity) is not None:
+            add("perplexity", (trial.perplexity for trial in shown), lambda value: f"{value / dense - 1:+.2%}")
         if self.decode_rate is not None:
-            columns.append("decoding")
-            for row, trial in zip(rows, shown):
-                row.append("" if trial.decode_rate is None else f"{trial.decode_rate:.1f} tokens/s")
+            add("decoding", (trial.decode_rate for trial in shown), "{:.1f} tokens/s".format)
         if self.peak_bytes is not None:
-            columns.append("memory")
-            for row, trial in zip(rows, shown):
-                row.append("" if trial.peak_bytes is None else f"{trial.peak_bytes / 2**20:.1f} MiB")
+            add("memory", (trial.peak_bytes for trial in shown), lambda value: f"{value / 2**20:.1f} MiB")
         for name in self.probes:
-            columns.append(name)
-            for row, trial in zip(rows, shown):
-                row.append(f"{trial.probes[name]:.0%}" if name in trial.probes else "")
+            add(name, (trial.probes.get(name) for trial in shown), "{:.0%}".format)
         title = f"{self.subject}, {self.context} tokens: dense attention takes {self.dense_seconds * 1e3:.1f} ms"
         title += "" if self.clock == "wall" else " of the processor"
         lines = [table(columns, rows, title=title)]

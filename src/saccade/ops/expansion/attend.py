@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.expansion.kernels import Expansion
 from saccade.ops.expansion.operator import cut_tokens
 from saccade.ops.export import exporting
@@ -60,7 +61,7 @@ def expanded_attend(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     F = expansion.width(D)
-    wide = torch.float64 if q_BHND.dtype == torch.float64 else torch.float32
+    wide = working_dtype(q_BHND.dtype)
     if state is None:
         past = q_BHND.new_zeros(B * H, F if causal else 0, E, dtype=wide)
     elif state.shape != (B, H, F, E):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saccade.ops.autocast import one_type
+from saccade.ops.autocast import one_type, working_dtype
 from saccade.ops.export import exporting
 from saccade.ops.grad import needs_grad
 from saccade.ops.heads import repeat_heads
@@ -25,7 +25,6 @@ from saccade.ops.linear.backends import BACKENDS, choose, make_plan
 from saccade.ops.linear.inputs import (
     FeatureMap,
     LinearState,
-    accumulator,
     apply_features,
     as_factors,
     check,
@@ -279,7 +278,7 @@ def linear_attend_reference(
 def _all_to_all(
     q: Tensor, k: Tensor, v: Tensor, past: Tensor | None, scale: float, normalize: bool, eps: float
 ) -> tuple[Tensor, Tensor]:
-    given, dtype = q.dtype, accumulator(q.dtype)
+    given, dtype = q.dtype, working_dtype(q.dtype)
     if given != dtype:
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if normalize:
@@ -299,7 +298,7 @@ def _all_to_all(
 
 def _all_pairs(q: Tensor, k: Tensor, v: Tensor, factors: Tensor | None, scale: float, normalize: bool) -> Tensor:
     """The causal form for exporters: each pair's product of factors is a difference of sums of logs."""
-    given, (H, N), wide = q.dtype, q.shape[1:3], accumulator(q.dtype)
+    given, (H, N), wide = q.dtype, q.shape[1:3], working_dtype(q.dtype)
     q, k, v = q.to(wide), repeat_heads(k.to(wide), H), repeat_heads(v.to(wide), H)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], -1)

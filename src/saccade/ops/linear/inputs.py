@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from saccade.ops.autocast import working_dtype
 from saccade.ops.heads import refuse_strangers
 
 FeatureMap = Callable[[Tensor], Tensor]
@@ -80,15 +81,11 @@ def apply_features(feature_map: FeatureMap, q: Tensor, k: Tensor) -> tuple[Tenso
     return mapped
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def enter_state(
     state: Tensor | LinearState | None, shape: tuple[int, int, int, int], normalize: bool, q: Tensor
 ) -> Tensor:
     """(B, H, D, E) in the accumulator's dtype; where normalised z stands in one more column."""
-    dtype = accumulator(q.dtype)
+    dtype = working_dtype(q.dtype)
     if state is None:
         return q.new_zeros(*shape[:3], shape[3] + normalize, dtype=dtype)
     if normalize != isinstance(state, LinearState):
@@ -111,7 +108,7 @@ def as_factors(decay: float | Tensor | None, shape: tuple[int, int, int, int], q
     In the accumulator's dtype, but a factor per head in double: rounding is raised to the power of the length.
     """
     B, H, N, D = shape
-    dtype = accumulator(q.dtype)
+    dtype = working_dtype(q.dtype)
     if decay is None:
         return None
     if not isinstance(decay, Tensor):

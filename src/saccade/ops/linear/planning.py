@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from saccade.ops.linear.inputs import accumulator
+from saccade.ops.autocast import working_dtype
 from saccade.ops.linear.pieces import varies
 from saccade.ops.planning import AnyPlan, Parts, Shapes
 from saccade.ops.sharding import Dealing, parts_of_states
@@ -66,7 +66,7 @@ def linear_parts(problem: LinearProblem, factors: Tensor | None, ranks: Dealing,
     B, H, K, D, E = problem.B, problem.H, problem.K, problem.D, problem.E + problem.normalize
     heads = K if factors is None else H
     decays = 0 if factors is None else factors.shape[0] * H * factors.shape[3]
-    state = (B * heads * D * E + decays) * accumulator(problem.dtype).itemsize
+    state = (B * heads * D * E + decays) * working_dtype(problem.dtype).itemsize
     queries, keys = ranks.layout(problem.N), ranks.layout(problem.M)
 
     def flops(n: int, m: int) -> int:

@@ -95,9 +95,8 @@ class Keys(NamedTuple):
 @contextmanager
 def prepared(k_BKMD: Tensor, v_BKME: Tensor, block: int) -> Iterator[Keys]:
     """Keys and values for `attend_tasks`, as long as the `with` lasts: the panels are working memory."""
-    kept = k_BKMD.numel() * 4 <= KEPT_PANELS
-    with scratch("panels", torch.float32, k_BKMD.device) as room:
-        panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys") if kept else _fresh)
+    with scratch("panels", torch.float32, k_BKMD.device, KEPT_PANELS) as room:
+        panels = _panels(k_BKMD.detach().contiguous(), block, partial(room, "keys"))
         values = widened(v_BKME.detach())
         yield Keys(panels, values, k_BKMD.shape[2], k_BKMD.shape[3], block)
 
