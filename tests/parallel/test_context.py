@@ -206,6 +206,24 @@ def test_what_cannot_be_done_is_refused(ranks: Ranks) -> None:
     ranks(refusing)
 
 
+def impatient(mesh: DeviceMesh) -> None:
+    said = lambda: mesh.get_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()  # noqa: E731
+    own, x = said(), torch.randn(1, 2, 4, 8)
+    with parallel(mesh, length=16, timeout=9):
+        assert said() == 9
+        with parallel(mesh, length=16, timeout=7):
+            assert said() == 7
+        assert said() == 9
+        saccade.attend(x, x, x)
+    with pytest.raises(KeyError), parallel(mesh, timeout=9):
+        raise KeyError
+    assert said() == own != 9
+
+
+def test_a_timeout_ends_with_its_context(ranks: Ranks) -> None:
+    ranks(impatient)
+
+
 def failing(mesh: DeviceMesh, how: str) -> float:
     x = torch.randn(1, 2, 4, 8)
     with parallel(mesh, length=16, timeout=2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -137,7 +138,7 @@ _TORCHS = {
 }
 
 
-class _Watching(TorchFunctionMode):
+class Watching(TorchFunctionMode):
     """Refuses torch's attention on a part of a sequence, which would be of that part alone."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -169,7 +170,8 @@ def parallel(
         length: tokens of the whole sequence, or of several that are met inside (queries and keys of cross-attention).
             Where it is not given the ranks ask each other at every call, which is a message of some bytes, and on an
             accelerator a moment in which its queue is empty.
-        timeout: seconds after which a rank that waits for another gives up with an error; the group's own where None.
+        timeout: seconds after which a rank that waits for another gives up with an error, inside; the group's own where
+            None.
 
     Yields:
         `Shards`: rank, ranks, layouts, traffic.
@@ -187,10 +189,30 @@ def parallel(
     if timeout is not None:
         if not 0 < timeout < float("inf"):
             raise ValueError(f"timeout must be positive and finite, got {timeout}")
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout), shards.group)
     _last = shards.traffic
-    with put_in_force(shards), _Watching():
+    with _patient(shards, timeout), put_in_force(shards), Watching():
         yield shards
+
+
+@contextmanager
+def _patient(shards: Shards, timeout: float | None) -> Iterator[None]:
+    """The group with another timeout on these ranks' kind of device; afterwards with its own."""
+    if timeout is None:
+        yield
+        return
+    backend: Any = shards.group._get_backend(shards.device)
+    if hasattr(backend, "wrapped_pg"):
+        backend = backend.wrapped_pg
+        warnings.warn(
+            "timeout: TORCH_DISTRIBUTED_DEBUG=DETAIL compares the calls of ranks first, and waits as long as the group",
+            stacklevel=4,
+        )
+    before = backend.options._timeout
+    backend._set_default_timeout(timedelta(seconds=timeout))
+    try:
+        yield
+    finally:
+        backend._set_default_timeout(before)
 
 
 def replicated() -> AbstractContextManager[None]:
