@@ -22,12 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from saccade import parallel
 from saccade.ops.planning import Parts
-from saccade.ops.sharding import suspended
+from saccade.parallel.context import Shards
 
 WORLD = 4
 
@@ -91,26 +89,17 @@ class Ranks:
         self.processes, self.pipes = [], []
 
 
-class Foreseen:
-    """Put in force in one process: what is called is computed whole, and `plans` has what it would cost each rank."""
-
-    def __init__(self, **dealt: Any) -> None:
-        self.dealt = dealt
-        self.plans: list[Parts] = []
-
-    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What `function` gives."""
-        self.plans.append(parallel.plan(function, *arguments, **self.dealt, **options))
-        with suspended():
-            return function(*arguments, **options)
-
-    def whole(self, n: int) -> int:
-        """Tokens of the whole sequence."""
-        return n
-
-    def places(self, n: int, device: torch.device | str) -> Tensor:
-        """Where they stand."""
-        return torch.arange(n, device=device)
+def check_forecast(parts: Parts, shards: Shards) -> None:
+    """What a rank counted is the forecast, or at most that where it is not exact; but for lengths that ranks ask."""
+    share = parts.shares[shards.rank]
+    for way, predicted in (
+        ("forward", (share.sent, share.received)),
+        ("backward", (share.sent_backward, share.received_backward)),
+    ):
+        counts = [count for (kind, one), count in shards.traffic.counts.items() if one == way and kind != "lengths"]
+        counted = sum(count.sent for count in counts), sum(count.received for count in counts)
+        fits = counted == predicted if parts.exact else all(one <= most for one, most in zip(counted, predicted))
+        assert fits, f"{way}: counted {counted}, forecast {parts}\n{shards.traffic}"
 
 
 def _serve(rank: int, store: str, pipe: Connection, path: list[str]) -> None:

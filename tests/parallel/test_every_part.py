@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import Foreseen, Ranks
+from ranks import Ranks, check_forecast
 from torch.distributed.device_mesh import DeviceMesh
 
 from saccade import catalogue, parallel
 from saccade.integrations.mechanisms import MECHANISMS
-from saccade.ops.sharding import put_in_force
 
 #: tokens, and those that are never parted
 N, UNITS = 64, (16, 1)
@@ -48,16 +47,8 @@ def taken(mesh: DeviceMesh, slug: str, unit: int) -> str:
         except ValueError as error:
             return f"refused: {error}"
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
-    foreseen = Foreseen(mesh=mesh, unit=unit)
-    try:
-        with torch.no_grad(), put_in_force(foreseen):
-            layer(x)
-    except ValueError as error:  # tokens that are cut anew are not
-        assert "not forecast" in str(error), error
-        return "computed"
-    counted = sum(count.sent for (kind, _), count in shards.traffic.counts.items() if kind != "lengths")
-    predicted = sum(plan.shares[shards.rank].sent for plan in foreseen.plans)
-    assert counted == predicted if all(plan.exact for plan in foreseen.plans) else counted <= predicted
+    with torch.no_grad():
+        check_forecast(parallel.plan(layer, x, mesh=shards), shards)
     return "computed"
 
 

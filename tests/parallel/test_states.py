@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import WORLD, Foreseen, Ranks
+from ranks import WORLD, Ranks, check_forecast
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -17,7 +17,6 @@ from saccade.ops.ema import ema
 from saccade.ops.expansion import Polynomial, expanded_attend
 from saccade.ops.linear import LinearState, elu_plus_one, linear_attend
 from saccade.ops.selective_scan import selective_scan
-from saccade.ops.sharding import put_in_force
 from saccade.ops.wkv import wkv
 
 B, H, K, D, E, C, S = 2, 4, 2, 3, 5, 4, 3
@@ -119,9 +118,6 @@ CASES: dict[str, tuple[Callable[[int], Inputs], Callable[..., Any], dict[str, in
     "wkv": (_keyed, wkv, {"k": 1, "v": 1}),
 }
 
-#: those that send neighbours and no states
-UNFORESEEN = ("ema, cut", "ema, cut, one channel backwards")
-
 
 def _gradients(outs: list[Tensor], leaves: Inputs, to_outs: list[Tensor]) -> Inputs:
     return dict(zip(leaves, torch.autograd.grad(outs, list(leaves.values()), to_outs), strict=True))
@@ -132,9 +128,9 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
     inputs = make(n)
     axis = next(iter(axes.values()))
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    foreseen = Foreseen(mesh=mesh, balance=balance)
-    with put_in_force(None if name in UNFORESEEN else foreseen):
-        alone = function(**leaves) if "decay" in leaves else function(*leaves.values())
+    call = ((), leaves) if "decay" in leaves else (leaves.values(), {})
+    alone = function(*call[0], **call[1])
+    predicted = parallel.plan(partial(function, *call[0], **call[1]), mesh=mesh, balance=balance)
     to_out = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
     expected = _gradients([alone], leaves, [to_out])
     with parallel(mesh, balance=balance, length=length) as shards:
@@ -152,13 +148,9 @@ def case(mesh: DeviceMesh, name: str, n: int, balance: str, length: Any = None) 
             torch.testing.assert_close(
                 gradient, wanted, atol=2e-5, rtol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
-    if name in UNFORESEEN:
-        return
-    (predicted,) = foreseen.plans
-    share = predicted.shares[shards.rank]
-    assert shards.traffic.counts["states", "forward"][:2] == (share.sent, share.received)
-    assert shards.traffic.counts["states", "backward"][:2] == (share.sent_backward, share.received_backward)
-    assert predicted.exact and predicted.path == "states" and sum(one.flops for one in predicted.shares) > 0
+    check_forecast(predicted, shards)
+    assert predicted.path == ("halo" if "cut" in name else "states")
+    assert predicted.exact and sum(one.flops for one in predicted.shares) > 0
 
 
 @pytest.mark.parametrize("name", CASES)

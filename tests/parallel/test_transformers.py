@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Ranks, check_forecast
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -67,6 +67,9 @@ def trains(mesh: DeviceMesh, name: str, slug: str, options: dict[str, Any], rows
         with parallel(mesh, balance=balance, length=30) as shards:
             share = model(**parallel.shard(batch, shards), use_cache=False).loss
             share.backward()
+        said = {"position_ids": torch.arange(30).expand(2, -1), **batch}  # as `shard` says them
+        parts = parallel.plan(model, **said, use_cache=False, mesh=shards)
+    check_forecast(parts, shards)
     whole = share.detach().clone()
     torch.distributed.all_reduce(whole, group=shards.group)
     torch.testing.assert_close(whole, loss.detach(), atol=1e-5, rtol=1e-5)

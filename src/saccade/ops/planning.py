@@ -180,7 +180,8 @@ class Parts:
     """What falls to each rank.
 
     Attributes:
-        path: of keys "ring" or "halo"; "states"; "blocks"; or "alone" where nobody needs anything of another.
+        path: of keys "ring" or "halo"; "states"; "blocks"; "tokens" that get another rank; "positions"; several of
+            these with "and"; or "alone" where nobody needs anything of another.
         shares: by rank.
         exact: False where what is sent hangs on a choice that was not given: the most that the settings allow.
     """

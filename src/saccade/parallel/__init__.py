@@ -12,15 +12,15 @@ is refused. A gradient of a parameter is this rank's share: summed over the rank
     parallel.shard(x, mesh, ...), unshard(...)      this rank's part of a tensor or of a batch, and the whole again
     parallel.replicated()                           inside: tensors are whole after all
     parallel.traffic()                              every byte that was sent and received, forward and backward
-    parallel.plan(function, ..., mesh=)             the same of one call before it runs, and the work of each rank
+    parallel.plan(function, ..., mesh=)             the same of one call, a layer or a model, before it runs
 
 How it goes on: `saccade.ops.sharding` says who holds which tokens (`Layout`) and who needs which (`Needs`), without a
 tensor. A function is marked `saccade.ops.sharding.in_parts`; a row of its name in `saccade.parallel.rows.ROWS` computes
 it, called `row(shards, function, *arguments, **options)` with the context suspended, so that `function` in it is the
-plain one; a forecast of its name in `saccade.parallel.forecasts` says what that costs. Rows move tensors by `exchange`,
-`gather` and `gather_parts` of `saccade.parallel.exchange` alone, which have gradients and count every byte in
-`shards.traffic` under the name that they are given; by those `deals` cuts a batch in another way, and `dense.halo`
-fetches what a mask asks for.
+plain one; a forecast of its name in `saccade.parallel.forecasts` says what that costs, by asking who is sent what where
+the row asks it. Rows move tensors by `exchange`, `gather` and `gather_parts` of `saccade.parallel.exchange` alone,
+which have gradients and count every byte in `shards.traffic` under the name that they are given; by those `deals` cuts
+a batch in another way, and `dense.halo` fetches what a mask asks for.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,58 @@ from saccade.ops.sharding import Layout, put_in_force
 from saccade.parallel.context import Shards, places_of
 from saccade.parallel.deals import Deal, Recut
 from saccade.parallel.exchange import tied
+
+
+class Group(NamedTuple):
+    """Sequences of one length, and who attends them.
+
+    Attributes:
+        length: L.
+        counts: S, by rank; of all of them where they are shared.
+        shares: the tokens of each that a rank holds; L where it has them whole.
+        shared: each is in parts, one on each rank.
+    """
+
+    length: int
+    counts: list[int]
+    shares: list[int]
+    shared: bool
+
+
+def dealt_apart(
+    layout: Layout,
+    batch: int,
+    valid_BM: Tensor | None = None,
+    ids_BM: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Deal, list[Group]]:
+    """Who attends which sequences, and how their tokens get there; those of a group follow one another.
+
+    Args:
+        layout: who holds which tokens of a row.
+        batch: B.
+        valid_BM, ids_BM: of the whole rows.
+        device: of the tokens.
+    """
+    row_B1, ranks = torch.arange(batch, device=device)[:, None] * layout.length, range(layout.ranks)
+    wanted: list[list[Tensor]] = [[row_B1[:0, 0]] for _ in ranks]
+    load, groups = [0] * layout.ranks, []
+    for index_SL in reversed(list(sequences(batch, layout.length, valid_BM, ids_BM))):  # the longest first
+        count, length = index_SL.shape
+        if shared := length > max(layout.shares):
+            by = replace(layout, length=length, balance="contiguous")
+            given = [index_SL[:, places_of(by, rank, index_SL.device)] for rank in ranks]
+            groups.append(Group(length, [count] * layout.ranks, by.shares, shared))
+        else:  # what comes first is due where there is least
+            turns = sorted((load[rank] + turn * length, rank) for turn in range(count) for rank in ranks)
+            of_rank = torch.tensor([rank for _, rank in turns[:count]], device=index_SL.device)
+            given = [index_SL[of_rank == rank] for rank in ranks]
+            groups.append(Group(length, [len(own) for own in given], [length] * layout.ranks, shared))
+        for rank, own in enumerate(given):
+            wanted[rank].append(own.flatten().to(device))
+            load[rank] += own.numel()
+    held = [(row_B1 + places_of(layout, rank, device)).flatten() for rank in ranks]
+    return Deal(held, [torch.cat(each) for each in wanted]), groups
 
 
 @torch.compiler.disable
@@ -49,43 +101,33 @@ def attend_apart(
         ValueError: where `attend` does, for a sequence in parts too.
     """
     q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
-    layout, B, ranks = shards.layouts(q.shape[2])[0], q.shape[0], range(shards.ranks)
-    row_B1 = torch.arange(B, device=q.device)[:, None] * layout.length
-    held = [(row_B1 + places_of(layout, rank, q.device)).flatten() for rank in ranks]
-    wanted: list[list[Tensor]] = [[] for _ in ranks]
-    here: list[tuple[tuple[int, int], Shards | None]] = []  # sequences and tokens of this rank, and who shares them
-    load = [0] * shards.ranks
-
-    def give(rank: int, index_SL: Tensor, by: Shards | None) -> None:
-        wanted[rank].append(index_SL.flatten())
-        load[rank] += index_SL.numel()
-        if rank == shards.rank:
-            here.append(((index_SL.shape[0], index_SL.shape[1]), by))
-
-    for index_SL in reversed(list(sequences(B, layout.length, valid_BM, ids_BM))):  # the longest first
-        length = index_SL.shape[1]
-        if length <= max(layout.shares):
-            # what comes first is due where there is least
-            turns = sorted((load[rank] + turn * length, rank) for turn in range(len(index_SL)) for rank in ranks)
-            of_rank = torch.tensor([rank for _, rank in turns[: len(index_SL)]], device=q.device)
-            for rank in ranks:
-                if len(own := index_SL[of_rank == rank]):
-                    give(rank, own, None)
-            continue
-        by = replace(shards, balance="contiguous", lengths=(length,))
-        for rank in ranks:
-            give(rank, index_SL[:, places_of(by.layout(length), rank, q.device)], by)
-
-    deal = Deal(shards, held, [torch.cat(each) if each else row_B1[:0, 0] for each in wanted])
-    tensors = deal.dealt(q, k, v)
-    pieces = zip(*(x_WHD.split([S * L for (S, L), _ in here]) for x_WHD in tensors))
+    layout, B, rank = shards.layouts(q.shape[2])[0], q.shape[0], shards.rank
+    deal, groups = dealt_apart(layout, B, valid_BM, ids_BM, q.device)
+    tensors = deal.dealt(shards, q, k, v)
+    pieces = zip(*(x_WHD.split([group.counts[rank] * group.shares[rank] for group in groups]) for x_WHD in tensors))
     outs = [tensors[0].new_zeros(0, q.shape[1], v.shape[3])]
-    for ((S, _), sharers), piece in zip(here, pieces):
-        with put_in_force(sharers):
-            out_SHLE = attend(*(x_WHD.unflatten(0, (S, -1)).transpose(1, 2) for x_WHD in piece))
-        outs.append(out_SHLE.transpose(1, 2).flatten(0, 1))
+    for group, piece in zip(groups, pieces):
+        if not group.counts[rank]:
+            continue
+        by = replace(shards, balance="contiguous", lengths=(group.length,)) if group.shared else None
+        with put_in_force(by):
+            rows = (x_WHD.unflatten(0, (group.counts[rank], -1)).transpose(1, 2) for x_WHD in piece)
+            outs.append(attend(*rows).transpose(1, 2).flatten(0, 1))
     out_WHE = tied(torch.cat(outs), *tensors)
-    return deal.back.dealt(out_WHE[None].transpose(1, 2))[0].unflatten(0, (B, -1)).transpose(1, 2)
+    return deal.back.dealt(shards, out_WHE[None].transpose(1, 2))[0].unflatten(0, (B, -1)).transpose(1, 2)
+
+
+def in_chunks(layout: Layout, size: int, batch: int, device: torch.device | str = "cpu") -> Recut:
+    """A cut that parts no chunk: the given one, where it parts none.
+
+    Args:
+        layout: who holds which tokens.
+        size: tokens of a chunk.
+        batch: B.
+        device: of the tokens.
+    """
+    fits = layout.ranks == 1 or layout.unit % size == 0
+    return Recut(batch, layout, layout if fits else Layout(layout.length, layout.ranks, unit=size), device=device)
 
 
 @torch.compiler.disable
@@ -108,13 +150,9 @@ def attend_in_chunks(
         q_BHND, k_BHND, v_BHNE: this rank's part.
         valid_BM: of the whole rows.
     """
-    tensors = one_type(q_BHND, k_BHND, v_BHNE)
-    layout = shards.layouts(q_BHND.shape[2])[0]
-    recut: Recut | None = None
-    if layout.unit % size and shards.ranks > 1:
-        cut = Layout(layout.length, shards.ranks, unit=size)
-        recut = Recut(shards, q_BHND.shape[0], layout, cut, device=q_BHND.device)
-        layout, tensors = cut, tuple(recut.there(*tensors))
-    valid = None if valid_BM is None else valid_BM[:, places_of(layout, shards.rank, q_BHND.device)]
-    out = function(attend, size, *tensors, valid)
-    return out if recut is None else recut.back(tied(out, *tensors))
+    tensors, layout = one_type(q_BHND, k_BHND, v_BHNE), shards.layouts(q_BHND.shape[2])[0]
+    recut = in_chunks(layout, size, len(q_BHND), q_BHND.device)
+    q, k, v = recut.there(shards, *tensors)
+    valid = None if valid_BM is None else valid_BM[:, places_of(recut.cut, shards.rank, q.device)]
+    out = function(attend, size, q, k, v, valid)
+    return recut.back(shards, out if recut.deal is None else tied(out, q, k, v))

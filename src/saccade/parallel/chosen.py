@@ -40,42 +40,34 @@ class Blocks(NamedTuple):
         return slice(self.firsts[rank], self.firsts[rank] + self.counts[rank])
 
 
-def blocks_of(layout: Layout, size: int, who: str) -> Blocks:
+def blocks_of(layout: Layout, size: int) -> Blocks:
     """Which blocks each rank holds.
 
     Args:
         layout: who holds which tokens, in whole blocks that follow one another.
         size: S.
-        who: what has the blocks.
-
-    Raises:
-        ValueError: if a rank has none.
     """
     counts = [-(-share // size) for share in layout.shares]
-    if not all(counts):
-        raise ValueError(f"{who} needs a block of {size} tokens for every rank, got {layout.length} on {layout.ranks}")
     firsts = [sum(counts[:rank]) for rank in range(layout.ranks)]
     return Blocks(firsts, counts, sum(counts))
 
 
 def in_blocks(
-    shards: Shards, layout: Layout, size: int, q_BHND: Tensor, source_BL: Tensor | None = None
-) -> tuple[Layout, Recut | None]:
-    """A cut into whole blocks that follow one another, and how to get there; None where tokens lie so.
+    layout: Layout, size: int, batch: int, source_BL: Tensor | None = None, device: torch.device | str = "cpu"
+) -> Recut:
+    """A cut into whole blocks that follow one another: the given one, where it is such.
 
     Args:
-        shards: the ranks.
         layout: who holds which tokens.
         size: S.
-        q_BHND: of the batch, on its device.
+        batch: B.
         source_BL: the token in each place of L, where rows are laid out anew; N in an empty one.
+        device: of the tokens.
     """
     fits = layout.unit % size == 0 or layout.ranks == 1
-    if source_BL is None and fits and layout.balance == "contiguous":
-        return layout, None
     length = layout.length if source_BL is None else source_BL.shape[1]
     cut = Layout(length, layout.ranks, unit=layout.unit if fits else size)
-    return cut, Recut(shards, q_BHND.shape[0], layout, cut, source_BL, q_BHND.device)
+    return Recut(batch, layout, cut, source_BL, device)
 
 
 def of_all_blocks(shards: Shards, x_BKnD: Tensor, blocks: Blocks, kind: str = "means") -> Tensor:

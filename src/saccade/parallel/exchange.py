@@ -95,13 +95,7 @@ def gather(shards: Shards, x: Tensor, kind: str) -> Tensor:
         x: this rank's.
         kind: under which it is counted.
     """
-    own, count = shards.rank, x.numel()
-    others = [0 if rank == own else count for rank in range(shards.ranks)]
-    flat = exchange(shards, x.reshape(-1).repeat(shards.ranks - 1), others, others, kind)
-    if shards.ranks == 1:
-        return x[None]
-    parts = list(flat.view(shards.ranks - 1, *x.shape))
-    return torch.stack([*parts[:own], x, *parts[own:]])
+    return gather_parts(shards, x[None], [1] * shards.ranks, kind)
 
 
 def gather_parts(shards: Shards, x: Tensor, lengths: Sequence[int], kind: str) -> Tensor:
@@ -117,9 +111,8 @@ def gather_parts(shards: Shards, x: Tensor, lengths: Sequence[int], kind: str) -
     send = [0 if rank == own else x.numel() for rank in range(shards.ranks)]
     receive = [0 if rank == own else length * row for rank, length in enumerate(lengths)]
     got = exchange(shards, x.reshape(-1).repeat(shards.ranks - 1), send, receive, kind)
-    parts = [part.view(-1, *x.shape[1:]) if part.numel() else x[:0] for part in got.split(receive)]
-    parts[own] = x
-    return torch.cat(parts)
+    parts = zip(got.split(receive), lengths)
+    return torch.cat([x if r == own else part.view(n, *x.shape[1:]) for r, (part, n) in enumerate(parts)])
 
 
 def tied(out: Tensor, *others: Tensor) -> Tensor:

@@ -14,11 +14,21 @@ from torch import Tensor
 
 from saccade.ops import masks
 from saccade.ops.neighbours import expected
-from saccade.ops.sharding import needs_of
+from saccade.ops.sharding import Layout, Needs, needs_of
 from saccade.parallel.context import Shards
 from saccade.parallel.dense import halo
 from saccade.parallel.exchange import tied
 from saccade.parallel.parts import Call
+
+
+def neighbours_needed(layout: Layout, before: int, after: int) -> Needs:
+    """The tokens beside each piece.
+
+    Args:
+        layout: who holds which tokens.
+        before, after: how many.
+    """
+    return needs_of(masks.window(before, after), layout, layout, side_by_side=True)
 
 
 @torch.compiler.disable
@@ -48,7 +58,7 @@ def with_neighbours(
         return function(compute, x, before, after, dim)  # says so
     tokens = x.movedim(dim, 1)
     x_B1NF = tokens.flatten(2)[:, None] if tokens.ndim > 2 else tokens[:, None, :, None]
-    call = Call(shards, function, needs_of(masks.window(before, after), layout, layout, side_by_side=True), {})
+    call = Call(shards, function, neighbours_needed(layout, before, after), {})
     held, got = halo(call, x_B1NF, x_B1NF[..., :0])
     outs = []
     for piece in layout.pieces(shards.rank):

@@ -11,10 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saccade.ops.sharding import Layout
 from saccade.parallel.context import Shards
 from saccade.parallel.exchange import ask, gather_parts
 
 KIND = "positions"
+
+
+def told(layout: Layout, rank: int, positions_BN: Tensor) -> tuple[Tensor, list[int]]:
+    """The tokens of all rows at which a sequence begins inside of a rank's pieces, and what it says to all others: how
+    many these are, and the positions with which its pieces begin and end.
+
+    Args:
+        layout: who holds which tokens.
+        rank: whose pieces.
+        positions_BN: of its tokens.
+    """
+    B, first = positions_BN.shape[0], 0
+    row_B1 = torch.arange(B, device=positions_BN.device)[:, None] * layout.length
+    begins, edges = [row_B1[:0, 0]], []
+    for piece in layout.pieces(rank):
+        of_piece = positions_BN[:, first : first + len(piece)]
+        row, place = (of_piece.diff() != 1).nonzero(as_tuple=True)
+        begins.append(row_B1[row, 0] + piece.start + place + 1)
+        edges += [*of_piece[:, 0].tolist(), *of_piece[:, -1].tolist()]
+        first += len(piece)
+    inside = torch.cat(begins)
+    return inside, [len(inside), *edges, *[0] * (2 * B * layout.slots - len(edges))]
 
 
 @torch.no_grad()
@@ -29,19 +52,8 @@ def documents_of(shards: Shards, function: Callable[..., Any], positions_BN: Ten
         positions_BN: of this rank's tokens.
     """
     layout, B = shards.layouts(positions_BN.shape[1])[0], positions_BN.shape[0]
-    row_B1 = torch.arange(B, device=positions_BN.device)[:, None] * layout.length
-    begins: list[Tensor] = []
-    edges: list[int] = []
-    first = 0
-    for piece in layout.pieces(shards.rank):
-        of_piece = positions_BN[:, first : first + len(piece)]
-        row, place = (of_piece.diff() != 1).nonzero(as_tuple=True)
-        begins.append(row_B1[row, 0] + piece.start + place + 1)
-        edges += [*of_piece[:, 0].tolist(), *of_piece[:, -1].tolist()]
-        first += len(piece)
-    inside = torch.cat(begins) if begins else row_B1[:0, 0]
-    room = 2 * B * (1 if layout.balance == "contiguous" else 2)
-    answers = ask(shards, [len(inside), *edges, *[0] * (room - len(edges))], KIND)
+    inside, said = told(layout, shards.rank, positions_BN)
+    answers = ask(shards, said, KIND)
 
     in_order = []
     for rank, (_, *ends) in enumerate(answers):

@@ -26,13 +26,13 @@ from saccade.ops.attend import attend
 from saccade.ops.autocast import one_type
 from saccade.ops.heads import check_qkv, repeat_heads
 from saccade.ops.pattern import GivenMask, Pattern
-from saccade.ops.routed import block_layout, routed_attend
+from saccade.ops.routed import BlockLayout, block_layout, routed_attend
 from saccade.ops.selection import block_causal, leading_blocks, pool_blocks
 from saccade.ops.sharding import Layout
 from saccade.parallel import dense
 from saccade.parallel.chosen import Blocks, blocks_of, fetch, in_blocks, kept_here, of_all_blocks, wanted_of
 from saccade.parallel.context import Shards, places_of
-from saccade.parallel.exchange import gather
+from saccade.parallel.exchange import gather, tied
 
 
 def moba_attend(
@@ -58,23 +58,18 @@ def moba_attend(
         mask: as there, of the whole sequence.
 
     Raises:
-        ValueError: as there, or if a rank would have no block.
+        ValueError: as there.
     """
-    function(*_one_token(q_BHND, k_BKMD, v_BKME), block_size=block_size, top_k=top_k, sinks=sinks)
+    function(*one_token(q_BHND, k_BKMD, v_BKME), block_size=block_size, top_k=top_k, sinks=sinks)
     layout, (B, H), K = _layout(shards, q_BHND, k_BKMD, "MoBA"), q_BHND.shape[:2], k_BKMD.shape[1]
-    n = -(-layout.length // block_size)
-    pattern = Pattern.of(mask, B, layout.length, layout.length, causal=True).only(("padding", "documents"), "MoBA")
-    ids_BM = pattern.sequence_ids(B, layout.length)
-    if ids_BM is None and top_k >= n:
+    of_rows = laid_out(mask, B, layout.length, block_size)
+    if of_rows is None and top_k >= -(-layout.length // block_size):
         options: dict[str, Any] = {"mask": masks.causal(), "scale": scale}
         return dense.attend(shards, attend, q_BHND, k_BKMD, v_BKME, **options)
-    of_rows = None if ids_BM is None else block_layout(ids_BM, block_size, blocks=n if pattern.ids_BM is None else None)
     source_BL = None if of_rows is None else of_rows.source_BL
     q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
-    layout, recut = in_blocks(shards, layout, block_size, q, source_BL)
-    blocks = blocks_of(layout, block_size, "MoBA")
-    if recut is not None:
-        q, k, v = recut.there(q, k, v)
+    recut = in_blocks(layout, block_size, B, source_BL, q.device)
+    blocks, (q, k, v) = blocks_of(recut.cut, block_size), recut.there(shards, q, k, v)
     own, N = blocks.of(shards.rank), q.shape[2]
     q, k, v = (F.pad(x, (0, 0, 0, -N % block_size)) for x in (q, k, v))
     with torch.no_grad():
@@ -90,8 +85,9 @@ def moba_attend(
             start_Bn=None if of_rows is None else of_rows.start_Bn,
         )
         chosen[:, :, N:] = -1
-        if recut is not None:
-            chosen[:, :, :N].masked_fill_(~recut.real_BL[:, None, :, None], -1)
+        if source_BL is not None:
+            empty_BN = source_BL[:, places_of(recut.cut, shards.rank, q.device)] >= layout.length
+            chosen[:, :, :N].masked_fill_(empty_BN[:, None, :, None], -1)
         wanted = _wanted(chosen, K, blocks, own)
     fetched = fetch(shards, blocks, k, v, wanted, block_size)
     with torch.no_grad():
@@ -101,7 +97,25 @@ def moba_attend(
         here = torch.where(chosen < 0, -1, here)
     keys, values = torch.cat([fetched.keys, k], 2), torch.cat([fetched.values, v], 2)
     out = routed_attend(q, keys, values, here, block_size, scale=scale)[0][:, :, :N]
-    return out if recut is None else recut.back(out)
+    return recut.back(shards, out if N else tied(out, q, keys, values))
+
+
+def laid_out(mask: GivenMask, batch: int, tokens: int, block_size: int) -> BlockLayout | None:
+    """Rows of which MoBA counts blocks from the first token of each sequence; None where it is the row's.
+
+    Args:
+        mask: of `moba_attend`.
+        batch, tokens: B rows of N tokens.
+        block_size: S.
+
+    Raises:
+        ValueError: if the mask is of another kind.
+    """
+    pattern = Pattern.of(mask, batch, tokens, tokens, causal=True).only(("padding", "documents"), "MoBA")
+    ids_BM = pattern.sequence_ids(batch, tokens)
+    if ids_BM is None:
+        return None
+    return block_layout(ids_BM, block_size, blocks=-(-tokens // block_size) if pattern.ids_BM is None else None)
 
 
 def prism_attend(
@@ -125,18 +139,16 @@ def prism_attend(
         options: of the choice, as there.
 
     Raises:
-        ValueError: as there, or as `moba_attend`.
+        ValueError: as there, or for an option that is not.
     """
-    function(*_one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
-    _none_of({"return_map": return_map}, "Prism")
+    function(*one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
+    none_of("Prism", return_map=return_map)
     size, layout = options.pop("block_size", 128), _layout(shards, q_BHND, k_BKMD, "Prism")
     B, M = q_BHND.shape[0], layout.length
     real_BM = Pattern.of(mask, B, M, M, causal=True).only(("padding",), "Prism").real_keys(B)
     q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
-    layout, recut = in_blocks(shards, layout, size, q)
-    blocks = blocks_of(layout, size, "Prism")
-    if recut is not None:
-        q, k, v = recut.there(q, k, v)
+    recut = in_blocks(layout, size, B, device=q.device)
+    layout, blocks, (q, k, v) = recut.cut, blocks_of(recut.cut, size), recut.there(shards, q, k, v)
     with torch.no_grad():
         own = None if real_BM is None else real_BM[:, places_of(layout, shards.rank, q.device)]
         q_BHnD, k_BKnD = (pool_blocks(x, size, tail="zeros", valid_BN=own) for x in (q, k))
@@ -150,7 +162,7 @@ def prism_attend(
         means = q_BHnD, k_BKmD[:, :, : blocks.of(shards.rank).stop]
         keep = prism_blocks(*means, block_size=1, calibrate=False, scale=scale, **options)
     out = _attend_kept(shards, q, k, v, keep, blocks, (size, size), True, scale, layout, real_BM)
-    return out if recut is None else recut.back(out)
+    return recut.back(shards, out)
 
 
 def spargeattn_attend(
@@ -178,16 +190,15 @@ def spargeattn_attend(
         options: of the choice, as there.
 
     Raises:
-        ValueError: as there, or as `moba_attend`.
+        ValueError: as there, or for an option that is not.
     """
-    function(*_one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
-    _none_of({"pv_threshold": pv_threshold, "quantize": quantize, "return_map": return_map}, "SpargeAttn")
+    function(*one_token(q_BHND, k_BKMD, v_BKME), causal=causal, **options)
+    none_of("SpargeAttn", pv_threshold=pv_threshold, quantize=quantize, return_map=return_map)
     size_q, size_k = options.pop("block_q", 128), options.pop("block_k", 64)
     q, k, v = one_type(q_BHND, k_BKMD, v_BKME)
-    layout, recut = in_blocks(shards, _layout(shards, q, k, "SpargeAttn"), lcm(size_q, size_k), q)
-    rows, blocks = blocks_of(layout, size_q, "SpargeAttn"), blocks_of(layout, size_k, "SpargeAttn")
-    if recut is not None:
-        q, k, v = recut.there(q, k, v)
+    recut = in_blocks(_layout(shards, q, k, "SpargeAttn"), lcm(size_q, size_k), len(q), device=q.device)
+    layout, rows, blocks = recut.cut, blocks_of(recut.cut, size_q), blocks_of(recut.cut, size_k)
+    q, k, v = recut.there(shards, q, k, v)
     first, H = rows.firsts[shards.rank], q.shape[1]
     with torch.no_grad():
         smoothed = k
@@ -209,7 +220,7 @@ def spargeattn_attend(
         if causal:
             keep = cover(keep, size_q, size_k, first)
     out = _attend_kept(shards, q, k, v, keep, blocks, (size_q, size_k), causal, scale, layout)
-    return out if recut is None else recut.back(out)
+    return recut.back(shards, out)
 
 
 def _attend_kept(
@@ -289,9 +300,15 @@ def _temperatures(
     return high, low
 
 
-def _one_token(*tensors: Tensor) -> list[Tensor]:
-    """What a function says is wrong with its options on is little, and the same on every rank."""
-    return [x.detach().new_zeros(x.shape[0], x.shape[1], 1, x.shape[3]) for x in tensors]
+def one_token(*tensors: Tensor) -> list[Tensor]:
+    """What a function says is wrong with its options on is little, and the same on every rank.
+
+    Args:
+        tensors: (B, heads, tokens, width).
+    """
+    shapes = [(*x.shape[:2], 1, x.shape[3]) for x in tensors]
+    devices = ["cpu" if x.is_meta else x.device for x in tensors]
+    return [torch.zeros(s, dtype=x.dtype, device=device) for x, s, device in zip(tensors, shapes, devices)]
 
 
 def _layout(shards: Shards, q: Tensor, k: Tensor, who: str) -> Layout:
@@ -302,7 +319,16 @@ def _layout(shards: Shards, q: Tensor, k: Tensor, who: str) -> Layout:
     return queries
 
 
-def _none_of(options: dict[str, Any], who: str) -> None:
+def none_of(who: str, **options: Any) -> None:
+    """Refuse options.
+
+    Args:
+        who: does not take them in parts.
+        options: what was given.
+
+    Raises:
+        ValueError: if one is not None or False.
+    """
     for name, value in options.items():
         if value is not None and value is not False:
             raise ValueError(f"{who} takes no {name} on a sequence in parts, got {value}")

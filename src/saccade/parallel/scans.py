@@ -44,11 +44,8 @@ def ema(
     Raises:
         ValueError: where `ema` does.
     """
-    given, return_state, taps = (
-        options.pop("state", None),
-        options.pop("return_state", False),
-        options.pop("taps", None),
-    )
+    given, return_state = options.pop("state", None), options.pop("return_state", False)
+    taps = options.pop("taps", None)
     backwards, coefficients = options.pop("backwards", 0), (decay_CE, weight_CE, mix_CE)
     # what is wrong with the options is wrong with them for no token
     nothing = {"state": given, "return_state": return_state, "taps": taps, "backwards": backwards}
@@ -78,7 +75,7 @@ def _cut_average(
     shards: Shards, function: Callable[..., Any], x: Tensor, coefficients: tuple[Tensor, ...], taps: int, forwards: int
 ) -> Tensor:
     """The average whose kernel is cut, from the tokens that it reaches."""
-    reach, outs = min(taps, max(1, shards.whole(x.shape[1]))) - 1, []
+    reach, outs = reach_of(taps, shards.whole(x.shape[1])), []
     if forwards:
         ahead = [p[:forwards] for p in coefficients]
         near = lambda x: function(x, *ahead, taps=taps)[:, reach:]  # noqa: E731
@@ -88,6 +85,16 @@ def _cut_average(
         near = lambda x: function(x, *behind, taps=taps, backwards=count)[:, : x.shape[1] - reach]  # noqa: E731
         outs.append(halos.with_neighbours(shards, with_neighbours, near, x[..., forwards:], 0, reach))
     return joined(outs, 2)
+
+
+def reach_of(taps: int, tokens: int) -> int:
+    """How many tokens before its own a kernel that is cut looks at.
+
+    Args:
+        taps: to which it is cut.
+        tokens: of the whole sequence.
+    """
+    return min(taps, max(1, tokens)) - 1
 
 
 @torch.compiler.disable
@@ -172,8 +179,7 @@ def wkv(
     Raises:
         ValueError: where `wkv` does, or for `distance="kernel"`, whose chunks are of the whole.
     """
-    if options.get("distance", "published") != "published":
-        raise ValueError('wkv in parts takes distance="published" alone: the chunks of "kernel" are of the whole')
+    published_only(options.get("distance", "published"))
     wide = working_dtype(v_BTC.dtype)
     k, v, w, bonus = (x.to(wide) for x in (k_BTC, v_BTC, decay_C, bonus_C))
     pieces = Pieces(shards, k.shape[1])
@@ -196,6 +202,19 @@ def wkv(
         keys, values = (torch.cat([a[:, None], z, e[:, None]], 1) for a, z, e in zip(one, (x, y), other))
         outs.append(function(keys, values, w, bonus, **options)[:, 1:-1])
     return joined(outs, 1).to(v_BTC.dtype)
+
+
+def published_only(distance: str) -> None:
+    """Refuse another distance of `wkv`.
+
+    Args:
+        distance: that.
+
+    Raises:
+        ValueError: if it is another.
+    """
+    if distance != "published":
+        raise ValueError('wkv in parts takes distance="published" alone: the chunks of "kernel" are of the whole')
 
 
 def _as_one(k_BTC: Tensor, v_BTC: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,15 +52,15 @@ class Pieces:
 
     def __init__(self, shards: Shards, n: int) -> None:
         self.shards, layout = shards, shards.layouts(n)[0]
-        self.slots = 1 if layout.balance == "contiguous" else 2
+        slots = layout.slots
         spans = []
         for rank in range(shards.ranks):
             held = list(layout.pieces(rank))
-            spans += held + [range(layout.length, layout.length)] * (self.slots - len(held))
+            spans += held + [range(layout.length, layout.length)] * (slots - len(held))
         self.order = sorted(range(len(spans)), key=lambda slot: (spans[slot].start, spans[slot].stop))
         self.spans = [spans[slot] for slot in self.order]
         self.own, begin = [], 0
-        for slot in range(shards.rank * self.slots, (shards.rank + 1) * self.slots):
+        for slot in range(shards.rank * slots, (shards.rank + 1) * slots):
             length = len(spans[slot])
             self.own.append(Piece(self.order.index(slot), slice(begin, begin + length), spans[slot].start))
             begin += length

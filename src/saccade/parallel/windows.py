@@ -108,6 +108,31 @@ def rows_needed(layout: Layout, grid: tuple[int, ...], window: int, shift: int) 
     return needs_of(same, layout, layout, side_by_side=True)
 
 
+def filled_cut(
+    layout: Layout, grid: Sequence[int], full: Sequence[int], batch: int, device: torch.device | str = "cpu"
+) -> Recut:
+    """How the rows of a map, filled across, become those of the filled map.
+
+    Args:
+        layout: who holds which tokens of the map.
+        grid, full: lengths of the map, and of the filled one.
+        batch: B.
+        device: of the tokens.
+
+    Raises:
+        ValueError: if rows are parted.
+    """
+    row, wide = prod(grid[1:]), prod(full[1:])
+    if layout.unit % row:
+        raise ValueError(f"a grid is cut by rows: parallel(mesh, unit={row}), got unit={layout.unit}")
+    after = replace(layout, length=prod(full), unit=layout.unit // row * wide)
+    if grid[0] == full[0]:
+        return Recut(batch, after, after)
+    before = replace(after, length=grid[0] * wide)
+    source_N = torch.arange(after.length, device=device).clamp(max=before.length)
+    return Recut(batch, before, after, source_N.expand(batch, -1), device)
+
+
 @torch.compiler.disable
 def on_filled(
     shards: Shards,
@@ -129,22 +154,13 @@ def on_filled(
     Raises:
         ValueError: if rows are parted.
     """
-    layout, (row, wide) = shards.layouts(x_BNC.shape[1])[0], (prod(size[1:]) for size in (grid, full))
-    if layout.unit % row:
-        raise ValueError(f"a grid is cut by rows: parallel(mesh, unit={row}), got unit={layout.unit}")
-    by = replace(shards, unit=layout.unit // row * wide, lengths=(prod(full),))
-    rows = x_BNC.shape[1] // row
-    recut: Recut | None = None
+    recut = filled_cut(shards.layouts(x_BNC.shape[1])[0], grid, full, len(x_BNC), x_BNC.device)
+    rows = x_BNC.shape[1] // prod(grid[1:])
     y_BNC = filled(x_BNC.unflatten(1, (rows, *grid[1:])), (rows, *full[1:])).flatten(1, -2)
-    if grid[0] < full[0]:
-        before, after = by.layout(grid[0] * wide), by.layout(prod(full))
-        source_N = torch.arange(after.length, device=x_BNC.device).clamp(max=before.length)
-        recut = Recut(shards, len(x_BNC), before, after, source_N.expand(len(x_BNC), -1), x_BNC.device)
-        y_BNC = recut.there(y_BNC[:, None])[0][:, 0]
-    with put_in_force(by):
-        out_BNC = compute(y_BNC)
-    if recut is not None:
-        out_BNC = recut.back(out_BNC[:, None])[:, 0]
+    (y_B1NC,) = recut.there(shards, y_BNC[:, None])
+    with put_in_force(replace(shards, unit=recut.cut.unit, lengths=(recut.cut.length,))):
+        out_BNC = compute(y_B1NC[:, 0])
+    out_BNC = recut.back(shards, out_BNC[:, None])[:, 0]
     return cropped(out_BNC, (rows, *full[1:]), (rows, *grid[1:]))
 
 
