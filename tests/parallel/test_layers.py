@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import Ranks
+from ranks import Ranks, check_forecast
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -25,6 +25,8 @@ from saccade.attention.neural_attention import NeuralAttention
 from saccade.attention.nexus import Nexus
 from saccade.attention.slay import SLAYAttention
 from saccade.layers.window_attention import WindowAttention
+from saccade.models.dat.attention import ShiftedWindowAttention
+from saccade.models.vit_adapters_mtl import TaskAdaptedAttention
 from saccade.ops.neighbours import with_neighbours
 
 C = 16
@@ -52,7 +54,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def _compare(
     mesh: DeviceMesh, module: nn.Module, x: Tensor, row: int, run: Callable[..., Tensor], **options: Any
 ) -> Any:
-    """`run(module, tokens)` in one process and in parts of `row` tokens or more."""
+    """`run(module, tokens)` in one process and in parts of `row` tokens or more, and what is forecast."""
     whole = x.clone().requires_grad_()
     alone = run(module, whole)
     to_out = torch.randn(alone.shape, generator=torch.Generator().manual_seed(3))
@@ -69,6 +71,9 @@ def _compare(
             share = torch.zeros_like(one) if share is None else share.contiguous()
             torch.distributed.all_reduce(share, group=shards.group)
             torch.testing.assert_close(share, one, atol=1e-4, rtol=1e-4)
+    parts = parallel.plan(run, module, whole, mesh=shards)
+    assert parts.exact
+    check_forecast(parts, shards)
     return {f"{kind} {way}": count[:2] for (kind, way), count in shards.traffic.counts.items()}
 
 
@@ -98,6 +103,34 @@ def few(mesh: DeviceMesh) -> None:
 
 def test_fewer_tokens_than_ranks(ranks: Ranks) -> None:
     ranks(few)
+
+
+def _on_values(module: WindowAttention, x: Tensor, *more: Any, **options: Any) -> Tensor:
+    """What its weights give values that are the tokens."""
+    return module.mix(x, x.unflatten(2, (2, -1)).transpose(1, 2), *more, **options).transpose(1, 2).flatten(2)
+
+
+def others(mesh: DeviceMesh, grid: tuple[int, int], name: str) -> None:
+    """Swin's layer on given values, and the layers that are made of it."""
+    torch.manual_seed(0)
+    x, omega, row = torch.randn(2, prod(grid), C), torch.randn(2, 9), grid[1]
+    as_map = lambda x: x.unflatten(1, (-1, row))  # noqa: E731
+    if name == "dat":
+        shifted = ShiftedWindowAttention(C, 2, window_size=3)
+        _compare(mesh, shifted, x, row, lambda module, x: module(as_map(x)).flatten(1, 2))
+    elif name == "vit-adapters":
+        adapted = TaskAdaptedAttention(C, 2, 9, 3, shift=1)
+        _compare(mesh, adapted, x, row, lambda module, x: module(x, omega, grid))
+        _compare(mesh, adapted, x, row, lambda module, x: _on_values(module, x, omega, size=grid))
+    else:
+        module = WindowAttention(C, 2, window_size=(2, 3), shift=1)
+        _compare(mesh, module, x, row, lambda module, x: _on_values(module, x, size=grid))
+
+
+@pytest.mark.parametrize("name", ["mix", "dat", "vit-adapters"])
+def test_layers_of_shifted_windows(ranks: Ranks, name: str) -> None:
+    ranks(others, (7, 5), name)
+    ranks(others, (11, 6), name, size=2)
 
 
 def swin(mesh: DeviceMesh, grid: tuple[int, ...], options: dict[str, Any], balance: str, rows: int) -> Any:
@@ -189,8 +222,8 @@ def refusing(mesh: DeviceMesh) -> None:
             FastmaxAttention(C, 2)(x)
         with pytest.raises(ValueError, match=r"a grid is cut by rows: parallel\(mesh, unit=4\)"):
             WindowAttention(C, 2, window_size=2)(x, (8, 4))
-        with pytest.raises(ValueError, match="WindowAttention does not take a sequence in parts"):
-            WindowAttention(C, 2, window_size=2).mix(x, torch.randn(2, 2, 8, 8), size=(8, 4))
+        with pytest.raises(ValueError, match="one window covers an axis, and is shifted, does not take a sequence"):
+            ShiftedWindowAttention(C, 2, window_size=4)(x.unflatten(1, (2, 4)))
         with pytest.raises(ValueError, match="a mask of pairs needs all tokens in one chunk"):
             MegaAttention(C, chunk_size=4)(x, mask=masks.window(2))
 

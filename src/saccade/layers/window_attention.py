@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from saccade.ops.heads import check_heads
-from saccade.ops.partitions import cropped, filled, on_filled, packed_window_attend, window_attend, window_bias
-from saccade.ops.sharding import in_force, refuse_parts, whole
+from saccade.ops.partitions import on_filled, packed_window_attend, window_attend, window_bias
+from saccade.ops.sharding import in_force, whole
 
 
 class WindowAttention(nn.Module):
@@ -122,22 +122,18 @@ class WindowAttention(nn.Module):
         """This layer's weights on `x`, applied to given values (B, H, N, E); what `attention_map` calls. Zero tokens
         at the border have a share of the weights and no values."""
         grid = self.grid(x, size)
-        y, full = self.fill(x, grid)
-        q, k, _ = self.qkv(y.flatten(1, -2)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        values, _ = self.fill(values_BHNE.flatten(0, 1), grid)
-        values = values.flatten(1, -2).unflatten(0, values_BHNE.shape[:2])
-        out: Tensor = window_attend(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            values,
-            full,
-            self.window_size,
-            self.shift,
-            self.position_bias(),
-            mask=mask,
-            scale=self.scale,
-        )
-        return self.crop(out.flatten(0, 1), full, grid).unflatten(0, values_BHNE.shape[:2])
+        full, H = self.full(grid), values_BHNE.shape[1]
+
+        def attend(y_BNC: Tensor) -> Tensor:
+            x_BNC, values = y_BNC.split([self.dim, y_BNC.shape[2] - self.dim], 2)
+            q, k, _ = self.qkv(x_BNC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+            q, k, v = (part.transpose(1, 2) for part in (q, k, values.unflatten(2, (H, -1))))
+            options: dict[str, Any] = {"mask": mask, "scale": self.scale}
+            out: Tensor = window_attend(q, k, v, full, self.window_size, self.shift, self.position_bias(), **options)
+            return out.transpose(1, 2).flatten(2)
+
+        both = torch.cat([x.flatten(1, -2), values_BHNE.transpose(1, 2).flatten(2)], 2)
+        return on_filled(attend, both, grid, full).unflatten(2, (H, -1)).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}, border={self.border!r}"
@@ -182,17 +178,3 @@ class WindowAttention(nn.Module):
     def full(self, grid: tuple[int, ...]) -> tuple[int, ...]:
         """The lengths of a map with the zero tokens at its end."""
         return tuple(n + (-n % w if self.border == "zeros" else 0) for n, w in zip(grid, self.window_size))
-
-    def fill(self, x: Tensor, grid: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """A map, or its tokens, with zero tokens at its end, (B, *lengths, C), and its lengths.
-
-        Raises:
-            ValueError: on a map in parts.
-        """
-        refuse_parts(type(self).__name__)
-        full = self.full(tuple(grid))
-        return filled(x.reshape(x.shape[0], *grid, x.shape[-1]), full), full
-
-    def crop(self, x_BNC: Tensor, full: tuple[int, ...], grid: tuple[int, ...]) -> Tensor:
-        """Tokens of the `grid` alone, out of those of the filled map."""
-        return cropped(x_BNC, full, grid)

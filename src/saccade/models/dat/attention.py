@@ -19,8 +19,9 @@ from saccade.ops.constants import numbers
 from saccade.ops.deformable import bias_at_points, sample
 from saccade.ops.export import exporting
 from saccade.ops.heads import check_heads
-from saccade.ops.partitions import window_attend
+from saccade.ops.partitions import filled, window_attend
 from saccade.ops.score_mods import grid_bias
+from saccade.ops.sharding import refuse_parts
 
 #: the biases by relative position that the authors' code knows
 BIASES = ("table", "log", "fixed", "convolution", None)
@@ -269,20 +270,35 @@ class ShiftedWindowAttention(WindowAttention):
         super().__init__(dim, num_heads, window_size=window_size, shift=shift, proj_drop=proj_drop)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:  # type: ignore[override]
+        if not self._cuts(x_BHWC):
+            return super().forward(x_BHWC)
         q, k, v = self._filled_heads(x_BHWC)
         return self.proj_drop(self.proj(self._attend(q, k, v, x_BHWC.shape).flatten(3)))
 
     def mix(self, x_BHWC: Tensor, values_BhNE: Tensor, **unused: None) -> Tensor:  # type: ignore[override]
         """This layer's weights on `x`, applied to given values (B, h, N, E); what `attention_map` calls."""
+        if not self._cuts(x_BHWC):
+            return super().mix(x_BHWC, values_BhNE)
         q, k, _ = self._filled_heads(x_BHWC)
-        values, _ = self.fill(values_BhNE.flatten(0, 1), x_BHWC.shape[1:3])
-        v = values.unflatten(0, values_BhNE.shape[:2]).permute(0, 2, 3, 1, 4)
+        values_BHWhE = values_BhNE.permute(0, 2, 1, 3).unflatten(1, x_BHWC.shape[1:3])
+        v = filled(values_BHWhE.flatten(3), q.shape[1:3]).unflatten(3, values_BHWhE.shape[3:])
         return self._attend(q, k, v, x_BHWC.shape).flatten(1, 2).transpose(1, 2)
+
+    def _cuts(self, x_BHWC: Tensor) -> bool:
+        """Whether an axis is cut at the shift, which Swin does not; else this is its layer.
+
+        Raises:
+            ValueError: if one is, and rows of the map are on several ranks.
+        """
+        full = self.full(self.grid(x_BHWC, None))
+        found = any(shift and n == window for n, window, shift in zip(full, self.window_size, self.shift))
+        if found:
+            refuse_parts("a map of which one window covers an axis, and is shifted,")
+        return found
 
     def _filled_heads(self, x_BHWC: Tensor) -> tuple[Tensor, ...]:
         """q, k, v (B, H, W, h, D) of a map filled up to whole windows."""
-        self.grid(x_BHWC, None)
-        y_BHWC, _ = self.fill(x_BHWC, x_BHWC.shape[1:3])
+        y_BHWC = filled(x_BHWC, self.full(tuple(x_BHWC.shape[1:3])))
         return self.qkv(y_BHWC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
 
     def _attend(self, q_BHWhD: Tensor, k_BHWhD: Tensor, v_BHWhE: Tensor, size: torch.Size) -> Tensor:

@@ -18,7 +18,8 @@ from saccade.layers.drop_path import DropPath
 from saccade.layers.mlp import MLP
 from saccade.layers.window_attention import WindowAttention
 from saccade.models.vit_adapters_mtl.adapters import TaskBias, TaskScaledNorm
-from saccade.ops.partitions import window_attend
+from saccade.ops.partitions import on_filled, window_attend
+from saccade.ops.sharding import places
 
 
 class TaskAdaptedAttention(WindowAttention):
@@ -69,24 +70,28 @@ class TaskAdaptedAttention(WindowAttention):
         grid, images = self.grid(x, size), len(omega_BD)
         if not images or len(x) % images:
             raise ValueError(f"omega must be one for each image, got {images} for {len(x)} maps or windows")
-        y, full = self.fill(x, grid)
-        q, k, v = (
-            part.transpose(1, 2)
-            for part in self.qkv(y.flatten(1, -2)).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        )
+        full, H, T = self.full(grid), self.num_heads, prod(self.window_size)
+        tokens = x.flatten(1, -2)
         if values_BHNE is not None:
-            v = self.fill(values_BHNE.flatten(0, 1), grid)[0].flatten(1, -2).unflatten(0, v.shape[:2])
-        place_N = self._places(full, x.device)
-        rows_BNT = self.task_bias(omega_BD)[:, place_N].repeat_interleave(len(x) // images, 0)
-        keys_NT = F.one_hot(place_N, prod(self.window_size)).to(k)
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        q = torch.cat([q * scale, rows_BNT.to(q)[:, None].expand(-1, self.num_heads, -1, -1)], -1)
-        k = torch.cat([k, keys_NT.expand(*k.shape[:2], -1, -1)], -1)
-        bias = self.position_bias()
-        out: Tensor = window_attend(q, k, v, full, self.window_size, self.shift, bias, mask=mask, scale=1.0)
-        if values_BHNE is not None:
-            return self.crop(out.flatten(0, 1), full, grid).unflatten(0, out.shape[:2])
-        return self.crop(out.transpose(1, 2).flatten(2), full, grid)
+            tokens = torch.cat([tokens, values_BHNE.transpose(1, 2).flatten(2)], 2)
+
+        def attend(y_BNC: Tensor) -> Tensor:
+            x_BNC, values = y_BNC.split([self.dim, y_BNC.shape[2] - self.dim], 2)
+            qkv = self.qkv(x_BNC).unflatten(-1, (3, H, self.head_dim)).unbind(2)
+            q, k, v = (part.transpose(1, 2) for part in qkv)
+            if values_BHNE is not None:
+                v = values.unflatten(2, (H, -1)).transpose(1, 2)
+            place_N = self._places(full, x.device)[places(x_BNC.shape[1], x.device)]
+            rows_BNT = self.task_bias(omega_BD)[:, place_N].repeat_interleave(len(x) // images, 0)
+            scale = self.head_dim**-0.5 if self.scale is None else self.scale
+            q = torch.cat([q * scale, rows_BNT.to(q)[:, None].expand(-1, H, -1, -1)], -1)
+            k = torch.cat([k, F.one_hot(place_N, T).to(k).expand(*k.shape[:2], -1, -1)], -1)
+            bias = self.position_bias()
+            out: Tensor = window_attend(q, k, v, full, self.window_size, self.shift, bias, mask=mask, scale=1.0)
+            return out.transpose(1, 2).flatten(2)
+
+        out_BNC = on_filled(attend, tokens, grid, full)
+        return out_BNC if values_BHNE is None else out_BNC.unflatten(2, (H, -1)).transpose(1, 2)
 
     def _places(self, full: tuple[int, ...], device: torch.device) -> Tensor:
         """Which token of its window each token of the map is; an axis of one window is not shifted."""
