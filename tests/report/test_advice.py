@@ -13,7 +13,9 @@ import torch
 
 from saccade.cli import main
 from saccade.integrations.advise import Advice, Trial, advise, positions
-from saccade.report.advice import plot, read_advice, sample_model, write_advice
+from saccade.integrations.advise.benches import ModelBench
+from saccade.report.advice import UNFINISHED, plot, read_advice, sample_model, write_advice
+from saccade.train.resumable import Resumable
 
 Model = Callable[..., Path]
 
@@ -31,6 +33,71 @@ def test_a_saved_model_and_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert printed["context"] == 48 and printed["trials"] and printed["warning"] == ""
     assert "no tokens for digits" in printed["skipped"]["retrieval"]
     assert (out / "advice.png").stat().st_size > 1000 and json.loads((out / "advice.json").read_text())["frontier"]
+
+
+def test_what_was_interrupted_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    model, text, out = tiny_model(tmp_path / "model"), tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("the aim of a test is to be in the way " * 20)
+    arguments = [
+        "advise",
+        str(model),
+        "--context",
+        "48",
+        "--data",
+        str(text),
+        "--mechanism",
+        "window",
+        "--out",
+        str(out),
+    ]
+    arguments += ["--tolerance", "9", "--repeats", "1", "--json"]
+    counted: list[str] = []
+    left = 10**9
+
+    def counting(name: str) -> None:
+        whole = getattr(ModelBench, name)
+
+        def counted_call(self: ModelBench, *given: Any, **named: Any) -> Any:
+            if len(counted) == left:
+                raise KeyboardInterrupt
+            counted.append(name)
+            return whole(self, *given, **named)
+
+        monkeypatch.setattr(ModelBench, name, counted_call)
+
+    def run(code: int) -> list[str]:
+        counted.clear()
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert (done.value.code or 0) == code
+        return counted.copy()
+
+    for name in ("measure", "closely"):
+        counting(name)
+    whole = run(0)
+    assert {"measure", "closely"} == set(whole) and not (out / UNFINISHED).exists()
+    (out / "advice.json").unlink()
+    for left in (1, len(whole) - 1):
+        assert len(run(130)) == left and not (out / "advice.json").exists()
+        kept = {
+            each["seconds"]: Trial.read(each)
+            for piece in Resumable(out / UNFINISHED, {}).found.values()
+            if isinstance(piece, list)
+            for each in piece
+        }
+        left = 10**9
+        with pytest.raises(SystemExit) as done:
+            main([*arguments, "--seed", "7"])
+        assert done.value.code == 2 and "seed was 0 and is 7" in capsys.readouterr().err.splitlines()[-1]
+        again = run(0)
+        found = {trial.seconds: trial for trial in read_advice(out / "advice.json").trials}
+        assert again.count("measure") == len(found) - len(kept) and kept.keys() <= found.keys()
+        assert all(found[seconds].deviation == trial.deviation for seconds, trial in kept.items())
+        assert not (out / UNFINISHED).exists()
+        (out / "advice.json").unlink()
 
 
 def test_retrieval_beside_perplexity(

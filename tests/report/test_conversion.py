@@ -44,7 +44,9 @@ def test_a_saved_model_is_converted_and_loaded(
     with pytest.raises(SystemExit) as done:
         main([*arguments, "--seed", "1"])
     err = capsys.readouterr().err
-    assert done.value.code == 2 and "was begun otherwise (seed was 0 and is 1): give another folder" in err
+    assert (
+        done.value.code == 2 and "was begun otherwise (seed was 0 and is 1): delete it, or give another folder" in err
+    )
 
 
 def test_what_cannot_be_done(

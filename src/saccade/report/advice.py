@@ -5,22 +5,33 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
+from saccade import __version__
 from saccade.extras import need, new_figure
-from saccade.integrations.advise import Advice, Trial
+from saccade.integrations.advise import Advice, Keep, Trial
 from saccade.report import pretrained
 from saccade.train import models
 from saccade.train.data import KEYS, Retrieval, english, retrieval
-from saccade.train.files import make_folder, write_bytes, write_text
+from saccade.train.files import locked, make_folder, write_bytes, write_text
+from saccade.train.fingerprints import values
 from saccade.train.plotting import style
+from saccade.train.resumable import Resumable
 from saccade.train.samples import carried, text_sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+#: of a folder, what was measured of an advice that is not written yet
+UNFINISHED = "unfinished.safetensors"
 
 
 def sample_model(name: str, data: Path | None, context: int | None) -> tuple[Any, Any, Any]:
@@ -70,6 +81,33 @@ def retrieval_probes(model: Any, tokenizer: Any, context: int, each: int) -> dic
     return {kind.name: kind for kind in kinds}
 
 
+@contextmanager
+def begun(folder: Path | None, asked: Mapping[str, Any], model: Any, *inputs: Any) -> Iterator[Keep]:
+    """What keeps the pieces of an advice in a folder until `write_advice` has written it: an interrupted one goes on.
+
+    Args:
+        folder: that is there; None keeps nothing.
+        asked: all that figures depend on, plain data.
+        model: whose weights have to be the same, or shapes.
+        inputs: that have to be the same.
+
+    Raises:
+        ValueError: if the folder has pieces of another.
+        OSError: if it cannot be written, or another run is in it.
+    """
+    if folder is None:
+        yield lambda name, make: make()
+        return
+    weights = list(model.parameters()) if isinstance(model, nn.Module) else model
+    setting = {**asked, "weights": values(weights), "inputs": values(*map(_plain, inputs)), "saccade": __version__}
+    with locked(folder):
+        yield Resumable(folder / UNFINISHED, setting).once
+
+
+def _plain(inputs: Any) -> Any:
+    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+
+
 def write_advice(advice: Advice, folder: Path) -> None:
     """`advice.json`, `advice.png` and, where something is recommended, `settings.json` into a folder.
 
@@ -99,6 +137,7 @@ def write_advice(advice: Advice, folder: Path) -> None:
     drawn = io.BytesIO()
     plot(advice).savefig(drawn, format="png", dpi=120)
     write_bytes(folder / "advice.png", drawn.getvalue())
+    (folder / UNFINISHED).unlink(missing_ok=True)
 
 
 def read_advice(path: Path) -> Advice:
@@ -113,15 +152,10 @@ def read_advice(path: Path) -> Advice:
     """
     try:
         found = json.loads(path.read_text("utf-8"))
-        trials = [_known(Trial, each | {"dense_layers": tuple(each["dense_layers"])}) for each in found["trials"]]
-        return _known(Advice, found | {"trials": trials})
+        known = {each.name: found[each.name] for each in fields(Advice) if each.name in found}
+        return Advice(**known | {"trials": [Trial.read(each) for each in found["trials"]]})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no advice: {type(error).__name__} {error}") from error
-
-
-def _known(kind: Any, found: dict[str, Any]) -> Any:
-    """A dataclass of those of its fields that are there."""
-    return kind(**{each.name: found[each.name] for each in fields(kind) if each.name in found})
 
 
 def plot(advice: Advice) -> Figure:

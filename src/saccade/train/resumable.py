@@ -43,7 +43,7 @@ class Resumable:
             differs = [name for name in self.setting if former.get(name) != self.setting[name]]
             if differs:
                 words = "; ".join(f"{name} was {former.get(name)} and is {self.setting[name]}" for name in differs)
-                raise ValueError(f"{file.parent} was begun otherwise ({words}): give another folder")
+                raise ValueError(f"{file} was begun otherwise ({words}): delete it, or give another folder")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What was found before, or is found now and kept."""

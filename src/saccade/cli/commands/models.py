@@ -73,7 +73,8 @@ def advise(
     several (multi-key), that was said at a tenth, at half, at nine tenths of the context.
 
     `saccade advise path/to/model --context 8192 --data my.txt` on a model, `saccade advise --shape 1,8,8192,64` on
-    shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote.
+    shapes alone. `saccade.switch(model, settings="FOLDER/settings.json")` applies what --out wrote. Interrupted, the
+    same command with the same --out goes on where it was.
     """
     from contextlib import nullcontext
 
@@ -82,7 +83,7 @@ def advise(
     from saccade.integrations.advise import advise as measure
     from saccade.integrations.advise import check
     from saccade.ops.measure import processor_time
-    from saccade.report.advice import retrieval_probes, sample_model, write_advice
+    from saccade.report.advice import begun, retrieval_probes, sample_model, write_advice
     from saccade.train import models
     from saccade.train.data import english
     from saccade.train.files import make_folder
@@ -123,7 +124,17 @@ def advise(
     else:
         subject, inputs = integers(str(shape), "shape"), None
     timing = processor_time() if on_processor else nullcontext()
-    with timing, showing(False if as_json else None), bar("settings tried:", None) as update:
+    asked = {
+        "model": model, "shape": shape, "bidirectional": bidirectional, "context": context, "dtype": dtype,
+        "tolerance": tolerance, "quality": quality, "retrieval": retrieval, "repeats": repeats,
+        "processor_time": on_processor, "seed": seed,
+    }  # fmt: skip
+    with (
+        begun(out, asked, subject, inputs, judged) as kept,
+        timing,
+        showing(False if as_json else None),
+        bar("settings tried:", None) as update,
+    ):
         update(0, "dense attention")
         advice = measure(
             subject,
@@ -140,6 +151,7 @@ def advise(
             repeats=repeats,
             seed=seed,
             on_trial=lambda name: update(words=name),
+            kept=kept,
         )
     advice.subject = models.named(str(model)) or advice.subject
     advice.subject += "" if dtype is None else f" in {dtype}"

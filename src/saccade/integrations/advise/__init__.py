@@ -10,7 +10,7 @@ of the model's output (logits, else last hidden state), or of the attention's wh
 """
 
 from saccade.integrations.advise.advice import Advice, Trial
-from saccade.integrations.advise.advising import advise, check, trials
+from saccade.integrations.advise.advising import Keep, advise, check, trials
 from saccade.integrations.advise.inputs import positions
 
-__all__ = ["Advice", "Trial", "advise", "check", "positions", "trials"]
+__all__ = ["Advice", "Keep", "Trial", "advise", "check", "positions", "trials"]

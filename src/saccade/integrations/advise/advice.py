@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,19 @@ class Trial:
         each = "head" if any(isinstance(value, (tuple, list)) for value in own.values()) else "layer"
         named += f" with a {', '.join(sorted(own))} for each {each}" if own else ""
         return f"{named} in {len(self.layers)} layers" if self.dense_layers else named
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> Trial:
+        """A trial of its fields, as `dataclasses.asdict` or JSON has them; what is none of them is left out.
+
+        Args:
+            said: by name.
+
+        Raises:
+            TypeError: if one that is needed is not there.
+        """
+        known = {each.name: said[each.name] for each in fields(cls) if each.name in said}
+        return cls(**known | {"dense_layers": tuple(known.get("dense_layers", ()))})
 
 
 @dataclass

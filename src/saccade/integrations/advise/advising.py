@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from saccade.integrations.advise.blending import Choices, families
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
 from saccade.ops.measure import Watch, clock
+
+#: what keeps figures: of a name and of what measures them, what was found before, or else is found now; plain data
+Keep = Callable[[str, Callable[[], Any]], Any]
 
 #: the mean error of layers at which families of settings are compared by their density
 _COMPARED = 0.05
@@ -69,6 +72,7 @@ def advise(
     repeats: int = 3,
     seed: int = 0,
     on_trial: Callable[[str], None] | None = None,
+    kept: Keep = lambda name, make: make(),
 ) -> Advice:
     """Measure the training-free mechanisms over their settings against dense attention.
 
@@ -98,6 +102,8 @@ def advise(
         repeats: timed calls of each, the fastest counts.
         seed: of random inputs.
         on_trial: called with the name of each setting before it runs.
+        kept: asked for each piece by its name and what measures it: it calls that, or gives what it gave before, which
+            JSON can hold, so that what was interrupted goes on. Speed-ups are over the fastest dense attention of all.
 
     Raises:
         ValueError: if there are fewer sample tokens than `context`, or fewer positions in the model, a name or
@@ -126,7 +132,8 @@ def advise(
     watch = Watch()
     watch.start()
     bench.measure_dense()
-    advice = Advice(bench.subject, bench.context, tolerance, bench.dense_seconds)
+    before = float(kept("dense attention", lambda: bench.dense_seconds))
+    advice = Advice(bench.subject, bench.context, tolerance, min(before, bench.dense_seconds))
     advice.on_model, advice.causal = isinstance(model, nn.Module), bench.causal
     advice.perplexity = bench.perplexity
     if quality == "perplexity" and bench.perplexity is None:
@@ -142,7 +149,7 @@ def advise(
         if on_trial is not None:
             on_trial(f"{entry.slug} {options}")
         try:
-            advice.trials.append(bench.measure(entry, options))
+            advice.trials += _kept(kept, f"{entry.slug} {options}", bench.measure, entry, options)
         except ValueError as error:
             advice.skipped[entry.slug] = " ".join(str(error).split())
             continue
@@ -152,9 +159,11 @@ def advise(
         slugs = dict.fromkeys(trial.slug for trial in advice.trials)
         found = [choices for slug in slugs for choices in families(MECHANISMS[slug], advice.trials)]
         for choices in sorted(found, key=lambda choices: choices.density(_COMPARED))[:partly]:
+            name = f"{choices.entry.slug}, a setting for each {'head' if choices.per_head else 'layer'}"
             if on_trial is not None:
-                on_trial(f"{choices.entry.slug}, a setting for each {'head' if choices.per_head else 'layer'}")
-            advice.trials += _blended(bench, choices, advice.quality, tolerance)
+                on_trial(name)
+            name += f", of {', '.join(trial.name for trial in choices.trials)}: {advice.quality} within {tolerance}"
+            advice.trials += _kept(kept, name, _blended, bench, choices, advice.quality, tolerance)
     # dense attention again: a machine that was busy at the beginning would flatter everything else
     bench.time_dense()
     watch.stop()
@@ -162,8 +171,18 @@ def advise(
     advice.dense_seconds = min(advice.dense_seconds, bench.dense_seconds)
     advice.trials = [replace(trial, speedup=advice.dense_seconds / trial.seconds) for trial in advice.trials]
     if isinstance(bench, ModelBench):
-        _look_closely(advice, bench, probes or {}, decode_tokens, on_trial)
+        _look_closely(advice, bench, probes or {}, decode_tokens, on_trial, kept)
     return advice
+
+
+def _kept(kept: Keep, name: str, measure: Callable[..., Trial | None], *given: Any) -> list[Trial]:
+    """The trial, or none, that was measured before or is now."""
+
+    def make() -> list[dict[str, Any]]:
+        trial = measure(*given)
+        return [] if trial is None else [asdict(trial)]
+
+    return [Trial.read(each) for each in kept(name, make)]
 
 
 def _in_vain(advice: Advice, kept: Trial, left: Trial) -> bool:
@@ -178,14 +197,17 @@ def _look_closely(
     probes: Mapping[str, Probe],
     new: int,
     on_trial: Callable[[str], None] | None,
+    kept: Keep,
 ) -> None:
     """What takes longer: with dense attention, of the frontier, and of what is recommended until that stays."""
     seen: set[str] = set()
 
     def look(trial: Trial | None) -> dict[str, Any]:
+        name = f"{'dense attention' if trial is None else trial.name}, more closely"
         if on_trial is not None:
-            on_trial(f"{'dense attention' if trial is None else trial.name}, more closely")
-        return bench.closely(trial, probes, new)
+            on_trial(name)
+        found: dict[str, Any] = kept(name, lambda: bench.closely(trial, probes, new))
+        return found
 
     def replaced(trial: Trial) -> None:
         place = advice.trials.index(trial)
@@ -200,7 +222,7 @@ def _look_closely(
         replaced(best)
 
 
-def _blended(bench: ModelBench, choices: Choices, quality: str, tolerance: float) -> list[Trial]:
+def _blended(bench: ModelBench, choices: Choices, quality: str, tolerance: float) -> Trial | None:
     """The sparsest blend within the tolerance, by bisection of its density; none if there is none."""
     short, enough = choices.least, 1.0
     if bench.loss(choices.entry, choices.blend(short), quality) <= tolerance:
@@ -210,7 +232,7 @@ def _blended(bench: ModelBench, choices: Choices, quality: str, tolerance: float
         fits = bench.loss(choices.entry, choices.blend(middle), quality) <= tolerance
         short, enough = (short, middle) if fits else (middle, enough)
     blend = choices.blend(enough)
-    return [] if enough == 1.0 else [bench.measure(choices.entry, blend.options, blend)]
+    return None if enough == 1.0 else bench.measure(choices.entry, blend.options, blend)
 
 
 def check(
