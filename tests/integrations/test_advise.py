@@ -236,6 +236,10 @@ def test_settings_for_each_layer_or_head_within_the_tolerance(slug: str, per_hea
     dense = model(ids).logits
     assert ((out - dense).abs().sum() / dense.abs().sum()).item() == pytest.approx(blended.deviation, rel=1e-4)
     assert {row.name: row.relative_error for row in report.layers} == pytest.approx(blended.layers)
+    config.num_hidden_layers = 5
+    deeper = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="settings for each of 4 attention layers, and this model has 5"):
+        switch(deeper, settings=tmp_path / "settings.json")
     with pytest.raises(ValueError, match="partly must not be negative"):
         advise(model, inputs=ids, partly=-1)
 

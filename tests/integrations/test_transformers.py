@@ -255,6 +255,38 @@ def test_window_decodes_as_it_prefills(cache: str) -> None:
             assert torch.equal(output(model, out[:, :step])[:, -1].argmax(-1), out[:, step])
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("sinks", [None, 0, 2])
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2"])
+def test_a_window_and_the_first_tokens_step_by_step(name: str, sinks: int | None, static: bool, padded: bool) -> None:
+    """Also where the layer's own window has left the first tokens behind, at once or one after the other."""
+    more = {
+        "mistral": {"sliding_window": 8},
+        "qwen2": dict(use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    }
+    model, inputs = build(name, initializer_range=0.3, **more.get(name, {})), tokens(2, 20)
+    mask = torch.ones_like(inputs)
+    mask[0, : 5 if padded else 0] = 0
+    options = {"left": 2} if sinks is None else {"left": 2, "sinks": sinks}
+    with torch.no_grad(), switch(model, "window", **options):
+        whole = model(inputs, attention_mask=mask, use_cache=False).logits
+        config = model.config
+        cache = transformers.StaticCache(config, 24) if static else transformers.DynamicCache(config=config)
+        pieces = []
+        for start, stop in ((0, 6), (6, 7), *((at, at + 1) for at in range(7, 20))):
+            seen = mask[:, :stop] if padded else None
+            places = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:]
+            call = dict(attention_mask=seen, position_ids=places, past_key_values=cache)
+            pieces.append(model(inputs[:, start:stop], **call).logits)
+        real = mask.bool()
+        torch.testing.assert_close(torch.cat(pieces, 1)[real], whole[real], atol=1e-4, rtol=1e-4)
+        if sinks != 0:
+            with switch(model, "window", left=2, sinks=0):
+                without = model(inputs, attention_mask=mask, use_cache=False).logits
+            assert (without - whole)[real].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("slug", SPARSE)
 def test_a_prompt_in_two_pieces(slug: str) -> None:
     """MoBA and a window see what they would see in one piece; others attend densely to the cache."""
@@ -306,6 +338,9 @@ def test_cross_attention_stays_dense(slug: str) -> None:
     with switch(model, slug, layers=cross, report=True, **SPARSE[slug]) as report:
         out = output(model, inputs, decoder_input_ids=prompt)
     torch.testing.assert_close(out, output(model, inputs, decoder_input_ids=prompt), atol=1e-5, rtol=1e-5)
+    assert [(row.calls, row.dense_calls) for row in report.layers] == [(0, 1)]
+    with switch(model, slug, layers=cross, report=True, **SPARSE[slug]) as report:  # as long by chance
+        output(model, inputs, decoder_input_ids=inputs)
     assert [(row.calls, row.dense_calls) for row in report.layers] == [(0, 1)]
     with switch(model, slug, layers=decoder, report=True, **SPARSE[slug]) as report:
         output(model, inputs, decoder_input_ids=prompt)

@@ -37,11 +37,13 @@ class HandedMask(torch.Tensor):
         pattern: that.
         open: of a sequence in parts; the layers' positions are still to say which sequences are packed into a row.
         packed: this rank's part alone shows that there are some.
+        before: tokens of each sequence that the keys do not have any more, of all or (B,).
     """
 
     pattern: Pattern
     open: bool = False
     packed: bool = False
+    before: int | Tensor = 0
 
     @staticmethod
     def of(pattern: Pattern, batch: int, n: int, m: int, device: torch.device | str) -> HandedMask:
@@ -127,20 +129,24 @@ def hand_over(**request: Any) -> Tensor | None:
         return _of_parts(known, request)
     n, first_query = _queries(request)
     m, first_key = int(request["kv_length"]), int(request.get("kv_offset") or 0)
-    valid = request.get("attention_mask")
+    valid, before = request.get("attention_mask"), first_key
     if valid is not None:
+        before = valid[:, :first_key].sum(1) if first_key else 0
         # columns count from the first token ever seen; a static cache has more keys than tokens so far
         missing = max(first_key + m - valid.shape[-1], 0)
         valid = torch.nn.functional.pad(valid.to(torch.bool), (0, missing))[:, first_key : first_key + m]
     pattern = replace(known, offset=first_query - first_key, valid_BM=valid).simplify(n, m)
     causal = known.causal
-    if request.get("allow_is_causal_skip" if causal else "allow_is_bidirectional_skip", causal):
+    # None says nothing of keys that are gone
+    if not first_key and request.get("allow_is_causal_skip" if causal else "allow_is_bidirectional_skip", causal):
         # `read` makes the same of no mask at all
         plain, _ = pattern.crop(n, m)
         if plain.is_whole_sequences and plain.valid_BM is None and plain.ids_BM is None:
             if plain.causal == (causal and n > 1) and (plain.offset == 0 or not plain.causal):
                 return None
-    return HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
+    handed = HandedMask.of(pattern, request["batch_size"], n, m, request.get("device", "cpu"))
+    handed.before = before
+    return handed
 
 
 def _of_parts(known: Pattern, request: dict[str, Any]) -> Tensor:

@@ -28,7 +28,7 @@ from saccade.ops.masks.block_states import size_pair
 from saccade.ops.merge import add_sink
 from saccade.ops.pattern import Pattern
 
-__all__ = ["MECHANISMS", "SINKS", "Mechanism", "implementation", "mechanism", "pairs"]
+__all__ = ["MECHANISMS", "SINKS", "Mechanism", "implementation", "left_over", "mechanism", "pairs"]
 
 #: first tokens that causal mechanisms keep in a pretrained model where `sinks` is not said: heads that find nothing
 #: look there, and perplexity rises by a quarter where they cannot
@@ -249,7 +249,7 @@ def window_attend(
     *,
     left: int = 256,
     right: int | None = None,
-    sinks: int = 0,
+    sinks: int | Tensor = 0,
     mask: Mask | None = None,
     causal: bool = False,
     offset: int = 0,
@@ -263,7 +263,7 @@ def window_attend(
     Args:
         q, k, v, mask, scale, dropout, soft_cap, sink_logits: as in `softmax_attend`.
         left, right: keys before and after the query.
-        sinks: first keys of each sequence that are seen in any case; padding is none of them.
+        sinks: first keys of each sequence that are seen in any case, of all or (B,); padding is none of them.
         causal: no key after the query, whatever `right` is.
         offset: the key at which query 0 stands.
 
@@ -271,21 +271,33 @@ def window_attend(
         ValueError: if a number of keys is negative, or as `softmax_attend`.
     """
     B, N, M = q.shape[0], sharding.whole(q.shape[2]), sharding.whole(k.shape[2])
-    ids_BM = (
-        Pattern.of(mask, B, N, M, causal=causal, offset=offset).sequence_ids(B, M)
-        if sinks and mask is not None
-        else None
-    )
-    window = _window(N, M, causal, offset, {"left": left, "right": right, "sinks": sinks if ids_BM is None else 0})
-    if ids_BM is not None:
-        first = masks.padding(_first_of_sequences(ids_BM, sinks))
+    of_rows, ids_BM = isinstance(sinks, Tensor), None
+    if mask is not None and (of_rows or sinks):
+        ids_BM = Pattern.of(mask, B, N, M, causal=causal, offset=offset).sequence_ids(B, M)
+    of_all = 0 if of_rows or ids_BM is not None else sinks
+    window = _window(N, M, causal, offset, {"left": left, "right": right, "sinks": of_all})
+    if of_rows or ids_BM is not None:
+        first = masks.prefix(sinks) if ids_BM is None else masks.padding(_first_of_sequences(ids_BM, sinks))
         window = window | (first & masks.causal(offset) if causal else first)
     whole = window if mask is None else window & mask
     return softmax_attend(q, k, v, mask=whole, scale=scale, dropout=dropout, soft_cap=soft_cap, sink_logits=sink_logits)
 
 
-def _first_of_sequences(ids_BM: Tensor, count: int) -> Tensor:
-    """Which tokens (B, M) are among the first `count` of their sequence; -1 is no sequence."""
+def left_over(sinks: int, before: int | Tensor) -> int | Tensor:
+    """How many of a sequence's first tokens are among the keys, of all or (B,).
+
+    Args:
+        sinks: how many there are; what is no number of tokens is given back.
+        before: tokens of each sequence that the keys do not have any more, as in the cache of a sliding window.
+    """
+    if isinstance(before, Tensor):
+        return (sinks - before).clamp(min=0)
+    return max(0, sinks - before) if before else sinks
+
+
+def _first_of_sequences(ids_BM: Tensor, count: int | Tensor) -> Tensor:
+    """Which tokens (B, M) are among the first `count`, of all or (B,), of their sequence; -1 is no sequence."""
+    count = count[:, None] if isinstance(count, Tensor) else count
     sorted_BM, order_BM = ids_BM.sort(dim=1, stable=True)
     rank_BM = torch.arange(ids_BM.shape[1], device=ids_BM.device) - torch.searchsorted(sorted_BM, sorted_BM)
     return (ids_BM >= 0) & torch.zeros_like(ids_BM).scatter_(1, order_BM, rank_BM).lt(count)
@@ -297,6 +309,7 @@ def _everything(n: int, m: int, causal: bool, offset: int, options: Mapping[str,
 
 def _window(n: int, m: int, causal: bool, offset: int, options: Mapping[str, Any]) -> Mask:
     left, right, sinks = options["left"], options["right"], options["sinks"]
+    sinks = int(sinks.max()) if isinstance(sinks, Tensor) else sinks
     for name, value in (("left", left), ("right", right), ("sinks", sinks)):
         if value is not None and (not isinstance(value, int) or value < 0):
             raise ValueError(f"{name} must be a number of keys, 0 or more, got {value!r}")

@@ -20,7 +20,6 @@ L their length, T = B N tokens.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,14 +27,22 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from saccade.extras import need
 from saccade.integrations.handed_masks import HandedMask, hand_over, read
-from saccade.integrations.mechanisms import MECHANISMS, Mechanism, implementation, mechanism, softmax_attend
+from saccade.integrations.mechanisms import (
+    MECHANISMS,
+    Mechanism,
+    implementation,
+    left_over,
+    mechanism,
+    softmax_attend,
+)
+from saccade.integrations.settings import read_settings
 from saccade.integrations.switching import LayerReport, Report, choose
 from saccade.layers.attention_interface import attended, attention_layers
 from saccade.ops.pattern import Pattern
@@ -110,7 +117,8 @@ def switch(
 
     Raises:
         ValueError: if the mechanism, an option or a layer is unknown, a layer with options of its own is not among
-            those that are switched, the model does not use the interface, or not either a name or settings are given.
+            those that are switched, the model does not use the interface, not either a name or settings are given, or
+            settings name layers of a model that has more or fewer.
         OSError: if the settings cannot be read.
 
     >>> import saccade, torch
@@ -125,7 +133,7 @@ def switch(
     if (slug is None) == (settings is None) or (settings is not None and (options or layer_options)):
         raise ValueError("give a mechanism and its options, or settings=, not both")
     if settings is not None:
-        slug, options, left, layer_options = read_settings(settings)
+        slug, options, left, layer_options = read_settings(settings, len(attention_layers(model)))
         dense_layers = [*dense_layers, *left]
     entry = mechanism(str(slug))
     entry.check(options)
@@ -147,35 +155,6 @@ def switch(
         others = dict(model.named_modules()).keys() - places.keys()
         by_place |= dict.fromkeys(others, _Setting(entry, options))
     return _switched(model, entry, by_place, yielded)
-
-
-class Settings(NamedTuple):
-    """What a settings file holds, in the words of `switch`."""
-
-    slug: str
-    options: dict[str, Any]
-    dense_layers: list[int | str]
-    layer_options: dict[int | str, dict[str, Any]]
-
-
-def read_settings(path: str | Path) -> Settings:
-    """The mechanism, the options, the layers that stay dense and those with options of their own.
-
-    Args:
-        path: what `Advice.save` wrote.
-
-    Raises:
-        ValueError: if it holds something else.
-        OSError: if it cannot be read.
-    """
-    try:
-        found = json.loads(Path(path).read_text("utf-8"))
-        own: dict[int | str, dict[str, Any]] = {
-            place: dict(options) for place, options in found.get("layer_options", {}).items()
-        }
-        return Settings(str(found["mechanism"]), dict(found["options"]), list(found.get("dense_layers", ())), own)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path} holds no settings: `advice.save(path)` writes them") from None
 
 
 @contextmanager
@@ -256,7 +235,7 @@ def _attention_function(slug: str) -> Any:
         if keys < m:
             key, value = key[:, :, :keys], value[:, :, :keys]
         setting = module.__dict__.get("_saccade") or _configured(entry, module)
-        reason = _why_dense(setting.mechanism, pattern, bool(is_causal), n, keys)
+        reason = _why_dense(setting.mechanism, pattern, bool(is_causal), n, keys, _crosses(module))
         if reason is not None:
             setting.dense[reason] += 1
             if setting.report is not None:
@@ -264,7 +243,8 @@ def _attention_function(slug: str) -> Any:
             out = softmax_attend(query, key, value, mask=pattern.mask, dropout=dropout, **scores)
         else:
             setting.ran += 1
-            out = _run(setting, query, key, value, pattern, dropout, scores)
+            before = attention_mask.before if isinstance(attention_mask, HandedMask) else 0
+            out = _run(setting, query, key, value, pattern, before, dropout, scores)
         return out.transpose(1, 2).contiguous(), None
 
     return saccade_attention
@@ -295,7 +275,15 @@ def scores_asked(implementation: str, scaling: float | None, extra: Mapping[str,
     return scores
 
 
-def _why_dense(entry: Mechanism | None, pattern: Pattern, is_causal: bool, n: int, m: int) -> str | None:
+def _crosses(module: nn.Module) -> bool:
+    """Whether a layer that is not causal is cross-attention, as far as it says so itself."""
+    says = any(getattr(module, name, False) is True for name in ("is_cross_attention", "is_decoder"))
+    return says or "Cross" in type(module).__name__
+
+
+def _why_dense(
+    entry: Mechanism | None, pattern: Pattern, is_causal: bool, n: int, m: int, crosses: bool = False
+) -> str | None:
     """Why dense attention takes this call, or None where the mechanism does (the module's docstring says when).
 
     Raises:
@@ -303,7 +291,7 @@ def _why_dense(entry: Mechanism | None, pattern: Pattern, is_causal: bool, n: in
     """
     if entry is None:
         return "not switched"
-    if n != m and not is_causal:
+    if not is_causal and (n != m or (crosses and not pattern.causal)):
         return "cross-attention"  # positions of queries and keys have nothing to do with each other
     if entry.masks == "any":
         return None
@@ -331,6 +319,7 @@ def _run(
     k_BKMD: Tensor,
     v_BKME: Tensor,
     pattern: Pattern,
+    before: int | Tensor,
     dropout: float,
     scores: dict[str, Any],
 ) -> Tensor:
@@ -338,7 +327,11 @@ def _run(
     assert entry is not None
     if in_force() is not None and setting.report is not None:
         raise ValueError("report=True measures whole sequences: outside of saccade.parallel")
-    call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": setting.options}
+    # the pattern of a last query is not causal, which sees every key: its layer is
+    options = entry.completed(setting.options, pattern.causal or q_BHND.shape[2] < k_BKMD.shape[2])
+    if entry.masks == "any" and "sinks" in options:
+        options = {**options, "sinks": left_over(options["sinks"], before)}
+    call: dict[str, Any] = {"causal": pattern.causal, "offset": pattern.offset, "options": options}
     call |= {"dropout": dropout, **scores}
     if entry.masks == "any":
         out = entry.run(q_BHND, k_BKMD, v_BKME, mask=pattern.mask, **call)
@@ -349,13 +342,14 @@ def _run(
     else:
         out = attend_apart(partial(entry.run, **call), q_BHND, k_BKMD, v_BKME, pattern.valid_BM, pattern.ids_BM)
     if setting.report is not None:
-        _measure(setting, q_BHND, k_BKMD, v_BKME, pattern, out, scores)
+        _measure(setting, options, q_BHND, k_BKMD, v_BKME, pattern, out, scores)
     return out
 
 
 @torch.no_grad()
 def _measure(
     setting: _Setting,
+    options: Mapping[str, Any],
     q_BHND: Tensor,
     k_BKMD: Tensor,
     v_BKME: Tensor,
@@ -366,7 +360,7 @@ def _measure(
     """Enter one call into the layer's report. Padding counts for nothing."""
     entry, row = setting.mechanism, setting.report
     assert entry is not None and row is not None
-    call: dict[str, Any] = {"causal": pattern.causal, "scale": scores["scale"], "options": setting.options}
+    call: dict[str, Any] = {"causal": pattern.causal, "scale": scores["scale"], "options": options}
     n, m = q_BHND.shape[2], k_BKMD.shape[2]
     apart = pattern.valid_BM is not None or pattern.ids_BM is not None
     if apart and n == m and (entry.masks != "any" or pattern.is_whole_sequences):

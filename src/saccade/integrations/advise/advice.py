@@ -101,6 +101,8 @@ class Advice:
         keep_probes: whether only what falls in no probe is recommended.
         waited: of the time of measuring, the share in the queue for a processor; None where not known.
         clock: times are of the "wall", or of the "processor" (see `saccade.ops.measure.processor_time`).
+        layers: attention layers of the model; None of shapes.
+        fingerprint: tells this model and these inputs from others; "" where not known.
     """
 
     subject: str
@@ -120,6 +122,8 @@ class Advice:
     waited: float | None = None
     clock: str = "wall"
     causal: bool = True
+    layers: int | None = None
+    fingerprint: str = ""
 
     def loss(self, trial: Trial) -> float:
         """What a setting costs in `quality`.
@@ -194,6 +198,7 @@ class Advice:
             "layer_options": {place: dict(options) for place, options in best.layer_options.items()},
         }
         found |= {"model": self.subject, "context": self.context}
+        found |= {} if self.layers is None else {"layers": self.layers}
         write_text(Path(path), json.dumps({**found, "measured": said, "machine": machine()}, indent=1) + "\n")
 
     def table(self, everything: bool = False) -> str:

@@ -14,6 +14,7 @@ from saccade.integrations.advise.benches import Bench, ModelBench, Probe, Shapes
 from saccade.integrations.advise.blending import Choices, families
 from saccade.integrations.advise.inputs import model_inputs, shape_inputs
 from saccade.integrations.mechanisms import MECHANISMS, Mechanism, mechanism
+from saccade.layers.attention_interface import attention_layers
 from saccade.ops.measure import Watch, clock
 
 #: what keeps figures: of a name and of what measures them, what was found before, or else is found now; plain data
@@ -135,6 +136,7 @@ def advise(
     before = float(kept("dense attention", lambda: bench.dense_seconds))
     advice = Advice(bench.subject, bench.context, tolerance, min(before, bench.dense_seconds))
     advice.on_model, advice.causal = isinstance(model, nn.Module), bench.causal
+    advice.layers = len(attention_layers(model)) if isinstance(model, nn.Module) else None
     advice.perplexity = bench.perplexity
     if quality == "perplexity" and bench.perplexity is None:
         raise ValueError(f"perplexity is of causal language models on tokens, got {bench.subject}")
