@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,55 @@ def test_a_converted_model_is_copied_pickled_switched_and_compressed(tmp_path: P
     (tmp_path / "saccade_convert.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match="is damaged"):
         saccade.load_converted(model(), tmp_path)
+
+
+@pytest.mark.parametrize("slug", ["moba", "lightning"])
+def test_padding_and_packed_rows_are_known_however_they_are_said(slug: str) -> None:
+    network, ids = model(), TOKENS[None, :20].repeat(2, 1)
+    convert(network, slug, TOKENS, **FEW, **({"block_size": 4, "top_k": 2} if slug == "moba" else {}))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        said = network.model(ids, attention_mask=mask)[0]
+        assert torch.equal(network.model(ids, mask)[0], said)
+        places = torch.cat([torch.arange(12), torch.arange(8)])[None]
+        packed = {"position_ids": places, "use_cache": False}
+        if slug == "moba":
+            apart = torch.cat([network(ids[:, :12]).logits, network(ids[:, 12:]).logits], 1)
+            torch.testing.assert_close(network(ids, **packed).logits, apart, atol=1e-5, rtol=1e-4)
+        else:
+            with pytest.raises(ValueError, match="packed sequences"):
+                network(ids, **packed)
+        network(ids, position_ids=torch.arange(20)[None])
+
+
+def test_several_conversions_of_a_model_are_kept_together(tmp_path: Path) -> None:
+    network, ids = model().train(), TOKENS[None, :20]
+    network.lm_head.requires_grad_(False)
+    first = convert(network, "lightning", TOKENS, **FEW)
+    second = convert(network, "moba", TOKENS, block_size=4, top_k=2, **FEW | {"layers": [0]})
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["lm_head.weight"] and all(module.training for module in network.modules())
+    network.eval()
+    second.save(tmp_path)
+    again = model()
+    assert sorted(saccade.load_converted(again, tmp_path)) == sorted([*first.layers, *second.layers])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, network(ids).logits)
+    with pytest.raises(ValueError, match="was converted before: give the model as it was"):
+        saccade.load_converted(again, tmp_path)
+    with pytest.raises(ValueError, match="no layer is"):
+        convert(network.train(), "moba", TOKENS, **FEW | {"layers": ["nothing"]})
+    assert network.training and sum(not p.requires_grad for p in network.parameters()) == 1
+
+
+def test_what_was_kept_when_all_layers_were_alike_is_read(tmp_path: Path) -> None:
+    network = model()
+    report = convert(network, "moba", TOKENS, block_size=4, **FEW)
+    report.save(tmp_path)
+    record = {"mechanism": "moba", "arguments": {"block_size": 4}, "layers": report.layers}
+    (tmp_path / "saccade_convert.json").write_text(json.dumps(record))
+    again = model()
+    saccade.load_converted(again, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS[None, :20]).logits, network(TOKENS[None, :20]).logits)

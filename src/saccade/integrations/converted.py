@@ -6,14 +6,13 @@
 A part keeps its own cache beside the model's: that one is told how many tokens there are, four bytes each, so that
 `generate` runs as before. Beam search and caches that are shortened are refused, as a state cannot be taken apart.
 
-Shape letters: B batch, N tokens, M tokens so far, C channels, H heads, D head dim.
+Shape letters: B batch, N tokens, C channels, H heads, D head dim.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from saccade import catalogue
+from saccade.integrations.converted_layer import Converted, Made, Masks
 from saccade.integrations.switching import choose
 from saccade.layers.attention_interface import attention_layers
 from saccade.layers.pretrained import SoftmaxLayer, read_softmax
@@ -45,82 +45,6 @@ __all__ = [
 ]
 
 _RECORD, _WEIGHTS = "saccade_convert.json", "saccade_convert.safetensors"
-
-
-class Masks:
-    """What a language model was told of padding in the call that runs: a hook before its decoder keeps it.
-
-    Args:
-        decoder: the stack of blocks.
-    """
-
-    def __init__(self, decoder: nn.Module) -> None:
-        self.real_BM: Tensor | None = None
-        self.hook = decoder.register_forward_pre_hook(self._called, with_kwargs=True)
-
-    def _called(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError("a converted layer takes padding alone: attention_mask must be (batch, tokens)")
-        self.real_BM = None if mask is None or bool(mask.all()) else mask.bool()
-
-
-class Converted(nn.Module):
-    """A causal part that is called as transformers calls an attention layer.
-
-    Args:
-        part: of the catalogue, self-attention of (B, N, C).
-        layer_idx: the layer's number in the model's cache.
-        masks: of the model.
-    """
-
-    def __init__(self, part: Any, layer_idx: int, masks: Masks) -> None:
-        super().__init__()
-        self.part, self.layer_idx, self.masks = part, layer_idx, masks
-        self._caches: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        # what was kept of others' caches is theirs, and weak references cannot be written
-        return {name: value for name, value in self.__dict__.items() if name != "_caches"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._caches = weakref.WeakKeyDictionary()
-
-    def forward(
-        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        """(B, N, C), and no weights.
-
-        Raises:
-            ValueError: if the cache was shortened, or holds other rows than before.
-        """
-        real_BM, cache = self.masks.real_BM, None
-        if past_key_values is not None:
-            cache = self._cache(past_key_values, hidden_states)
-        out = self.part(hidden_states, **({} if real_BM is None else {"mask": real_BM}), cache=cache)
-        return out, None
-
-    def held(self, theirs: Any) -> int:
-        """Bytes of what the part keeps beside a cache of the model's."""
-        return int(self._caches[theirs].nbytes) if theirs in self._caches else 0
-
-    def _cache(self, theirs: Any, x_BNC: Tensor) -> Any:
-        past = theirs.get_seq_length(self.layer_idx)
-        if past == 0 or theirs not in self._caches:
-            self._caches[theirs] = self.part.new_cache(len(x_BNC), device=x_BNC.device, dtype=x_BNC.dtype)
-        cache = self._caches[theirs]
-        if cache.length != past:
-            raise ValueError(
-                f"a converted layer has seen {cache.length} tokens and the cache says {past}: caches that are "
-                "shortened, as by assisted decoding, are not for it"
-            )
-        row_B = torch.arange(len(x_BNC), dtype=torch.int16, device=x_BNC.device)
-        if past and not torch.equal(theirs.layers[self.layer_idx].keys[:, 0, 0, 0], row_B):
-            raise ValueError("the cache's rows were reordered: a converted layer takes no beam search")
-        tokens = row_B.view(-1, 1, 1, 1).expand(-1, 1, x_BNC.shape[1], 1)
-        theirs.update(tokens, tokens, self.layer_idx)
-        return cache
 
 
 def part_for(slug: str, layer: nn.Module, **arguments: Any) -> tuple[nn.Module, list[str]]:
@@ -227,12 +151,13 @@ def check(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} is no language model of transformers that writes text")
 
 
-def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> Masks:
+def put_in(model: nn.Module, parts: Mapping[str, nn.Module], made: Mapping[str, Made]) -> Masks:
     """Parts in the places of attention layers; what tells them of padding, whose `hook` takes it off again.
 
     Args:
         model: of transformers, whose cache numbers its layers.
         parts: module path -> part.
+        made: module path -> what it is made of.
 
     Raises:
         ValueError: if it is no language model with a decoder.
@@ -241,18 +166,17 @@ def put_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> Masks:
     masks = Masks(model.get_decoder())  # type: ignore[operator]
     for path, part in parts.items():
         layer: Any = model.get_submodule(path)
-        model.set_submodule(path, Converted(part, int(layer.layer_idx), masks))
+        model.set_submodule(path, Converted(part, int(layer.layer_idx), masks, made[path]))
     return masks
 
 
-def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str, Any]) -> None:
-    """What was converted in a model, as a folder that `load_converted` reads; the rest of the model is not written.
+def save(model: nn.Module, folder: str | Path) -> None:
+    """What was converted in a model, by all conversions of it, as a folder that `load_converted` reads; the rest of the
+    model is not written.
 
     Args:
-        model: with converted layers.
+        model: with converted layers, of arguments that JSON can hold.
         folder: made if need be.
-        slug: of the parts.
-        arguments: of the parts, which JSON can hold.
 
     Raises:
         ValueError: if nothing is converted.
@@ -271,7 +195,8 @@ def save(model: nn.Module, folder: str | Path, slug: str, arguments: Mapping[str
         for name, tensor in module.part.state_dict().items()
     }
     write_bytes(folder / _WEIGHTS, to_bytes(state))
-    record = {"mechanism": slug, "arguments": dict(arguments), "layers": sorted(layers)}
+    made = {path: module.made for path, module in sorted(layers.items())}
+    record = {"layers": {path: {"mechanism": slug, "arguments": dict(given)} for path, (slug, given) in made.items()}}
     write_text(folder / _RECORD, json.dumps(record, indent=1) + "\n")
 
 
@@ -292,25 +217,30 @@ def load_converted(model: nn.Module, folder: str | Path) -> list[str]:
     folder = Path(folder)
     try:
         record = json.loads((folder / _RECORD).read_text("utf-8"))
-        slug, arguments, paths = str(record["mechanism"]), dict(record["arguments"]), list(record["layers"])
-    except (ValueError, TypeError, KeyError):
+        if isinstance(record["layers"], list):  # as it was written when all layers had to be alike
+            record["layers"] = dict.fromkeys(record["layers"], record)
+        made = {path: (str(one["mechanism"]), dict(one["arguments"])) for path, one in record["layers"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{folder} holds no converted layers") from None
     try:
         state = load_file(folder / _WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / _WEIGHTS} is damaged ({error})") from None
+    known = dict(model.named_modules())
+    if again := [path for path in made if isinstance(known.get(path), Converted)]:
+        raise ValueError(f"{again[0]} was converted before: give the model as it was")
     places = attention_layers(model)
-    if strange := sorted(set(paths) - set(places)):
+    if strange := sorted(set(made) - set(places)):
         raise ValueError(f"{folder} is of another model: there is no attention layer {strange[0]}")
-    parts = {path: part_for(slug, model.get_submodule(path), **arguments)[0] for path in paths}
+    parts = {path: part_for(slug, known[path], **given)[0] for path, (slug, given) in made.items()}
     for path, part in parts.items():
         own = {name.removeprefix(f"{path}."): x for name, x in state.items() if name.startswith(f"{path}.")}
         try:
             part.load_state_dict(own)
         except RuntimeError as error:
             raise ValueError(f"{folder} is of another model: {' '.join(str(error).split())[:200]}") from None
-    put_in(model, parts)
-    return paths
+    put_in(model, parts, made)
+    return list(made)
 
 
 def cache_bytes(model: nn.Module, cache: Any) -> int:
@@ -341,14 +271,14 @@ def chosen_layers(model: nn.Module, layers: Sequence[int | str]) -> dict[str, nn
 
 
 @contextmanager
-def put_in_or_back(model: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+def put_in_or_back(model: nn.Module, parts: Mapping[str, nn.Module], made: Mapping[str, Made]) -> Iterator[None]:
     """`put_in`; where what follows fails or is interrupted, the former layers come back.
 
     Args:
-        model, parts: as there.
+        model, parts, made: as there.
     """
     former = {path: model.get_submodule(path) for path in parts}
-    masks = put_in(model, parts)
+    masks = put_in(model, parts, made)
     try:
         yield
     except BaseException:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from saccade.integrations import converted
 from saccade.integrations.advise import positions
 from saccade.integrations.decoding import decoding
 from saccade.layers.attention_interface import attention_layers
+from saccade.layers.watching import evaluating
 from saccade.tables import table
 from saccade.train import fingerprints
 from saccade.train.data import generator_at
@@ -90,7 +92,8 @@ class Conversion:
     _model: nn.Module | None = field(default=None, repr=False)
 
     def save(self, folder: str | Path) -> None:
-        """The converted layers as a folder that `saccade.load_converted` puts into the model again.
+        """The converted layers, those of earlier conversions too, as a folder, which `saccade.load_converted` puts into
+        the model again.
 
         Args:
             folder: made if need be.
@@ -99,7 +102,7 @@ class Conversion:
             OSError: if it cannot be written.
         """
         assert self._model is not None
-        converted.save(self._model, folder, self.slug, self.arguments)
+        converted.save(self._model, folder)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -162,7 +165,8 @@ def convert(
     """Replace attention layers of a causal language model, and teach the new ones what the old ones did.
 
     Args:
-        model: of transformers; is changed, unless this fails or is interrupted. Its other weights stay as they are.
+        model: of transformers; is changed, unless this fails or is interrupted. Its other weights, and whether they
+            have gradients, stay as they are; the new ones have them.
         slug: of a causal part that decodes.
         data: tokens (L,) of a text to learn from, at least `length`.
         layers: by number or pattern, as of `saccade.switch`; or a share of them, of those that the model misses least.
@@ -218,7 +222,6 @@ def convert(
         raise ValueError("weights of float16 do not train: give the model in bfloat16 or float32")
     if context is not None and not _SAID < context <= (limit or context):
         raise ValueError(f"context must be above {_SAID} and at most the model's positions, {limit}, got {context}")
-    model.requires_grad_(False).eval()
     wanted = layers if isinstance(layers, (float, int, str)) else list(layers or ())
     setting = {
         "mechanism": slug, "arguments": arguments, "layers": wanted,
@@ -228,7 +231,7 @@ def convert(
         "model": fingerprints.values(dict(model.named_parameters())),
     }  # fmt: skip
     state = Resumable(None if folder is None else Path(folder) / "state.safetensors", setting)
-    with torch.random.fork_rng(devices=[]), showing(shown):
+    with torch.random.fork_rng(devices=[]), showing(shown), _frozen(model):
         if isinstance(layers, float):  # what no layer can become is refused before each is left out
             converted.part_for(slug, model.get_submodule(next(iter(attention_layers(model)))), **arguments)
         torch.manual_seed(seed)
@@ -248,7 +251,7 @@ def convert(
         measured("before")
         measured("dropped", {path: converted.Nothing() for path in old})
         teacher = Teacher(model, old, data, length, memory, seed)
-        with converted.put_in_or_back(model, parts):
+        with converted.put_in_or_back(model, parts, dict.fromkeys(parts, (slug, arguments))):
             measured("started")
             training = _Distillation(teacher, parts, steps, minutes, (lr, lr_whole), whole, batch, seed, clock, state)
             training.run(1 - whole)
@@ -263,6 +266,22 @@ def convert(
                     with converted.standing(model, layers_then):
                         report.decoding.append(_spent(model, data[:context], clock))
     return report
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation and without gradients; afterwards as before, what came in in the model's mode."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    known, training = set(model.modules()), model.training
+    try:
+        with evaluating(model):
+            model.requires_grad_(False)
+            yield
+    finally:
+        for parameter, grad in asked.items():
+            parameter.requires_grad_(grad)
+        for module in set(model.modules()) - known:
+            module.training = training
 
 
 def _chosen(model: nn.Module, layers: Sequence[int | str] | float, data: Tensor, length: int) -> list[str]:
