@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,10 @@ def test_what_a_folder_has_of_other_settings_stays(tmp_path: Path) -> None:
     assert len(found().trials) == 2 and not (tmp_path / "settings.json").exists()
     write_advice(measured(4, context=128), tmp_path)
     assert found() == measured(4, context=128)
+    write_advice(replace(measured(5, context=128), fingerprint="a"), tmp_path)
+    assert len(found().trials) == 2
+    write_advice(replace(measured(6, context=128), fingerprint="b"), tmp_path)  # another model of the same class
+    assert found().trials == measured(6, context=128).trials
     (tmp_path / "advice.json").write_text("[]")
     with pytest.raises(ValueError, match="is no advice"):
         write_advice(measured(2), tmp_path)

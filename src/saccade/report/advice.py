@@ -125,6 +125,7 @@ def write_advice(advice: Advice, folder: Path) -> None:
         same = all(
             getattr(before, name) == getattr(advice, name) for name in ("subject", "context", "quality", "clock")
         )
+        same = same and (not before.fingerprint or before.fingerprint == advice.fingerprint)
         same = same and math.isclose(before.perplexity or 0.0, advice.perplexity or 0.0, rel_tol=1e-3)  # the same text
         names = {trial.name for trial in advice.trials}
         kept = [trial for trial in before.trials if trial.name not in names] if same else []

@@ -84,7 +84,7 @@ def advise(
     from saccade.integrations.advise import check
     from saccade.ops.measure import processor_time
     from saccade.report.advice import begun, retrieval_probes, sample_model, write_advice
-    from saccade.train import models
+    from saccade.train import fingerprints, models
     from saccade.train.data import english
     from saccade.train.files import make_folder
     from saccade.train.progress import bar, showing
@@ -153,6 +153,8 @@ def advise(
             on_trial=lambda name: update(words=name),
             kept=kept,
         )
+    if out is not None:
+        advice.fingerprint = fingerprints.values(subject if model is None else [*subject.parameters()], inputs or {})
     advice.subject = models.named(str(model)) or advice.subject
     advice.subject += "" if dtype is None else f" in {dtype}"
     if unasked:
