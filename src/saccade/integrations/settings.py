@@ -1,4 +1,4 @@
-"""Settings of a model's layers as a file: `Advice.save` writes it, `saccade.switch(model, settings=path)` applies it."""
+"""Settings of single layers as a file: `Advice.save` writes it, `saccade.switch(model, settings=path)` applies it."""
 
 from __future__ import annotations
 
