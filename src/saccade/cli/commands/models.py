@@ -153,8 +153,6 @@ def advise(
             on_trial=lambda name: update(words=name),
             kept=kept,
         )
-    if out is not None:
-        advice.fingerprint = fingerprints.values(subject if model is None else [*subject.parameters()], inputs or {})
     advice.subject = models.named(str(model)) or advice.subject
     advice.subject += "" if dtype is None else f" in {dtype}"
     if unasked:
@@ -164,6 +162,7 @@ def advise(
     else:
         print(advice.table(everything))
     if out is not None:
+        advice.fingerprint = fingerprints.values(subject if model is None else [*subject.parameters()], inputs or {})
         afterwards("advice in the folder", lambda: write_advice(advice, out))
 
 
