@@ -44,8 +44,9 @@ class Masks:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise ValueError("a converted layer takes padding alone: attention_mask must be (batch, tokens)")
         self.real_BM = None if mask is None or bool(mask.all()) else mask.bool()
-        told = mask is None and isinstance(positions, Tensor) and positions.ndim == 2
-        self.ids_BN = documents_of(positions) if told else None
+        self.ids_BN = None
+        if mask is None and isinstance(positions, Tensor) and positions.ndim == 2:
+            self.ids_BN = documents_of(positions)
 
     def of(self, has_cache: bool) -> Tensor | Mask | None:
         """What a part is given as its mask.
