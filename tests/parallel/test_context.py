@@ -56,6 +56,17 @@ def test_the_plan_says_what_falls_to_each_rank() -> None:
         saccade.plan(q, k, k, mesh=0)
 
 
+@pytest.mark.parametrize("slug", ["mega", "prism", "spargeattn"])
+def test_a_layer_is_forecast_where_nothing_is_computed(slug: str) -> None:
+    options = {"chunk_size": 12} if slug == "mega" else {}
+    found = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            layer, x = saccade.create(slug, dim=16, **options), torch.zeros(2, 700, 16)
+        found.append(parallel.plan(layer, x, mesh=4))
+    assert found[0] == found[1] and found[0].path == ("states and tokens" if slug == "mega" else "tokens and blocks")
+
+
 def cut(mesh: DeviceMesh, n: int, balance: str) -> None:
     x = torch.arange(2.0 * n * 3).view(2, n, 3)
     with parallel(mesh, balance=balance) as shards:

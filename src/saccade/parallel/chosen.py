@@ -5,8 +5,8 @@ those alone. A block is on one rank: where the parts would cut some, or where se
 cut anew before (`in_blocks`).
 
 Shape letters: B batch, H query heads, K key heads, N queries, M keys, D head dim of q and k, E head dim of v; n
-blocks of queries, m of keys, of the whole; L places of a row that is laid out anew, S tokens per block, F blocks
-fetched for a key head, at most.
+blocks of queries, m of keys, of the whole, j chosen for a query; L places of a row that is laid out anew, S tokens per
+block, F blocks fetched for a key head, at most.
 """
 
 from __future__ import annotations
@@ -156,6 +156,18 @@ def fetch(
         real_BKFS[b, head, slot_BKm[b, head, block]] = real_BM.unflatten(1, (-1, size))[b, block]
         real_BKM = real_BKFS.flatten(2)
     return Fetched(both[..., : k_BKMD.shape[3]], both[..., k_BKMD.shape[3] :], slot_BKm, real_BKM, count)
+
+
+def kept_of(chosen_BHNj: Tensor, m: int) -> Tensor:
+    """The blocks that some query chose, (B, H, 1, m).
+
+    Args:
+        chosen_BHNj: their numbers; -1 is none.
+        m: blocks of the whole.
+    """
+    found = torch.zeros(*chosen_BHNj.shape[:2], m + 1, dtype=torch.bool, device=chosen_BHNj.device)
+    found.scatter_(2, torch.where(chosen_BHNj < 0, m, chosen_BHNj).flatten(2), True)
+    return found[:, :, None, :-1]
 
 
 def wanted_of(keep_BHnm: Tensor, K: int, own: slice) -> Tensor:

@@ -247,9 +247,8 @@ def shards_of(mesh: Mesh, balance: str = "contiguous", unit: int = 1) -> Shards:
 def _group(mesh: Any) -> tuple[dist.ProcessGroup, torch.device]:
     if isinstance(mesh, DeviceMesh):
         if mesh.ndim != 1:
-            raise ValueError(
-                f"a sequence is shared along one dimension of a mesh, got {mesh.ndim}: say mesh[{_name(mesh)!r}]"
-            )
+            last = (mesh.mesh_dim_names or ("sequence",))[-1]
+            raise ValueError(f"a sequence is shared along one dimension of a mesh, got {mesh.ndim}: say mesh[{last!r}]")
         group, kind = mesh.get_group(), mesh.device_type
     elif isinstance(mesh, dist.ProcessGroup):
         group, kind = mesh, "cuda" if "nccl" in dist.get_backend(mesh) else "cpu"
@@ -261,7 +260,3 @@ def _group(mesh: Any) -> tuple[dist.ProcessGroup, torch.device]:
     if kind == "cpu":
         return group, torch.device("cpu")
     return group, torch.device(kind, torch.get_device_module(kind).current_device())
-
-
-def _name(mesh: DeviceMesh) -> str:
-    return (mesh.mesh_dim_names or ("sequence",))[-1]

@@ -44,8 +44,8 @@ class Deal:
     def table(self) -> list[list[int]]:
         """Tokens that rank r is sent by rank p: `table[r][p]`."""
         rank_of, _ = self._places
-        counts = [(rank_of[tokens] + 1).bincount(minlength=len(self.held) + 1)[1:].tolist() for tokens in self.wanted]
-        return [[0 if p == r else count for p, count in enumerate(row)] for r, row in enumerate(counts)]
+        counts = [(rank_of[tokens] + 1).bincount(minlength=len(self.held) + 1)[1:] for tokens in self.wanted]
+        return torch.stack(counts).fill_diagonal_(0).tolist()
 
     def dealt(self, shards: Shards, *tensors_BHND: Tensor) -> list[Tensor]:
         """What this rank wants of tensors of one type, each (W, H, D), with its gradient; zeros in empty places.

@@ -55,15 +55,13 @@ def documents_of(shards: Shards, function: Callable[..., Any], positions_BN: Ten
     inside, said = told(layout, shards.rank, positions_BN)
     answers = ask(shards, said, KIND)
 
-    in_order = []
-    for rank, (_, *ends) in enumerate(answers):
-        for number, piece in enumerate(layout.pieces(rank)):
-            at = 2 * B * number
-            in_order.append((piece.start, ends[at : at + B], ends[at + B : at + 2 * B]))
-    in_order.sort()
+    ends = []
+    for piece, rank in layout.in_order:
+        at = 1 + 2 * B * layout.pieces(rank).index(piece)
+        ends.append((piece.start, answers[rank][at : at + B], answers[rank][at + B : at + 2 * B]))
     between = [
         row * layout.length + start
-        for (_, _, before), (start, after, _) in zip(in_order, in_order[1:])
+        for (_, _, before), (start, after, _) in zip(ends, ends[1:])
         for row in range(B)
         if after[row] != before[row] + 1
     ]

@@ -30,7 +30,7 @@ from saccade.ops.routed import BlockLayout, block_layout, routed_attend
 from saccade.ops.selection import block_causal, leading_blocks, pool_blocks
 from saccade.ops.sharding import Layout
 from saccade.parallel import dense
-from saccade.parallel.chosen import Blocks, blocks_of, fetch, in_blocks, kept_here, of_all_blocks, wanted_of
+from saccade.parallel.chosen import Blocks, blocks_of, fetch, in_blocks, kept_here, kept_of, of_all_blocks, wanted_of
 from saccade.parallel.context import Shards, places_of
 from saccade.parallel.exchange import gather, tied
 
@@ -88,7 +88,7 @@ def moba_attend(
         if source_BL is not None:
             empty_BN = source_BL[:, places_of(recut.cut, shards.rank, q.device)] >= layout.length
             chosen[:, :, :N].masked_fill_(empty_BN[:, None, :, None], -1)
-        wanted = _wanted(chosen, K, blocks, own)
+        wanted = wanted_of(kept_of(chosen, blocks.total), K, own)
     fetched = fetch(shards, blocks, k, v, wanted, block_size)
     with torch.no_grad():
         slots = repeat_heads(fetched.slot_BKm, H)
@@ -268,14 +268,6 @@ def _blocks_with_tokens(real_BM: Tensor | None, blocks: Blocks, size: int) -> An
         return blocks.total
     filled_BM = F.pad(real_BM, (0, -real_BM.shape[1] % size))
     return filled_BM.unflatten(1, (-1, size)).any(2).sum(1, keepdim=True).clamp(min=1)
-
-
-def _wanted(chosen_BHNj: Tensor, K: int, blocks: Blocks, own: slice) -> Tensor:
-    """Blocks before this rank's own that some query of a key head's group chose, (B, K, m)."""
-    chosen = chosen_BHNj.unflatten(1, (K, -1)).flatten(2)
-    found = torch.zeros(*chosen.shape[:2], blocks.total + 1, dtype=torch.bool, device=chosen.device)
-    found.scatter_(2, torch.where((chosen < 0) | (chosen >= own.start), blocks.total, chosen), True)
-    return found[..., :-1]
 
 
 def _temperatures(

@@ -58,7 +58,7 @@ def ema(
         x = turned(x_BNC[:, piece.tokens], backwards)
         _, left = function(x, *coefficients, return_state=True, **options)
         summaries.append([left, (decay_CE.to(left.dtype) ** x.shape[1])])
-    states, decays = pieces.gathered(summaries, "states")
+    states, decays = pieces.gathered(summaries)
     decays, rows = decays[:, None], []
     for piece in pieces.own:
         before = entering(states[:, :, :forwards], decays[:, :, :forwards], piece.place, given)
@@ -137,7 +137,7 @@ def selective_scan(
         rows = (torch.cat([t, zero], 1) for t, zero in ((x, none_BSC), (step, none_BSC)))
         left_BSC = function(*rows, a, torch.cat([enter, none_BSGS], 1), read)[:, x.shape[1] :]
         summaries.append([left_BSC.mT, (step.sum(1)[..., None] * a).exp()])
-    states, decays = pieces.gathered(summaries, "states")
+    states, decays = pieces.gathered(summaries)
     # the writing tokens take at most a factor e of each other's
     d = 1 / (1 + S * a.detach().abs().max())
     behind_S1 = torch.arange(S - 1, -1, -1, device=u.device, dtype=wide)[:, None]
@@ -188,7 +188,7 @@ def wkv(
         x, y = k[:, piece.tokens], v[:, piece.tokens]
         away_T1 = torch.arange(x.shape[1], device=k.device, dtype=wide)[:, None]
         summaries.append([*_as_one(x - w * away_T1.flip(0), y), *_as_one(x - w * away_T1, y)])
-    last_k, last_v, first_k, first_v = pieces.gathered(summaries, "states")
+    last_k, last_v, first_k, first_v = pieces.gathered(summaries)
     ends = torch.tensor([[span.start, span.stop - 1] for span in pieces.spans], dtype=wide, device=k.device)
     outs = []
     for piece in pieces.own:

@@ -27,6 +27,8 @@ from saccade.ops.linear.inputs import apply_features, as_factors, check, enter_s
 from saccade.parallel.context import Shards
 from saccade.parallel.exchange import gather
 
+KIND = "states"
+
 
 class Piece(NamedTuple):
     """Tokens of this rank that follow one another in the sequence.
@@ -65,15 +67,14 @@ class Pieces:
             self.own.append(Piece(self.order.index(slot), slice(begin, begin + length), spans[slot].start))
             begin += length
 
-    def gathered(self, summaries: Sequence[Sequence[Tensor]], kind: str) -> list[Tensor]:
+    def gathered(self, summaries: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """What all pieces leave behind, each of it stacked in front (P, ...), in the order of the sequence.
 
         Args:
             summaries: of each of this rank's pieces, tensors of the same shapes on all ranks.
-            kind: under which the bytes are counted.
         """
         flat = torch.stack([torch.cat([x.reshape(-1) for x in one]) for one in summaries])
-        whole = gather(self.shards, flat, kind).flatten(0, 1)[self.order]
+        whole = gather(self.shards, flat, KIND).flatten(0, 1)[self.order]
         shapes = [x.shape for x in summaries[0]]
         parts = whole.split([shape.numel() for shape in shapes], -1)
         return [part.unflatten(-1, shape) if len(shape) else part[..., 0] for part, shape in zip(parts, shapes)]
@@ -135,7 +136,7 @@ def linear_attend(
     return_state = options.pop("return_state", False)
     if not causal:
         left = _left(k, v, None, normalize)
-        own, total = repeat_heads(left, H), repeat_heads(gather(shards, left, "states").sum(0), H)
+        own, total = repeat_heads(left, H), repeat_heads(gather(shards, left, KIND).sum(0), H)
         total = total if given is None else total + given
         out = function(q, k, v, state=leave_state(total - own, normalize), **options)
         return (out, leave_state(total, normalize)) if return_state else out
@@ -152,7 +153,7 @@ def linear_attend(
         left = _left(x if remains is None else repeat_heads(x, H), y, remains, normalize)
         summaries.append([left] if whole is None else [left, whole.to(left.dtype)])
         parts.append((q[:, :, piece.tokens], x, y, steps))
-    states, *decays = pieces.gathered(summaries, "states")
+    states, *decays = pieces.gathered(summaries)
     states = repeat_heads(states.flatten(0, 1), H).unflatten(0, states.shape[:2])
     products = decays[0] if decays else None
     rows = []
@@ -226,7 +227,7 @@ def expanded_attend(
     for piece in pieces.own:
         k, v = k_BHMD[:, :, piece.tokens], v_BHME[:, :, piece.tokens]
         summaries.append([function(k, k, v, expansion, return_state=True, **options)[1]])
-    (states,) = pieces.gathered(summaries, "states")
+    (states,) = pieces.gathered(summaries)
     total = entering(states, None, len(states), given)
     if not causal:  # a state and tokens that say nothing
         nothing = v_BHME.new_zeros(*q_BHND.shape[:3], v_BHME.shape[3])

@@ -64,6 +64,12 @@ class Layout:
         """Tokens that each rank holds."""
         return [self.share(rank) for rank in range(self.ranks)]
 
+    @property
+    def in_order(self) -> list[tuple[range, int]]:
+        """The pieces in the order of the sequence, and whose they are; empty ones are left out."""
+        held = [(piece, rank) for rank in range(self.ranks) for piece in self.pieces(rank)]
+        return sorted(held, key=lambda one: one[0].start)
+
     def place(self, rank: int, token: int) -> int:
         """Where among its own a rank holds a token."""
         before = 0

@@ -55,10 +55,7 @@ class Needs:
     @cached_property
     def table(self) -> list[list[Runs]]:
         """The runs that rank r needs of what rank p holds: `table[r][p]`."""
-        held = sorted(
-            ((piece, rank) for rank in range(self.ranks) for piece in self.keys.pieces(rank)),
-            key=lambda one: one[0].start,
-        )
+        held = self.keys.in_order
         firsts = [piece.start for piece, _ in held]
         found: list[list[Runs]] = []
         for reach in self.reach:

@@ -23,7 +23,7 @@ from saccade.ops.heads import check_qkv
 from saccade.ops.pattern import Pattern
 from saccade.ops.planning import Parts, Share
 from saccade.ops.sharding import Dealing
-from saccade.parallel.chosen import Blocks, blocks_of, in_blocks, wanted_of
+from saccade.parallel.chosen import Blocks, blocks_of, in_blocks, kept_of, wanted_of
 from saccade.parallel.deals import Recut
 from saccade.parallel.forecasts.dealt import of_tokens
 from saccade.parallel.forecasts.rehearsal import together
@@ -89,7 +89,7 @@ def _call(
 
 def moba_attend(
     ranks: Dealing, function: Any, *, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, block_size: int, top_k: int,
-    sinks: int, scale: float | None, mask: Any, chosen: Tensor | None,
+    sinks: int, scale: float | None, mask: Any, chosen: Tensor | None = None,
 ) -> Parts:  # fmt: skip
     settings = {"block_size": block_size, "top_k": top_k}
     function(*one_token(q_BHND, k_BKMD, v_BKME), sinks=sinks, **settings)
@@ -112,7 +112,7 @@ def moba_attend(
     for rank in range(ranks.ranks):
         own, here = call.own(rank), blocks.of(rank)
         if chosen is not None:
-            wanted = wanted_of(_keep(chosen[:, :, own.start : own.stop], blocks.total), K, here)
+            wanted = wanted_of(kept_of(chosen[:, :, own.start : own.stop], blocks.total), K, here)
             table.append([int(wanted[..., blocks.of(other)].sum()) for other in range(ranks.ranks)])
         else:
             most = H // K * len(own) * (top_k - 1)
@@ -123,17 +123,10 @@ def moba_attend(
     return call.parts(B * K * D * 4, 0, table, of_ranks, chosen is not None)
 
 
-def _keep(chosen_BHNj: Tensor, m: int) -> Tensor:
-    """The blocks that some query chose, (B, H, 1, m)."""
-    found = torch.zeros(*chosen_BHNj.shape[:2], m + 1, dtype=torch.bool)
-    found.scatter_(2, torch.where(chosen_BHNj < 0, m, chosen_BHNj).flatten(2), True)
-    return found[:, :, None, :-1]
-
-
 def prism_attend(
     ranks: Dealing, function: Any, *, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, block_size: int, mask: Any,
-    calibrate: bool, low_freq_dim: int | None, high_freq_dim: int | None, return_map: bool, chosen: Tensor | None,
-    **options: Any,
+    calibrate: bool, low_freq_dim: int | None, high_freq_dim: int | None, return_map: bool,
+    chosen: Tensor | None = None, **options: Any,
 ) -> Parts:  # fmt: skip
     none_of("Prism", return_map=return_map)
     bands = {"low_freq_dim": low_freq_dim, "high_freq_dim": high_freq_dim}
@@ -149,7 +142,7 @@ def prism_attend(
 
 def spargeattn_attend(
     ranks: Dealing, function: Any, *, q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, block_q: int, block_k: int,
-    causal: bool, smooth_k: bool, pv_threshold: Any, quantize: bool, return_map: bool, chosen: Tensor | None,
+    causal: bool, smooth_k: bool, pv_threshold: Any, quantize: bool, return_map: bool, chosen: Tensor | None = None,
     **options: Any,
 ) -> Parts:  # fmt: skip
     none_of("SpargeAttn", pv_threshold=pv_threshold, quantize=quantize, return_map=return_map)

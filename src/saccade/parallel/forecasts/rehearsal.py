@@ -34,8 +34,8 @@ def plan(
 
     Of a function that goes in parts little is computed (the feature map of linear attention, and what a function of
     the user's that is handed over gives for some tokens), and tensors may lie on the "meta" device. Anything else, a
-    layer or a model, is called once on the whole sequence, and what it calls is added up. FLOPs are those of functions
-    that go in parts alone: no projection's.
+    layer or a model, is called once on the whole sequence, on the "meta" device where it does not look at what its
+    tensors hold, and what it calls is added up. FLOPs are those of functions that go in parts alone: no projection's.
 
     Which blocks MoBA, Prism and SpargeAttn choose depends on what the tensors hold: with `chosen` the forecast is to
     the byte, without it of the most that the settings allow, and `Parts.exact` says which.
@@ -65,37 +65,25 @@ def plan(
     if chosen is not None and name not in _CHOOSING:
         raise ValueError(f"{name or function} chooses no blocks: chosen is for {', '.join(_CHOOSING)}")
     if name in ROWS:
-        return forecast_of(ranks, function, arguments, options, chosen)
+        more = {} if chosen is None else {"chosen": chosen}
+        return _forecast(ranks, function, _call(function, arguments, options) | more)
     rehearsal = Rehearsal(ranks)
     with put_in_force(rehearsal), Watching():
         function(*arguments, **options)
     return together(rehearsal.found, ranks.ranks)
 
 
-def forecast_of(
-    ranks: Dealing,
-    function: Callable[..., Any],
-    arguments: Sequence[Any],
-    options: Mapping[str, Any],
-    chosen: Tensor | None = None,
-) -> Parts:
-    """The forecast of a function that goes in parts.
+def _call(function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    found = signature(function).bind(*arguments, **options)
+    found.apply_defaults()
+    return dict(found.arguments)
 
-    Args:
-        ranks: how sequences are dealt.
-        function: that.
-        arguments, options: of the call.
-        chosen: as in `plan`.
 
-    Raises:
-        ValueError: where the function does, or if there is no forecast.
-    """
-    found = forecast(function)
-    call = signature(function).bind(*arguments, **options)
-    call.apply_defaults()
-    more = {"chosen": chosen} if function.__name__ in _CHOOSING else {}
+def _forecast(ranks: Dealing, function: Callable[..., Any], call: Mapping[str, Any]) -> Parts:
+    """The forecast of a call of a function that goes in parts."""
     with suspended():
-        return found(ranks, function, **call.arguments, **more)
+        return forecast(function)(ranks, function, **call)
 
 
 class Rehearsal:
@@ -118,8 +106,11 @@ class Rehearsal:
         Raises:
             ValueError: if there is no forecast.
         """
+        call = _call(function, arguments, options)
         if self.ranks.ranks > 1 or function.__name__ in ROWS:
-            self.found.append(forecast_of(self.ranks, function, arguments, options))
+            self.found.append(_forecast(self.ranks, function, call))
+        if function.__name__ in _CHOOSING and call["q_BHND"].is_meta:  # which holds nothing to choose by
+            return call["q_BHND"][..., :1].expand(-1, -1, -1, call["v_BKME"].shape[3])
         with suspended():
             return function(*arguments, **options)
 
