@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +90,72 @@ def test_refusals() -> None:
     rotary = SoftmaxAttention(8, 2)
     with pytest.raises(ValueError, match="rotary"):
         SoftmaxAttention.from_softmax(rotary, rope=False)
+
+
+TEXT = dict(
+    vocab_size=11, hidden_size=32, intermediate_size=8, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.5, pad_token_id=0,
+)  # fmt: skip
+
+
+def attention_layer(name: str, number: int, **changes: Any) -> nn.Module:
+    """The layer of that number of a small transformers model, which its `whole` gives."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**TEXT | changes)
+    config._attn_implementation = "eager"
+    model = getattr(transformers, f"{name}Model", None)
+    model = (model or getattr(transformers, f"{name}TextModel"))(config).eval()
+    named = [m for _, m in model.named_modules() if type(m).__name__.endswith("Attention")]
+    layer: Any = named[number]
+    layer.whole = lambda: model  # not a submodule
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("Cohere", "pair other channels"),
+        ("Ernie4_5", "pair other channels"),
+        ("Helium", "pair other channels"),
+        ("GPTJ", "its configuration does not tell"),
+        ("Bloom", "known by name"),
+        ("DiffLlama", "it has lambda_q1"),
+        ("BitNet", "it has attn_sub_norm"),
+        ("HunYuanDenseV1", "it has query_layernorm"),
+        ("Gemma2", "it has attn_logit_softcapping"),
+        ("Qwen3", "it has q_norm"),
+    ],
+)
+def test_what_computes_something_else_is_refused(name: str, reason: str) -> None:
+    more = {"GPTJ": dict(n_embd=32, n_head=4, n_layer=4, rotary_dim=8), "Bloom": dict(n_head=4, n_layer=4)}
+    with pytest.raises(ValueError, match=reason):
+        SoftmaxAttention.from_softmax(attention_layer(name, 0, **more.get(name, {})), causal=True)
+    transformers = pytest.importorskip("transformers")
+    clipped = transformers.OlmoModel(transformers.OlmoConfig(**TEXT, clip_qkv=1.0)).layers[0].self_attn
+    with pytest.raises(ValueError, match="it has clip_qkv"):
+        SoftmaxAttention.from_softmax(clipped)
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("name", ["SmolLM3", "Mistral", "Qwen2"])
+def test_layers_that_are_not_all_alike(name: str, number: int) -> None:
+    """Some without positions, or with a window."""
+    changes = {
+        "SmolLM3": {},
+        "Mistral": {"sliding_window": 5},
+        "Qwen2": dict(use_sliding_window=True, sliding_window=5),
+    }
+    more = {"layer_types": ["full_attention", "sliding_attention"] * 2} if name == "Qwen2" else {}
+    layer: Any = attention_layer(name, number, **changes[name], **more)
+    model, seen = layer.whole(), []
+    hook = layer.register_forward_hook(lambda _, args, kwargs, out: seen.append((kwargs, out[0])), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.arange(9)[None])
+    hook.remove()
+    (call, out), slides = seen[0], name == "Mistral" or (name == "Qwen2" and number % 2)
+    with pytest.warns(UserWarning, match="sees 5 tokens") if slides else nullcontext():
+        ours = SoftmaxAttention.from_softmax(layer)
+    assert ours.rope == (name != "SmolLM3" or number != 3)
+    same = torch.isclose(ours(call["hidden_states"]), out, atol=1e-4, rtol=1e-3).all(-1)[0]
+    assert same.tolist() == [not slides or at < 5 for at in range(9)]

@@ -2,13 +2,17 @@
 
     q = x Wq + bq,   k = x Wk + bk,   v = x Wv + bv,   y = concat(softmax(q k^T / sqrt(D)) v) Wo + bo
 
-What does not have this form (normalised queries, partial or scaled rotary positions, learned extra keys, ...) is
-refused: a part that starts from such a layer would not start equal to it.
+What does not have this form (normalised queries, gates, partial or scaled rotary positions, those of neighbouring
+channels, learned extra keys, ...) is refused: a part that starts from such a layer would not start equal to it. A
+sliding window is told, as it is no matter of weights.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +23,21 @@ _SEPARATE = {
     "k": ("k_proj", "key", "to_k", "k_lin", "k"),
     "v": ("v_proj", "value", "to_v", "v_lin", "v"),
 }
-_FUSED = ("qkv", "c_attn", "query_key_value", "to_qkv")
+#: not `query_key_value`, which has the rows of one head after the other
+_FUSED = ("qkv", "c_attn", "to_qkv")
 _OUT = ("out_proj", "o_proj", "to_out.0", "to_out", "out_lin", "output.dense", "dense", "c_proj", "proj")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_UNLIKE = ("q_norm", "k_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm", "sinks", "relative_attention_bias")
+#: what may stand behind the output projection in a wrapper
+_BEHIND = ("LayerNorm", "layer_norm")
+#: what a configuration of transformers may say that changes scores or projections
+_BENDING = ("attn_logit_softcapping", "clip_qkv")
 
 
 @dataclass(frozen=True)
 class SoftmaxLayer:
     """A softmax attention layer's shape and weights; a weight is (out, in), a bias None where there is none,
-    `causal` None where the layer does not say."""
+    `causal` None where the layer does not say, `window` the tokens that a query sees, its own among them, None for
+    all."""
 
     dim: int
     num_heads: int
@@ -41,6 +50,7 @@ class SoftmaxLayer:
     k: tuple[Tensor, Tensor | None]
     v: tuple[Tensor, Tensor | None]
     out: tuple[Tensor, Tensor | None]
+    window: int | None = None
 
     @property
     def qkv_bias(self) -> bool:
@@ -51,11 +61,15 @@ class SoftmaxLayer:
         return self.out[1] is not None
 
 
-def read_softmax(module: nn.Module) -> SoftmaxLayer:
+def read_softmax(module: nn.Module, *, beside: tuple[str, ...] = ()) -> SoftmaxLayer:
     """The projections and heads of a softmax attention layer.
 
     Knows `nn.MultiheadAttention`, this library's layers and what names its projections as transformers and diffusers
     do (Llama, BERT, ViT, GPT-2 ...); a wrapper around such a layer will do.
+
+    Args:
+        module: the layer.
+        beside: names of parameters beside the projections that the caller sees to.
 
     Raises:
         ValueError: if projections or heads are not found, or the layer computes something else.
@@ -63,9 +77,9 @@ def read_softmax(module: nn.Module) -> SoftmaxLayer:
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module)
     name = type(module).__name__
-    for unlike in _UNLIKE:
-        if any(path.split(".")[-1] == unlike and not isinstance(m, nn.Identity) for path, m in _children(module)):
-            raise ValueError(f"{name} is no plain softmax attention: it has {unlike}")
+    for bending in _BENDING:
+        if getattr(getattr(module, "config", None), bending, None) is not None:
+            raise ValueError(f"{name} is no plain softmax attention: it has {bending}")
     num_heads = _heads(module)
     linears = {path: m for path, m in _children(module) if isinstance(m, nn.Linear) or _is_conv1d(m)}
     found = {letter: _first(linears, names) for letter, names in _SEPARATE.items()}
@@ -73,6 +87,11 @@ def read_softmax(module: nn.Module) -> SoftmaxLayer:
     fused = _first(linears, _FUSED)
     if out is None or (fused is None and None in found.values()):
         raise ValueError(f"{name} has no query, key, value and output projections that are known by name")
+    read = (out, *((fused,) if None in found.values() else found.values()))
+    for path, more in module.named_modules():
+        own = [each for each, _ in more.named_parameters(recurse=False) if each not in beside]
+        if own and more not in read and path.rpartition(".")[2] not in _BEHIND:
+            raise ValueError(f"{name} is no plain softmax attention: it has {path or own[0]}")
     if fused is not None and None in found.values():
         weight, bias = _affine(fused)
         if weight.shape[0] % 3:
@@ -113,18 +132,44 @@ def _layer(
     if isinstance(scale, float) and abs(scale * head_dim**0.5 - 1) > 1e-6:
         raise ValueError(f"{type(module).__name__} scales scores by {scale}, not by 1 / sqrt(head_dim)")
     causal = getattr(module, "causal", getattr(module, "is_causal", None))
-    return SoftmaxLayer(q[0].shape[1], num_heads, k[0].shape[0] // head_dim, head_dim, causal, rope, base, q, k, v, out)
+    heads = num_heads, k[0].shape[0] // head_dim, head_dim
+    return SoftmaxLayer(q[0].shape[1], *heads, causal, rope, base, q, k, v, out, _window(module))
+
+
+def _of_layer(module: Any, config: Any) -> Any:
+    """The kind of a layer of transformers, in a model whose layers are of several."""
+    kinds, number = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds[number] if kinds and isinstance(number, int) and number < len(kinds) else None
+
+
+def _window(module: Any) -> int | None:
+    """The sliding window that a layer of transformers has."""
+    config = getattr(module, "config", None)
+    if hasattr(module, "sliding_window"):
+        return module.sliding_window or None
+    slides = _of_layer(module, config) in (None, "sliding_attention")
+    return getattr(config, "sliding_window", None) or None if slides else None
 
 
 def _rotary(module: nn.Module, head_dim: int) -> tuple[bool, float]:
     """Whether positions are rotary, and their base: an own layer says so, transformers' configuration does."""
     if isinstance(getattr(module, "rope", None), bool):
         return module.rope, float(getattr(module, "rope_base", 10000.0))  # type: ignore[return-value]
-    config = getattr(module, "config", None)
+    config, name = getattr(module, "config", None), type(module).__name__
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parameters = parameters.get(_of_layer(module, config), parameters)
     base = parameters.get("rope_theta", getattr(config, "rope_theta", None))
+    made_by = vars(sys.modules[type(module).__module__])
     if base is None:
+        given = inspect.signature(module.forward).parameters
+        if config is not None and ("position_embeddings" in given or "rotate_every_two" in made_by):
+            raise ValueError(f"{name} has positions that its configuration does not tell")
         return False, 10000.0
+    if not getattr(module, "use_rope", True):
+        return False, 10000.0
+    turned = made_by.get("rotate_half", lambda x: x)(torch.arange(4.0))
+    if turned.tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        raise ValueError(f"{name} has rotary positions that pair other channels than this library's")
     kind = parameters.get("rope_type", "default")
     partial = parameters.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", 1.0))
     if kind != "default" or partial != 1.0:

@@ -14,6 +14,7 @@ Shape letters: B batch, N queries, M keys, C channels, H query heads, K key head
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -230,8 +231,17 @@ class QKVAttention(nn.Module):
 
         Raises:
             ValueError: if the layer is no plain softmax attention, or has what this mechanism cannot take over.
+
+        Warns:
+            UserWarning: if the layer has a sliding window, which the mechanism has not.
         """
         layer = read_softmax(module)
+        if layer.window is not None:
+            warnings.warn(
+                f"{type(module).__name__} sees {layer.window} tokens, its own among them, and this {cls.__name__} has "
+                "no such window: it starts like the layer as far as these",
+                stacklevel=2,
+            )
         theirs: dict[str, Any] = {
             "num_heads": layer.num_heads,
             "num_kv_heads": layer.num_kv_heads,

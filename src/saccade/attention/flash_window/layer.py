@@ -63,7 +63,7 @@ class FlashWindowAttention(WindowAttention):
         Raises:
             ValueError: if the layer is none of those, or drops weights out.
         """
-        layer = read_softmax(module)
+        layer = read_softmax(module, beside=("relative_position_bias_table",))
         tables = [p for name, p in module.named_parameters() if name.split(".")[-1] == "relative_position_bias_table"]
         if len(tables) != 1:
             raise ValueError(f"{type(module).__name__} has {len(tables)} tables of relative positions, expected one")
