@@ -28,10 +28,13 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture
-def kernel_device() -> torch.device:
-    """Where Triton's kernels run: the CUDA device, or the CPU under the interpreter."""
+def kernel_device(request: pytest.FixtureRequest) -> torch.device:
+    """Where Triton's kernels run: on CUDA, if need be that of `--device`, or on the CPU under the interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    asked = torch.device(request.config.getoption("--device"))
+    return asked if asked.type == "cuda" else torch.device("cuda")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.linear import LinearState, linear_attend, linear_attend_reference, linear_plan
+from saccade.ops.linear.inputs import as_factors
 from saccade.ops.triton import linear as triton_linear
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -34,7 +35,8 @@ def small(kernel_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel_device.type == "cpu":
         monkeypatch.setattr(triton_linear, "CHUNK", 8)
         monkeypatch.setattr(triton_linear, "HALF", 4)
-    monkeypatch.setattr(triton_linear, "COLUMNS", 16)
+    # half as many for float32
+    monkeypatch.setattr(triton_linear, "COLUMNS", 16 if kernel_device.type == "cpu" else 32)
 
 
 def results(function: Any, leaves: list[Tensor], form: str, normalize: bool, **options: Any) -> list[Tensor]:
@@ -147,6 +149,30 @@ def test_compiles_whole_and_has_first_derivatives_only(kernel_device: torch.devi
     (grad,) = torch.autograd.grad(expected.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("form", "of_decay"), [("none", False), *((form, of) for form in ("H", "BHN", "BHND") for of in (True, False))]
+)
+def test_compiled_graphs_are_promised_what_comes(kernel_device: torch.device, form: str, of_decay: bool) -> None:
+    """Shapes, types and strides, however inputs lie in memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    q, k, v, state, *decay = (x.float().to(kernel_device) for x in inputs_of(form, 3, B=2))
+    q, k, v, *decay = (x.transpose(1, 2).contiguous().transpose(1, 2) if x.ndim > 2 else x for x in (q, k, v, *decay))
+    factors = as_factors(decay[0] if decay else None, (*q.shape[:3], q.shape[3]), q)
+    given: list[Any] = [*(x.bfloat16() for x in (q, k, v)), state, factors]
+    mode = FakeTensorMode()
+    promised = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in given]
+
+    def called(q: Tensor, k: Tensor, v: Tensor, state: Tensor, factors: Tensor | None) -> list[Any]:
+        out, last = torch.ops.saccade.linear_triton(q, k, v, state, factors, 1.0, False)
+        back = torch.ops.saccade.linear_triton_backward(q, k, v, state, factors, out, last, 1.0, of_decay)
+        return [(x.shape, x.dtype, x.stride()) for x in (out, last, *back)]
+
+    with mode:
+        fakes = called(*promised)
+    assert called(*given) == fakes
 
 
 def test_plan_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ def _backward(
     value = torch.where(factors > 0, logs / factors, 0.0)
     if not varies(factors):
         value = value.sum((0, 2), keepdim=True)
-    return *grads, value.to(factors.dtype)  # type: ignore[return-value]
+    return *grads, value.to(factors.dtype).contiguous()  # type: ignore[return-value]
 
 
 def _forward_shapes(
@@ -106,9 +106,8 @@ def _backward_shapes(
     scale: float,
     of_decay: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, state, of_factors = (
-        x.new_empty(x.shape) for x in (q, k, v, state, factors if of_decay and factors is not None else q[:0, 0, 0, 0])
-    )
+    of_factors = state.new_empty(0) if factors is None or not of_decay else factors.new_empty(factors.shape)
+    q, k, v, state = (x.new_empty(x.shape) for x in (q, k, v, state))
     return q, k, v, state, of_factors
 
 
