@@ -12,30 +12,27 @@ the card's peak the shares: the peak that its maker prints, or, where the card i
 two matrices and a copy reach here.
 
 Figures are kept in speed-DEVICE.json of the folder `--out` after each measurement, the page is speed-DEVICE.md beside
-it, what the tests said is in tests-DEVICE.txt and what failed in a measurement in table-DEVICE.txt. Measurements run in
-a process of their own: one that hangs, crashes or leaves the device in ruins costs itself alone. All lengths are done
-without FlexAttention first, which compiles for half a minute a mask. Needs torch, triton, numpy, safetensors, typer and
-rich, pytest for the tests, and no installation of this package. Without an accelerator the same runs at any size with
-`--device cpu`.
+it, what the tests said is in tests-DEVICE.txt and what failed in a measurement in table-DEVICE.txt. Tests and
+measurements run in processes of their own: one that hangs, crashes or leaves the device in ruins costs itself alone.
+All lengths are done without FlexAttention first, which compiles for half a minute a mask; what took too long at a
+length is not tried at longer ones. Needs torch, triton, numpy, safetensors, typer and rich, pytest for the tests, and
+no installation of this package. Without an accelerator the same runs at any size with `--device cpu`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import multiprocessing
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from math import isqrt
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,22 +43,23 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import saccade
-from saccade import masks
+from device_cases import CASES, NO_FLEX, Attention, Size
+from device_tests import ROOT, end, run_tests
 from saccade.bench import records
 from saccade.bench.records import Kept, Verdict
 from saccade.ops.folder import write_text
 from saccade.ops.measure import seconds
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (16384, 32768, 65536, 131072)
 
 #: seconds that one measurement may take, the start of its process and compilation with it
 LONGEST = 90.0
 
-#: seconds between two lines about the tests
-PAUSE = 20.0
+#: what a measurement is left out with that takes longer
+OVERDUE = "stopped after"
 
 #: what is measured of a case: in the first round, and then
 ROUNDS = (("saccade", "flash"), ("flex",))
@@ -80,112 +78,6 @@ PEAKS: dict[str, tuple[float, float, str]] = {
     "L4": (121.0, 0.3, "NVIDIA L4 data sheet (dense)"),
     "RTX 4090": (165.2, 1.008, "NVIDIA Ada architecture paper, appendix A (float32 sums, dense)"),
     "MI300X": (1307.4, 5.3, "AMD Instinct MI300X data sheet (dense)"),
-}
-
-#: why FlexAttention is not in a row
-NO_FLEX = {
-    "moba": "each query has blocks of its own, and FlexAttention skips what no query of 128 wants",
-    "lightning": "no softmax",
-}
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One mechanism at one length.
-
-    Attributes:
-        run: it, on q, k and v.
-        flops: forward, of all heads.
-        backward: FLOPs of the backward pass for one forward.
-        causal: which dense attention stands beside it.
-        flex: the mask with which FlexAttention does the same, where it can.
-    """
-
-    run: Attention
-    flops: float
-    backward: float = 2.5
-    causal: bool = True
-    flex: masks.Mask | None = None
-
-
-@dataclass(frozen=True)
-class Size:
-    """Tokens, heads, width and where: what a case is made for."""
-
-    tokens: int
-    heads: int
-    width: int
-    device: torch.device
-
-    def of_pairs(self, pairs: float) -> float:
-        """FLOPs forward of so many pairs a head."""
-        return 4.0 * self.width * self.heads * pairs
-
-
-def attending(mask: masks.Mask) -> Attention:
-    return lambda q, k, v: saccade.attend(q, k, v, mask=mask)
-
-
-def block_sparse(size: Size) -> Case:
-    """A twentieth of the blocks of 128 tokens, and the diagonal; for each head others."""
-    n = max(1, size.tokens // 128)
-    keep = torch.rand(1, size.heads, n, n, generator=torch.Generator().manual_seed(0)) < 0.05
-    keep |= torch.eye(n, dtype=torch.bool)
-    pairs = keep.float().mean().item() * size.tokens**2
-    mask = masks.blocks(keep.to(size.device), -(-size.tokens // n))
-    return Case(attending(mask), size.of_pairs(pairs), causal=False, flex=mask)
-
-
-def window(size: Size) -> Case:
-    """The last 1,024 tokens of each, itself among them."""
-    width = min(1024, size.tokens)
-    pairs = width * (width + 1) / 2 + (size.tokens - width) * width
-    mask = masks.window(width - 1)
-    return Case(attending(mask), size.of_pairs(pairs), flex=mask)
-
-
-def neighbourhood(size: Size) -> Case:
-    """The 31 x 31 places around each of a picture."""
-    high = next(side for side in range(isqrt(size.tokens), 0, -1) if size.tokens % side == 0)
-    shape = (high, size.tokens // high)
-    kernel = tuple(min(31, side - 1 + side % 2) for side in shape)
-    mask = masks.neighborhood(shape, kernel).to(size.device)
-    return Case(attending(mask), size.of_pairs(size.tokens * kernel[0] * kernel[1]), causal=False, flex=mask)
-
-
-def moba(size: Size) -> Case:
-    """Blocks of 512, the own one and seven more."""
-    from saccade.attention.moba import moba_attend
-
-    block, top_k = min(512, max(1, size.tokens // 16)), 8
-    past = (torch.arange(size.tokens) // block).clamp(max=top_k - 1).sum().item() * block
-    own = size.tokens * (block + 1) / 2
-    return Case(
-        lambda q, k, v: moba_attend(q, k, v, block_size=block, top_k=top_k),
-        size.of_pairs(past + own),
-    )
-
-
-def lightning(size: Size) -> Case:
-    """A fixed decay for each head."""
-    from saccade.attention.lightning import decay_slopes
-
-    decay = (-torch.tensor(decay_slopes(size.heads, 0, 2), device=size.device)).exp()
-    return Case(
-        lambda q, k, v: saccade.linear_attend(q, k, v, decay=decay),
-        4.0 * size.width**2 * size.tokens * size.heads,
-        backward=2.0,
-    )
-
-
-CASES: Mapping[str, Callable[[Size], Case]] = {
-    "block-sparse": block_sparse,
-    "window": window,
-    "neighbourhood": neighbourhood,
-    "moba": moba,
-    "lightning": lightning,
 }
 
 
@@ -207,7 +99,7 @@ def card(name: str) -> str | None:
     return next((known for known in PEAKS if re.search(rf"\b{re.escape(known)}\b", name)), None)
 
 
-def peak(device: torch.device) -> dict[str, Any]:
+def peak(device: torch.device) -> Iterator[dict[str, Any]]:
     """FLOP/s and bytes/s that the device can have at most, where they are from, and what is measured."""
     side, length = (8192, 2**28) if device.type == "cuda" else (256, 2**20)
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16)
@@ -219,8 +111,9 @@ def peak(device: torch.device) -> dict[str, Any]:
     known = card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if known is not None:
         tera, terabytes, said = PEAKS[known]
-        return found | {"flops": tera * 1e12, "bytes": terabytes * 1e12, "source": said}
-    return found | {"flops": found["measured_flops"], "bytes": found["measured_bytes"], "source": "measured here"}
+        yield found | {"flops": tera * 1e12, "bytes": terabytes * 1e12, "source": said}
+    else:
+        yield found | {"flops": found["measured_flops"], "bytes": found["measured_bytes"], "source": "measured here"}
 
 
 def dense(causal: bool) -> Attention:
@@ -233,25 +126,27 @@ def dense(causal: bool) -> Attention:
     return run
 
 
-def measure(name: str, size: Size, way: str, figures: dict[str, Any]) -> None:
-    """A mechanism or one of its rivals at one length: fills in, as soon as it is known, what goes into the row, and
-    under the way's name seconds, or what it refused with."""
+def measure(name: str, size: Size, way: str) -> Iterator[dict[str, Any]]:
+    """A mechanism or one of its rivals at one length: what goes into the row, whenever more is known, and under the
+    way's name seconds, or what it refused with."""
     case = CASES[name](size)
     torch.manual_seed(0)
     shape = (1, size.heads, size.tokens, size.width)
     leaves = [torch.randn(shape, device=size.device, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
     grad = torch.randn(shape, device=size.device, dtype=torch.bfloat16)
-    taken = figures[way] = {}
+    taken: dict[str, Any] = {}
+    figures: dict[str, Any] = {way: taken}
     if way == "flex":
         if case.flex is None or size.device.type != "cuda":
             taken["refused"] = NO_FLEX.get(name, "on the CPU it has no backward pass")
+            yield figures
             return
         mask = case.flex
         attention: Attention = lambda q, k, v: saccade.attend(q, k, v, mask=mask, backend="flex")  # noqa: E731
     else:
         attention = case.run if way == "saccade" else dense(case.causal)
-        if way == "saccade" and case.flex is not None:
-            figures["backend"] = saccade.plan(*leaves, mask=case.flex).backend
+        if way == "saccade":
+            figures["backend"] = case.path(*leaves)
 
     def forward() -> object:
         with torch.no_grad():
@@ -269,6 +164,7 @@ def measure(name: str, size: Size, way: str, figures: dict[str, Any]) -> None:
         if way == "saccade":
             figures[f"{figure}_flops"] = flops / taken[figure]
             figures[f"{figure}_bytes"] = tensors * moved / taken[figure]
+        yield figures
 
 
 class Bench:
@@ -283,113 +179,82 @@ class Bench:
         self.process: subprocess.Popen[bytes] | None = None
         log.write_text("", encoding="utf-8")
 
+    def peak(self, device: str, limit: float) -> dict[str, Any]:
+        """What `peak` finds within so many seconds, or why it does not."""
+        found, why = self._ask(limit, "peak", device)
+        return found if why is None else {"refused": why}
+
     def measure(self, name: str, size: Size, way: str, limit: float) -> dict[str, Any]:
         """What `measure` finds within so many seconds, and why there is no more."""
+        row: dict[str, Any] = {"tokens": size.tokens, "heads": size.heads, "width": size.width, way: {}}
+        found, why = self._ask(limit, name, str(size.device), size.tokens, size.heads, size.width, way)
+        row |= found
+        if why is not None:
+            row[way]["refused"] = why
+        return row
+
+    def _ask(self, limit: float, *what: object) -> tuple[dict[str, Any], str | None]:
+        """The last that came, and why no more will."""
         if self.process is None or self.process.poll() is not None:
             self._start()
         assert self.process is not None
-        row: dict[str, Any] = {"tokens": size.tokens, "heads": size.heads, "width": size.width, way: {}}
-        why: str | None
+        found: dict[str, Any] = {}
+        why: str | None = None
+        more, begun = True, time.perf_counter()
         try:
-            self.pipe.send((name, size.tokens, size.heads, size.width, str(size.device), way))
-            if self.pipe.poll(limit):
-                found, why = self.pipe.recv()
-                row |= found
-            else:
-                why = f"stopped after {limit:.0f} s"
+            self.pipe.send(what)
+            while more and why is None:
+                if self.pipe.poll(max(0.0, limit - (time.perf_counter() - begun))):
+                    known, why, more = self.pipe.recv()
+                    found |= known
+                else:
+                    why = f"{OVERDUE} {limit:.0f} s"
         except (EOFError, OSError):
-            why = f"its process ended with {self.process.wait()}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(10)
+            why = f"its process ended with {self.process.poll()}"
         if why is not None:
-            row[way]["refused"] = why
             self.close()
-        return row
+        return found, why
 
     def _start(self) -> None:
         self.pipe, there = multiprocessing.Pipe()
         command = [sys.executable, __file__, "--serve", str(there.fileno())]
         with self.log.open("ab") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=file, pass_fds=[there.fileno()])
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, pass_fds=[there.fileno()], start_new_session=True
+            )
         there.close()
 
     def close(self) -> None:
         """End the process, whatever it does."""
         if self.process is not None:
-            self.process.kill()
-            self.process.wait()
+            end(self.process)
             self.process = None
             self.pipe.close()
 
 
 def serve(pipe: Connection) -> None:
-    """Measure what is asked for until nobody asks any more."""
+    """Measure what is asked for, and send what is known whenever that is more, until nobody asks any more."""
     while True:
         try:
-            name, tokens, heads, width, device, way = pipe.recv()
+            name, place, *size = pipe.recv()
         except EOFError:
             return
-        found: dict[str, Any] = {}
-        why = None
+        device = torch.device(place)
         try:
-            measure(name, Size(tokens, heads, width, torch.device(device)), way, found)
+            if name == "peak":
+                steps = peak(device)
+            else:
+                *numbers, way = size
+                steps = measure(name, Size(*numbers, device), way)
+            for found in steps:
+                pipe.send((found, None, True))
+            pipe.send(({}, None, False))
         except Exception as error:  # of a compiler or a driver, of which out of memory is one
-            print(f"{name}, {tokens}, {way}", flush=True)
+            print(name, *size, flush=True)
             traceback.print_exc()
-            why = f"{type(error).__name__}: {error}".strip().split("\n")[0]
-        pipe.send((found, why))
-
-
-def run_tests(device: str, log: Path, limit: float, chosen: Sequence[str] = ("tests",)) -> dict[str, Any]:
-    """How the tests that can run on the device went, within so many seconds; their output goes into `log`."""
-    if importlib.util.find_spec("pytest") is None:
-        return {"refused": "pytest is not installed"}
-    command = [sys.executable, "-m", "pytest", *chosen, "--device", device, "-vv", "--tb=short", "-rN"]
-    command.append("--continue-on-collection-errors")  # a file may need what a bare machine lacks
-    workers = min(8, (os.cpu_count() or 1) // 2)
-    if workers > 1 and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(workers), "--dist", "worksteal"]
-    start, whole = time.perf_counter(), True
-    with log.open("w", encoding="utf-8") as file:
-        places = filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH")))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
-        try:
-            while process.poll() is None and whole:
-                left = limit - (time.perf_counter() - start)
-                try:
-                    process.wait(max(0.0, min(PAUSE, left)))
-                except subprocess.TimeoutExpired:
-                    whole = left > PAUSE
-                    print(_told(_counted(log)), flush=True)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)  # its workers too, which would disturb what is measured next
-                process.wait()
-    return _counted(log) | {
-        "seconds": time.perf_counter() - start,
-        "whole": whole,
-    }
-
-
-def _counted(log: Path) -> dict[str, Any]:
-    return outcome(log.read_text(encoding="utf-8", errors="replace"))
-
-
-def _told(counts: Mapping[str, Any]) -> str:
-    return "tests: " + ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
-
-
-def outcome(said: str) -> dict[str, Any]:
-    """What `pytest -v` said, with or without workers: how many of each outcome, and which failed."""
-    with_workers = re.findall(r"(?m)^\[gw\d+\].*?(PASSED|FAILED|ERROR|SKIPPED) (\S+::.*?)\s*$", said)
-    alone = re.findall(r"(?m)^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)\b", said)
-    by_test = with_workers + [(result, test) for test, result in alone]
-    counts = Counter(result for result, _ in by_test)
-    return {
-        "passed": counts["PASSED"],
-        "skipped": counts["SKIPPED"],
-        "failed": counts["FAILED"] + counts["ERROR"],
-        "failures": sorted(test for result, test in by_test if result in ("FAILED", "ERROR")),
-    }
+            pipe.send(({}, f"{type(error).__name__}: {error}".strip().split("\n")[0], False))
 
 
 def verdicts(kept: Kept) -> list[Verdict]:
@@ -413,12 +278,14 @@ def sections(kept: Kept) -> dict[str, list[str]]:
         if "refused" in tests:
             found["Tests"] = [f"Not run: {tests['refused']}."]
         else:
-            ended = "" if tests["whole"] else ", cut off when their time was spent"
+            ended = "" if tests["whole"] else f", cut off: {tests.get('ended', 'they still run')}"
             counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
             found["Tests"] = [f"{counts} in {tests['seconds']:.0f} s{ended}."]
             found["Tests"] += ["", *[f"- `{test}`" for test in tests["failures"]]] if tests["failures"] else []
     most = kept.get("peak", {})
-    if most:
+    if "refused" in most:
+        found["Peak"] = [f"Not measured: {most['refused']}."]
+    elif most:
         found["Peak"] = [
             f"{most['flops'] / 1e12:.0f} TFLOP/s, {most['bytes'] / 1e12:.2f} TB/s ({most['source']}); measured "
             f"{most['measured_flops'] / 1e12:.1f} TFLOP/s of a product in bfloat16 and "
@@ -436,8 +303,8 @@ def sections(kept: Kept) -> dict[str, list[str]]:
                 cells += [""] * 5
             else:
                 flops, moved = row[f"{figure}_flops"], row[f"{figure}_bytes"]
-                cells += [f"{own * 1e3:.2f}", f"{flops / 1e12:.2f}", f"{flops / most['flops']:.0%}"]
-                cells += [f"{moved / 1e12:.3f}", f"{moved / most['bytes']:.0%}"]
+                shares = [f"{x / most[of]:.0%}" if of in most else "" for x, of in ((flops, "flops"), (moved, "bytes"))]
+                cells += [f"{own * 1e3:.2f}", f"{flops / 1e12:.2f}", shares[0], f"{moved / 1e12:.3f}", shares[1]]
             for rival in ("flash", "flex"):
                 taken = row.get(rival, {}).get(figure)
                 cells += [f"{taken * 1e3:.2f}" if taken else "", f"{taken / own:.2f}" if taken and own else ""]
@@ -456,7 +323,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"some of {', '.join(CASES)}; all where none is named")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., or cpu (default cuda)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything; tests get half (default 10)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything; tests get half (default 9.5)")
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="tokens, separated by commas")
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--width", type=int, default=128, help="of a head")
@@ -492,26 +359,34 @@ def main(given: Sequence[str] | None = None) -> int:
 
     lengths = sorted(map(int, asked.lengths.split(",")))
     print(f"{asked.minutes:g} minutes on {records.describe()}; figures in {path}", flush=True)
-    keep("peak", peak(device))
-    if asked.only != "table":
-        print("tests ...", flush=True)
-        keep("tests", run_tests(asked.device, asked.out / f"tests-{device.type}.txt", clock.left / 2))
-        print({name: value for name, value in kept["tests"].items() if name != "failures"}, flush=True)
-    bench = Bench(asked.out / f"table-{device.type}.txt")
+    bench, overdue = Bench(asked.out / f"table-{device.type}.txt"), set()
     try:
+        keep("peak", bench.peak(asked.device, LONGEST))
+        if asked.only != "table":
+            bench.close()  # tests have the device for themselves
+            print("tests ...", flush=True)
+
+            def told(counts: dict[str, Any]) -> None:
+                keep("tests", counts)
+                print("tests: " + ", ".join(f"{counts[x]} {x}" for x in ("passed", "failed", "skipped")), flush=True)
+
+            tests = run_tests(asked.device, asked.out / f"tests-{device.type}.txt", clock.left / 2, told=told)
+            keep("tests", tests)
+            print({name: value for name, value in tests.items() if name != "failures"}, flush=True)
         for ways, tokens, name in product(ROUNDS, lengths if asked.only != "tests" else (), asked.cases or CASES):
             case, size = f"{name}, {tokens}", Size(tokens, asked.heads, asked.width, device)
             for way in ways:
-                if clock.left <= 0:
-                    print(f"{case}, {way}: no time left", flush=True)
+                if clock.left <= 0 or (name, way) in overdue:
+                    why = "no time left" if clock.left <= 0 else "too long at a length before"
+                    print(f"{case}, {way}: {why}", flush=True)
                     continue
                 found = bench.measure(name, size, way, min(LONGEST, clock.left))
+                said = found[way].get("refused", "")
+                if said.startswith(OVERDUE):
+                    overdue.add((name, way))
                 before = {} if way == ROUNDS[0][0] else kept.get(case, {})
                 keep(case, before | found)
-                said = found[way].get("both")
-                print(
-                    f"{case}, {way}: {found[way]['refused'] if said is None else f'{said:.4g} s both ways'}", flush=True
-                )
+                print(f"{case}, {way}: {said or '{:.4g} s both ways'.format(found[way]['both'])}", flush=True)
     finally:
         bench.close()
     for verdict in sorted(verdicts(kept), key=lambda each: each.met):

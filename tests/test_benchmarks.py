@@ -177,20 +177,86 @@ def test_how_the_tests_on_a_device_went(tmp_path: Path) -> None:
     bench = load("device")
     done = bench.run_tests("cpu", tmp_path / "log.txt", 100, ["tests/ops/test_devices.py", "-k", "wkv and float64"])
     assert done["whole"] and (done["passed"], done["failed"], done["failures"]) == (2, 0, []), done
-    said = """
-tests/a.py::test_x[a b] PASSED [ 50%]
-[gw1] [ 40%] FAILED tests/a.py::test_y[causal 3]
-[gw0] [ 60%] SKIPPED tests/b.py::test_z
-tests/c.py::test_w ERROR
-"""
-    assert bench.outcome(said) == {
-        "passed": 1,
-        "skipped": 1,
-        "failed": 2,
-        "failures": ["tests/a.py::test_y[causal 3]", "tests/c.py::test_w"],
-    }
-    kept = {"tests": records.stamp() | bench.outcome(said) | {"seconds": 1.0, "whole": False}}
+    kept = {"tests": records.stamp() | done | {"failed": 1, "failures": ["tests/a.py::test_x"], "whole": False}}
     assert not bench.verdicts(kept)[0].met and "cut off" in bench.sections(kept)["Tests"][0]
+
+
+@pytest.mark.slow
+def test_what_a_test_does_to_its_process_or_device_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that fails, two that end their processes, one of which passes first, one that hangs, and a file that cannot
+    be read; each of the others runs once."""
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--device')\n")
+    (tmp_path / "test_broken.py").write_text("import not_installed\n")
+    (tmp_path / "test_some.py").write_text(
+        """
+import os, pathlib, time, pytest, torch
+
+@pytest.fixture(autouse=True)
+def once(request):
+    (pathlib.Path(__file__).parent / f"ran {request.node.name}").touch(exist_ok=False)
+
+def ruined():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nand more")
+
+def test_first(): pass
+def test_fails(): assert False
+def test_ruins(monkeypatch):
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, ruined
+def test_second(): pass
+def test_ends(): os._exit(3)
+def test_hangs(): time.sleep(1000)
+def test_third(): pytest.skip("not here")
+def test_fourth(): pass
+"""
+    )
+    bench = load("device")
+    import device_tests
+
+    monkeypatch.setattr(device_tests, "STALLED", 20.0)
+    heard: list[dict[str, int]] = []
+    done = bench.run_tests("cpu", tmp_path / "log.txt", 200, [str(tmp_path)], told=heard.append)
+    assert done["whole"] and (done["passed"], done["skipped"], done["failed"]) == (3, 1, 5), done
+    here = [failure.rpartition("::")[2] for failure in done["failures"]]
+    assert here[1:3] == ["test_ends: its process ended with 3", "test_fails"]
+    assert here[3:] == [
+        "test_hangs: stopped after 20 s without a word",
+        "test_ruins: left the device in ruins: CUDA error: an illegal memory access was encountered",
+    ]
+    assert "test_broken" in here[0] and heard and not any(counts["whole"] for counts in heard)
+
+
+@pytest.mark.slow
+def test_tests_that_never_end_are_cut_off(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text("def pytest_addoption(parser):\n    parser.addoption('--device')\n")
+    (tmp_path / "test_long.py").write_text("import time\ndef test_first(): pass\ndef test_long(): time.sleep(1000)\n")
+    done = load("device").run_tests("cpu", tmp_path / "log.txt", 15, [str(tmp_path)])
+    assert (done["whole"], done["ended"]) == (False, "their time was spent") and done["seconds"] < 40
+    assert (done["passed"], done["failed"]) == (1, 0)
+
+
+def test_what_was_measured_before_a_measurement_hung_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward is done, then nothing comes any more; the same at a longer length is not tried."""
+    bench = load("device")
+    (tmp_path / "hangs.py").write_text(
+        "import sys, time\n"
+        "from multiprocessing.connection import Connection\n"
+        "pipe = Connection(int(sys.argv[2]))\n"
+        "pipe.recv()\n"
+        "pipe.send(({'saccade': {'forward': 2.0}, 'forward_flops': 1e9, 'forward_bytes': 1e9}, None, True))\n"
+        "time.sleep(1000)\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "hangs.py"))
+    monkeypatch.setattr(bench, "LONGEST", 5.0)
+    monkeypatch.setattr(bench, "ROUNDS", (("saccade",),))
+    given = ["window", "--device", "cpu", "--lengths", "8,16", "--only", "table", "--out", str(tmp_path)]
+    assert bench.main(given) == 0
+    kept = json.loads((tmp_path / "speed-cpu.json").read_text("utf-8"))
+    assert kept["window, 8"]["saccade"] == {"forward": 2.0, "refused": "stopped after 5 s"}
+    assert "window, 16" not in kept and kept["peak"]["refused"] == "stopped after 5 s"
+    page = (tmp_path / "speed-cpu.md").read_text("utf-8")
+    assert "| 2000.00 | 0.00 |" in page and "- window, 8, saccade: stopped after 5 s" in page
 
 
 def test_a_card_is_known_by_its_name() -> None:
