@@ -52,17 +52,37 @@ def test_launches_on_meta_tensors_are_noted_and_specialised() -> None:
         launch(kernel, (4,), x, x.float(), 64, 1, 0.5, BLOCK=16, warps=8)
         launch(kernel, (0,), x, x, 64, 1, 0.5, BLOCK=16)  # no program, no launch
     (one,) = found
-    assert one.warps == 8 and one.constants == {"BLOCK": 16}
+    assert one.grid == (4,) and one.warps == 8 and one.constants == {"BLOCK": 16}
     signature, constants, attributes = compiling._specialised(one)
     assert list(signature.values()) == ["*bf16", "*fp32", "i32", "constexpr", "fp32", "constexpr"]
     assert constants == {"BLOCK": 16, "step": 1}
     assert set(attributes) == {(0,), (1,), (2,)}
 
 
+def test_float32_is_given_up_where_torch_gives_it_up() -> None:
+    device = torch.device("meta")
+    assert launching._precision(device, torch.float32) == "tf32x3"
+    assert launching._precision(device, torch.bfloat16) == "tf32"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert launching._precision(device, torch.float32) == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            assert launching._precision(device, torch.float32) == "tf32"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = before
+    assert launching._precision(device, torch.float32) == "tf32x3"
+
+
 def test_limits() -> None:
     target = TARGETS["gfx942"]
     assert over_limits(Resources(512, 0, 65536), target) is None
     assert "spilled" in (over_limits(Resources(10, 4, 0), target) or "")
+    assert over_limits(Resources(10, 4, 0), target, spilled=4) is None
     assert "registers" in (over_limits(Resources(513, 0, 0), target) or "")
     assert "shared" in (over_limits(Resources(10, 0, 65537), target) or "")
 
@@ -70,7 +90,7 @@ def test_limits() -> None:
 def test_nothing_is_compiled_where_kernels_are_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
-        compiling.compile_launch(launching.Launch(Kernel(), (), {}, 4, 2), TARGETS["sm_80"])
+        compiling.compile_launch(launching.Launch(Kernel(), (1,), (), {}, 4, 2), TARGETS["sm_80"])
 
 
 def test_command_refuses_unknown_targets() -> None:

@@ -17,6 +17,7 @@ __all__ = [
     "block",
     "chosen",
     "contiguous_rows",
+    "for_hip",
     "interpreted",
     "launch",
     "noted",
@@ -26,17 +27,23 @@ __all__ = [
 ]
 
 
+#: numbers from a token to the next, from which on a chunk is longer than offsets of 32 bits reach
+FURTHEST = 2**24
+
+
 class Launch(NamedTuple):
     """A call of a kernel, without the contents of its tensors.
 
     Attributes:
         kernel: the function that `triton.jit` made.
+        grid: number of programs by axis.
         arguments: tensors (on the meta device) and numbers, in its order.
         constants: its constexpr arguments by name.
         warps, stages: as Triton's `num_warps` and `num_stages`.
     """
 
     kernel: Any
+    grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
     warps: int
@@ -102,7 +109,8 @@ def launch(
 
     Args:
         kernel: made by `triton.jit`.
-        grid: number of programs by axis, at most three; nothing runs where one is 0.
+        grid: number of programs by axis, at most three, of which CUDA holds the last two to 65,535; nothing runs where
+            one is 0.
         arguments: what is not constexpr, in the kernel's order: tensors of one device, and numbers.
         warps, stages: as Triton's `num_warps` and `num_stages`.
         constants: the constexpr arguments.
@@ -112,7 +120,7 @@ def launch(
     device = next(x.device for x in arguments if isinstance(x, Tensor))
     if device.type == "meta":
         if _noted is not None:
-            _noted.append(Launch(kernel, arguments, constants, warps, stages))
+            _noted.append(Launch(kernel, grid, arguments, constants, warps, stages))
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         # products and sums may be fused, as in torch's own kernels; said because Triton's default changes
@@ -130,12 +138,12 @@ def block(size: int, most: int) -> int:
 
 
 def contiguous_rows(x: Tensor) -> Tensor:
-    """x, copied only where the numbers of its last axis do not lie side by side.
+    """x, copied only where the numbers of its last axis do not lie side by side, or its tokens are `FURTHEST` apart.
 
     Args:
-        x: any tensor.
+        x: any tensor, its tokens the last axis but one.
     """
-    return x if x.stride(-1) == 1 else x.contiguous()
+    return x if x.stride(-1) == 1 and x.stride(-2) < FURTHEST else x.contiguous()
 
 
 def work_type(dtype: torch.dtype) -> torch.dtype:
@@ -147,10 +155,20 @@ def work_type(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
 
 
+def for_hip(device: torch.device) -> bool:
+    """Whether kernels are launched for AMD's devices, or noted for them.
+
+    Args:
+        device: of the tensors.
+    """
+    return _noted_for_hip if device.type == "meta" else torch.version.hip is not None
+
+
 def products(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Constants of kernels that multiply tiles: WORK, their type, and PRECISION, Triton's `input_precision`.
 
-    Half precision asks for no more than tf32 has, and float32 may give it up by `torch.set_float32_matmul_precision`;
+    Half precision asks for no more than tf32 has, and float32 may be given up as for torch's own products, by
+    `torch.set_float32_matmul_precision` or, from torch 2.9 on, by `torch.backends.cuda.matmul.fp32_precision`;
     else float32 is multiplied as three products in tf32 (errors of 2^-21) on NVIDIA, exactly on AMD.
 
     Args:
@@ -164,12 +182,17 @@ def products(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> str:
-    enough = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
-    hip = _noted_for_hip if device.type == "meta" else torch.version.hip is not None
+    enough, hip = dtype != torch.float32 or _given_up(), for_hip(device)
     if hip and device.type == "cuda":
         # the only one of theirs with products in tf32
         enough &= torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
     return "tf32" if enough else "ieee" if hip else "tf32x3"
+
+
+def _given_up() -> bool:
+    # the older function refuses to answer once the newer attribute was set, which it sets itself
+    newer = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() != "highest" if newer is None else newer == "tf32"
 
 
 @contextmanager

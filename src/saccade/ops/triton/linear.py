@@ -283,9 +283,8 @@ def rehearse(every: bool) -> None:
     Args:
         every: by all types and forms, else by a choice.
     """
-    B, H, K, N, D = 2, 16, 4, 4096, 128
     forms = product(_TYPES, _FORMS) if every else ((torch.float32, "token"), (torch.bfloat16, "channel"))
-    for dtype, form in forms:
+    for (dtype, form), (B, H, K, N, D) in product(forms, ((2, 16, 4, 4096, 128), (1, 1, 1, 1, 1))):
         q, k, v = (torch.empty(B, heads, N, D, dtype=dtype, device="meta") for heads in (H, K, K))
         state = torch.empty(B, H, D, D, device="meta")
         factors = torch.empty(B, H, N, 1 if form == "token" else D, device="meta")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from saccade.ops.native.routes import by_block
-from saccade.ops.triton.launching import block, chosen, launch, products, work_type
+from saccade.ops.triton.launching import block, chosen, for_hip, launch, products, work_type
 
 __all__ = ["attend_routes_in_triton", "rehearse", "route_gradients_in_triton", "runs_in_triton"]
 
@@ -86,7 +86,7 @@ def attend_routes_in_triton(
         strip = size if own else cut["ROWS"]
         launch(
             kernels.merge_own,
-            (-(-Q // strip) * -(-strip // cut["ROWS"]), B * H),
+            (-(-Q // strip) * -(-strip // cut["ROWS"]) * B * H,),
             *(q, k, v, here, part, part_lse, out, lse, D, N, M, Q, first, last, strip, j, H // K, scale),
             **cut,
             OWN=own,
@@ -138,7 +138,7 @@ def route_gradients_in_triton(
         strip = size if own else cut["ROWS"]
         launch(
             kernels.query_gradients,
-            (-(-Q // strip) * -(-strip // cut["ROWS"]), B * H),
+            (-(-Q // strip) * -(-strip // cut["ROWS"]) * B * H,),
             *(*given, here, part, dq, D, N, M, Q, first, last, strip, j, H // K, scale),
             **constants,
             OWN=own,
@@ -148,7 +148,7 @@ def route_gradients_in_triton(
     constants |= {"ROWS": rows, "KEYS": rows}
     launch(
         kernels.key_gradients,
-        (-(-size // rows), B * K * (M // size)),
+        (-(-size // rows) * B * K * (M // size),),
         *(*given, listed.places_P, listed.starts, dk, dv, D, N, M, size, chosen_BHNj.shape[3], H // K, scale),
         **constants,
         OWN=own,
@@ -160,14 +160,15 @@ def _cut(q: Tensor) -> dict[str, Any]:
     """How work is cut into programs: the width of rows in registers, rows of queries and of keys, warps; how they
     multiply.
 
-    Up to 128 columns fit into the registers of every target of `compiling`, but for 64 in float32, whose gradients
-    spill up to 24 bytes on NVIDIA's; 256 spill some (`--every` says how much).
+    What that takes of the registers, and where a tile does not fit, `compiling` says.
     """
     width = block(q.shape[3], WIDEST)
     if work_type(q.dtype) == torch.float32:
         rows, keys, warps = (32, 32, 8) if width <= 64 else (16, 32, 8) if width <= 128 else (16, 16, 8)
     else:
         rows, keys, warps = (64, 64, 4) if width <= 64 else (64, 32, 4) if width <= 128 else (32, 32, 8)
+    if for_hip(q.device):
+        warps = 4  # of twice as many threads, which have twice the registers where there are no more of them
     return {"WIDTH": width, "ROWS": rows, "KEYS": keys, "warps": warps, **products(q.device, q.dtype)}
 
 
@@ -201,8 +202,9 @@ def rehearse(every: bool) -> None:
     """
     half, single = torch.bfloat16, torch.float32
     forms = product((half, torch.float16, single), (64, 128, 256), (True, False)) if every else ((half, 128, True),)
-    for dtype, width, own in forms:
-        q, k = (torch.empty(1, heads, 4096, width, dtype=dtype, device="meta") for heads in (16, 4))
-        given = q, k, k, torch.empty(1, 16, 4096, 3, dtype=torch.long, device="meta"), 512, 0.1, own
+    sizes = ((16, 4, 4096, 512, 3), (1, 1, 1, 1, 1))
+    for (dtype, width, own), (H, K, N, size, j) in product(forms, sizes):
+        q, k = (torch.empty(1, heads, N, width if N > 1 else 1, dtype=dtype, device="meta") for heads in (H, K))
+        given = q, k, k, torch.empty(1, H, N, j, dtype=torch.long, device="meta"), size, 0.1, own
         out, lse = attend_routes_in_triton(*given)
         route_gradients_in_triton(*given, out, lse, out, None)

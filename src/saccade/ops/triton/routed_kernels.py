@@ -103,12 +103,14 @@ def attend_parts(
 
 @triton.jit
 def _own_queries(first, last, size, ROWS: tl.constexpr):
-    """The queries of a program, all of one strip of `size`: where the strip begins, and places from there; whether each
-    is there."""
-    strips = tl.cdiv(size, ROWS)
-    begin = first + tl.program_id(0) // strips * size
-    offset = tl.program_id(0) % strips * ROWS + tl.arange(0, ROWS)
-    return begin, offset, (offset < size) & (begin + offset < last)
+    """The head of a program, and its queries, all of one strip of `size`: where the strip begins, the first from there,
+    and all; whether each is there. Programs are on one axis, as the others have room for 65,535 only."""
+    tiles = tl.cdiv(size, ROWS)
+    programs = tl.cdiv(last - first, size) * tiles
+    here = tl.program_id(0) % programs
+    begin, start = first + here // tiles * size, here % tiles * ROWS
+    offset = start + tl.arange(0, ROWS)
+    return (tl.program_id(0) // programs).to(tl.int64), begin, start, offset, (offset < size) & (begin + offset < last)
 
 
 @triton.jit
@@ -119,17 +121,15 @@ def merge_own(
     WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Queries from `first` to `last`: their own block up to themselves, and the parts of what they chose."""
-    head = tl.program_id(1).to(tl.int64)
-    begin, offset, real = _own_queries(first, last, size, ROWS)
+    head, begin, start, offset, real = _own_queries(first, last, size, ROWS)
     row = head * N + begin + offset
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     top, total = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     if OWN:
         q = _rows(q_ptr, row, real, D, WIDTH)
         first_key = head // heads_per_key * M + M - N + begin
-        ahead = tl.program_id(0) % tl.cdiv(size, ROWS) * ROWS + ROWS
-        for start in range(0, tl.minimum(ahead, size), KEYS):
-            key = start + tl.arange(0, KEYS)
+        for first_seen in range(0, tl.minimum(start + ROWS, size), KEYS):
+            key = first_seen + tl.arange(0, KEYS)
             seen = (key < size)[None, :] & (key[None, :] <= offset[:, None]) & real[:, None]
             acc, top, total = _attend_block(
                 acc, top, total, q, k_ptr, v_ptr, first_key + key, key < size, seen, scale, D, WIDTH, WORK, PRECISION
@@ -195,17 +195,15 @@ def query_gradients(
     WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries from `first` to `last`: those by their own block, and the shares of what they chose."""
-    head = tl.program_id(1).to(tl.int64)
-    begin, offset, real = _own_queries(first, last, size, ROWS)
+    head, begin, start, offset, real = _own_queries(first, last, size, ROWS)
     row = head * N + begin + offset
     dq = tl.zeros((ROWS, WIDTH), tl.float32)
     if OWN:
         q, grad = _rows(q_ptr, row, real, D, WIDTH), _rows(grad_ptr, row, real, D, WIDTH)
         lse, delta = tl.load(lse_ptr + row, mask=real, other=0.0), tl.load(delta_ptr + row, mask=real, other=0.0)
         first_key = head // heads_per_key * M + M - N + begin
-        ahead = tl.program_id(0) % tl.cdiv(size, ROWS) * ROWS + ROWS
-        for start in range(0, tl.minimum(ahead, size), KEYS):
-            key = start + tl.arange(0, KEYS)
+        for first_seen in range(0, tl.minimum(start + ROWS, size), KEYS):
+            key = first_seen + tl.arange(0, KEYS)
             k = _rows(k_ptr, first_key + key, key < size, D, WIDTH)
             v = _rows(v_ptr, first_key + key, key < size, D, WIDTH)
             seen = (key < size)[None, :] & (key[None, :] <= offset[:, None]) & real[:, None]
@@ -226,8 +224,9 @@ def key_gradients(
     WORK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some keys and values of a block, by all queries that chose it, and by those whose own it is."""
-    block = tl.program_id(1).to(tl.int64)
-    start = tl.program_id(0) * KEYS
+    tiles = tl.cdiv(size, KEYS)
+    block = (tl.program_id(0) // tiles).to(tl.int64)
+    start = tl.program_id(0) % tiles * KEYS
     key = start + tl.arange(0, KEYS)
     inside = key < size
     k = _rows(k_ptr, block * size + key, inside, D, WIDTH)

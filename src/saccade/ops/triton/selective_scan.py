@@ -33,13 +33,14 @@ def scan_in_triton(
     u, delta, a, b, c = (x.contiguous() for x in (u_BTGC, delta_BTGC, a_GNC, b_BTGN, c_BTGN))
     (B, T, G, C), N = u.shape, a.shape[1]
     segments, tile = -(-T // segment), _tile(N)
-    grid = -(-C // tile["CHANNELS"]), segments, B * G
+    blocks = -(-C // tile["CHANNELS"])
+    programs = (blocks * segments * B * G,)
     starts, whole = u.new_empty(B, segments, G, N, C), u.new_empty(B, segments, G, C)
     y = torch.empty_like(u)
     sizes = (T, G, C, N, segments, segment)
-    launch(kernels.segment_ends, grid, u, delta, a, b, starts, whole, *sizes, BACKWARDS=False, **tile)
-    launch(kernels.carry, (grid[0], B * G), a, starts, whole, G, C, N, segments, BACKWARDS=False, **tile)
-    launch(kernels.read, grid, u, delta, a, b, c, starts, y, *sizes, **tile)
+    launch(kernels.segment_ends, programs, u, delta, a, b, starts, whole, *sizes, BACKWARDS=False, **tile)
+    launch(kernels.carry, (blocks * B * G,), a, starts, whole, G, C, N, segments, BACKWARDS=False, **tile)
+    launch(kernels.read, programs, u, delta, a, b, c, starts, y, *sizes, **tile)
     return y, starts
 
 
@@ -70,19 +71,20 @@ def scan_backward_in_triton(
     blocks = -(-C // tile["CHANNELS"])
     ends, whole = torch.empty_like(starts), u.new_empty(B, segments, G, C)
     sizes = (T, G, C, N, segments, segment)
-    grid = blocks, segments, B * G
-    launch(kernels.segment_ends, grid, grad, delta, a, c, ends, whole, *sizes, BACKWARDS=True, **tile)
-    launch(kernels.carry, (blocks, B * G), a, ends, whole, G, C, N, segments, BACKWARDS=True, **tile)
+    programs = (blocks * segments * B * G,)
+    launch(kernels.segment_ends, programs, grad, delta, a, c, ends, whole, *sizes, BACKWARDS=True, **tile)
+    launch(kernels.carry, (blocks * B * G,), a, ends, whole, G, C, N, segments, BACKWARDS=True, **tile)
     of_u, of_delta, of_a = (torch.empty_like(x) for x in (u, delta, starts))
     of_b, of_c = (u.new_empty(blocks, B, T, G, N) for _ in range(2))
     together = max(1, min(segments, KEPT // (segment * B * G * N * C)))
     room = u.new_empty(together, B, segment, G, N, C)
     for first in range(0, segments, together):
+        pieces = min(together, segments - first)
         launch(
             kernels.gradients,
-            (blocks, min(together, segments - first), B * G),
+            (blocks * pieces * B * G,),
             *(u, delta, a, b, c, grad, starts, ends, room, of_u, of_delta, of_a, of_b, of_c),
-            *(B, *sizes, first),
+            *(B, *sizes, first, pieces),
             **tile,
         )
     return of_u, of_delta, of_a.sum((0, 1)), of_b.sum(0), of_c.sum(0)
@@ -91,7 +93,8 @@ def scan_backward_in_triton(
 def _tile(N: int) -> dict[str, int]:
     """States and channels of a program, and its warps."""
     states = 1 << (N - 1).bit_length()
-    return {"CHANNELS": max(16, TILE // states), "STATES": states, "warps": 2}
+    channels = max(16, TILE // states)
+    return {"CHANNELS": channels, "STATES": states, "warps": min(16, max(2, channels * states // TILE))}
 
 
 def rehearse(every: bool) -> None:
@@ -100,7 +103,8 @@ def rehearse(every: bool) -> None:
     Args:
         every: by several numbers of states, else by one.
     """
-    for N in (1, 16, 64, 256) if every else (16,):
-        u, b, a = (torch.empty(shape, device="meta") for shape in ((2, 4096, 1, 768), (2, 4096, 1, N), (1, N, 768)))
+    usual = [(2, 4096, 768, N) for N in ((1, 16, 64, 256) if every else (16,))]
+    for B, T, C, N in (*usual, (1, 1, 1, 1)):
+        u, b, a = (torch.empty(shape, device="meta") for shape in ((B, T, 1, C), (B, T, 1, N), (1, N, C)))
         _, states = scan_in_triton(u, u, a, b, b, 64)
         scan_backward_in_triton(u, u, a, b, b, states, u, 64)

@@ -1,6 +1,7 @@
 """The kernels of the selective scan: segments of tokens side by side, their states carried from one to the next.
 
 A program has the states (STATES, CHANNELS) of some channels of one segment in registers and goes through its tokens.
+Programs are numbered along one axis, as the others have room for 65,535 only.
 
 Shape letters: B batch, T tokens, G groups, C channels of a group, N states of a channel, S segments.
 """
@@ -12,9 +13,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _places(b, G, C, N, CHANNELS: tl.constexpr, STATES: tl.constexpr):
-    """Channels and states of a program, which of them there are, and where A of its group begins."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+def program_of(C, segments, CHANNELS: tl.constexpr):
+    """The block of channels of a program, its segment among so many, and its row."""
+    blocks = tl.cdiv(C, CHANNELS)
+    block, rest = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    return block, rest % segments, (rest // segments).to(tl.int64)
+
+
+@triton.jit
+def _places(block, b, G, C, N, CHANNELS: tl.constexpr, STATES: tl.constexpr):
+    """Channels and states of a program, which of them there are, and where A of its group is."""
+    channel = block * CHANNELS + tl.arange(0, CHANNELS)
     state = tl.arange(0, STATES)
     both = (state[:, None] < N) & (channel[None, :] < C)
     return channel, state, both, (b % G) * N * C + state[:, None] * C + channel[None, :]
@@ -29,8 +38,8 @@ def segment_ends(
 
     Backwards u is the gradient of y and b is C: the gradient of what the segment starts with.
     """
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, state, both, a_at = _places(b, G, C, N, CHANNELS, STATES)
+    block, segment, b = program_of(C, segments, CHANNELS)
+    channel, state, both, a_at = _places(block, b, G, C, N, CHANNELS, STATES)
     a = tl.load(a_ptr + a_at, mask=both, other=0.0)
     first = segment * SEGMENT
     last = tl.minimum(first + SEGMENT, T)
@@ -61,8 +70,8 @@ def carry(
     CHANNELS: tl.constexpr, STATES: tl.constexpr, BACKWARDS: tl.constexpr,
 ):  # fmt: skip
     """In place: from what each segment makes of nothing to what it starts with; backwards, from the last one on."""
-    b = tl.program_id(1).to(tl.int64)
-    channel, state, both, a_at = _places(b, G, C, N, CHANNELS, STATES)
+    block, _, b = program_of(C, 1, CHANNELS)
+    channel, state, both, a_at = _places(block, b, G, C, N, CHANNELS, STATES)
     a = tl.load(a_ptr + a_at, mask=both, other=0.0)
     h = tl.zeros((STATES, CHANNELS), tl.float32)
     for i in range(segments):
@@ -83,8 +92,8 @@ def read(
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
     """y, from what each segment starts with."""
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel, state, both, a_at = _places(b, G, C, N, CHANNELS, STATES)
+    block, segment, b = program_of(C, segments, CHANNELS)
+    channel, state, both, a_at = _places(block, b, G, C, N, CHANNELS, STATES)
     a = tl.load(a_ptr + a_at, mask=both, other=0.0)
     row = (b // G * segments + segment) * G + b % G
     h = tl.load(starts_ptr + row * N * C + state[:, None] * C + channel[None, :], mask=both, other=0.0)
@@ -101,22 +110,22 @@ def read(
 @triton.jit
 def gradients(
     u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, grad_ptr, starts_ptr, ends_ptr, room_ptr,
-    of_u_ptr, of_delta_ptr, of_a_ptr, of_b_ptr, of_c_ptr, B, T, G, C, N, segments, SEGMENT, first_segment,
+    of_u_ptr, of_delta_ptr, of_a_ptr, of_b_ptr, of_c_ptr, B, T, G, C, N, segments, SEGMENT, first_segment, pieces,
     CHANNELS: tl.constexpr, STATES: tl.constexpr,
 ):  # fmt: skip
-    """Of a piece of segments, given the states that they start with and the gradients of those that they end with.
+    """Of `pieces` segments, given the states that they start with and the gradients of those that they end with.
 
     The states before its tokens a program keeps in `room`. Gradients of A are those of each segment, those of B and C
     those of each program's channels.
     """
-    piece, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    segment = first_segment + piece
-    channel, state, both, a_at = _places(b, G, C, N, CHANNELS, STATES)
+    block, place, b = program_of(C, pieces, CHANNELS)
+    segment = first_segment + place
+    channel, state, both, a_at = _places(block, b, G, C, N, CHANNELS, STATES)
     a = tl.load(a_ptr + a_at, mask=both, other=0.0)
     here = state[:, None] * C + channel[None, :]
     segment_row = (b // G * segments + segment) * G + b % G
     h = tl.load(starts_ptr + segment_row * N * C + here, mask=both, other=0.0)
-    room = room_ptr + (b * tl.num_programs(1) + piece) * SEGMENT * N * C + here
+    room = room_ptr + (b * pieces + place) * SEGMENT * N * C + here
     first = segment * SEGMENT
     count = tl.minimum(SEGMENT, T - first)
     for i in range(count):
@@ -141,7 +150,7 @@ def gradients(
         decay = tl.exp(step[None, :] * a)
         h = decay * before + enters[:, None] * (step * x)[None, :]
         g = later + reads[:, None] * dy[None, :]
-        part = (tl.program_id(0).to(tl.int64) * B * T * G + row) * N + state
+        part = (block.to(tl.int64) * B * T * G + row) * N + state
         tl.store(of_c_ptr + part, tl.sum(h * dy[None, :], 1), mask=state < N)
         tl.store(of_b_ptr + part, tl.sum(g * (step * x)[None, :], 1), mask=state < N)
         of_taken = tl.sum(g * enters[:, None], 0)

@@ -42,11 +42,11 @@ def around_in_triton(
     out = torch.empty_like(tokens)
     sizes = (B, T, C, chunk, parts, segments, chunks * chunk)
     cut = {"SEGMENT": SEGMENT, "BLOCK": CHANNELS, "MOMENTS": moments, "warps": 1}
-    launch(kernels.segment_sums, (blocks, segments, B), tokens, w, before, after, *sizes, FLIP=backwards, **cut)
-    launch(kernels.carry, (blocks, B), w, before, after, B, C, chunk, parts, segments, shift, **cut)
+    launch(kernels.segment_sums, (blocks * segments * B,), tokens, w, before, after, *sizes, FLIP=backwards, **cut)
+    launch(kernels.carry, (blocks * B,), w, before, after, B, C, chunk, parts, segments, shift, **cut)
     launch(
         kernels.token_sums,
-        (blocks, segments, B),
+        (blocks * segments * B,),
         *(tokens, w, before, after, out, *sizes, shift),
         FLIP=backwards,
         **cut,
@@ -60,7 +60,8 @@ def rehearse(every: bool) -> None:
     Args:
         every: both distances, else the published one.
     """
+    cases = [(2, 4096, 768, 4096, 1), (1, 1, 1, 1, 1), *([(2, 4096, 768, 256, 0)] if every else [])]
     for rows, moments in ((6, True), (4, False)):
-        tokens, w = torch.empty(rows, 2, 4096, 768, device="meta"), torch.empty(768, device="meta")
-        for chunk, shift in ((4096, 1), (256, 0)) if every else ((4096, 1),):
+        for B, T, C, chunk, shift in cases:
+            tokens, w = torch.empty(rows, B, T, C, device="meta"), torch.empty(C, device="meta")
             around_in_triton(tokens, w, chunk, shift, moments, not moments)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from saccade.ops.triton.selective_scan_kernels import program_of
 from saccade.ops.wkv.scan import EMPTY as LEAST
 
 EMPTY = tl.constexpr(LEAST)
@@ -31,6 +32,12 @@ def _join(ak, aa, a0, a1, am0, am1, bk, ba, b0, b1, bm0, bm1, w, MOMENTS: tl.con
         m0 = of_a * am0 + of_b * bm0 + tl.where(first, -of_b * b0, of_a * a0) * ages
         m1 = of_a * am1 + of_b * bm1 + tl.where(first, -of_b * b1, of_a * a1) * ages
     return tl.where(first, ak, bk), tl.where(first, aa, ba), s0, s1, m0, m1
+
+
+@triton.jit
+def _apart(B, rows, C):
+    """Numbers from one row of a sum to the next; five times as many may be more than 32 bits hold."""
+    return tl.cast(B, tl.int64) * rows * C
 
 
 @triton.jit
@@ -70,7 +77,7 @@ def _token(tokens, place, b, channel, B, T, C, whole, FLIP: tl.constexpr, MOMENT
     t = place
     if FLIP:
         t = whole - 1 - place
-    return _load(tokens, (b * T + t) * C + channel, B * T * C, channel < tl.where(t < T, C, 0), MOMENTS)
+    return _load(tokens, (b * T + t) * C + channel, _apart(B, T, C), channel < tl.where(t < T, C, 0), MOMENTS)
 
 
 @triton.jit
@@ -79,8 +86,8 @@ def segment_sums(
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, FLIP: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Each segment, seen from its last and from its first place: (R, B, S, C) both."""
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, segment, b = program_of(C, segments, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + channel, mask=channel < C, other=0.0)
     start = segment // parts * chunk + segment % parts * SEGMENT
     length = tl.minimum(SEGMENT, chunk - segment % parts * SEGMENT)
@@ -90,7 +97,7 @@ def segment_sums(
         k, a, x0, x1, m0, m1 = _token(tokens, start + i, b, channel, B, T, C, whole, FLIP, MOMENTS)
         fk, fa, f0, f1, fm0, fm1 = _join(fk, fa + 1.0, f0, f1, fm0, fm1, k, a, x0, x1, m0, m1, w, MOMENTS)
         gk, ga, g0, g1, gm0, gm1 = _join(gk, ga, g0, g1, gm0, gm1, k, a + i, x0, x1, m0, m1, w, MOMENTS)
-    row, step = (b * segments + segment) * C + channel, B * segments * C
+    row, step = (b * segments + segment) * C + channel, _apart(B, segments, C)
     _store(last, row, step, channel < C, fk, fa, f0, f1, fm0, fm1, MOMENTS)
     _store(first, row, step, channel < C, gk, ga, g0, g1, gm0, gm1, MOMENTS)
 
@@ -101,9 +108,9 @@ def carry(
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """In place: what stands before each segment, seen from its first token, and after it, seen from its last."""
-    b = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask, step = channel < C, B * segments * C
+    block, _, b = program_of(C, 1, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
+    mask, step = channel < C, _apart(B, segments, C)
     w = tl.load(w_ptr + channel, mask=mask, other=0.0)
     pk, pa, p0, p1, pm0, pm1 = _nothing(BLOCK)  # the chunks before, seen from the last place of the last of them
     for j in range(segments // parts):
@@ -134,19 +141,20 @@ def token_sums(
     SEGMENT: tl.constexpr, BLOCK: tl.constexpr, FLIP: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """For each token the sums over all others, (R, B, T, C)."""
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    block, segment, b = program_of(C, segments, BLOCK)
+    channel = block * BLOCK + tl.arange(0, BLOCK)
     w = tl.load(w_ptr + channel, mask=channel < C, other=0.0)
     start = segment // parts * chunk + segment % parts * SEGMENT
     length = tl.minimum(SEGMENT, chunk - segment % parts * SEGMENT)
-    row, step = (b * segments + segment) * C + channel, B * segments * C
+    row, step = (b * segments + segment) * C + channel, _apart(B, segments, C)
     rk, ra, r0, r1, rm0, rm1 = _load(before, row, step, channel < C, MOMENTS)
+    apart = _apart(B, T, C)
     for i in range(length):
         t = start + i
         if FLIP:
             t = whole - 1 - t
         here = channel < tl.where(t < T, C, 0)
-        _store(out, (b * T + t) * C + channel, B * T * C, here, rk, ra, r0, r1, rm0, rm1, MOMENTS)
+        _store(out, (b * T + t) * C + channel, apart, here, rk, ra, r0, r1, rm0, rm1, MOMENTS)
         k, a, x0, x1, m0, m1 = _token(tokens, start + i, b, channel, B, T, C, whole, FLIP, MOMENTS)
         rk, ra, r0, r1, rm0, rm1 = _join(rk, ra + 1.0, r0, r1, rm0, rm1, k, a, x0, x1, m0, m1, w, MOMENTS)
     tl.debug_barrier()  # what is read now was written above
@@ -157,8 +165,8 @@ def token_sums(
         if FLIP:
             t = whole - 1 - t
         here, place = channel < tl.where(t < T, C, 0), (b * T + t) * C + channel
-        rk, ra, r0, r1, rm0, rm1 = _load(out, place, B * T * C, here, MOMENTS)
+        rk, ra, r0, r1, rm0, rm1 = _load(out, place, apart, here, MOMENTS)
         rk, ra, r0, r1, rm0, rm1 = _join(rk, ra, r0, r1, rm0, rm1, zk, za, z0, z1, zm0, zm1, w, MOMENTS)
-        _store(out, place, B * T * C, here, rk, ra, r0, r1, rm0, rm1, MOMENTS)
+        _store(out, place, apart, here, rk, ra, r0, r1, rm0, rm1, MOMENTS)
         k, a, x0, x1, m0, m1 = _token(tokens, start + i, b, channel, B, T, C, whole, FLIP, MOMENTS)
         zk, za, z0, z1, zm0, zm1 = _join(zk, za + 1.0, z0, z1, zm0, zm1, k, a + (1 - shift), x0, x1, m0, m1, w, MOMENTS)
