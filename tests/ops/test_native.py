@@ -317,12 +317,17 @@ def test_routes(heads: tuple[int, int], n: int, size: int, own: bool) -> None:
     )  # fmt: skip
 
 
-def test_waiting_parts_are_merged_in_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = inputs(1, 2, 1, 128, 128, 16, 16)
-    chosen = torch.rand(1, 2, 128, 8).argsort(-1)[..., :3]
-    whole = attend_routes(q, k, v, chosen, 16, 0.3, False)
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_waiting_parts_are_merged_in_ranges(own: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (x.to(dtype) for x in inputs(1, 2, 1, 112, 128, 16, 24))  # the queries begin in the second block
+    chosen = torch.rand(1, 2, 112, 8).argsort(-1)[..., :3]
+    if own:
+        chosen[chosen > torch.arange(112)[:, None] // 16] = -1
+    whole = attend_routes(q, k, v, chosen, 16, 0.3, own)
+    assert whole[0].dtype == dtype and whole[1].dtype == torch.float32
     monkeypatch.setattr("saccade.ops.native.routes.WAITING", 2**15)
-    for x, y in zip(whole, attend_routes(q, k, v, chosen, 16, 0.3, False)):
+    for x, y in zip(whole, attend_routes(q, k, v, chosen, 16, 0.3, own), strict=True):
         assert x.equal(y)
 
 

@@ -74,11 +74,9 @@ def moba_attend(
     if ids_BM is None:
         layout, first = None, (M - N) // block_size
         front, back = M - N - first * block_size, n * block_size - M
-        q, k, v = (
-            F.pad(q_BHND, (0, 0, front, back)),
-            F.pad(k_BKMD, (0, 0, 0, back)),
-            F.pad(v_BKME, (0, 0, 0, back)),
-        )
+        q, k, v = q_BHND, k_BKMD, v_BKME
+        if front or back:  # else it would be copied
+            q, k, v = F.pad(q, (0, 0, front, back)), F.pad(k, (0, 0, 0, back)), F.pad(v, (0, 0, 0, back))
     else:
         layout, first = block_layout(ids_BM, block_size, blocks=n if pattern.ids_BM is None else None), 0
         q, k, v = layout.align(q_BHND, first=M - N), layout.align(k_BKMD), layout.align(v_BKME)

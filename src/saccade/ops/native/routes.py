@@ -19,41 +19,42 @@ __all__ = ["attend_routes", "by_block", "route_gradients"]
 #: queries of an own block that share a task
 OWN_ROWS = 64
 
-#: bytes of partial outputs that wait for their merge
-WAITING = 64 * 2**20
+#: bytes of partial outputs that wait for their merge: few, as more make nothing faster
+WAITING = 8 * 2**20
 
 
 def attend_routes(
     q_BHND: Tensor, k_BKMD: Tensor, v_BKME: Tensor, chosen_BHNj: Tensor, size: int, scale: float, own: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output (B, H, N, E) and LSE (B, H, N), float32: `routed_attend` without its checks."""
+    """Output (B, H, N, E), of the type of q, and LSE (B, H, N), float32: `routed_attend` without its checks.
+
+    A range of queries at a time: in float32 are the keys, the values and what belongs to a range.
+    """
     B, H, N, _ = q_BHND.shape
     K, M, E = k_BKMD.shape[1], k_BKMD.shape[2], v_BKME.shape[3]
-    with prepared(k_BKMD, v_BKME, size) as keys:
+    shares = chosen_BHNj.shape[3]
+    out, lse = q_BHND.new_empty(B, H, N, E), q_BHND.new_empty(B, H, N, dtype=torch.float32)
+    with prepared(k_BKMD.float(), v_BKME.float(), size) as keys:
         width = keys.values.shape[3]
-        out = large_empty((B * H, N, width), q_BHND.dtype, q_BHND.device)
-        lse = q_BHND.new_empty(B * H, N)
-        if own:
-            attend_tasks(q_BHND, keys, _own_tasks(B, H, K, N, M, size), scale, out, lse)
-        else:
-            out.zero_()
-            lse.fill_(float("-inf"))
-        shares = chosen_BHNj.shape[3]
-        step = max(1, WAITING // (B * H * max(1, shares) * width * 4))
-        for first in range(0, N if shares else 0, step):
-            chosen = chosen_BHNj[:, :, first : first + step]
-            queries = chosen.shape[2]
-            parts = large_empty((B * H * queries, shares, width), q_BHND.dtype, q_BHND.device)
-            parts_lse = q_BHND.new_full((B * H * queries, shares), float("-inf"))
-            tasks = _tasks(chosen, K, M, size, first, N)
-            attend_tasks(q_BHND, keys, tasks, scale, parts, parts_lse)
-            if queries == N:
-                merge_shares(out.view(-1, width), lse.view(-1), parts, parts_lse)
+        step = max(1, WAITING // (B * H * max(1, shares) * width * 4) // size) * size
+        for first in range(0, N, step):
+            q, chosen = q_BHND[:, :, first : first + step].float(), chosen_BHNj[:, :, first : first + step]
+            Q = q.shape[2]
+            out_here = large_empty((B * H * Q, width), q.dtype, q.device)
+            lse_here = q.new_empty(B * H * Q)
+            if own:
+                attend_tasks(q, keys, _own_tasks(B, H, K, Q, M, size, M - N + first), scale, out_here, lse_here)
             else:
-                out_here, lse_here = (x[:, first : first + step].contiguous() for x in (out, lse))
-                merge_shares(out_here.view(-1, width), lse_here.view(-1), parts, parts_lse)
-                out[:, first : first + step], lse[:, first : first + step] = out_here, lse_here
-    return out.view(B, H, N, width)[..., :E], lse.view(B, H, N)
+                out_here.zero_()
+                lse_here.fill_(float("-inf"))
+            if shares:
+                parts = large_empty((B * H * Q, shares, width), q.dtype, q.device)
+                parts_lse = q.new_full((B * H * Q, shares), float("-inf"))
+                attend_tasks(q, keys, _tasks(chosen, K, M, size), scale, parts, parts_lse)
+                merge_shares(out_here, lse_here, parts, parts_lse)
+            out[:, :, first : first + step] = out_here.view(B, H, Q, width)[..., :E]
+            lse[:, :, first : first + step] = lse_here.view(B, H, Q)
+    return out, lse
 
 
 def route_gradients(
@@ -74,9 +75,9 @@ def route_gradients(
     K, M = k_BKMD.shape[1:3]
     sums = Gradients(q_BHND, k_BKMD, v_BKME, out_BHNE, lse_BHN, grad_BHNE, grad_lse_BHN, size, scale, apart=False)
     if own:
-        sums.add(_own_tasks(B, H, K, N, M, size))
+        sums.add(_own_tasks(B, H, K, N, M, size, M - N))
     if chosen_BHNj.shape[3]:
-        sums.add(_tasks(chosen_BHNj, K, M, size, 0, N))
+        sums.add(_tasks(chosen_BHNj, K, M, size))
     return sums.finish()
 
 
@@ -97,16 +98,17 @@ def by_block(chosen_BHQj: Tensor, K: int, n: int) -> tuple[Tensor, Tensor, Tenso
     return ordered, places, starts.diff()
 
 
-def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:
-    """Each query block, in strips, with the keys of its own block up to themselves."""
+def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int, before: int) -> Tasks:
+    """Each block of the N queries, before which are so many tokens, in strips, with the keys of its own block up to
+    themselves."""
     strips = ceil(size / OWN_ROWS)
     block = torch.arange(B * H * (N // size))
-    head, start = block // (N // size), block % (N // size) * size + M - N
+    head, start = block // (N // size), block % (N // size) * size + before
     first_key = head // H * K * M + head % H // (H // K) * M + start
     offset = torch.arange(strips) * OWN_ROWS
     rows = torch.arange(B * H * N)
     run = torch.arange(len(block) * strips)
-    last = rows % N + M - N
+    last = rows % N + before
     return Tasks(
         rows=rows,
         slots=rows,
@@ -119,13 +121,12 @@ def _own_tasks(B: int, H: int, K: int, N: int, M: int, size: int) -> Tasks:
     )
 
 
-def _tasks(chosen_BHQj: Tensor, K: int, M: int, size: int, first: int, N: int) -> Tasks:
-    """The queries from `first` on of each (batch row, head, key block) that chose it, in order, in equal tasks."""
-    H, Q, j = chosen_BHQj.shape[1:]
-    _, slots_P, count = by_block(chosen_BHQj, K, M // size)
+def _tasks(chosen_BHNj: Tensor, K: int, M: int, size: int) -> Tasks:
+    """The queries of each (batch row, head, key block) that chose it, in order, in equal tasks."""
+    H, j = chosen_BHNj.shape[1], chosen_BHNj.shape[3]
+    _, slots_P, count = by_block(chosen_BHNj, K, M // size)
     slots_P = slots_P[: int(count.sum())]
-    query = slots_P // j
-    rows_P = query // Q * N + query % Q + first
+    rows_P = slots_P // j
 
     tasks = (count + TASK_ROWS - 1) // TASK_ROWS
     of_T = torch.repeat_interleave(tasks)

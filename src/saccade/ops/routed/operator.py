@@ -37,8 +37,7 @@ _MERGED = 2**21
 def attend_chosen(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, size: int, scale: float, own: bool) -> Any:
     B, H, N, D = q.shape
     if native.refusal(q.device, q.dtype) is None:
-        out, lse = attend_routes(q.float(), k.float(), v.float(), chosen, size, scale, own)
-        return out.to(q.dtype).contiguous(), lse
+        return attend_routes(q, k, v, chosen, size, scale, own)
     if runs_in_triton(q):
         return attend_routes_in_triton(q, k, v, chosen, size, scale, own)
     rows, k_blocks, v_blocks = q.reshape(B * H * N, D), _blocks(k, size), _blocks(v, size)
