@@ -27,6 +27,9 @@ def test_frontier_and_recommendation() -> None:
     assert advice.best is not None and advice.best.options == {"left": 2}
     assert advice.code() == 'with saccade.switch(model, "window", left=2):'
     assert advice.code() in advice.table() and "window:left=2, 3.00 x as fast" in advice.table()
+    advice.trials.append(trial(9, float("nan"), left=5))  # hides no other, though it is the fastest
+    assert [t.options["left"] for t in advice.frontier] == [1, 2, 4] and advice.best.options == {"left": 2}
+    advice.trials.pop()
     advice.tolerance = 0.01
     assert advice.best is None and "keep" in advice.table()
     assert json.loads(json.dumps(advice.as_dict()))["recommendation"] is None
@@ -146,6 +149,12 @@ def test_refusals() -> None:
         advise((1,), inputs=[torch.randn(1, 1, 8, 4)] * 3, context=9)
     with pytest.raises(ValueError, match="context length"):
         advise(torch.nn.Linear(2, 2))
+    model, ids = language_model()
+    with pytest.raises(ValueError, match="at least one token"):
+        advise(model, inputs=ids[:, :0])
+    model.model.layers[0].mlp.down_proj.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="LlamaForCausalLM gives NaN on these inputs, with its own attention"):
+        advise(model, inputs=ids, mechanisms=["window"])
 
 
 def test_causal_settings_are_tried_with_the_first_tokens_and_without() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
@@ -126,21 +127,23 @@ class Advice:
     fingerprint: str = ""
 
     def loss(self, trial: Trial) -> float:
-        """What a setting costs in `quality`.
+        """What a setting costs in `quality`; inf where what comes of it is no number.
 
         Args:
             trial: of these.
         """
-        if self.quality == "deviation":
-            return trial.deviation
-        assert trial.perplexity is not None and self.perplexity is not None
-        return trial.perplexity / self.perplexity - 1
+        lost = trial.deviation
+        if self.quality != "deviation":
+            assert trial.perplexity is not None and self.perplexity is not None
+            lost = trial.perplexity / self.perplexity - 1
+        return math.inf if math.isnan(lost) else lost
 
     @property
     def frontier(self) -> list[Trial]:
         """The trials that no other beats in both speed and quality, fastest first."""
         best: list[Trial] = []
-        for trial in sorted(self.trials, key=lambda t: (-t.speedup, self.loss(t))):
+        finite = [trial for trial in self.trials if math.isfinite(self.loss(trial))]
+        for trial in sorted(finite, key=lambda t: (-t.speedup, self.loss(t))):
             if not best or self.loss(trial) < self.loss(best[-1]):
                 best.append(trial)
         return best

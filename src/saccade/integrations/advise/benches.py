@@ -86,6 +86,8 @@ class ModelBench(Bench):
         with evaluating(self.model):
             with self._counting():
                 self.dense, self.has_logits = _output(self.model(**self.inputs))
+            if bool(self.dense.isnan().any()):
+                raise ValueError(f"{self.subject} gives NaN on these inputs, with its own attention")
             self.perplexity = self._perplexity(self.dense)
         self.time_dense()
 

@@ -43,6 +43,8 @@ def model_inputs(model: nn.Module, inputs: Any, context: int | None, generator: 
     if not isinstance(inputs, Mapping) or not any(isinstance(x, Tensor) and x.ndim > 1 for x in inputs.values()):
         raise ValueError(f"inputs must be token ids or a mapping of tensors, got {type(inputs).__name__}")
     call: dict[str, Any] = dict(inputs)
+    if any(isinstance(x, Tensor) and not x.numel() for x in call.values()):
+        raise ValueError("inputs must have at least one token, got none")
     if context is not None and "pixel_values" in call and "input_ids" not in call:
         raise ValueError("context cuts tokens: an image has those of its size, so give one of the size that is wanted")
     if context is not None:
