@@ -366,6 +366,18 @@ def test_a_vl_on_text_alone_takes_a_budget() -> None:
             model(ids, past_key_values=cache)
             assert [x.tolist() for x in cache.lengths] == [[[kept] * 2] * 2] * 3 and cache.bytes >= cache.nbytes
             model(ids[:, :1], past_key_values=cache)
+    with saccade.compressed(model, "a-vl", 8) as cache:
+        model(ids[:1], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        said = model(torch.tensor([[1], [2], [3]]), past_key_values=cache).logits
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        assert model(torch.tensor([[4], [4]]), past_key_values=cache).logits.shape == (2, 1, 50)
+        with pytest.raises(ValueError, match="cannot be cropped"):
+            cache.crop(-1)
+        for row, token in enumerate((1, 2, 3)):
+            cache.reset()
+            model(ids[:1], past_key_values=cache)
+            close(model(torch.tensor([[token]]), past_key_values=cache).logits[0], said[row])
     for arguments, words in (
         ((8, {"text_rate": 0.5}), "not both"),
         (("1MB", {}), "budget is a share"),
@@ -394,6 +406,14 @@ def test_a_cache_that_would_store_nothing_is_refused() -> None:
         refused = pytest.raises(ValueError, match="undo the switch")
         with refused, saccade.switch(model, "window", left=64), saccade.compressed(model, policy, budget):
             pass
+        model.set_attn_implementation("saccade_moba")
+        refused = pytest.raises(ValueError, match="undo attn_implementation='saccade_moba'")
+        with refused, saccade.compressed(model, policy, budget):
+            pass
+        model.set_attn_implementation("saccade_softmax")
+        with saccade.compressed(model, policy, budget) as cache:
+            model(ids, past_key_values=cache)
+        model.set_attn_implementation("sdpa")
     assert model(ids).logits.shape == (1, 12, 50)
     with saccade.compressed(model, "window", 64) as cache:
         for _ in range(2):

@@ -295,6 +295,9 @@ def test_several_conversions_of_a_model_are_kept_together(tmp_path: Path) -> Non
     assert sorted(saccade.load_converted(again, tmp_path)) == sorted([*first.layers, *second.layers])
     with torch.no_grad():
         assert torch.equal(again(ids).logits, network(ids).logits)
+    assert not any(module.training for module in again.modules())
+    with pytest.raises(ValueError, match="static caches"):
+        network.generate(ids, max_new_tokens=3, cache_implementation="static", pad_token_id=0)
     with pytest.raises(ValueError, match="was converted before: give the model as it was"):
         saccade.load_converted(again, tmp_path)
     with pytest.raises(ValueError, match="no layer is"):

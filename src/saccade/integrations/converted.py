@@ -166,7 +166,8 @@ def put_in(model: nn.Module, parts: Mapping[str, nn.Module], made: Mapping[str, 
     masks = Masks(model.get_decoder())  # type: ignore[operator]
     for path, part in parts.items():
         layer: Any = model.get_submodule(path)
-        model.set_submodule(path, Converted(part, int(layer.layer_idx), masks, made[path]))
+        new = Converted(part, int(layer.layer_idx), masks, made[path])
+        model.set_submodule(path, new.train(layer.training))
     return masks
 
 

@@ -42,7 +42,10 @@ class Masks:
         call = named(module, args, kwargs) if args else kwargs
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise ValueError("a converted layer takes padding alone: attention_mask must be (batch, tokens)")
+            raise ValueError(
+                "a converted layer takes padding alone: attention_mask must be (batch, tokens); static caches, for "
+                "which generate makes masks of its own, are not for it"
+            )
         self.real_BM = None if mask is None or bool(mask.all()) else mask.bool()
         self.ids_BN = None
         if mask is None and isinstance(positions, Tensor) and positions.ndim == 2:
@@ -112,7 +115,7 @@ class Converted(nn.Module):
         if cache.length != past:
             raise ValueError(
                 f"a converted layer has seen {cache.length} tokens and the cache says {past}: caches that are "
-                "shortened, as by assisted decoding, are not for it"
+                "shortened, as by assisted decoding, or copied, are not for it"
             )
         row_B = torch.arange(len(x_BNC), dtype=torch.int16, device=x_BNC.device)
         if past and not torch.equal(theirs.layers[self.layer_idx].keys[:, 0, 0, 0], row_B):

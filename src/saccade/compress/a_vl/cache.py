@@ -241,6 +241,24 @@ class AVLLayerCache:
         for name in ("keys", "values", "core_slots", "_order_BS", "_scores_BKT"):
             setattr(self, name, getattr(self, name).index_select(0, beam_idx.to(self.keys.device)))
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row of the batch so many times, one after the other."""
+        if self.keys is not None:
+            self.reorder_cache(torch.arange(len(self.keys)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows of the batch, by number or by a bool mask."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused, but for no token.
+
+        Raises:
+            ValueError: else.
+        """
+        if tokens_to_remove:
+            raise ValueError("a compressed cache cannot be cropped: what was evicted for the last tokens is gone")
+
 
 def _weights(q: Tensor, k_BKMD: Tensor, scale: float | None, first: int | None) -> Tensor:
     """Softmax weights in fp32 of queries (B, H, r, D); query 0 stands at key `first`, or sees all keys where None."""

@@ -17,9 +17,10 @@ from saccade.compress.policies import POLICIES, Budget, Policy
 from saccade.extras import need
 from saccade.integrations.compression.layer import IMPLEMENTATION, PolicyLayer
 from saccade.integrations.compression.press import Press, PressPolicy
+from saccade.integrations.mechanisms import implementation
 from saccade.integrations.switching import choose
 from saccade.integrations.transformers import is_switched
-from saccade.layers.attention_interface import attended, attention_layers
+from saccade.layers.attention_interface import attended, attention_layers, configs
 from saccade.layers.vision_language import decoder_of, named
 from saccade.layers.wrapping import Report, changing
 
@@ -183,8 +184,8 @@ def running(model: nn.Module) -> Iterator[None]:
         model: as in `cache_for`.
 
     Raises:
-        ValueError: if it does not use transformers' attention interface, or is switched; in a call, if another
-            attention runs.
+        ValueError: if it does not use transformers' attention interface, or has an attention of ours by `switch` or by
+            name; in a call, if another attention runs.
     """
     decoder = decoder_of(model)
     modules = dict(decoder.named_modules())
@@ -193,6 +194,13 @@ def running(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             "compressed(...) has an attention of its own, and would undo the switch(...) that it is inside of"
         )
+    for config in configs(decoder):
+        named = str(config._attn_implementation)
+        if named.startswith("saccade_") and named not in (IMPLEMENTATION, implementation("softmax")):
+            raise ValueError(
+                f"compressed(...) has an attention of its own, and would undo attn_implementation={named!r}: load the "
+                "model without it"
+            )
     with changing(decoder, Report("compressed")) as changes, attended(decoder, IMPLEMENTATION):
         for place, number in places.items():
             changes.before(modules[place], _told(number))
