@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import Ranks
+from ranks import Ranks, check_forecast
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -249,9 +249,7 @@ def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], sh
     leaf = qkv.clone().requires_grad_()
     out = packed_window_attend(leaf, grid, window, shift, bias)
     alone = [out, *torch.autograd.grad(out, [leaf, bias], to_out)]
-    share = parallel.plan(
-        packed_window_attend, leaf, grid, window, shift, bias, mesh=mesh, unit=prod(grid[1:]), balance=balance
-    ).shares[mesh.get_local_rank()]
+    whole = leaf
     with parallel(mesh, unit=prod(grid[1:]), balance=balance, length=n) as shards:
         leaf = parallel.shard(qkv, shards).requires_grad_()
         out = packed_window_attend(leaf, grid, window, shift, bias)
@@ -260,9 +258,9 @@ def windows(mesh: DeviceMesh, grid: tuple[int, ...], window: tuple[int, ...], sh
     torch.testing.assert_close(dqkv, parallel.shard(alone[1], shards), atol=1e-5, rtol=1e-5)
     torch.distributed.all_reduce(of_bias, group=shards.group)
     torch.testing.assert_close(of_bias, alone[2], atol=1e-4, rtol=1e-4)
-    counts = {"forward": (share.sent, share.received), "backward": (share.sent_backward, share.received_backward)}
-    assert all(counts[way] == count[:2] for (_, way), count in shards.traffic.counts.items())
-    assert shards.traffic.sent == share.sent + share.sent_backward
+    parts = parallel.plan(packed_window_attend, whole, grid, window, shift, bias, mesh=shards)
+    assert parts.exact
+    check_forecast(parts, shards)
 
 
 @pytest.mark.parametrize("balance", ["contiguous", "head-tail"])

@@ -22,7 +22,7 @@ from saccade.layers.softmax_attention import SoftmaxAttention
 from saccade.ops.attend import attend
 from saccade.ops.pattern import Pattern
 from saccade.ops.routed import block_layout
-from saccade.ops.sequences import attend_apart
+from saccade.ops.sequences import attend_apart, documents_of
 from saccade.ops.sharding import Layout
 from saccade.parallel.routed import laid_out
 
@@ -233,6 +233,32 @@ def apart(mesh: DeviceMesh, name: str, n: int, packed: bool) -> None:
 def test_sequences_each_for_itself(ranks: Ranks, name: str, packed: bool) -> None:
     ranks(apart, name, 71, packed)
     ranks(apart, name, 40, packed, size=2)
+
+
+def packed(mesh: DeviceMesh, rows: str, balance: str) -> None:
+    n = 26
+    positions = torch.arange(n).expand(2, -1)
+    if rows == "begin inside":
+        positions = torch.stack([torch.arange(n) % 7, torch.arange(n)])
+    elif rows == "begin where a part does":
+        first = next(iter(Layout(n, mesh.size(), balance).pieces(1))).start
+        positions = torch.cat([torch.arange(first), torch.arange(n - first)]).expand(2, -1)
+    whole = documents_of(positions)
+    with parallel(mesh, balance=balance) as shards:
+        ids = documents_of(parallel.shard(positions, shards))
+    assert (ids is None) == (whole is None) == (rows == "whole")
+    if ids is not None and whole is not None:
+        assert torch.equal(ids, whole)
+    check_forecast(parallel.plan(documents_of, positions, mesh=shards), shards)
+    with pytest.raises(ValueError, match="must not lie on the"):
+        parallel.plan(documents_of, positions.to("meta"), mesh=shards)
+
+
+@pytest.mark.parametrize("balance", ["contiguous", "head-tail"])
+@pytest.mark.parametrize("rows", ["whole", "begin inside", "begin where a part does"])
+def test_packed_rows_are_known_by_their_positions(ranks: Ranks, rows: str, balance: str) -> None:
+    ranks(packed, rows, balance)
+    ranks(packed, rows, balance, size=2)
 
 
 LAYERS: dict[str, Callable[[], Any]] = {
