@@ -19,8 +19,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
     import pytest
 
@@ -29,8 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: seconds between two looks at the record
 PAUSE = 5.0
 
-#: seconds without a word, after which what is running counts as hanging
-STALLED = 90.0
+#: seconds without a word, after which what is running counts as hanging; so many more for the first word
+STALLED, STARTING = 90.0, 30.0
 
 #: how a test can stand in the record; the last of these counts
 STANDS = ("began", "passed", "skipped", "failed")
@@ -64,7 +62,7 @@ def run_tests(
         log: the file that their output goes into; their record stands beside it.
         limit: seconds.
         chosen: files, folders and options of pytest.
-        told: gets what is known meanwhile, whenever more is.
+        told: gets what is known meanwhile, whenever more have ended.
     """
     if importlib.util.find_spec("pytest") is None:
         return {"refused": "pytest is not installed"}
@@ -105,8 +103,9 @@ def _round(
         command += ["-n", str(workers), "--dist", "worksteal"]
     places = filter(None, (str(Path(__file__).parent), str(ROOT / "src"), os.environ.get("PYTHONPATH")))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "PYTHONUNBUFFERED": "1"}
-    begun = heard = time.perf_counter()
-    size = record.stat().st_size
+    begun = time.perf_counter()
+    heard = begun + STARTING
+    size, ended = record.stat().st_size, outcome(record)
     with log.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
@@ -120,9 +119,12 @@ def _round(
                     process.wait(max(0.0, min(PAUSE, limit - (now - begun))))
                 if record.stat().st_size > size:
                     size, heard = record.stat().st_size, time.perf_counter()
-                    told()
+                    if outcome(record) != ended:
+                        ended = outcome(record)
+                        told()
         finally:
             end(process)  # its workers too, which would disturb what is measured next
+            left_out.unlink()
     return None if process.returncode in WHOLE else f"its process ended with {process.returncode}"
 
 
@@ -133,7 +135,7 @@ def known(record: Path) -> dict[str, tuple[str, str]]:
         stands, test, why = (*line.split("\t"), "", "")[:3]
         before = found.get(test, ("began", ""))
         if stands in STANDS and STANDS.index(stands) >= STANDS.index(before[0]):
-            found[test] = stands, why or before[1]
+            found[test] = stands, before[1] or why
     return found
 
 
@@ -180,13 +182,15 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.outcome != "passed" or report.when == "call":
-            self._note(report.outcome, report.nodeid)
+            crashed = report.when == "???"  # as xdist says that a worker was lost
+            self._note(report.outcome, report.nodeid, *(["its process ended"] if crashed else []))
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         self._note("failed" if report.failed else "found", report.nodeid)
 
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        if torch.cuda.is_initialized():
+        torch = sys.modules.get("torch")  # not imported for this: what runs the workers has no need of it
+        if torch is not None and torch.cuda.is_initialized():
             try:
                 torch.cuda.synchronize()
             except RuntimeError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +47,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="cpu, cuda, cuda:1, ...: where the tests run that take the fixture `device`; on another than the cpu only "
         "they do, and those that need it anyway",
     )
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """On another device than the processor, files of which no test takes a device or asks for CUDA are not imported."""
+    if torch.device(config.getoption("--device")).type == "cpu" or collection_path.suffix != ".py":
+        return None
+    taken = r"(?<![.\w])(device|kernel_device|waits)\s*[,:)]|mark\.cuda"
+    return None if re.search(taken, collection_path.read_text(encoding="utf-8")) else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
