@@ -69,6 +69,7 @@ def test_what_cannot_be_done(
         ),
         ("no layer is 7", (folder, "moba", "--out", "out", "--layers", "0,7")),
         ("must be causal and decode", (folder, "mra", "--out", "out", "--layers", "0")),
+        ("vit-s14 is no language model that writes text", ("vit-s14", "moba", "--out", "out")),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as done:

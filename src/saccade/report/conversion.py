@@ -38,12 +38,15 @@ def language_model(name: str, data: Sequence[Path], least: int) -> tuple[Any, Te
         OSError: if the model or a file cannot be read.
         ImportError: if transformers, or the package of a named model, is not installed.
     """
+    known = models.named(name)
+    if known is not None and models.MODELS[known].kind != "decoder":
+        raise ValueError(f"{known} is no language model that writes text: its layers are not converted")
     texts = [bytes(text_bytes(split).tolist()) for split in ("train", "held-out")]
     if data:
         text = bytes(read_files(list(data), least=1).tolist())
         cut = round((1 - HELD_OUT) * len(text))
         texts = [text[:cut], text[cut:]]
-    loaded = pretrained.load(models.named(name) or name, image=False, fresh=True)
+    loaded = pretrained.load(known or name, image=False, fresh=True)
     tokens = [torch.tensor(loaded.tokenizer(text.decode("utf-8", "replace"))["input_ids"]) for text in texts]
     for words, found in zip(("to learn from", "to be judged on"), tokens, strict=True):
         if len(found) < least:
