@@ -87,6 +87,10 @@ def test_refusals() -> None:
     config = transformers.Qwen3Config(hidden_size=8, num_attention_heads=2, num_key_value_heads=2, head_dim=4)
     with pytest.raises(ValueError, match="q_norm"):
         read_softmax(Qwen3Attention(config, 0))
+    normed = SoftmaxAttention(8, 2)
+    normed.q_norm = nn.RMSNorm(4, elementwise_affine=False)
+    with pytest.raises(ValueError, match="it has q_norm"):
+        read_softmax(normed)
     rotary = SoftmaxAttention(8, 2)
     with pytest.raises(ValueError, match="rotary"):
         SoftmaxAttention.from_softmax(rotary, rope=False)

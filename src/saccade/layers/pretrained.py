@@ -27,6 +27,8 @@ _SEPARATE = {
 _FUSED = ("qkv", "c_attn", "to_qkv")
 _OUT = ("out_proj", "o_proj", "to_out.0", "to_out", "out_lin", "output.dense", "dense", "c_proj", "proj")
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+#: norms of queries and keys, which need not have parameters
+_UNLIKE = ("q_norm", "k_norm", "qk_norm", "norm_q", "norm_k", "q_layernorm", "k_layernorm")
 #: what may stand behind the output projection in a wrapper
 _BEHIND = ("LayerNorm", "layer_norm")
 #: what a configuration of transformers may say that changes scores or projections
@@ -77,6 +79,9 @@ def read_softmax(module: nn.Module, *, beside: tuple[str, ...] = ()) -> SoftmaxL
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module)
     name = type(module).__name__
+    for path, inner in _children(module):
+        if path.rpartition(".")[2] in _UNLIKE and not isinstance(inner, nn.Identity):
+            raise ValueError(f"{name} is no plain softmax attention: it has {path}")
     for bending in _BENDING:
         if getattr(getattr(module, "config", None), bending, None) is not None:
             raise ValueError(f"{name} is no plain softmax attention: it has {bending}")
