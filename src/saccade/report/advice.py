@@ -12,8 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from saccade import __version__
 from saccade.extras import need, new_figure
 from saccade.integrations.advise import Advice, Keep, Trial
@@ -21,7 +19,6 @@ from saccade.report import pretrained
 from saccade.train import models
 from saccade.train.data import KEYS, Retrieval, english, retrieval
 from saccade.train.files import locked, make_folder, write_bytes, write_text
-from saccade.train.fingerprints import values
 from saccade.train.plotting import style
 from saccade.train.resumable import Resumable
 from saccade.train.samples import carried, text_sample
@@ -82,14 +79,12 @@ def retrieval_probes(model: Any, tokenizer: Any, context: int, each: int) -> dic
 
 
 @contextmanager
-def begun(folder: Path | None, asked: Mapping[str, Any], model: Any, *inputs: Any) -> Iterator[Keep]:
+def begun(folder: Path | None, asked: Mapping[str, Any]) -> Iterator[Keep]:
     """What keeps the pieces of an advice in a folder until `write_advice` has written it: an interrupted one goes on.
 
     Args:
         folder: that is there; None keeps nothing.
         asked: all that figures depend on, plain data.
-        model: whose weights have to be the same, or shapes.
-        inputs: that have to be the same.
 
     Raises:
         ValueError: if the folder has pieces of another.
@@ -98,14 +93,8 @@ def begun(folder: Path | None, asked: Mapping[str, Any], model: Any, *inputs: An
     if folder is None:
         yield lambda name, make: make()
         return
-    weights = list(model.parameters()) if isinstance(model, nn.Module) else model
-    setting = {**asked, "weights": values(weights), "inputs": values(*map(_plain, inputs)), "saccade": __version__}
     with locked(folder):
-        yield Resumable(folder / UNFINISHED, setting).once
-
-
-def _plain(inputs: Any) -> Any:
-    return dict(inputs) if isinstance(inputs, Mapping) else inputs
+        yield Resumable(folder / UNFINISHED, {**asked, "saccade": __version__}).once
 
 
 def write_advice(advice: Advice, folder: Path) -> None:

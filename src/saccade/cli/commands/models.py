@@ -124,13 +124,16 @@ def advise(
     else:
         subject, inputs = integers(str(shape), "shape"), None
     timing = processor_time() if on_processor else nullcontext()
-    asked = {
+    asked: dict[str, Any] = {
         "model": model, "shape": shape, "bidirectional": bidirectional, "context": context, "dtype": dtype,
         "tolerance": tolerance, "quality": quality, "retrieval": retrieval, "repeats": repeats,
         "processor_time": on_processor, "seed": seed,
     }  # fmt: skip
+    if out is not None:
+        weights = subject if model is None else [*subject.parameters()]
+        asked["fingerprint"] = fingerprints.values(weights, dict(inputs or {}), dict(judged or {}))
     with (
-        begun(out, asked, subject, inputs, judged) as kept,
+        begun(out, asked) as kept,
         timing,
         showing(False if as_json else None),
         bar("settings tried:", None) as update,
@@ -162,7 +165,7 @@ def advise(
     else:
         print(advice.table(everything))
     if out is not None:
-        advice.fingerprint = fingerprints.values(subject if model is None else [*subject.parameters()], inputs or {})
+        advice.fingerprint = str(asked["fingerprint"])
         afterwards("advice in the folder", lambda: write_advice(advice, out))
 
 
