@@ -119,8 +119,8 @@ def _round(
                     process.wait(max(0.0, min(PAUSE, limit - (now - begun))))
                 if record.stat().st_size > size:
                     size, heard = record.stat().st_size, time.perf_counter()
-                    if outcome(record) != ended:
-                        ended = outcome(record)
+                    if (now_ended := outcome(record)) != ended:
+                        ended = now_ended
                         told()
         finally:
             end(process)  # its workers too, which would disturb what is measured next

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -90,11 +90,9 @@ def begun(folder: Path | None, asked: Mapping[str, Any]) -> Iterator[Keep]:
         ValueError: if the folder has pieces of another.
         OSError: if it cannot be written, or another run is in it.
     """
-    if folder is None:
-        yield lambda name, make: make()
-        return
-    with locked(folder):
-        yield Resumable(folder / UNFINISHED, {**asked, "saccade": __version__}).once
+    with nullcontext() if folder is None else locked(folder):
+        file = None if folder is None else folder / UNFINISHED
+        yield Resumable(file, {**asked, "saccade": __version__}).once
 
 
 def write_advice(advice: Advice, folder: Path) -> None:

@@ -132,12 +132,7 @@ def advise(
     if out is not None:
         weights = subject if model is None else [*subject.parameters()]
         asked["fingerprint"] = fingerprints.values(weights, dict(inputs or {}), dict(judged or {}))
-    with (
-        begun(out, asked) as kept,
-        timing,
-        showing(False if as_json else None),
-        bar("settings tried:", None) as update,
-    ):
+    with begun(out, asked) as kept, timing, showing(False if as_json else None), bar("settings tried:", None) as update:
         update(0, "dense attention")
         advice = measure(
             subject,
